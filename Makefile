@@ -1,0 +1,69 @@
+# Two commands matter to a new user: `make demo` and `make test`. `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+# Another index for torch alone, for machines where the default index serves CUDA builds (see README).
+TORCH_INDEX ?=
+# More words for `kubealign run`, such as ARGS="--set dpo.beta=0.2".
+ARGS ?=
+MIN_DISK_MB := 8000
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PYTHONSAFEPATH := 1
+export HF_HUB_OFFLINE := 1
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export GX_ANALYTICS_ENABLED := false
+
+.PHONY: help
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+.PHONY: demo
+demo: data ## the whole pipeline on a small real model and real pairs
+	@kubealign run $(ARGS)
+
+.PHONY: test
+test: data ## ruff, mypy and all tests of the normal tier
+	ruff format --check .
+	ruff check .
+	mypy
+	pytest $(PYTEST_ARGS)
+
+.PHONY: test-long
+test-long: data ## the full counts: kills, races, failures
+	pytest -m long $(PYTEST_ARGS)
+
+.PHONY: data
+data: setup ## the embedded base model and data sets, by DVC
+	@dvc repro --quiet || { code=$$?; echo "error: the data could not be made; the reason stands above" >&2; exit $$code; }
+
+.PHONY: setup
+setup: $(VENV)/.ready ## .venv with the locked dependencies
+
+$(VENV)/.ready: pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null \
+	  || { echo "error: Python 3.11 is needed, found $$($(PYTHON) --version 2>&1 || echo none); install python3.11 or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	  || { echo "error: this Python has no venv module; on Debian and Ubuntu: apt-get install python3.11-venv" >&2; exit 2; }
+	@free=$$(df -Pm . | awk 'NR == 2 {print $$4}'); [ "$$free" -ge $(MIN_DISK_MB) ] \
+	  || { echo "error: $$free MB free here, $(MIN_DISK_MB) MB needed (packages 3 GB, model and runs the rest); free some or move the project" >&2; exit 2; }
+	@echo "setting up $(VENV): about 2.5 GB of packages, 2 to 5 minutes"
+	@[ -x $(VENV)/bin/python ] && $(VENV)/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
+	@$(if $(TORCH_INDEX),$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements.lock --index-url $(TORCH_INDEX) torch)
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[dev]'
+	@touch $@
+
+.PHONY: lock
+lock: ## resolve the dependencies anew into requirements.lock
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install -q torch==2.13.0 -e '.[dev]'
+	{ head -n 1 requirements.lock; build/lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+.PHONY: clean
+clean: ## remove what runs left behind (.kubealign); the environment and the data stay
+	kubealign clean --yes

@@ -1,0 +1,81 @@
+"""From messages to token ids, by the model's own chat template; the one place where text becomes tokens."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from components.common.errors import InputError
+from components.common.records import Message
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a local model folder, chat template included."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def choose_template(name: str, own: str | None) -> str:
+    """The chat template that the configuration asks for.
+
+    Args:
+        name: `model`, `chatml`, `llama2`, or the path of a Jinja file.
+        own: the template that came with the model, if any.
+
+    Raises:
+        InputError: `model` without a template of its own, or an unknown name.
+    """
+    shipped = {path.stem: path for path in sorted(TEMPLATES.glob("*.jinja"))}
+    if name == "model":
+        if own:
+            return own
+        raise InputError(
+            f"the base model has no chat template; set model.template to {', '.join(shipped)} or a Jinja file"
+        )
+    path = shipped.get(name, Path(name))
+    if not path.is_file():
+        raise InputError(
+            f"model.template={name}: neither `model`, {', '.join(shipped)}, nor a file; expected one of them"
+        )
+    return path.read_text(encoding="utf-8").rstrip("\n")
+
+
+def encode_prompt(tokenizer: Any, prompt: Sequence[Message]) -> list[int]:
+    """Token ids of the conversation up to where the assistant's answer begins."""
+    return _ids(tokenizer, _render(tokenizer, prompt, answer=None))
+
+
+def encode(tokenizer: Any, prompt: Sequence[Message], answer: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of the answer that follows it, the end-of-sequence token included.
+
+    Both are tokenised apart, as generation sees them. What a template puts behind the end-of-sequence token is left
+    out, since the model never writes it.
+
+    Raises:
+        InputError: the template changes the prompt once an answer follows, or writes no end of sequence.
+    """
+    before = _render(tokenizer, prompt, answer=None)
+    whole = _render(tokenizer, prompt, answer)
+    if not whole.startswith(before):
+        raise InputError("the chat template renders the prompt differently once an answer follows; choose another one")
+    completion = _ids(tokenizer, whole[len(before) :])
+    end = tokenizer.eos_token_id
+    if end not in completion:
+        raise InputError(f"the chat template does not end an answer with {tokenizer.eos_token!r}; choose another one")
+    last = len(completion) - 1 - completion[::-1].index(end)
+    return _ids(tokenizer, before), completion[: last + 1]
+
+
+def _render(tokenizer: Any, prompt: Sequence[Message], answer: str | None) -> str:
+    messages = [message.model_dump() for message in prompt]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+    return text
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids

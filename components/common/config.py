@@ -1,0 +1,293 @@
+"""What can be configured: one typed section per stage, with the bounds and the meaning of every field.
+
+The values live in params.yaml and nowhere else: no field has a default here. A few knobs that people turn are form
+fields of the pipeline (FORM_FIELDS); they are taken out of their section's JSON before a stage gets it, and put back
+by `section`.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from components.common.errors import InputError
+
+PARAMS = "params.yaml"
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A section of params.yaml: immutable, unknown keys forbidden."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
+
+
+class ModelConfig(Section):
+    """The base model and how text becomes its tokens."""
+
+    base: str = Field(
+        min_length=1,
+        description="`embedded` (SmolLM2-135M-Instruct, made by `dvc repro`), a local folder, s3://bucket/prefix,"
+        " models:/name/version or models:/name@alias, or a hub id (needs allow_network and revision)",
+    )
+    revision: str = Field(
+        pattern=r"^([0-9a-f]{40})?$", description="commit of a hub id, 40 hexadecimal digits; empty otherwise"
+    )
+    template: str = Field(
+        min_length=1, description="`model` (the model's own chat template), `chatml`, `llama2`, or a Jinja file"
+    )
+    max_length: int = Field(ge=16, description="tokens of prompt and answer; longer examples are dropped, not cut")
+    precision: Literal["bf16", "fp32"] = Field(
+        description="bf16: frozen bf16 base, fp32 LoRA and residual stream, autocast; fp32: everything in fp32"
+    )
+    allow_network: bool = Field(description="whether a hub id may be downloaded; nothing else uses the network")
+
+
+class DataConfig(Section):
+    """Where the data set comes from."""
+
+    repo: str = Field(min_length=1, description="git repository with the DVC-tracked data: a path or a URL")
+    revision: str = Field(
+        min_length=1, description="branch, tag or commit; or `workspace`, the files of a local repository as they are"
+    )
+
+
+class SplitConfig(Section):
+    """Shares of the prompt groups; they add up to 1."""
+
+    train: Probability = Field(description="share that trains")
+    validation: Probability = Field(description="share that fits scales and watches training")
+    test: Probability = Field(description="share that judges; a verdict needs pairs")
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "SplitConfig":
+        if abs(self.train + self.validation + self.test - 1) > 1e-9:
+            raise ValueError(f"the shares add up to {self.train + self.validation + self.test:g}; expected 1")
+        return self
+
+
+class PrepareConfig(Section):
+    """How `dvc repro` makes the canonical data."""
+
+    preferences: list[str] = Field(min_length=1, description="preference sources of data/sources.lock")
+    instructions: list[str] = Field(
+        description="further instruction sources for SFT; the chosen answers of the pairs are always in."
+        " alpaca_en_demo and alpaca_zh_demo forbid commercial use (CC BY-NC 4.0)"
+    )
+    split: SplitConfig
+    near_duplicate: Probability = Field(description="Jaccard similarity of shingles from which prompts are one group")
+
+
+class ValidateConfig(Section):
+    """When data is too bad to train on."""
+
+    max_quarantined: Probability = Field(description="share of bad rows in a data set above which the run stops")
+    min_rows: int = Field(ge=1, description="usable rows that each split needs")
+
+
+class OptimiserConfig(Section):
+    """How a stage trains; the same fields for sft and dpo."""
+
+    epochs: Positive = Field(description="passes over the training examples; may be a fraction")
+    max_steps: int = Field(ge=0, description="stop after this many optimiser steps; 0 for no limit")
+    lr: Positive = Field(description="peak learning rate of AdamW")
+    batch_size: int = Field(ge=1, description="examples or pairs in an optimiser step")
+    max_tokens_per_step: int = Field(ge=16, description="token budget of one forward and backward pass")
+    warmup_ratio: Probability = Field(description="share of the steps in which the learning rate rises")
+    schedule: Literal["constant", "linear", "cosine"] = Field(description="learning rate after the warm-up")
+    weight_decay: float = Field(ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: Positive = Field(description="gradients are clipped to this norm")
+    lora_rank: int = Field(ge=1, description="rank of the LoRA update")
+    lora_alpha: Positive = Field(description="LoRA's scale times its rank")
+    lora_dropout: float = Field(ge=0, lt=1, description="dropout before the LoRA update")
+    lora_targets: str | list[str] = Field(description="`all-linear`, or names of the linear layers to adapt")
+    seed: int = Field(ge=0, description="of the order of the examples, the LoRA start and dropout")
+    checkpoint_every_s: Positive = Field(description="seconds between checkpoints")
+
+
+class SftConfig(OptimiserConfig):
+    """Supervised fine-tuning on instructions."""
+
+
+class DpoConfig(OptimiserConfig):
+    """Direct Preference Optimization against the SFT model."""
+
+    beta: Positive = Field(description="strength of the pull towards the reference")
+    loss: Literal["sigmoid"] = Field(description="preference loss")
+    label_smoothing: float = Field(ge=0, le=0.5, description="assumed share of swapped labels")
+
+
+class EvaluateConfig(Section):
+    """How held-out pairs judge the models."""
+
+    bootstrap: int = Field(ge=1000, description="resamples of the prompt groups for every interval and test")
+    confidence: float = Field(gt=0.5, lt=1, description="of the intervals, 0.95 for 95 %")
+    seed: int = Field(ge=0, description="of the bootstrap")
+    answers: int = Field(ge=0, description="held-out prompts per language that are answered side by side")
+    max_new_tokens: int = Field(ge=1, description="length limit of those answers")
+
+
+class GateConfig(Section):
+    """What a model must show before it may become the champion."""
+
+    alpha: float = Field(gt=0, lt=0.5, description="level of the one-sided test against the incumbent")
+    margin: float = Field(ge=0, description="improvement of the preference log-loss (nats) that must be exceeded")
+    min_pairs: int = Field(ge=1, description="held-out pairs below which there is no verdict")
+    max_language_regression: float = Field(
+        ge=0, description="how much worse (nats) the log-loss of a language may be, at the lower interval end"
+    )
+
+
+class RegisterConfig(Section):
+    """The name in the MLflow registry."""
+
+    name: str = Field(pattern=r"^[^/:@\s]+$", description="registered model")
+    promote: bool = Field(description="whether a passed gate makes the model the champion")
+
+
+class Config(Section):
+    """All of params.yaml."""
+
+    model: ModelConfig
+    data: DataConfig
+    prepare: PrepareConfig
+    validate_: ValidateConfig = Field(alias="validate")
+    sft: SftConfig
+    dpo: DpoConfig
+    evaluate: EvaluateConfig
+    gate: GateConfig
+    register_: RegisterConfig = Field(alias="register")
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """The configuration as plain values, by the names of params.yaml."""
+        return self.model_dump(by_alias=True, mode="json")
+
+
+FORM_FIELDS: dict[str, tuple[str, str]] = {
+    "data_revision": ("data", "revision"),
+    "base_model": ("model", "base"),
+    "sft_epochs": ("sft", "epochs"),
+    "sft_lr": ("sft", "lr"),
+    "dpo_epochs": ("dpo", "epochs"),
+    "dpo_lr": ("dpo", "lr"),
+    "dpo_beta": ("dpo", "beta"),
+    "dpo_loss": ("dpo", "loss"),
+    "promote": ("register", "promote"),
+}
+"""Typed fields of the pipeline's run form: name -> (section, key)."""
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read params.yaml and apply `section.key=value` overrides.
+
+    Raises:
+        InputError: the file or an override is wrong; the message names the key and the nearest valid one.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: not found; run this in the project's folder or name it with --project") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected sections ({', '.join(_keys(Config))}), found {type(raw).__name__}")
+    for override in overrides or []:
+        _override(raw, override)
+    return validated(Config, raw, str(path))
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    name, _, field = key.strip().partition(".")
+    if not equals or not field:
+        raise InputError(f"--set {override}: expected section.key=value, such as dpo.beta=0.2")
+    try:
+        value = yaml.safe_load(text)
+        if isinstance(value, str):
+            value = _number(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: {text!r} is not a YAML value") from error
+    target = raw.setdefault(name, {})
+    *parents, last = field.split(".")
+    for parent in parents:
+        target = target.setdefault(parent, {}) if isinstance(target, dict) else target
+    if not isinstance(target, dict):
+        raise InputError(f"--set {override}: {key} is not inside a section")
+    target[last] = value
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads 5e-7 as a string; people mean the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def validated(kind: type[S], raw: Any, where: str) -> S:
+    """Check plain values against a section; errors become one line that a person can act on."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(f"{where}: " + "; ".join(_explain(kind, entry) for entry in error.errors())) from error
+
+
+def section(kind: type[S], text: str, **form: Any) -> S:
+    """A stage's section from its JSON text and the form fields that were taken out of it.
+
+    Raises:
+        InputError: a field is given both in the JSON and on the form, or a value is wrong.
+    """
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{kind.__name__}: the section is not valid JSON: {error}") from error
+    both = sorted(raw.keys() & form.keys())
+    if both:
+        raise InputError(f"{kind.__name__}: {both[0]} is a field of its own; take it out of the section's JSON")
+    return validated(kind, raw | form, kind.__name__)
+
+
+def pipeline_arguments(config: Config) -> dict[str, Any]:
+    """The arguments of a pipeline run: each form field, and each section as JSON text without its form fields."""
+    sections = config.sections()
+    form = {name: sections[name_of].pop(key) for name, (name_of, key) in FORM_FIELDS.items()}
+    names = [name for name in sections if name != "prepare"]
+    return form | {f"{name}_section": json.dumps(sections[name], sort_keys=True) for name in names}
+
+
+def _keys(kind: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in kind.model_fields.items()]
+
+
+def _model_at(kind: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    for part in location:
+        for name, field in kind.model_fields.items():
+            inner = field.annotation
+            if part in (name, field.alias) and isinstance(inner, type) and issubclass(inner, BaseModel):
+                kind = inner
+                break
+    return kind
+
+
+def _explain(kind: type[BaseModel], entry: Any) -> str:
+    location = entry["loc"]
+    key = ".".join(str(part) for part in location) or "the shares"
+    parent = _model_at(kind, location[:-1])
+    if entry["type"] == "extra_forbidden":
+        valid = _keys(parent)
+        near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.0)
+        return f"{key}: no such key; did you mean {'.'.join([*map(str, location[:-1]), *near])}?"
+    if entry["type"] == "missing":
+        return f"{key}: missing; add it"
+    name = str(location[-1]) if location else ""
+    field = next((f for n, f in parent.model_fields.items() if name in (n, f.alias)), None)
+    meaning = f" ({field.description})" if field and field.description else ""
+    return f"{key}: {entry['msg'][0].lower()}{entry['msg'][1:]}, found {entry['input']!r}{meaning}"

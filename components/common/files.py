@@ -1,0 +1,138 @@
+"""Files that appear whole or not at all, and the hashes that name them."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from components.common.errors import InputError, KubealignError
+
+MANIFEST = "manifest.json"
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Hexadecimal sha256 of a JSON value, the same for every order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file below `folder`, by its relative path; the manifest itself is left out."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 over the names and contents of all files below `folder`."""
+    return digest(file_hashes(folder))
+
+
+def write_manifest(folder: Path) -> str:
+    """Record the hash of every file of `folder` in its manifest.json; returns the folder's digest."""
+    hashes = file_hashes(folder)
+    write_text(folder / MANIFEST, json.dumps(hashes, indent=1) + "\n")
+    return digest(hashes)
+
+
+def verify_manifest(folder: Path) -> str:
+    """Compare the files of `folder` with its manifest; returns the folder's digest.
+
+    Raises:
+        KubealignError: no manifest, or a file is missing, added or changed.
+    """
+    try:
+        expected = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise KubealignError(f"{folder}: no readable {MANIFEST}; run the step that writes it again") from error
+    found = file_hashes(folder)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            what = "is missing" if name not in found else "is not in the manifest" if name not in expected else "changed"
+            raise KubealignError(
+                f"{folder}: {name} {what} since it was written; remove the folder and run the step again"
+            )
+    return digest(found)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a file path beside `path` to write to; on success it takes `path`'s place, synced, in one rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    aside = Path(name)
+    try:
+        yield aside
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        aside.chmod(0o644)
+        aside.replace(path)
+        sync_folder(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """As `replacing`, for a folder: it appears with all its files, readable by everyone, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield aside
+        aside.chmod(0o755)
+        for entry in aside.rglob("*"):
+            entry.chmod(0o755 if entry.is_dir() else 0o644)
+            if entry.is_file():
+                with entry.open("rb") as file:
+                    os.fsync(file.fileno())
+        if path.exists():
+            shutil.rmtree(path)
+        aside.replace(path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file that appears whole."""
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that appears whole; a number that is not finite is an error."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        InputError: the file is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: not found") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error

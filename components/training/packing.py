@@ -1,0 +1,161 @@
+"""Lay examples end to end in one row of tokens, each prompt once, and plan which examples share a step.
+
+An example is a prompt and its completions: one for SFT, chosen and rejected for DPO. It lies in the row as
+`prompt | completion | completion`, and every completion's positions go on where the prompt's ended. Which tokens see
+which is the business of `attention.py`. Sharing the prompt is the prefix sharing of arXiv 2410.20305.
+
+Shapes: T tokens of the row, N completion tokens, S completions.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Example(NamedTuple):
+    """Token ids of a prompt and of the completions that follow it; none of them is empty."""
+
+    prompt: Sequence[int]
+    completions: Sequence[Sequence[int]]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that the example takes in a pack."""
+        return len(self.prompt) + sum(len(completion) for completion in self.completions)
+
+
+class Segment(NamedTuple):
+    """Where one example lies in the row: the prompt is [start, end), its completions are the [start, end) that follow."""
+
+    start: int
+    end: int
+    branches: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One forward pass: T tokens in one row, and where its N completion tokens are predicted."""
+
+    input_ids_T: Tensor
+    positions_T: Tensor
+    segments: tuple[Segment, ...]
+    predictor_N: Tensor
+    """Row index whose hidden state predicts each completion token."""
+    target_N: Tensor
+    sequence_N: Tensor
+    """Which completion (0 .. S-1, in the order of the examples) each completion token belongs to."""
+    n_sequences: int
+
+    def to(self, device: torch.device) -> "Pack":
+        """The same pack with its tensors on `device`."""
+        return Pack(
+            self.input_ids_T.to(device),
+            self.positions_T.to(device),
+            self.segments,
+            self.predictor_N.to(device),
+            self.target_N.to(device),
+            self.sequence_N.to(device),
+            self.n_sequences,
+        )
+
+
+def pack(examples: Sequence[Example]) -> Pack:
+    """Lay the examples end to end.
+
+    Args:
+        examples: at least one; each prompt and completion holds at least one token.
+
+    Returns:
+        the pack; completions are numbered in the order of the examples.
+
+    Raises:
+        ValueError: an empty prompt or completion, which could not be predicted.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    predictor: list[int] = []
+    target: list[int] = []
+    sequence: list[int] = []
+    segments: list[Segment] = []
+    n_sequences = 0
+    for example in examples:
+        if not example.prompt or not all(example.completions):
+            raise ValueError("an example to pack has an empty prompt or completion")
+        n_prompt, start = len(example.prompt), len(ids)
+        end = start + n_prompt
+        ids += example.prompt
+        positions += range(n_prompt)
+        branches = []
+        for completion in example.completions:
+            first = len(ids)
+            ids += completion
+            positions += range(n_prompt, n_prompt + len(completion))
+            predictor += [end - 1, *range(first, first + len(completion) - 1)]
+            target += completion
+            sequence += [n_sequences] * len(completion)
+            branches.append((first, len(ids)))
+            n_sequences += 1
+        segments.append(Segment(start, end, tuple(branches)))
+    as_tensor = torch.tensor
+    return Pack(
+        as_tensor(ids),
+        as_tensor(positions),
+        tuple(segments),
+        as_tensor(predictor),
+        as_tensor(target),
+        as_tensor(sequence),
+        n_sequences,
+    )
+
+
+Step = list[list[int]]
+"""One optimiser step: its packs, each a list of example indices."""
+
+
+def fill_packs(indices: Sequence[int], n_tokens: Sequence[int], max_tokens: int) -> Step:
+    """Share examples out among packs of at most `max_tokens` tokens, longest first, each into the first that has room.
+
+    An example longer than `max_tokens` gets a pack of its own.
+    """
+    packs: Step = []
+    room: list[int] = []
+    for index in sorted(indices, key=lambda i: (-n_tokens[i], i)):
+        for slot, left in enumerate(room):
+            if n_tokens[index] <= left:
+                packs[slot].append(index)
+                room[slot] -= n_tokens[index]
+                break
+        else:
+            packs.append([index])
+            room.append(max_tokens - n_tokens[index])
+    return packs
+
+
+def plan_steps(n_tokens: Sequence[int], epochs: float, batch_size: int, max_tokens: int, seed: int) -> list[Step]:
+    """The steps of a whole training run, the same for the same arguments on every machine.
+
+    Each epoch visits every example once in an order drawn from (seed, epoch); `batch_size` consecutive examples make a
+    step, the last step of an epoch takes what is left. A fractional epoch stops after that share of its steps.
+
+    Args:
+        n_tokens: tokens of each example, see `Example.n_tokens`.
+        epochs: passes over the examples, > 0.
+        batch_size: examples in an optimiser step, over all packs.
+        max_tokens: token budget of one pack (one forward and backward pass).
+        seed: of the order.
+    """
+    steps_per_epoch = -(-len(n_tokens) // batch_size)
+    total = max(1, round(epochs * steps_per_epoch))
+    steps: list[Step] = []
+    epoch = 0
+    while len(steps) < total:
+        order = list(range(len(n_tokens)))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        for first in range(0, len(order), batch_size):
+            steps.append(fill_packs(order[first : first + batch_size], n_tokens, max_tokens))
+        epoch += 1
+    return steps[:total]
