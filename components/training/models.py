@@ -138,7 +138,7 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 def save_adapter(model: PeftModel, name: str, out: Path, base_name: str) -> None:
     """Write one adapter as an ordinary peft folder that plain peft loads; `base_name` names the base model in it."""
     with replacing_folder(out) as aside:
-        model.save_pretrained(aside, selected_adapters=[name], safe_serialization=True)
+        model.save_pretrained(aside, selected_adapters=[name], safe_serialization=True, save_embedding_layers=False)
         for file in (aside / name).iterdir():
             file.replace(aside / file.name)
         (aside / name).rmdir()

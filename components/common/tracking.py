@@ -1,0 +1,180 @@
+"""What MLflow remembers of a stage, and how a stage speaks: one child run, plain progress lines, one last error line.
+
+Lines that the command line reads begin with a word in brackets, so that they also read well in a pod's log:
+`[stage] dpo started`, `[progress] dpo 12/36 loss=0.61 left=3:20`, `[error] dpo data: pairs.jsonl:17: …`.
+"""
+
+import errno
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from components.common.errors import KubealignError
+
+HOME_VARIABLE = "KUBEALIGN_HOME"
+PARENT_VARIABLES = ("KUBEALIGN_PARENT_RUN", "MLFLOW_RUN_ID")
+"""Environment variables that name the parent run: ours, and that of KFP's MLflow plugin."""
+EXPERIMENT = "kubealign"
+PROGRESS_EVERY_S = 1.0
+
+
+def home() -> Path:
+    """The folder for what outlives a stage: checkpoints, caches, the local MLflow."""
+    return Path(os.environ.get(HOME_VARIABLE, ".kubealign")).resolve()
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or SQLite in the home folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home()}/mlflow.db"
+
+
+def client() -> Any:
+    """An MLflow client on `tracking_uri`."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+
+    if tracking_uri().startswith("sqlite:"):
+        home().mkdir(parents=True, exist_ok=True)
+    mlflow.set_tracking_uri(tracking_uri())
+    mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI") or tracking_uri())
+    return mlflow.MlflowClient()
+
+
+def experiment_id(mlflow_client: Any) -> str:
+    """The experiment of all runs (MLFLOW_EXPERIMENT_NAME or `kubealign`), made if it is not there."""
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    found = mlflow_client.get_experiment_by_name(name)
+    if found:
+        return str(found.experiment_id)
+    local = tracking_uri().startswith("sqlite:")
+    return str(mlflow_client.create_experiment(name, (home() / "mlartifacts").as_uri() if local else None))
+
+
+def parent_run() -> str:
+    """Id of the pipeline run's parent run, or nothing."""
+    return next((os.environ[name] for name in PARENT_VARIABLES if os.environ.get(name)), "")
+
+
+class StageRun:
+    """A stage's run in MLflow, and its voice."""
+
+    def __init__(self, name: str, mlflow_client: Any, run_id: str) -> None:
+        self.name = name
+        self.client = mlflow_client
+        self.run_id = run_id
+        self._started = time.monotonic()
+        self._shown = 0.0
+        self._first = 0
+
+    def say(self, sentence: str) -> None:
+        """Print a line for the log."""
+        print(f"[note] {self.name} {sentence}", flush=True)
+
+    def progress(self, done: int, total: int, **fields: str) -> None:
+        """Print how far the stage is, at most once a second, with the time left; `done` counts from 1."""
+        now = time.monotonic()
+        if done <= 1:
+            self._first, self._phase = done, now
+        if now - self._shown < PROGRESS_EVERY_S and done < total:
+            return
+        self._shown = now
+        seconds = (now - self._phase) / max(1, done - self._first) * (total - done)
+        words = [f"{name}={value}" for name, value in fields.items()]
+        if done > self._first:
+            words.append(f"left={int(seconds) // 60}:{int(seconds) % 60:02d}")
+        print(f"[progress] {self.name} {done}/{total} {' '.join(words)}", flush=True)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Record parameters."""
+        from mlflow.entities import Param
+
+        entities = [Param(key, str(value)[:6000]) for key, value in params.items()]
+        for first in range(0, len(entities), 100):
+            self.client.log_batch(self.run_id, params=entities[first : first + 100])
+
+    def log_metrics(self, rows: list[tuple[int, Mapping[str, float]]]) -> None:
+        """Record metrics of many steps in few requests."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        entities = [Metric(key, value, now, step) for step, values in rows for key, value in values.items()]
+        for first in range(0, len(entities), 1000):
+            self.client.log_batch(self.run_id, metrics=entities[first : first + 1000])
+
+    def log_dataset(self, name: str, path: Path, digest: str, context: str) -> None:
+        """Record which data the stage read, by its DVC digest."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source = f'{{"uri": "{path.name}"}}'
+        dataset = Dataset(name=name, digest=digest[:36], source_type="local", source=source)
+        tags = [InputTag("mlflow.data.context", context)]
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
+
+    def log_artifact(self, path: Path) -> None:
+        """Record a file."""
+        self.client.log_artifact(self.run_id, str(path))
+
+
+@contextmanager
+def stage_run(name: str, params: Mapping[str, Any]) -> Iterator[StageRun]:
+    """Open the stage's child run in MLflow; it ends with the seconds and the peak memory, finished or failed."""
+    mlflow_client = client()
+    tags = {"mlflow.runName": name, "kubealign.stage": name}
+    if parent_run():
+        tags["mlflow.parentRunId"] = parent_run()
+    created = mlflow_client.create_run(experiment_id(mlflow_client), tags=tags, run_name=name)
+    run = StageRun(name, mlflow_client, created.info.run_id)
+    run.log_params(params)
+    status = "FAILED"
+    started = time.monotonic()
+    try:
+        yield run
+        status = "FINISHED"
+    finally:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        run.log_metrics([(0, {"seconds": time.monotonic() - started, "peak_memory_mib": peak})])
+        mlflow_client.set_terminated(run.run_id, status)
+
+
+@contextmanager
+def boundary(name: str) -> Iterator[None]:
+    """The edge between a stage and Kubeflow: a failure becomes one `[error]` line and an exit code.
+
+    An error meant for a person is shown as it is; anything else after its traceback.
+    """
+    print(f"[stage] {name} started", flush=True)
+    try:
+        yield
+    except KubealignError as error:
+        print(f"[error] {name} {one_line(str(error))}", flush=True)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        traceback.print_exc()
+        print(f"[error] {name} {one_line(explain_os_error(error))}", flush=True)
+        sys.exit(1)
+    except Exception as error:
+        traceback.print_exc()
+        print(f"[error] {name} {type(error).__name__}: {one_line(str(error))}", flush=True)
+        sys.exit(1)
+    print(f"[stage] {name} finished", flush=True)
+
+
+def explain_os_error(error: OSError) -> str:
+    """A sentence for the failures of a disk that a person can mend."""
+    where = error.filename or "the disk"
+    if error.errno == errno.ENOSPC:
+        return f"{where}: no space left; free some (`kubealign clean` shows what runs left behind) and run again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{where}: cannot be written or read ({error.strerror}); check its owner and mode and run again"
+    return f"{type(error).__name__}: {error}"
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks."""
+    return " ".join(text.split())

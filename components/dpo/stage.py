@@ -1,0 +1,169 @@
+"""Direct Preference Optimization of the SFT model on preference pairs, with cached reference log-probs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from components.common import tracking
+from components.common.chat import load_tokenizer
+from components.common.config import DpoConfig, ModelConfig
+from components.common.errors import TrainingStop
+from components.common.files import digest, replacing_folder, verify_manifest, write_json, write_manifest
+from components.common.records import Preference, read_rows
+from components.common.scoring import Scores, score
+from components.common.training_stage import checkpoint_folder, pair_examples, run_training, write_history
+from components.training import objectives
+from components.training.loop import Objective, StepRecord, TrainingSet, evaluate, sequence_logps
+from components.training.models import (
+    DPO_ADAPTER,
+    SFT_ADAPTER,
+    SHIPPED_ADAPTER,
+    PackedModel,
+    add_lora,
+    check_packed,
+    concatenate_adapters,
+    load_adapter,
+    load_causal_lm,
+    merge,
+    save_adapter,
+)
+from components.training.packing import Pack
+
+REFERENCE_PAIRS = 4
+REFERENCE_TOLERANCE_NATS = 0.05
+"""How far the untrained policy's log-ratio margins may be from 0 before its reference is the wrong one."""
+
+
+def run_dpo(
+    config: DpoConfig, model: ModelConfig, dataset: Path, base_model: Path, sft_model: Path, out: Path
+) -> tuple[str, dict[str, float]]:
+    """Align the SFT model to the preferences.
+
+    Args:
+        config: how to train.
+        model: the precision.
+        dataset: folder with preferences/, from validate.
+        base_model: model folder, from fetch.
+        sft_model: folder with the SFT adapter, from sft.
+        out: gets the shipped adapter (`adapter/`: SFT and DPO as one), the merged model (`model/`, fp32, with
+            tokenizer and template), the steps (`history.jsonl`), training.json and a manifest.
+
+    Returns:
+        id of the MLflow run, and loss, margin, accuracy and rewards on the validation pairs.
+
+    Raises:
+        TrainingStop: the policy does not equal its reference before the first step, or a loss is not finite.
+    """
+    with tracking.stage_run("dpo", config.model_dump() | {"precision": model.precision}) as run:
+        base_digest, data_digest, sft_digest = map(verify_manifest, (base_model, dataset, sft_model))
+        tokenizer = load_tokenizer(base_model)
+        rows = {split: read_rows(dataset / "preferences" / f"{split}.jsonl", Preference) for split in ("train", "validation")}
+        examples = {split: pair_examples(tokenizer, found) for split, found in rows.items()}
+        plain = PackedModel(load_causal_lm(base_model, model.precision), model.precision)
+        check_packed(plain)
+        adapted = load_adapter(plain.lm, sft_model / "adapter", SFT_ADAPTER)
+        reference = PackedModel(adapted, model.precision)
+        reference_digest = digest([base_digest, sft_digest])
+        logps = {
+            split: score(run, reference, reference_digest, found, f"reference_{split}")
+            for split, found in examples.items()
+        }
+        adapted = add_lora(
+            adapted,
+            DPO_ADAPTER,
+            config.lora_rank,
+            config.lora_alpha,
+            config.lora_dropout,
+            config.lora_targets,
+            config.seed,
+        )
+        policy = PackedModel(adapted, model.precision)
+        check_reference(policy, examples["train"], logps["train"])
+        sets = {
+            split: TrainingSet(examples[split], [row.id for row in rows[split]], [1.0] * len(rows[split]))
+            for split in rows
+        }
+        inputs = (base_digest, data_digest, sft_digest, model.precision)
+        with checkpoint_folder("dpo", config, *inputs) as checkpoints:
+            objective = make_objective(logps["train"], config.beta, config.label_smoothing)
+            records = run_training(run, policy, sets["train"], objective, config, checkpoints, _show)
+            metrics = _validate(policy, sets["validation"], logps["validation"], config)
+            with replacing_folder(out) as folder:
+                _write_policy(folder, adapted, base_model, base_digest, tokenizer)
+                write_history(folder / "history.jsonl", records)
+                facts = {"beta": config.beta, "loss": config.loss, "base_digest": base_digest, "sft_digest": sft_digest}
+                write_json(folder / "training.json", metrics | facts)
+                write_manifest(folder)
+        run.log_metrics([(len(records), metrics)])
+        run.say(
+            f"validation: loss {metrics['validation_loss']:.4f},"
+            f" accuracy {metrics['validation_reward_accuracy']:.3f}, margin {metrics['validation_reward_margin']:.3f}"
+        )
+        return run.run_id, metrics
+
+
+def make_objective(reference_logps: Scores, beta: float, label_smoothing: float) -> Objective:
+    """The DPO loss against fixed reference log-probs.
+
+    Args:
+        reference_logps: [pairs, 2], chosen and rejected, in the order of the training set, nats.
+    """
+    reference_P2 = torch.from_numpy(reference_logps)
+
+    def objective(
+        token_logps_N: Tensor, batch: Pack, indices: list[int], normaliser: float
+    ) -> tuple[Tensor, dict[str, float]]:
+        policy_S = objectives.sequence_logps(token_logps_N, batch.sequence_N, batch.n_sequences)
+        reference_S = reference_P2[indices].flatten().to(policy_S)
+        chosen_P, rejected_P = objectives.rewards(policy_S, reference_S, beta).view(-1, 2).unbind(1)
+        margins_P = chosen_P - rejected_P
+        loss = objectives.dpo_sigmoid_loss(margins_P, label_smoothing).sum() / normaliser
+        with torch.no_grad():
+            wins_P = (margins_P > 0).float() + 0.5 * (margins_P == 0).float()
+            sums = {
+                "reward_margin": margins_P,
+                "reward_accuracy": wins_P,
+                "chosen_reward": chosen_P,
+                "rejected_reward": rejected_P,
+            }
+            return loss, {name: float(values.sum()) / normaliser for name, values in sums.items()}
+
+    return objective
+
+
+def check_reference(policy: PackedModel, examples: Sequence[Any], reference_logps: Scores) -> None:
+    """Before the first step policy and reference are one model: every margin is 0 and the loss ln 2, or the run stops.
+
+    Raises:
+        TrainingStop: the reference log-probs are those of another model, data set or layout.
+    """
+    some = list(examples[:REFERENCE_PAIRS])
+    ratios = np.asarray(sequence_logps(policy, some)) - reference_logps[: len(some)]
+    worst = float(np.abs(ratios).max())
+    if not worst <= REFERENCE_TOLERANCE_NATS:
+        raise TrainingStop(
+            f"before the first step the policy's log-probs differ from the reference's by {worst:.3g} nats; expected 0,"
+            " a loss of ln 2: the reference is not the SFT model that is being trained. Remove the reference cache"
+            " (`kubealign clean cache`) and run again"
+        )
+
+
+def _validate(policy: PackedModel, data: TrainingSet, reference: Scores, config: DpoConfig) -> dict[str, float]:
+    objective = make_objective(reference, config.beta, config.label_smoothing)
+    loss, metrics = evaluate(policy, data, objective, config.max_tokens_per_step)
+    return {"validation_loss": loss} | {f"validation_{name}": value for name, value in metrics.items()}
+
+
+def _write_policy(folder: Path, adapted: Any, base_model: Path, base_digest: str, tokenizer: Any) -> None:
+    concatenate_adapters(adapted)
+    save_adapter(adapted, SHIPPED_ADAPTER, folder / "adapter", f"sha256:{base_digest}")
+    merge(base_model, folder / "adapter", folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+
+def _show(record: StepRecord) -> dict[str, str]:
+    return {"margin": f"{record.metrics['reward_margin']:.3f}", "accuracy": f"{record.metrics['reward_accuracy']:.2f}"}

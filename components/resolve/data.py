@@ -1,0 +1,129 @@
+"""Which data a revision means: its commit and the DVC digests of the folders."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from components.common.errors import InputError
+
+WORKSPACE = "workspace"
+DATA_FOLDERS = ("data/preferences", "data/instructions")
+EMBEDDED_MODEL = "data/base_model"
+
+
+@dataclass(frozen=True)
+class DataVersion:
+    """A version of the data set; digests are DVC's md5 of a folder, `<32 hex digits>.dir`."""
+
+    commit: str
+    digests: dict[str, str]
+
+
+def is_url(repo: str) -> bool:
+    """Whether a repository is named by URL (or scp-like address) rather than by path."""
+    return "://" in repo or repo.startswith("git@")
+
+
+def workspace_digest(root: Path, folder: str) -> str:
+    """DVC's digest of a folder as it stands in the workspace, whatever dvc.lock says.
+
+    Raises:
+        InputError: the folder is not there, or `root` is no DVC repository.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.fs import localfs
+    from dvc.repo import Repo
+    from dvc_data.hashfile.build import build
+
+    path = root / folder
+    if not path.is_dir() or not any(path.iterdir()):
+        raise InputError(f"{path}: not found or empty; `make data` (dvc repro) makes it, `dvc pull` fetches it")
+    try:
+        with Repo(str(root)) as repo:
+            _, _, tree = build(repo.cache.local, str(path), localfs, "md5", dry_run=True)
+            return str(tree.hash_info.value)
+    except DvcException as error:
+        raise InputError(f"{root}: not a usable DVC repository: {error}") from error
+
+
+def resolve_data(repo: str, revision: str, folders: tuple[str, ...] = DATA_FOLDERS) -> DataVersion:
+    """The commit and digests that a repository and revision mean now.
+
+    A revision resolves to the commit that gave the folders their present content, so that commits which leave the
+    data alone do not make a new version.
+
+    Raises:
+        InputError: no such repository, revision or folder.
+    """
+    if revision == WORKSPACE:
+        if is_url(repo):
+            raise InputError(f"data.revision=workspace needs a local repository, and data.repo is {repo}; name a branch")
+        root = Path(repo).resolve()
+        return DataVersion(WORKSPACE, {folder: workspace_digest(root, folder) for folder in folders})
+    with opened(repo, revision) as fs:
+        digests = {}
+        for folder in folders:
+            try:
+                digests[folder] = str(fs.info(folder)["dvc_info"]["md5"])
+            except (FileNotFoundError, KeyError) as error:
+                raise InputError(f"{repo}@{revision}: {folder} is not a DVC-tracked folder there") from error
+        commit = fs.repo.scm.resolve_rev(revision)
+        return DataVersion(_commit_of(Path(fs.repo.root_dir), commit, digests), digests)
+
+
+class opened:  # noqa: N801 - reads as the context manager it is: `with opened(repo, revision) as fs`
+    """A repository at a revision as a read-only file system; a URL is cloned, without a git binary."""
+
+    def __init__(self, repo: str, revision: str) -> None:
+        self.repo, self.revision = repo, revision
+
+    def __enter__(self) -> Any:
+        from dvc.api import DVCFileSystem
+        from dvc.exceptions import DvcException
+        from dvc.scm import SCMError
+
+        try:
+            self.fs = DVCFileSystem(url=self.repo, rev=self.revision)
+        except (DvcException, SCMError) as error:
+            raise InputError(
+                f"data.repo={self.repo}, data.revision={self.revision}: {' '.join(str(error).split())};"
+                " expected a git repository with DVC data and a branch, tag or commit of it"
+            ) from error
+        return self.fs
+
+    def __exit__(self, *exception: object) -> None:
+        self.fs.close()
+
+
+def _commit_of(root: Path, commit: str, digests: dict[str, str]) -> str:
+    """The oldest commit of an unbroken line back from `commit` in which dvc.lock gives the folders these digests."""
+    from dulwich.repo import Repo
+
+    oldest = commit
+    with Repo(str(root)) as repo:
+        for sha in _lock_changes(repo, commit):
+            recorded = _recorded(repo, sha)
+            if any(recorded.get(folder) != md5 for folder, md5 in digests.items()):
+                break
+            oldest = sha
+    return oldest
+
+
+def _lock_changes(repo: Any, commit: str) -> Iterator[str]:
+    for entry in repo.get_walker(include=[commit.encode()], paths=[b"dvc.lock"]):
+        yield entry.commit.id.decode()
+
+
+def _recorded(repo: Any, sha: str) -> dict[str, str]:
+    from dulwich.object_store import tree_lookup_path
+
+    try:
+        _, blob = tree_lookup_path(repo.__getitem__, repo[sha.encode()].tree, b"dvc.lock")
+    except KeyError:
+        return {}
+    lock = yaml.safe_load(repo[blob].data) or {}
+    outs = [out for stage in lock.get("stages", {}).values() for out in stage.get("outs", [])]
+    return {out["path"]: out["md5"] for out in outs if "md5" in out}
