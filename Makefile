@@ -66,4 +66,4 @@ lock: ## resolve the dependencies anew into requirements.lock
 
 .PHONY: clean
 clean: ## remove what runs left behind (.kubealign); the environment and the data stay
-	kubealign clean --yes
+	kubealign clean all --yes

@@ -1,7 +1,7 @@
 """What MLflow remembers of a stage, and how a stage speaks: one child run, plain progress lines, one last error line.
 
 Lines that the command line reads begin with a word in brackets, so that they also read well in a pod's log:
-`[stage] dpo started`, `[progress] dpo 12/36 loss=0.61 left=3:20`, `[error] dpo data: pairs.jsonl:17: …`.
+`[stage] dpo started`, `[progress] dpo 12/36 loss=0.61 left=3:20`, `[error:2] dpo pairs.jsonl:17: …` (2 is the exit code).
 """
 
 import errno
@@ -37,8 +37,12 @@ def tracking_uri() -> str:
 def client() -> Any:
     """An MLflow client on `tracking_uri`."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import logging
+
     import mlflow
 
+    for chatty in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     if tracking_uri().startswith("sqlite:"):
         home().mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(tracking_uri())
@@ -144,7 +148,7 @@ def stage_run(name: str, params: Mapping[str, Any]) -> Iterator[StageRun]:
 
 @contextmanager
 def boundary(name: str) -> Iterator[None]:
-    """The edge between a stage and Kubeflow: a failure becomes one `[error]` line and an exit code.
+    """The edge between a stage and Kubeflow: a failure becomes one `[error:…]` line and an exit code.
 
     An error meant for a person is shown as it is; anything else after its traceback.
     """
@@ -152,15 +156,15 @@ def boundary(name: str) -> Iterator[None]:
     try:
         yield
     except KubealignError as error:
-        print(f"[error] {name} {one_line(str(error))}", flush=True)
+        print(f"[error:{error.exit_code}] {name} {one_line(str(error))}", flush=True)
         sys.exit(error.exit_code)
     except OSError as error:
         traceback.print_exc()
-        print(f"[error] {name} {one_line(explain_os_error(error))}", flush=True)
+        print(f"[error:1] {name} {one_line(explain_os_error(error))}", flush=True)
         sys.exit(1)
     except Exception as error:
         traceback.print_exc()
-        print(f"[error] {name} {type(error).__name__}: {one_line(str(error))}", flush=True)
+        print(f"[error:1] {name} {type(error).__name__}: {one_line(str(error))}", flush=True)
         sys.exit(1)
     print(f"[stage] {name} finished", flush=True)
 

@@ -35,14 +35,14 @@ class Resolved(NamedTuple):
     run_id: str
 
 
-def run_resolve(data: DataConfig, model: ModelConfig, register: RegisterConfig, settings: dict[str, str]) -> Resolved:
+def run_resolve(data: DataConfig, model: ModelConfig, register: RegisterConfig, settings: list[str | float]) -> Resolved:
     """Resolve a run's names.
 
     Args:
         data: repository and revision.
         model: the base model's name.
         register: the registered model whose champion is the incumbent.
-        settings: everything else that decides what is trained and how it is judged, as text.
+        settings: everything else that decides what is trained and how it is judged.
 
     Raises:
         InputError: a name that means nothing.
@@ -51,8 +51,8 @@ def run_resolve(data: DataConfig, model: ModelConfig, register: RegisterConfig, 
         version = resolve_data(data.repo, data.revision)
         base = resolve_base(model, data)
         code = {stage: code_digest(stage) for stage in ("fetch", "validate", "sft", "dpo", "evaluate")}
-        settings = settings | {"template": model.template, "precision": model.precision}
-        lineage = digest([version.digests, base.digest, code, settings, model.max_length])[:32]
+        how = [model.template, model.precision, model.max_length, *settings]
+        lineage = digest([version.digests, base.digest, code, how])[:32]
         facts = Resolved(
             data_commit=version.commit,
             preferences_digest=version.digests["data/preferences"],

@@ -1,0 +1,59 @@
+"""KFP shell of dpo."""
+
+from kfp import dsl
+
+from components.common.images import TRAIN_IMAGE
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def dpo(
+    dpo_section: str,
+    epochs: float,
+    lr: float,
+    beta: float,
+    loss: str,
+    model_section: str,
+    code: str,
+    dataset: dsl.Input[dsl.Dataset],
+    base: dsl.Input[dsl.Model],
+    sft_model: dsl.Input[dsl.Model],
+    policy: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+) -> str:
+    """Align the SFT model to the preferences.
+
+    Args:
+        dpo_section: section `dpo` of params.yaml as JSON, without epochs, lr, beta and loss.
+        epochs: passes over the pairs.
+        lr: peak learning rate.
+        beta: strength of the pull towards the reference.
+        loss: preference loss.
+        model_section: section `model` as JSON, without its base.
+        code: digest of this step's code, for the cache.
+        dataset: The clean data set.
+        base: The base model.
+        sft_model: The SFT adapter.
+        policy: The aligned model: one adapter, and merged.
+        metrics: Loss, margin, accuracy and rewards on the validation pairs.
+
+    Returns:
+        Id of the MLflow run.
+    """
+    from pathlib import Path
+
+    from components.common.config import DpoConfig, ModelConfig, section
+    from components.common.tracking import boundary
+    from components.dpo.stage import run_dpo
+
+    with boundary("dpo"):
+        run_id, values = run_dpo(
+            section(DpoConfig, dpo_section, epochs=epochs, lr=lr, beta=beta, loss=loss),
+            section(ModelConfig, model_section, base=base.metadata.get("reference", "base")),
+            Path(dataset.path),
+            Path(base.path),
+            Path(sft_model.path),
+            Path(policy.path),
+        )
+        for name, value in values.items():
+            metrics.log_metric(name, value)
+        return run_id

@@ -1,0 +1,80 @@
+"""KFP shell of evaluate."""
+
+from kfp import dsl
+
+from components.common.images import TRAIN_IMAGE
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def evaluate(
+    evaluate_section: str,
+    gate_section: str,
+    model_section: str,
+    incumbent: str,
+    data_commit: str,
+    preferences_digest: str,
+    lineage: str,
+    code: str,
+    dataset: dsl.Input[dsl.Dataset],
+    base: dsl.Input[dsl.Model],
+    sft_model: dsl.Input[dsl.Model],
+    policy: dsl.Input[dsl.Model],
+    evaluation: dsl.Output[dsl.Artifact],
+    report: dsl.Output[dsl.HTML],
+    summary: dsl.Output[dsl.Markdown],
+    metrics: dsl.Output[dsl.Metrics],
+    roc: dsl.Output[dsl.ClassificationMetrics],
+) -> str:
+    """Judge the policy on held-out pairs against SFT and the incumbent champion.
+
+    Args:
+        evaluate_section: section `evaluate` of params.yaml as JSON.
+        gate_section: section `gate` as JSON.
+        model_section: section `model` as JSON, without its base.
+        incumbent: the champion to beat as models:/name/version; empty for the SFT model.
+        data_commit: commit of the data, for the report.
+        preferences_digest: digest of the pairs, for the report.
+        lineage: key of everything that made the model, for the report.
+        code: digest of this step's code, for the cache.
+        dataset: The clean data set.
+        base: The base model.
+        sft_model: The SFT adapter.
+        policy: The aligned model.
+        evaluation: All numbers and the verdict.
+        report: The report.
+        summary: Its summary.
+        metrics: The policy's held-out metrics.
+        roc: ROC of the policy's margin.
+
+    Returns:
+        Id of the MLflow run.
+    """
+    from pathlib import Path
+
+    from components.common.config import EvaluateConfig, GateConfig, ModelConfig, section
+    from components.common.tracking import boundary
+    from components.evaluate.stage import Inputs, run_evaluate
+
+    with boundary("evaluate"):
+        facts = {
+            "data_commit": data_commit,
+            "preferences_digest": preferences_digest,
+            "base_model": base.metadata.get("reference", "base"),
+            "base_digest": base.metadata.get("digest", ""),
+            "lineage": lineage,
+        }
+        run_id, found = run_evaluate(
+            section(EvaluateConfig, evaluate_section),
+            section(GateConfig, gate_section),
+            section(ModelConfig, model_section, base=facts["base_model"]),
+            Inputs(Path(dataset.path), Path(base.path), Path(sft_model.path), Path(policy.path), incumbent),
+            facts,
+            Path(evaluation.path),
+            Path(report.path),
+            Path(summary.path),
+        )
+        for name, estimate in found["models"]["policy"]["overall"].items():
+            metrics.log_metric(name, estimate["value"])
+        metrics.log_metric("gate_passed", float(found["verdict"]["passed"]))
+        roc.log_roc_curve(found["roc"]["fpr"], found["roc"]["tpr"], found["roc"]["threshold"])
+        return run_id

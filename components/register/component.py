@@ -1,0 +1,90 @@
+"""KFP shell of register."""
+
+from kfp import dsl
+
+from components.common.images import DATA_IMAGE
+
+
+@dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
+def register(
+    register_section: str,
+    promote: bool,
+    data_commit: str,
+    preferences_digest: str,
+    instructions_digest: str,
+    git_commit: str,
+    base_reference: str,
+    base_digest: str,
+    lineage: str,
+    incumbent: str,
+    resolve_run: str,
+    fetch_run: str,
+    validate_run: str,
+    sft_run: str,
+    dpo_run: str,
+    evaluate_run: str,
+    policy: dsl.Input[dsl.Model],
+    evaluation: dsl.Input[dsl.Artifact],
+    report: dsl.Input[dsl.HTML],
+    result: dsl.Output[dsl.Artifact],
+) -> str:
+    """Register the model in MLflow with its lineage and move the aliases as the verdict says. Never cached.
+
+    Args:
+        register_section: section `register` of params.yaml as JSON, without promote.
+        promote: whether a passed gate makes the model the champion.
+        data_commit: commit of the data.
+        preferences_digest: DVC digest of the preference pairs.
+        instructions_digest: DVC digest of the instructions.
+        git_commit: commit of the code.
+        base_reference: definite name of the base model.
+        base_digest: its digest.
+        lineage: key of everything that made the model.
+        incumbent: the champion that was to beat.
+        resolve_run: MLflow run of resolve.
+        fetch_run: MLflow run of fetch.
+        validate_run: MLflow run of validate.
+        sft_run: MLflow run of sft.
+        dpo_run: MLflow run of dpo.
+        evaluate_run: MLflow run of evaluate.
+        policy: The aligned model.
+        evaluation: Its evaluation and verdict.
+        report: The report.
+        result: Version, aliases, verdict and metrics as JSON.
+
+    Returns:
+        URI of the model version.
+    """
+    from pathlib import Path
+
+    from components.common.config import RegisterConfig, section
+    from components.common.tracking import boundary
+    from components.register.stage import Lineage, run_register
+
+    with boundary("register"):
+        found = run_register(
+            section(RegisterConfig, register_section, promote=promote),
+            Lineage(
+                data_commit,
+                preferences_digest,
+                instructions_digest,
+                git_commit,
+                base_reference,
+                base_digest,
+                lineage,
+                incumbent,
+            ),
+            {
+                "resolve": resolve_run,
+                "fetch": fetch_run,
+                "validate": validate_run,
+                "sft": sft_run,
+                "dpo": dpo_run,
+                "evaluate": evaluate_run,
+            },
+            Path(policy.path),
+            Path(evaluation.path),
+            Path(report.path),
+            Path(result.path),
+        )
+        return str(found["model_uri"])

@@ -1,0 +1,191 @@
+"""Put the judged model into the MLflow registry with its lineage, and move the aliases as the verdict says.
+
+Never cached; run again it finds the version that it made before.
+"""
+
+import importlib.metadata
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from components.common import tracking
+from components.common.config import RegisterConfig
+from components.common.errors import KubealignError
+from components.common.files import digest, read_json, verify_manifest, write_json
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+CODE = Path(__file__).with_name("chat_model.py")
+SERVING = ("mlflow", "torch", "transformers", "accelerate", "safetensors", "pandas")
+"""What an environment needs to load the registered model; this project is not among it."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where a model comes from; every field becomes a tag of its version."""
+
+    data_commit: str
+    preferences_digest: str
+    instructions_digest: str
+    git_commit: str
+    base_reference: str
+    base_digest: str
+    lineage: str
+    incumbent: str
+
+
+def run_register(
+    config: RegisterConfig,
+    lineage: Lineage,
+    stage_runs: dict[str, str],
+    policy: Path,
+    evaluation: Path,
+    report: Path,
+    out: Path,
+) -> dict[str, Any]:
+    """Register a model.
+
+    Args:
+        config: the registered model's name, and whether a passed gate promotes.
+        lineage: for the version's tags.
+        stage_runs: MLflow run of every stage; a cached one belongs to an earlier pipeline run.
+        policy: folder from dpo.
+        evaluation: folder from evaluate, with the verdict on that very policy.
+        report: the HTML report.
+        out: JSON file that gets the result.
+
+    Returns:
+        the result: version, aliases, verdict, metrics, lineage, and seconds and memory per stage.
+
+    Raises:
+        KubealignError: the verdict is about another model, or a file changed since it was written.
+    """
+    with tracking.stage_run("register", config.model_dump() | asdict(lineage)) as run:
+        policy_digest = verify_manifest(policy)
+        verdict = read_json(evaluation / "verdict.json")
+        if verdict["policy_digest"] != policy_digest:
+            raise KubealignError(
+                f"the verdict is about policy {verdict['policy_digest'][:12]}, this is {policy_digest[:12]}; evaluate it"
+            )
+        files = read_json(policy / "manifest.json")
+        model_digest = digest({name: value for name, value in files.items() if name.startswith("model/")})
+        version = _existing(run.client, config.name, model_digest)
+        if version:
+            run.say(f"these weights are {config.name} version {version} already")
+        else:
+            version = _log_model(run, config.name, policy)
+            tags = {f"kubealign.{key}": value for key, value in asdict(lineage).items()}
+            tags |= {
+                "kubealign.model": model_digest,
+                "kubealign.verdict": verdict["verdict"],
+                "kubealign.run": tracking.parent_run() or run.run_id,
+            }
+            for key, value in tags.items():
+                run.client.set_model_version_tag(config.name, version, key, value)
+        _move_aliases(run.client, config, version, verdict)
+        aliases = sorted(run.client.get_model_version(config.name, version).aliases)
+        found = read_json(evaluation / "evaluation.json")
+        result = {
+            "run_id": tracking.parent_run() or run.run_id,
+            "model": config.name,
+            "version": version,
+            "model_uri": f"models:/{config.name}/{version}",
+            "aliases": aliases,
+            "promote": config.promote,
+            "verdict": {key: verdict[key] for key in ("passed", "verdict", "sentence", "incumbent", "rules")},
+            **asdict(lineage),
+            "metrics": {name: values["overall"] for name, values in found["models"].items()},
+            "languages": {name: values["languages"] for name, values in found["models"].items()},
+            "comparisons": found["comparisons"],
+            "own": found["own"],
+            "stages": _stages(run.client, stage_runs),
+        }
+        write_json(out, result)
+        _tell_parent(run, result, stage_runs, report)
+        run.say(f"{config.name} version {version}: {', '.join(aliases) or 'no alias'}")
+        return result
+
+
+def _existing(client: Any, name: str, model_digest: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return ""
+    query = f"name = '{name}' AND tags.`kubealign.model` = '{model_digest}'"
+    versions = sorted((int(found.version) for found in client.search_model_versions(query)), reverse=True)
+    return str(versions[0]) if versions else ""
+
+
+def _log_model(run: tracking.StageRun, name: str, policy: Path) -> str:
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import Array, ColSpec, DataType, Object, ParamSchema, ParamSpec, Property, Schema
+
+    message = Object([Property("role", DataType.string), Property("content", DataType.string)])
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(Array(message), "messages")]),
+        outputs=Schema([ColSpec(DataType.string)]),
+        params=ParamSchema(
+            [
+                ParamSpec("max_new_tokens", DataType.long, 256),
+                ParamSpec("temperature", DataType.double, 0.0),
+                ParamSpec("seed", DataType.long, 0),
+            ]
+        ),
+    )
+    with mlflow.start_run(run_id=run.run_id):
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(CODE),
+            artifacts={"model": str(policy / "model"), "adapter": str(policy / "adapter")},
+            signature=signature,
+            pip_requirements=[f"{package}=={_version(package)}" for package in SERVING],
+        )
+    try:
+        run.client.create_registered_model(name)
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    made = run.client.create_model_version(name, logged.model_uri, run_id=run.run_id, model_id=logged.model_id)
+    return str(made.version)
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package).partition("+")[0]
+
+
+def _move_aliases(client: Any, config: RegisterConfig, version: str, verdict: dict[str, Any]) -> None:
+    aliases = client.get_model_version(config.name, version).aliases
+    if CHAMPION not in aliases:
+        client.set_registered_model_alias(config.name, CHALLENGER, version)
+    if verdict["passed"] and config.promote:
+        client.set_registered_model_alias(config.name, CHAMPION, version)
+
+
+def _stages(client: Any, stage_runs: dict[str, str]) -> dict[str, Any]:
+    stages = {}
+    for stage, run_id in stage_runs.items():
+        found = client.get_run(run_id)
+        stages[stage] = {
+            "run_id": run_id,
+            "cached": found.data.tags.get("mlflow.parentRunId", "") != tracking.parent_run(),
+            "seconds": found.data.metrics.get("seconds"),
+            "peak_memory_mib": found.data.metrics.get("peak_memory_mib"),
+        }
+    return stages
+
+
+def _tell_parent(run: tracking.StageRun, result: dict[str, Any], stage_runs: dict[str, str], report: Path) -> None:
+    """Let the parent run carry result and report, and name the original run of every cached stage."""
+    parent = tracking.parent_run() or run.run_id
+    run.client.log_dict(parent, result, "result.json")
+    run.client.log_text(parent, report.read_text(encoding="utf-8"), "report.html")
+    for stage, found in result["stages"].items():
+        if found["cached"]:
+            run.client.set_tag(parent, f"kubealign.cached.{stage}", stage_runs[stage])
+    tags = {"version": result["model_uri"], "verdict": result["verdict"]["verdict"], "lineage": result["lineage"]}
+    for key, value in tags.items():
+        run.client.set_tag(parent, f"kubealign.{key}", value)

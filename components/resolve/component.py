@@ -1,0 +1,84 @@
+"""KFP shell of resolve."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components.common.images import DATA_IMAGE
+
+
+@dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
+def resolve(
+    data_section: str,
+    data_revision: str,
+    model_section: str,
+    base_model: str,
+    register_section: str,
+    promote: bool,
+    validate_section: str,
+    sft_section: str,
+    sft_epochs: float,
+    sft_lr: float,
+    dpo_section: str,
+    dpo_epochs: float,
+    dpo_lr: float,
+    dpo_beta: float,
+    dpo_loss: str,
+    evaluate_section: str,
+    gate_section: str,
+) -> NamedTuple(
+    "Resolved",
+    [
+        ("data_commit", str),
+        ("preferences_digest", str),
+        ("instructions_digest", str),
+        ("base_reference", str),
+        ("base_digest", str),
+        ("git_commit", str),
+        ("code_fetch", str),
+        ("code_validate", str),
+        ("code_sft", str),
+        ("code_dpo", str),
+        ("code_evaluate", str),
+        ("lineage", str),
+        ("incumbent", str),
+        ("run_id", str),
+    ],
+):
+    """Turn names into facts: data version, base model, code, incumbent champion. Never cached.
+
+    Args:
+        data_section: section `data` of params.yaml as JSON, without its revision.
+        data_revision: branch, tag, commit, or `workspace`.
+        model_section: section `model` as JSON, without its base.
+        base_model: name of the base model.
+        register_section: section `register` as JSON, without promote.
+        promote: whether a passed gate promotes.
+        validate_section: section `validate` as JSON; like all that follow, part of the lineage.
+        sft_section: section `sft` as JSON, without epochs and lr.
+        sft_epochs: passes over the instructions.
+        sft_lr: peak learning rate of sft.
+        dpo_section: section `dpo` as JSON, without epochs, lr, beta and loss.
+        dpo_epochs: passes over the pairs.
+        dpo_lr: peak learning rate of dpo.
+        dpo_beta: strength of the pull towards the reference.
+        dpo_loss: preference loss.
+        evaluate_section: section `evaluate` as JSON.
+        gate_section: section `gate` as JSON.
+
+    Returns:
+        The facts of the run.
+    """
+    from components.common.config import DataConfig, ModelConfig, RegisterConfig, section
+    from components.common.tracking import boundary
+    from components.resolve.stage import run_resolve
+
+    with boundary("resolve"):
+        settings = [validate_section, sft_section, sft_epochs, sft_lr, dpo_section, dpo_epochs, dpo_lr, dpo_beta]
+        settings += [dpo_loss, evaluate_section, gate_section]
+        return run_resolve(
+            section(DataConfig, data_section, revision=data_revision),
+            section(ModelConfig, model_section, base=base_model),
+            section(RegisterConfig, register_section, promote=promote),
+            settings,
+        )

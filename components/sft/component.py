@@ -1,0 +1,52 @@
+"""KFP shell of sft."""
+
+from kfp import dsl
+
+from components.common.images import TRAIN_IMAGE
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def sft(
+    sft_section: str,
+    epochs: float,
+    lr: float,
+    model_section: str,
+    code: str,
+    dataset: dsl.Input[dsl.Dataset],
+    base: dsl.Input[dsl.Model],
+    sft_model: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+) -> str:
+    """Fine-tune the base model on the answers of the instructions.
+
+    Args:
+        sft_section: section `sft` of params.yaml as JSON, without epochs and lr.
+        epochs: passes over the instructions.
+        lr: peak learning rate.
+        model_section: section `model` as JSON, without its base.
+        code: digest of this step's code, for the cache.
+        dataset: The clean data set.
+        base: The base model.
+        sft_model: The SFT adapter.
+        metrics: Validation loss before and after.
+
+    Returns:
+        Id of the MLflow run.
+    """
+    from pathlib import Path
+
+    from components.common.config import ModelConfig, SftConfig, section
+    from components.common.tracking import boundary
+    from components.sft.stage import run_sft
+
+    with boundary("sft"):
+        run_id, values = run_sft(
+            section(SftConfig, sft_section, epochs=epochs, lr=lr),
+            section(ModelConfig, model_section, base=base.metadata.get("reference", "base")),
+            Path(dataset.path),
+            Path(base.path),
+            Path(sft_model.path),
+        )
+        for name, value in values.items():
+            metrics.log_metric(name, value)
+        return run_id

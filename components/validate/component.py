@@ -1,0 +1,54 @@
+"""KFP shell of validate."""
+
+from kfp import dsl
+
+from components.common.images import DATA_IMAGE
+
+
+@dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
+def validate(
+    validate_section: str,
+    model_section: str,
+    code: str,
+    dataset: dsl.Input[dsl.Dataset],
+    base: dsl.Input[dsl.Model],
+    clean: dsl.Output[dsl.Dataset],
+    report: dsl.Output[dsl.HTML],
+    summary: dsl.Output[dsl.Markdown],
+    metrics: dsl.Output[dsl.Metrics],
+) -> str:
+    """Check both data sets with Great Expectations and set bad rows aside.
+
+    Args:
+        validate_section: section `validate` of params.yaml as JSON.
+        model_section: section `model` as JSON, without its base.
+        code: digest of this step's code, for the cache.
+        dataset: The data set.
+        base: The base model, for its tokenizer.
+        clean: The good rows, the quarantine and the counts.
+        report: The validation report.
+        summary: Its summary.
+        metrics: The counts.
+
+    Returns:
+        Id of the MLflow run.
+    """
+    from pathlib import Path
+
+    from components.common.config import ModelConfig, ValidateConfig, section
+    from components.common.tracking import boundary
+    from components.validate.stage import run_validate
+
+    with boundary("validate"):
+        run_id, counts = run_validate(
+            section(ValidateConfig, validate_section),
+            section(ModelConfig, model_section, base=base.metadata.get("reference", "base")),
+            Path(dataset.path),
+            Path(base.path),
+            Path(clean.path),
+            Path(report.path),
+            Path(summary.path),
+        )
+        for name, value in counts.items():
+            metrics.log_metric(name, value)
+        return run_id

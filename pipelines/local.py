@@ -1,0 +1,53 @@
+"""The child process in which KFP's local runner runs the pipeline; `kubealign run` starts it and reads what it prints.
+
+It leads a process group of its own, so that ending the group ends every step; it ends it itself when its parent dies.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from types import FrameType
+
+PR_SET_PDEATHSIG = 1
+
+
+def end_group(number: int = 0, frame: FrameType | None = None) -> None:
+    """End this process and every step it started."""
+    os.killpg(0, signal.SIGKILL)
+
+
+def main() -> None:
+    """Run the pipeline described on standard input: {"project", "arguments", "home"}."""
+    signal.signal(signal.SIGTERM, end_group)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    order = json.load(sys.stdin)
+    warnings.filterwarnings("ignore", module="kfp")
+    from kfp import local
+
+    from components.common.config import PARAMS, load_config
+    from pipelines.alignment import build_pipeline
+
+    home = Path(order["home"])
+    local.init(
+        runner=local.SubprocessRunner(use_venv=False),
+        pipeline_root=str(home / "steps"),
+        workspace_root=str(home / "workspace"),
+        enable_caching=True,
+        cache_root=str(home / "steps" / "cache"),
+    )
+    pipeline = build_pipeline(load_config(Path(order["project"]) / PARAMS))
+    try:
+        pipeline(**order["arguments"])
+    except RuntimeError as error:
+        # The step has said on its own what went wrong; KFP only adds which step it was.
+        print(error, file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

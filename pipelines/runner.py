@@ -1,0 +1,216 @@
+"""`kubealign run`: open the parent run in MLflow, start the child that runs the pipeline, show what it says, and leave
+nothing behind when it is stopped.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from components.common import tracking
+from components.common.config import Config, pipeline_arguments
+from components.common.errors import KubealignError
+from components.common.identity import git_commit
+from pipelines.display import Display
+
+STAGES = ("resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register")
+STOP_AFTER_S = 5.0
+QUIET = {
+    "PYTHONSAFEPATH": "1",
+    "PYTHONUNBUFFERED": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GX_ANALYTICS_ENABLED": "false",
+    "DVC_NO_ANALYTICS": "1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+"""Environment of every step: no telemetry, no hub, no progress bars that a pipe would tear apart."""
+
+SPOKEN = re.compile(r"\s*\[(stage|progress|note|error)(?::(\d+))?\] (\w+) (.*)")
+CACHE_HIT = re.compile(r"Task \W*(?:\x1b\[[0-9;]*m)*'?([\w-]+?)'?(?:\x1b\[[0-9;]*m)*\W* cache hit")
+
+
+class StepFailed(KubealignError):
+    """A step failed; the message is the step's own."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Stopped(KubealignError):
+    """The run was stopped by a signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__("stopped; the same command goes on from the last finished step and checkpoint")
+        self.exit_code = 128 + number
+
+
+@dataclass
+class Told:
+    """What the child has said so far."""
+
+    stage: str = ""
+    errors: list[tuple[str, str, int]] = field(default_factory=list)
+
+
+def run_pipeline(config: Config, project: Path, display: Display) -> str:
+    """Run the pipeline on this machine.
+
+    Args:
+        config: the whole configuration.
+        project: the folder with params.yaml; relative names in the configuration are relative to it.
+        display: shows progress.
+
+    Returns:
+        id of the parent run in MLflow.
+
+    Raises:
+        StepFailed: a step failed.
+        Stopped: SIGINT or SIGTERM arrived; every child is gone.
+    """
+    client = tracking.client()
+    parent = client.create_run(
+        tracking.experiment_id(client), tags={"kubealign.kind": "pipeline", "kubealign.git_commit": git_commit()}
+    )
+    run_id: str = parent.info.run_id
+    status = "FAILED"
+    try:
+        _run_child(config, project, run_id, display)
+        status = "FINISHED"
+    except Stopped:
+        status = "KILLED"
+        raise
+    finally:
+        _close_runs(client, run_id, status)
+    return run_id
+
+
+def run_folder(run_id: str) -> Path:
+    """Where the log and the report of a run lie on this machine."""
+    return tracking.home() / "runs" / run_id
+
+
+def _run_child(config: Config, project: Path, run_id: str, display: Display) -> None:
+    folder = run_folder(run_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    order = {"project": str(project), "home": str(tracking.home()), "arguments": _arguments(config, project)}
+    environment = {**os.environ, **QUIET, "KUBEALIGN_PARENT_RUN": run_id, tracking.HOME_VARIABLE: str(tracking.home())}
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-m", "pipelines.local"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=project,
+        env=environment,
+        start_new_session=True,
+    )
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(number)
+
+    for number in before:
+        signal.signal(number, stop)
+    told = Told()
+    try:
+        assert child.stdin and child.stdout
+        with (folder / "log.txt").open("w", encoding="utf-8") as log, display:
+            child.stdin.write(json.dumps(order))
+            child.stdin.close()
+            for line in child.stdout:
+                log.write(line)
+                log.flush()
+                _hear(line, told, display)
+        code = child.wait()
+    finally:
+        _end(child)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code:
+        _fail(told, folder / "log.txt")
+
+
+def _arguments(config: Config, project: Path) -> dict[str, Any]:
+    """The pipeline's arguments, with local paths made absolute."""
+    arguments = pipeline_arguments(config)
+    data = json.loads(arguments["data_section"])
+    if "://" not in data["repo"] and not data["repo"].startswith("git@"):
+        data["repo"] = str((project / data["repo"]).resolve())
+    arguments["data_section"] = json.dumps(data, sort_keys=True)
+    if (project / arguments["base_model"]).is_dir():
+        arguments["base_model"] = str((project / arguments["base_model"]).resolve())
+    model = json.loads(arguments["model_section"])
+    if (project / model["template"]).is_file():
+        model["template"] = str((project / model["template"]).resolve())
+    arguments["model_section"] = json.dumps(model, sort_keys=True)
+    return arguments
+
+
+def _hear(line: str, told: Told, display: Display) -> None:
+    hit = CACHE_HIT.search(line)
+    if hit and hit.group(1) in STAGES:
+        display.cached(hit.group(1))
+        return
+    spoken = SPOKEN.match(line)
+    if not spoken:
+        return
+    kind, code, stage, rest = spoken.groups()
+    told.stage = stage
+    if kind == "error":
+        told.errors.append((stage, rest, int(code or 1)))
+    elif kind == "progress":
+        display.progress(stage, rest)
+    elif kind == "note":
+        display.note(stage, rest)
+    elif rest == "started":
+        display.started(stage)
+    else:
+        display.finished(stage)
+
+
+def _fail(told: Told, log: Path) -> NoReturn:
+    if told.errors:
+        stage, message, code = told.errors[-1]
+        raise StepFailed(f"{stage}: {message}\n(whole log: {log})", code)
+    raise StepFailed(
+        f"{told.stage or 'the pipeline'} ended without a message, perhaps killed for want of memory; the log says more:"
+        f" {log}",
+        1,
+    )
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """End the child's whole process group, and wait until nothing of it is left."""
+    deadline = time.monotonic() + STOP_AFTER_S
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, number)
+        except ProcessLookupError:
+            break
+        while time.monotonic() < deadline and child.poll() is None:
+            time.sleep(0.02)
+    child.wait()
+
+
+def _close_runs(client: Any, run_id: str, status: str) -> None:
+    """End the parent run, and the stage runs that a kill left open."""
+    client.set_terminated(run_id, status)
+    experiment = client.get_run(run_id).info.experiment_id
+    query = f"tags.`mlflow.parentRunId` = '{run_id}' AND attributes.status = 'RUNNING'"
+    for left in client.search_runs([experiment], query):
+        client.set_terminated(left.info.run_id, "KILLED")
