@@ -56,7 +56,7 @@ def run(overrides: Overrides = [], project: Project = None) -> None:  # noqa: B0
     root = _project(project)
     config = load_config(root / PARAMS, overrides)
     run_id = run_pipeline(config, root, Display(console))
-    show_result(console, load_result(run_id), root)
+    show_result(console, load_result(run_id))
 
 
 @app.command("compile")
@@ -88,12 +88,12 @@ def report(
     """Show the outcome of a finished run."""
     from pipelines.results import find_run, load_result, show_result
 
-    root = _project(project)
+    _project(project)
     result = load_result(find_run(run))
     if as_json:
         print(json.dumps(result, indent=1, ensure_ascii=False))
     else:
-        show_result(console, result, root)
+        show_result(console, result)
 
 
 @app.command()
@@ -177,6 +177,10 @@ def _size(folder: Path) -> int:
 
 def main() -> None:
     """Entry point: failures that are meant for a person are one line and an exit code."""
+    from pipelines.runner import QUIET
+
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         app()
     except KubealignError as error:

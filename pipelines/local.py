@@ -5,6 +5,7 @@ It leads a process group of its own, so that ending the group ends every step; i
 
 import ctypes
 import json
+import logging
 import os
 import signal
 import sys
@@ -27,6 +28,8 @@ def main() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     order = json.load(sys.stdin)
     warnings.filterwarnings("ignore", module="kfp")
+    # KFP says that a task was served from the cache only to the root logger.
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
     from kfp import local
 
     from components.common.config import PARAMS, load_config

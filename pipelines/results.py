@@ -1,9 +1,9 @@
 """What is known of past runs: read from MLflow, shown as a table or as JSON."""
 
 import json
-from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -12,7 +12,7 @@ from components.common.errors import InputError, KubealignError
 from components.common.files import write_text
 from pipelines.runner import run_folder
 
-NAMES = {"sft": "SFT", "policy": "policy (DPO)", "incumbent": "incumbent"}
+NAMES = {"sft": "SFT", "policy": "DPO", "incumbent": "incumbent"}
 
 
 def find_run(run: str) -> str:
@@ -62,16 +62,15 @@ def load_result(run_id: str) -> dict[str, Any]:
     return result
 
 
-def show_result(console: Console, result: dict[str, Any], project: Path) -> None:
+def show_result(console: Console, result: dict[str, Any]) -> None:
     """The short summary that ends a run."""
-    table = Table(title="held-out pairs, value [95 % interval]", title_justify="left")
-    for title in ("model", "pairs", "preference log-loss", "reward accuracy", "margin, nats"):
-        table.add_column(title, no_wrap=True)
+    table = Table("model", "pairs", "log-loss", "accuracy", "margin, nats", box=box.SIMPLE_HEAD)
     for name, title in NAMES.items():
         if name in result["metrics"]:
             found = result["metrics"][name]
             keys = ("preference_log_loss", "reward_accuracy", "reward_margin")
             table.add_row(title, str(found["reward_accuracy"]["n"]), *(_text(found[key]) for key in keys))
+    console.print("Held-out pairs: preference log-loss (nats), reward accuracy, margin, with intervals", highlight=False)
     console.print(table)
     words = "passed the gate" if result["verdict"]["passed"] else f"not promoted: {result['verdict']['verdict']}"
     lines = [

@@ -14,13 +14,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from components.common import tracking
-from components.common.files import digest, replacing
+from components.common.files import digest, replacing, sha256_file
 from components.training.loop import sequence_logps
 from components.training.models import PackedModel
 from components.training.packing import Example
 
 LAYOUT = "one example a pack, prompt shared, sums in float64"
 Scores = NDArray[np.float64]
+
+
+def adapted_digest(base_digest: str, adapter: Path) -> str:
+    """What names a base model with one adapter, to `score`."""
+    return digest([base_digest, sha256_file(adapter / "adapter_model.safetensors")])
 
 
 def score(run: tracking.StageRun, model: PackedModel, model_digest: str, examples: Sequence[Example], what: str) -> Scores:

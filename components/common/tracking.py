@@ -169,6 +169,17 @@ def boundary(name: str) -> Iterator[None]:
     print(f"[stage] {name} finished", flush=True)
 
 
+def show_metrics(artifact: Any, values: Mapping[str, float]) -> None:
+    """Put values on a KFP Metrics artifact, and into a file at its path: to KFP's local cache an output without a file
+    is a lost one, and the step would run again.
+    """
+    from components.common.files import write_json
+
+    for name, value in values.items():
+        artifact.log_metric(name, value)
+    write_json(Path(artifact.path), values)
+
+
 def explain_os_error(error: OSError) -> str:
     """A sentence for the failures of a disk that a person can mend."""
     where = error.filename or "the disk"

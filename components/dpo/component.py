@@ -42,7 +42,7 @@ def dpo(
     from pathlib import Path
 
     from components.common.config import DpoConfig, ModelConfig, section
-    from components.common.tracking import boundary
+    from components.common.tracking import boundary, show_metrics
     from components.dpo.stage import run_dpo
 
     with boundary("dpo"):
@@ -54,6 +54,5 @@ def dpo(
             Path(sft_model.path),
             Path(policy.path),
         )
-        for name, value in values.items():
-            metrics.log_metric(name, value)
+        show_metrics(metrics, values)
         return run_id

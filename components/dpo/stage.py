@@ -12,9 +12,9 @@ from components.common import tracking
 from components.common.chat import load_tokenizer
 from components.common.config import DpoConfig, ModelConfig
 from components.common.errors import TrainingStop
-from components.common.files import digest, replacing_folder, verify_manifest, write_json, write_manifest
+from components.common.files import replacing_folder, verify_manifest, write_json, write_manifest
 from components.common.records import Preference, read_rows
-from components.common.scoring import Scores, score
+from components.common.scoring import Scores, adapted_digest, score
 from components.common.training_stage import checkpoint_folder, pair_examples, run_training, write_history
 from components.training import objectives
 from components.training.loop import Objective, StepRecord, TrainingSet, evaluate, sequence_logps
@@ -67,7 +67,7 @@ def run_dpo(
         check_packed(plain)
         adapted = load_adapter(plain.lm, sft_model / "adapter", SFT_ADAPTER)
         reference = PackedModel(adapted, model.precision)
-        reference_digest = digest([base_digest, sft_digest])
+        reference_digest = adapted_digest(base_digest, sft_model / "adapter")
         logps = {
             split: score(run, reference, reference_digest, found, f"reference_{split}")
             for split, found in examples.items()

@@ -52,7 +52,8 @@ def evaluate(
     from pathlib import Path
 
     from components.common.config import EvaluateConfig, GateConfig, ModelConfig, section
-    from components.common.tracking import boundary
+    from components.common.files import write_json
+    from components.common.tracking import boundary, show_metrics
     from components.evaluate.stage import Inputs, run_evaluate
 
     with boundary("evaluate"):
@@ -73,8 +74,8 @@ def evaluate(
             Path(report.path),
             Path(summary.path),
         )
-        for name, estimate in found["models"]["policy"]["overall"].items():
-            metrics.log_metric(name, estimate["value"])
-        metrics.log_metric("gate_passed", float(found["verdict"]["passed"]))
+        values = {name: estimate["value"] for name, estimate in found["models"]["policy"]["overall"].items()}
+        show_metrics(metrics, values | {"gate_passed": float(found["verdict"]["passed"])})
         roc.log_roc_curve(found["roc"]["fpr"], found["roc"]["tpr"], found["roc"]["threshold"])
+        write_json(Path(roc.path), found["roc"])
         return run_id

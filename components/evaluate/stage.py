@@ -17,7 +17,7 @@ from components.common.config import EvaluateConfig, GateConfig, ModelConfig
 from components.common.errors import InputError
 from components.common.files import digest, read_json, sha256_file, verify_manifest, write_json, write_text
 from components.common.records import LANGUAGES, Preference, read_rows
-from components.common.scoring import Scores, score
+from components.common.scoring import Scores, adapted_digest, score
 from components.common.training_stage import pair_examples
 from components.evaluate.answers import answer
 from components.evaluate.gate import Evidence, judge
@@ -125,28 +125,26 @@ def _score_all(
 
 def _models(model: ModelConfig, inputs: Inputs) -> Iterator[tuple[str, PackedModel, Any, str]]:
     """Each model in turn as (name, model, tokenizer, content hash); only one is in memory."""
-    base_digest, sft_digest = verify_manifest(inputs.base_model), verify_manifest(inputs.sft_model)
-    verify_manifest(inputs.policy)
+    base_digest = verify_manifest(inputs.base_model)
+    for folder in (inputs.sft_model, inputs.policy):
+        verify_manifest(folder)
     tokenizer = load_tokenizer(inputs.base_model)
 
     def adapted(adapter: Path, name: str) -> PackedModel:
         lm = load_causal_lm(inputs.base_model, model.precision)
         return PackedModel(load_adapter(lm, adapter, name), model.precision)
 
-    def adapter_digest(adapter: Path) -> str:
-        return digest([base_digest, sha256_file(adapter / "adapter_model.safetensors")])
-
     yield "base", PackedModel(load_causal_lm(inputs.base_model, model.precision), model.precision), tokenizer, base_digest
-    sft = adapted(inputs.sft_model / "adapter", SFT_ADAPTER)
-    yield "sft", sft, tokenizer, digest([base_digest, sft_digest])
+    sft = inputs.sft_model / "adapter"
+    yield "sft", adapted(sft, SFT_ADAPTER), tokenizer, adapted_digest(base_digest, sft)
     policy = inputs.policy / "adapter"
-    yield "policy", adapted(policy, SHIPPED_ADAPTER), tokenizer, adapter_digest(policy)
+    yield "policy", adapted(policy, SHIPPED_ADAPTER), tokenizer, adapted_digest(base_digest, policy)
     if inputs.incumbent:
         folder = _download(inputs.incumbent)
         adapter = folder / "adapter"
         same_base = _base_of(adapter) == f"sha256:{base_digest}"
         if same_base:
-            yield "incumbent", adapted(adapter, SHIPPED_ADAPTER), tokenizer, adapter_digest(adapter)
+            yield "incumbent", adapted(adapter, SHIPPED_ADAPTER), tokenizer, adapted_digest(base_digest, adapter)
         else:
             lm = PackedModel(load_causal_lm(folder / "model", model.precision), model.precision)
             content = sha256_file(next(iter(sorted((folder / "model").glob("*.safetensors")))))

@@ -36,7 +36,7 @@ def sft(
     from pathlib import Path
 
     from components.common.config import ModelConfig, SftConfig, section
-    from components.common.tracking import boundary
+    from components.common.tracking import boundary, show_metrics
     from components.sft.stage import run_sft
 
     with boundary("sft"):
@@ -47,6 +47,5 @@ def sft(
             Path(base.path),
             Path(sft_model.path),
         )
-        for name, value in values.items():
-            metrics.log_metric(name, value)
+        show_metrics(metrics, values)
         return run_id

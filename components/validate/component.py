@@ -36,7 +36,7 @@ def validate(
     from pathlib import Path
 
     from components.common.config import ModelConfig, ValidateConfig, section
-    from components.common.tracking import boundary
+    from components.common.tracking import boundary, show_metrics
     from components.validate.stage import run_validate
 
     with boundary("validate"):
@@ -49,6 +49,5 @@ def validate(
             Path(report.path),
             Path(summary.path),
         )
-        for name, value in counts.items():
-            metrics.log_metric(name, value)
+        show_metrics(metrics, counts)
         return run_id
