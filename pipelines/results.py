@@ -70,7 +70,9 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
             found = result["metrics"][name]
             keys = ("preference_log_loss", "reward_accuracy", "reward_margin")
             table.add_row(title, str(found["reward_accuracy"]["n"]), *(_text(found[key]) for key in keys))
-    console.print("Held-out pairs: preference log-loss (nats), reward accuracy, margin, with intervals", highlight=False)
+    console.print(
+        "Held-out pairs: preference log-loss (nats), reward accuracy, margin, with intervals", highlight=False
+    )
     console.print(table)
     words = "passed the gate" if result["verdict"]["passed"] else f"not promoted: {result['verdict']['verdict']}"
     lines = [

@@ -141,8 +141,9 @@ class GateConfig(Section):
     margin: float = Field(ge=0, description="improvement of the preference log-loss (nats) that must be exceeded")
     min_pairs: int = Field(ge=1, description="held-out pairs below which there is no verdict")
     max_language_regression: float = Field(
-        ge=0, description="nats; a language fails the gate when its log-loss is worse by more than this beyond doubt,"
-        " which is with the whole interval"
+        ge=0,
+        description="nats; a language fails the gate when its log-loss is worse by more than this beyond doubt,"
+        " which is with the whole interval",
     )
 
 

@@ -58,7 +58,9 @@ def verify_manifest(folder: Path) -> str:
     found = file_hashes(folder)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            what = "is missing" if name not in found else "is not in the manifest" if name not in expected else "changed"
+            what = (
+                "is missing" if name not in found else "is not in the manifest" if name not in expected else "changed"
+            )
             raise KubealignError(
                 f"{folder}: {name} {what} since it was written; remove the folder and run the step again"
             )

@@ -28,7 +28,9 @@ def adapted_digest(base_digest: str, adapter: Path) -> str:
     return digest([base_digest, sha256_file(adapter / "adapter_model.safetensors")])
 
 
-def score(run: tracking.StageRun, model: PackedModel, model_digest: str, examples: Sequence[Example], what: str) -> Scores:
+def score(
+    run: tracking.StageRun, model: PackedModel, model_digest: str, examples: Sequence[Example], what: str
+) -> Scores:
     """Summed log-probability of each completion of each example, from the cache or by running the model.
 
     Args:

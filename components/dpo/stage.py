@@ -61,7 +61,10 @@ def run_dpo(
     with tracking.stage_run("dpo", config.model_dump() | {"precision": model.precision}) as run:
         base_digest, data_digest, sft_digest = map(verify_manifest, (base_model, dataset, sft_model))
         tokenizer = load_tokenizer(base_model)
-        rows = {split: read_rows(dataset / "preferences" / f"{split}.jsonl", Preference) for split in ("train", "validation")}
+        rows = {
+            split: read_rows(dataset / "preferences" / f"{split}.jsonl", Preference)
+            for split in ("train", "validation")
+        }
         examples = {split: pair_examples(tokenizer, found) for split, found in rows.items()}
         plain = PackedModel(load_causal_lm(base_model, model.precision), model.precision)
         check_packed(plain)

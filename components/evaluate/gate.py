@@ -89,7 +89,9 @@ def _own_loss(evidence: Evidence) -> Rule:
 def _language(lang: str, found: dict[str, float], config: GateConfig) -> Rule:
     # Worse beyond doubt: even the upper end of the interval of the improvement lies below what is allowed.
     ok = found["high"] >= -config.max_language_regression
-    sentence = f"{lang}: {found['value']:+.4f} nats [{found['low']:+.4f}, {found['high']:+.4f}], {int(found['n'])} pairs"
+    sentence = (
+        f"{lang}: {found['value']:+.4f} nats [{found['low']:+.4f}, {found['high']:+.4f}], {int(found['n'])} pairs"
+    )
     expected = f"upper end at least {-config.max_language_regression:g} nats"
     return Rule(f"no_regression_{lang}", "pass" if ok else "fail", found["high"], expected, sentence)
 
@@ -105,7 +107,9 @@ def _verdict(evidence: Evidence, rules: list[Rule], passed: bool) -> str:
 def _sentence(evidence: Evidence, rules: list[Rule], passed: bool) -> str:
     if passed:
         return f"The policy is better than {evidence.incumbent} on held-out pairs: {rules[0].sentence}."
-    failed = "; ".join(f"{rule.name}: {rule.sentence}, expected {rule.expected}" for rule in rules if rule.outcome == "fail")
+    failed = "; ".join(
+        f"{rule.name}: {rule.sentence}, expected {rule.expected}" for rule in rules if rule.outcome == "fail"
+    )
     verdict = _verdict(evidence, rules, passed)
     opening = {
         "worse": f"The policy is worse than {evidence.incumbent}",

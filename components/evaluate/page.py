@@ -45,7 +45,9 @@ def report(evaluation: Values, verdict: Values, histories: dict[str, list[Values
         f'<div class="plots">{_margin_plot(evaluation)}{_roc_plot(evaluation)}</div>',
         "<h2>Against its own reference</h2>",
         f'<p class="soft">With beta = {evaluation["beta"]:g}, against the SFT model, as in training.</p>',
-        table_html(["", "value"], [[name.replace("_", " "), _text(found)] for name, found in evaluation["own"].items()]),
+        table_html(
+            ["", "value"], [[name.replace("_", " "), _text(found)] for name, found in evaluation["own"].items()]
+        ),
         "<h2>What does it say</h2>",
         _answers(evaluation),
         "<h2>What was it trained on</h2>",
@@ -105,7 +107,9 @@ def _languages(evaluation: Values) -> str:
     for lang in evaluation["models"]["policy"]["languages"]:
         for name in evaluation["models"]:
             found = evaluation["models"][name]["languages"][lang]
-            rows.append([lang, NAMES[name], found["reward_accuracy"]["n"], *(_text(found[metric]) for metric in METRICS)])
+            rows.append(
+                [lang, NAMES[name], found["reward_accuracy"]["n"], *(_text(found[metric]) for metric in METRICS)]
+            )
     return table_html(["language", "model", "pairs", *METRICS.values()], rows)
 
 
@@ -154,7 +158,8 @@ def _answers(evaluation: Values) -> str:
     names = list(evaluation["models"])
     for entry in evaluation["answers"]:
         cells = "".join(
-            f'<div lang="{entry["lang"]}"><b>{html.escape(NAMES[name])}</b>{html.escape(entry[name])}</div>' for name in names
+            f'<div lang="{entry["lang"]}"><b>{html.escape(NAMES[name])}</b>{html.escape(entry[name])}</div>'
+            for name in names
         )
         prompt = html.escape(entry["prompt"])
         parts.append(f'<p class="prompt" lang="{entry["lang"]}">{prompt}</p><div class="answers">{cells}</div>')

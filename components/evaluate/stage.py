@@ -134,7 +134,12 @@ def _models(model: ModelConfig, inputs: Inputs) -> Iterator[tuple[str, PackedMod
         lm = load_causal_lm(inputs.base_model, model.precision)
         return PackedModel(load_adapter(lm, adapter, name), model.precision)
 
-    yield "base", PackedModel(load_causal_lm(inputs.base_model, model.precision), model.precision), tokenizer, base_digest
+    yield (
+        "base",
+        PackedModel(load_causal_lm(inputs.base_model, model.precision), model.precision),
+        tokenizer,
+        base_digest,
+    )
     sft = inputs.sft_model / "adapter"
     yield "sft", adapted(sft, SFT_ADAPTER), tokenizer, adapted_digest(base_digest, sft)
     policy = inputs.policy / "adapter"

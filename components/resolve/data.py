@@ -60,7 +60,9 @@ def resolve_data(repo: str, revision: str, folders: tuple[str, ...] = DATA_FOLDE
     """
     if revision == WORKSPACE:
         if is_url(repo):
-            raise InputError(f"data.revision=workspace needs a local repository, and data.repo is {repo}; name a branch")
+            raise InputError(
+                f"data.revision=workspace needs a local repository, and data.repo is {repo}; name a branch"
+            )
         root = Path(repo).resolve()
         return DataVersion(WORKSPACE, {folder: workspace_digest(root, folder) for folder in folders})
     with opened(repo, revision) as fs:
@@ -71,7 +73,7 @@ def resolve_data(repo: str, revision: str, folders: tuple[str, ...] = DATA_FOLDE
             except (FileNotFoundError, KeyError) as error:
                 raise InputError(f"{repo}@{revision}: {folder} is not a DVC-tracked folder there") from error
         commit = fs.repo.scm.resolve_rev(revision)
-        return DataVersion(_commit_of(Path(fs.repo.root_dir), commit, digests), digests)
+        return DataVersion(_commit_of(Path(fs.repo.scm.root_dir), commit, digests), digests)
 
 
 class opened:  # noqa: N801 - reads as the context manager it is: `with opened(repo, revision) as fs`
@@ -87,6 +89,7 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
 
         try:
             self.fs = DVCFileSystem(url=self.repo, rev=self.revision)
+            self.fs.info("/")  # the repository is opened only when something is asked of it
         except (DvcException, SCMError) as error:
             raise InputError(
                 f"data.repo={self.repo}, data.revision={self.revision}: {' '.join(str(error).split())};"

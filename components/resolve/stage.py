@@ -35,7 +35,9 @@ class Resolved(NamedTuple):
     run_id: str
 
 
-def run_resolve(data: DataConfig, model: ModelConfig, register: RegisterConfig, settings: list[str | float]) -> Resolved:
+def run_resolve(
+    data: DataConfig, model: ModelConfig, register: RegisterConfig, settings: list[str | float]
+) -> Resolved:
     """Resolve a run's names.
 
     Args:

@@ -67,7 +67,9 @@ def run_sft(
         return run.run_id, metrics
 
 
-def objective(token_logps_N: Tensor, batch: Pack, indices: list[int], normaliser: float) -> tuple[Tensor, dict[str, float]]:
+def objective(
+    token_logps_N: Tensor, batch: Pack, indices: list[int], normaliser: float
+) -> tuple[Tensor, dict[str, float]]:
     """The SFT loss of a pack as its share of the step."""
     return objectives.sft_loss(token_logps_N, int(normaliser)), {}
 

@@ -138,7 +138,9 @@ def train(
     saved_at, saved_step = time.monotonic(), len(history)
     for number in range(len(history) + 1, len(steps) + 1):
         lr = learning_rate(number, len(steps), settings)
-        record = _step(model, data, objective, steps[number - 1], optimizer, accelerator, settings, number, len(steps), lr)
+        record = _step(
+            model, data, objective, steps[number - 1], optimizer, accelerator, settings, number, len(steps), lr
+        )
         history.append(record)
         if time.monotonic() - saved_at >= settings.checkpoint_every_s:
             save()
@@ -219,7 +221,9 @@ def sequence_logps(
 
 
 @torch.no_grad()
-def evaluate(model: PackedModel, data: TrainingSet, objective: Objective, max_tokens: int) -> tuple[float, dict[str, float]]:
+def evaluate(
+    model: PackedModel, data: TrainingSet, objective: Objective, max_tokens: int
+) -> tuple[float, dict[str, float]]:
     """The objective over a whole set in eval mode: its loss and metrics."""
     was_training = model.training
     model.eval()

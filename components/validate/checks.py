@@ -81,7 +81,9 @@ def suite(kind: type[Row], max_length: int) -> list[Check]:
     return checks
 
 
-def make_table(rows: list[dict[str, Any]], splits: list[str], kind: type[Row], n_tokens: list[int | None]) -> pd.DataFrame:
+def make_table(
+    rows: list[dict[str, Any]], splits: list[str], kind: type[Row], n_tokens: list[int | None]
+) -> pd.DataFrame:
     """One line per row, in their order, with the columns that the checks look at.
 
     Args:

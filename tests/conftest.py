@@ -1,0 +1,67 @@
+"""Small real objects: a two-layer Llama with the embedded tokenizer, rows in both languages, a project to run in."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+for name, value in {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GX_ANALYTICS_ENABLED": "false",
+    "DVC_NO_ANALYTICS": "1",
+    "TQDM_DISABLE": "1",
+}.items():
+    os.environ.setdefault(name, value)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def base_model() -> Path:
+    """The embedded base model as `make data` made it."""
+    folder = ROOT / "data" / "base_model"
+    assert folder.is_dir(), "data/base_model is missing; run `make data` first"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama in safetensors with the embedded model's tokenizer and template."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from components.common.chat import load_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(base_model)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test has its own MLflow, checkpoints and caches."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("KUBEALIGN_HOME", str(home))
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "KUBEALIGN_PARENT_RUN"):
+        monkeypatch.delenv(name, raising=False)
+    return home

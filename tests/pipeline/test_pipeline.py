@@ -1,0 +1,342 @@
+"""The whole DAG under KFP's local runner, as a user starts it: real data, a tiny model, a foreign working directory.
+
+The tests of this file build on one project and run in order; each states what it changed and what had to run again.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from components.common.records import read_lines
+from components.prepare.sources import read_sources, unpack
+from tests.conftest import ROOT
+from tests.unit.test_shell import git
+
+ALL = {"resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register"}
+SMALL = [
+    "model.max_length=400",
+    "model.precision=fp32",
+    "sft.max_steps=2",
+    "dpo.max_steps=2",
+    "evaluate.answers=1",
+    "evaluate.max_new_tokens=4",
+    "evaluate.bootstrap=1000",
+    "validate.min_rows=2",
+]
+
+
+class Project:
+    """A project folder with the real data, its own copy of the code, and a working directory that is neither."""
+
+    def __init__(self, folder: Path, tiny: Path) -> None:
+        self.root = folder / "project"
+        self.code = folder / "code"
+        self.tiny = folder / "tiny"
+        self.elsewhere = folder / "elsewhere"
+        shutil.copytree(tiny, self.tiny)
+        (self.elsewhere / "components").mkdir(parents=True)
+        (self.elsewhere / "components" / "__init__.py").write_text("raise RuntimeError('the wrong components')\n")
+        for package in ("components", "pipelines"):
+            shutil.copytree(ROOT / package, self.code / package, ignore=shutil.ignore_patterns("__pycache__"))
+        self.root.mkdir()
+        for name in ("params.yaml", "dvc.yaml", "dvc.lock"):
+            shutil.copy(ROOT / name, self.root)
+        for name in ("preferences", "instructions"):
+            shutil.copytree(ROOT / "data" / name, self.root / "data" / name)
+        (self.root / ".gitignore").write_text(".kubealign/\ndata/\n")
+        (self.root / ".dvc").mkdir()
+        shutil.copy(ROOT / ".dvc" / "config", self.root / ".dvc")
+        git(self.root, "init", "-q")
+        git(self.root, "add", "-A")
+        git(self.root, "commit", "-qm", "project")
+        self.environment = {name: value for name, value in os.environ.items() if name != "KUBEALIGN_HOME"}
+        self.environment |= {"PYTHONPATH": str(self.code), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def words(self, *sets: str) -> list[str]:
+        settings = [*SMALL, f"model.base={self.tiny}", *sets]
+        options = [word for setting in settings for word in ("--set", setting)]
+        return [sys.executable, "-P", "-m", "pipelines.cli", "run", "--project", str(self.root), *options]
+
+    def run(self, *sets: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.words(*sets), cwd=self.elsewhere, env=self.environment, capture_output=True, text=True, check=False
+        )
+
+    def report(self) -> dict[str, Any]:
+        command = [sys.executable, "-P", "-m", "pipelines.cli", "report", "--json", "--project", str(self.root)]
+        done = subprocess.run(
+            command, cwd=self.elsewhere, env=self.environment, capture_output=True, text=True, check=True
+        )
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def client(self) -> Any:
+        import mlflow
+
+        uri = f"sqlite:///{self.root}/.kubealign/mlflow.db"
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        return mlflow.MlflowClient(uri, uri)
+
+
+def ran(done: subprocess.CompletedProcess[str]) -> set[str]:
+    """The steps that really ran, as the log says."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    started = {line.split(":")[0] for line in done.stdout.splitlines() if line.endswith(": started")}
+    cached = {line.split(":")[0] for line in done.stdout.splitlines() if line.endswith("from the cache")}
+    assert started | (cached & ALL) == ALL and not started & cached
+    return started
+
+
+@pytest.fixture(scope="module")
+def project(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    yield Project(tmp_path_factory.mktemp("pipeline"), tiny_model)
+
+
+@pytest.fixture(scope="module")
+def first(project: Project) -> dict[str, Any]:
+    """The outcome of the first run."""
+    assert ran(project.run()) == ALL
+    return project.report()
+
+
+def test_the_first_run_registers_a_challenger_and_reports_real_numbers(first: dict[str, Any]) -> None:
+    assert first["model_uri"] == "models:/kubealign/1" and "challenger" in first["aliases"]
+    assert ("champion" in first["aliases"]) == first["verdict"]["passed"]
+    assert set(first["stages"]) == ALL - {"register"}
+    for stage in first["stages"].values():
+        assert stage["seconds"] > 0 and stage["peak_memory_mib"] > 50 and stage["cached"] is False
+    accuracy = first["metrics"]["policy"]["reward_accuracy"]
+    assert accuracy["low"] <= accuracy["value"] <= accuracy["high"] and accuracy["n"] > 20
+    assert first["languages"]["policy"].keys() == {"en", "zh"}
+    assert Path(first["report"]).read_text().startswith("<!doctype html>")
+
+
+def test_nothing_changed_reruns_nothing_but_resolve_and_register(project: Project, first: dict[str, Any]) -> None:
+    assert ran(project.run()) == {"resolve", "register"}
+    again = project.report()
+    assert again["model_uri"] == first["model_uri"] and again["metrics"] == first["metrics"]
+    assert again["run_id"] != first["run_id"]
+    assert {name for name, stage in again["stages"].items() if stage["cached"]} == ALL - {"resolve", "register"}
+    tags = project.client().get_run(again["run_id"]).data.tags
+    assert tags["kubealign.cached.dpo"] == first["stages"]["dpo"]["run_id"]
+
+
+def test_a_parent_run_has_a_child_for_each_stage_with_steps_and_data(project: Project, first: dict[str, Any]) -> None:
+    client = project.client()
+    experiment = client.get_run(first["run_id"]).info.experiment_id
+    children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{first['run_id']}'")
+    assert {child.info.run_name for child in children} == ALL
+    assert {child.info.status for child in children} == {"FINISHED"}
+    by_name = {child.info.run_name: child for child in children}
+    losses = client.get_metric_history(by_name["dpo"].info.run_id, "train/loss")
+    assert [metric.step for metric in losses] == [1, 2] and losses[0].value == pytest.approx(0.693147, abs=1e-4)
+    digests = {entry.dataset.name: entry.dataset.digest for entry in by_name["fetch"].inputs.dataset_inputs}
+    assert digests == {"preferences": first["preferences_digest"], "instructions": first["instructions_digest"]}
+
+
+def test_a_pair_of_each_language_is_followed_from_the_sources_to_the_tags(
+    project: Project, first: dict[str, Any], tmp_path: Path
+) -> None:
+    sources = read_sources(ROOT / "data" / "sources.lock")
+    clean = next(project.root.glob(".kubealign/steps/*/validate/clean/preferences/train.jsonl"))
+    for lang in ("en", "zh"):
+        row = next(row for row in read_lines(clean) if row["lang"] == lang)
+        member = sources.preferences[row["source"]]
+        unpack(sources, member, tmp_path, tmp_path / f"{lang}.json")
+        texts = [entry["chosen"]["value"] for entry in json.loads((tmp_path / f"{lang}.json").read_text())]
+        assert row["chosen"] in texts and row["license"] == member.license
+        assert row in read_lines(ROOT / "data" / "preferences" / "train.jsonl")
+    lock = (ROOT / "dvc.lock").read_text()
+    tags = project.client().get_model_version("kubealign", "1").tags
+    assert tags["kubealign.preferences_digest"] in lock and tags["kubealign.instructions_digest"] in lock
+    assert tags["kubealign.base_reference"] == str(project.tiny) and len(tags["kubealign.base_digest"]) == 64
+    assert tags["kubealign.run"] == first["run_id"] and tags["kubealign.lineage"] == first["lineage"]
+    assert tags["kubealign.data_commit"] == "workspace" and tags["kubealign.git_commit"]
+
+
+OUTSIDER = """
+import sys, json
+
+class Wall:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("components", "pipelines"):
+            raise ImportError(f"{name} is not for outsiders")
+
+sys.meta_path.insert(0, Wall())
+import mlflow, torch
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/kubealign@challenger")
+answer = model.predict({"messages": [{"role": "user", "content": "你好"}]}, params={"max_new_tokens": 5})
+inner = model.unwrap_python_model()
+with torch.no_grad():
+    logits = inner.model(torch.tensor([[5, 6, 7, 8]])).logits[0]
+print(json.dumps({"answer": answer, "logits": logits[:, :50].tolist()}))
+"""
+
+
+def test_the_registered_model_answers_without_the_project_and_has_the_trained_logits(
+    project: Project, first: dict[str, Any], tmp_path: Path
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    uri = f"sqlite:///{project.root}/.kubealign/mlflow.db"
+    command = [sys.executable, "-P", "-c", OUTSIDER, uri]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["answer"]) == 1 and isinstance(found["answer"][0], str)
+    base = AutoModelForCausalLM.from_pretrained(project.tiny, dtype=torch.float32)
+    adapter = next(project.root.glob(".kubealign/steps/*/dpo/policy/adapter"))
+    trained = PeftModel.from_pretrained(base, adapter)
+    with torch.no_grad():
+        logits = trained(torch.tensor([[5, 6, 7, 8]])).logits[0, :, :50]
+    assert torch.allclose(torch.tensor(found["logits"]), logits, atol=1e-5)
+
+
+def test_the_model_version_holds_plain_files(project: Project, first: dict[str, Any]) -> None:
+    import mlflow
+
+    client = project.client()
+    folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=client.get_model_version("kubealign", "1").source))
+    suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert ".safetensors" in suffixes and not suffixes & {".bin", ".pkl", ".pt", ".pth"}
+    assert (folder / "artifacts" / "model" / "chat_template.jinja").is_file()
+
+
+def test_a_new_champion_reruns_only_the_evaluation(project: Project, first: dict[str, Any]) -> None:
+    # Another version with another lineage becomes the champion behind our back.
+    client = project.client()
+    one = client.get_model_version("kubealign", "1")
+    other = client.create_model_version("kubealign", one.source, run_id=one.run_id)
+    client.set_registered_model_alias("kubealign", "champion", other.version)
+    assert ran(project.run()) == {"resolve", "evaluate", "register"}
+    found = project.report()
+    assert found["incumbent"] == f"models:/kubealign/{other.version}" and "incumbent" in found["metrics"]
+    assert found["comparisons"]["incumbent"]["improvement"]["value"] == 0.0
+    assert found["verdict"]["verdict"] == "no evidence" and "champion" not in found["aliases"]
+    client.delete_registered_model_alias("kubealign", "champion")
+
+
+def test_a_changed_dpo_setting_leaves_sft_cached(project: Project, first: dict[str, Any]) -> None:
+    done = project.run("dpo.beta=0.3")
+    assert ran(done) == {"resolve", "dpo", "evaluate", "register"}
+
+
+def test_dpo_that_does_not_update_gives_no_evidence(project: Project, first: dict[str, Any]) -> None:
+    done = project.run("dpo.lr=1e-30", "gate.min_pairs=1")
+    assert ran(done) == {"resolve", "dpo", "evaluate", "register"}
+    found = project.report()
+    assert abs(found["comparisons"]["sft"]["improvement"]["value"]) < 1e-4
+    assert found["verdict"]["passed"] is False and found["verdict"]["verdict"] == "no evidence"
+    assert "There is no evidence" in done.stdout and "champion" not in found["aliases"]
+
+
+def test_an_edited_stage_reruns_itself_and_what_follows(project: Project, first: dict[str, Any]) -> None:
+    path = project.code / "components" / "dpo" / "stage.py"
+    text = path.read_text()
+    try:
+        path.write_text(text + "# edited\n")
+        assert ran(project.run()) == {"resolve", "dpo", "evaluate", "register"}
+    finally:
+        path.write_text(text)
+
+
+def test_another_base_model_reruns_everything(project: Project, first: dict[str, Any]) -> None:
+    config = project.tiny / "generation_config.json"
+    text = config.read_text()
+    try:
+        config.write_text(text.replace("{", '{"temperature": 0.9,', 1))
+        assert ran(project.run()) == ALL
+    finally:
+        config.write_text(text)
+
+
+def test_a_stop_leaves_no_child_and_the_same_command_goes_on(project: Project, first: dict[str, Any]) -> None:
+    sets = ("sft.seed=77", "sft.max_steps=0", "sft.epochs=20", "sft.checkpoint_every_s=0.05")
+    process = subprocess.Popen(
+        project.words(*sets),
+        cwd=project.elsewhere,
+        env=project.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoints = project.root / ".kubealign" / "checkpoints"
+    before = set(checkpoints.glob("sft-*/step-*"))
+    deadline = time.monotonic() + 120
+    while not set(checkpoints.glob("sft-*/step-*")) - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children, "the run has not started its steps"
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped; the same command goes on" in error
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    client = project.client()
+    newest = client.search_runs(["1"], order_by=["attributes.start_time DESC"], max_results=3)
+    assert {run.info.status for run in newest if run.data.tags.get("kubealign.kind") == "pipeline"} >= {"KILLED"}
+    assert not client.search_runs(["1"], "attributes.status = 'RUNNING'")
+    done = project.run(*sets)
+    assert "resuming after step" in done.stdout
+    assert ran(done) == {"resolve", "sft", "dpo", "evaluate", "register"}
+
+
+def test_a_changed_row_reruns_everything(project: Project, first: dict[str, Any]) -> None:
+    path = project.root / "data" / "preferences" / "train.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[1:]))
+    assert ran(project.run()) == ALL
+    assert project.report()["preferences_digest"] != first["preferences_digest"]
+
+
+def test_a_malformed_line_stops_with_file_line_and_exit_code_2(project: Project, first: dict[str, Any]) -> None:
+    path = project.root / "data" / "preferences" / "test.jsonl"
+    text = path.read_text()
+    try:
+        path.write_text(text + '{"prompt": [\n')
+        done = project.run()
+        assert done.returncode == 2
+        message = done.stderr.strip().splitlines()
+        assert (
+            message[0].startswith("error: validate: ")
+            and f"test.jsonl:{len(text.splitlines()) + 1}: not valid JSON" in message[0]
+        )
+        assert "Traceback" not in done.stderr
+        path.write_text("")
+        assert "no rows; expected at least one" in project.run().stderr
+    finally:
+        path.write_text(text)
+
+
+def test_the_compiled_yaml_runs_under_the_local_runner(project: Project, tmp_path: Path) -> None:
+    script = (
+        "import sys; from kfp import local, components\n"
+        "local.init(local.SubprocessRunner(use_venv=False), pipeline_root=sys.argv[2])\n"
+        "components.load_component_from_file(sys.argv[1])()\n"
+    )
+    command = [word if word != "run" else "compile" for word in project.words(f"data.repo={project.root}")]
+    environment = project.environment | {"KUBEALIGN_HOME": str(tmp_path / "home")}
+    compiled = tmp_path / "pipeline.yaml"
+    for words in (
+        [*command, "--out", str(compiled)],
+        [sys.executable, "-P", "-c", script, str(compiled), str(tmp_path / "out")],
+    ):
+        done = subprocess.run(
+            words, cwd=project.elsewhere, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert list((tmp_path / "out").glob("*/register/result"))

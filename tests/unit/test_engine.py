@@ -1,0 +1,273 @@
+"""The packed engine against plain transformers, on a tiny real model."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from components.common.errors import InputError, TrainingStop
+from components.dpo.stage import check_reference, make_objective
+from components.training import checkpoints, loop
+from components.training.head import FrozenHeadLogps, chunk_logps
+from components.training.models import (
+    DPO_ADAPTER,
+    SFT_ADAPTER,
+    SHIPPED_ADAPTER,
+    PackedModel,
+    activate,
+    add_lora,
+    check_packed,
+    concatenate_adapters,
+    load_adapter,
+    load_causal_lm,
+    merge,
+    save_adapter,
+    trainable_state,
+)
+from components.training.packing import Example, fill_packs, pack, plan_steps
+
+EXAMPLES = [
+    Example([5, 6, 7], [[8, 9], [10, 11, 12]]),
+    Example([13, 14], [[15], [16, 17]]),
+    Example([20, 21, 22, 23], [[24, 25, 26], [27]]),
+]
+SETTINGS = loop.LoopSettings(
+    epochs=3.0,
+    max_steps=0,
+    batch_size=2,
+    max_tokens_per_step=16,
+    lr=1e-2,
+    warmup_ratio=0.1,
+    schedule="cosine",
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    seed=3,
+    checkpoint_every_s=1e-9,
+)
+
+
+def packed(tiny: Path) -> PackedModel:
+    return PackedModel(load_causal_lm(tiny, "fp32"), "fp32")
+
+
+def with_adapter(tiny: Path, dropout: float = 0.0) -> PackedModel:
+    return PackedModel(add_lora(load_causal_lm(tiny, "fp32"), DPO_ADAPTER, 4, 8, dropout, "all-linear", 1), "fp32")
+
+
+def plain_logps(tiny: Path, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def test_packed_log_probs_equal_those_of_plain_forward_passes(tiny_model: Path) -> None:
+    found = packed(tiny_model)(pack(EXAMPLES))
+    expected = torch.cat([plain_logps(tiny_model, list(e.prompt), list(c)) for e in EXAMPLES for c in e.completions])
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_packed_gradients_equal_those_of_plain_forward_passes(tiny_model: Path) -> None:
+    ours = with_adapter(tiny_model)
+    with torch.no_grad():
+        for index, parameter in enumerate(trainable_state(ours).values()):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)) * 0.1)
+    parameters = list(trainable_state(ours).values())
+    weights = torch.linspace(-1, 1, sum(len(c) for e in EXAMPLES for c in e.completions))
+    found = torch.autograd.grad((ours(pack(EXAMPLES)) * weights).sum(), parameters)
+    lm = ours.causal_lm
+    lm.set_attn_implementation("eager")
+    rows = []
+    for example in EXAMPLES:
+        for completion in example.completions:
+            ids = torch.tensor([[*example.prompt, *completion]])
+            logits = lm(ids).logits[0, len(example.prompt) - 1 : -1]
+            rows.append(logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0])
+    expected = torch.autograd.grad((torch.cat(rows) * weights).sum(), parameters)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_rejected_answer_never_sees_the_chosen_nor_another_example(tiny_model: Path) -> None:
+    model = packed(tiny_model)
+    batch = pack(EXAMPLES)
+    other = pack([Example(EXAMPLES[0].prompt, [[99, 98], EXAMPLES[0].completions[1]]), *EXAMPLES[1:]])
+    before, after = model(batch), model(other)
+    chosen_of_first = batch.sequence_N == 0
+    assert torch.equal(before[~chosen_of_first], after[~chosen_of_first])
+    assert not torch.allclose(before[chosen_of_first], after[chosen_of_first])
+
+
+def test_what_shares_a_pack_changes_nothing(tiny_model: Path) -> None:
+    model = packed(tiny_model)
+    together = model(pack(EXAMPLES))
+    apart = torch.cat([model(pack([example])) for example in EXAMPLES])
+    assert torch.allclose(together, apart, atol=1e-5)
+
+
+def test_an_empty_completion_is_refused() -> None:
+    with pytest.raises(ValueError, match="empty prompt or completion"):
+        pack([Example([1], [[2], []])])
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_frozen_head_has_the_gradient_of_autograd(softcap: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(8, 600, bias=False).requires_grad_(False)
+    hidden = torch.randn(300, 8, generator=generator, requires_grad=True)
+    target = torch.randint(600, (300,), generator=generator)
+    weights = torch.randn(300, generator=generator)
+    ours = FrozenHeadLogps.apply(hidden, target, head, softcap)
+    (mine,) = torch.autograd.grad((ours * weights).sum(), hidden)
+    plain = chunk_logps(hidden, target, head, softcap)
+    (theirs,) = torch.autograd.grad((plain * weights).sum(), hidden)
+    assert torch.allclose(ours, plain, atol=1e-5)
+    assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_every_epoch_visits_every_example_once_within_the_budget() -> None:
+    n_tokens = [3, 9, 4, 4, 12, 5, 1]
+    steps = plan_steps(n_tokens, epochs=2, batch_size=3, max_tokens=12, seed=7)
+    assert steps == plan_steps(n_tokens, epochs=2, batch_size=3, max_tokens=12, seed=7)
+    assert steps != plan_steps(n_tokens, epochs=2, batch_size=3, max_tokens=12, seed=8)
+    assert len(steps) == 6
+    for epoch in (steps[:3], steps[3:]):
+        assert sorted(i for step in epoch for indices in step for i in indices) == list(range(7))
+    assert all(sum(n_tokens[i] for i in indices) <= 12 for step in steps for indices in step)
+    assert len(plan_steps(n_tokens, epochs=0.34, batch_size=3, max_tokens=12, seed=7)) == 1
+
+
+def test_an_example_over_the_budget_stands_alone() -> None:
+    assert fill_packs([0, 1, 2], [50, 4, 5], max_tokens=10) == [[0], [2, 1]]
+
+
+def test_the_check_at_load_passes_the_tiny_model_and_has_teeth(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert check_packed(packed(tiny_model)) < 1e-4
+    monkeypatch.setattr(
+        "components.training.attention.causal_mask", lambda q, k, w, d: torch.ones(q, k, dtype=torch.bool)
+    )
+    with pytest.raises(InputError, match="cannot be trained on packed rows"):
+        check_packed(packed(tiny_model))
+
+
+def dpo_objective(model: PackedModel) -> loop.Objective:
+    reference = np.asarray(loop.sequence_logps(model, EXAMPLES))
+    return make_objective(reference, beta=0.5, label_smoothing=0.0)
+
+
+def training_set() -> loop.TrainingSet:
+    return loop.TrainingSet(EXAMPLES, ["a", "b", "c"], [1.0, 1.0, 1.0])
+
+
+def run(model: PackedModel, folder: Path, said: list[str] | None = None) -> Iterator[loop.StepRecord]:
+    objective = dpo_objective(with_adapter(Path(model.causal_lm.config._name_or_path)))
+    return loop.train(model, training_set(), objective, SETTINGS, folder, (said if said is not None else []).append)
+
+
+def test_dpo_starts_at_ln_2_and_the_loss_falls(tiny_model: Path, tmp_path: Path) -> None:
+    records = list(run(with_adapter(tiny_model), tmp_path))
+    assert len(records) == 6
+    assert records[0].loss == pytest.approx(0.693147, abs=1e-5)
+    assert records[-1].loss < records[0].loss
+    assert records[-1].metrics["reward_accuracy"] == 1.0
+
+
+def test_a_killed_training_goes_on_to_bit_identical_weights(tiny_model: Path, tmp_path: Path) -> None:
+    whole = with_adapter(tiny_model, dropout=0.1)
+    list(run(whole, tmp_path / "whole"))
+    for stop in (1, 2, 4):
+        folder = tmp_path / f"stopped-{stop}"
+        first = run(with_adapter(tiny_model, dropout=0.1), folder)
+        for _ in range(stop):
+            next(first)
+        first.close()
+        said: list[str] = []
+        resumed = with_adapter(tiny_model, dropout=0.1)
+        records = list(run(resumed, folder, said))
+        assert [record.step for record in records] == [1, 2, 3, 4, 5, 6]
+        assert said == [f"resuming after step {stop} of 6"]
+        for name, parameter in trainable_state(whole).items():
+            assert torch.equal(parameter, trainable_state(resumed)[name]), name
+
+
+def test_a_tampered_checkpoint_is_passed_over_for_the_one_before(tiny_model: Path, tmp_path: Path) -> None:
+    list(run(with_adapter(tiny_model), tmp_path))
+    newest = sorted(tmp_path.glob("step-*"))[-1]
+    weights = newest / "parameters.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    said: list[str] = []
+    list(run(with_adapter(tiny_model), tmp_path, said))
+    assert "step-000006 is damaged and passed over" in said[0]
+    assert said[1] == "resuming after step 5 of 6"
+
+
+def test_a_half_written_checkpoint_is_passed_over(tiny_model: Path, tmp_path: Path) -> None:
+    list(run(with_adapter(tiny_model), tmp_path))
+    newest = sorted(tmp_path.glob("step-*"))[-1]
+    (newest / "manifest.json").unlink()
+    checkpoint, passed_over = checkpoints.load_newest(tmp_path)
+    assert checkpoint is not None and checkpoint.step == 5
+    assert "no readable manifest.json" in passed_over[0]
+
+
+def test_checkpoints_hold_no_pickles_and_only_the_last_are_kept(tiny_model: Path, tmp_path: Path) -> None:
+    list(run(with_adapter(tiny_model), tmp_path))
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-000005", "step-000006"]
+    suffixes = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert suffixes == {".safetensors", ".json"}
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_record_ids(tiny_model: Path, tmp_path: Path) -> None:
+    model = with_adapter(tiny_model)
+    with torch.no_grad():
+        next(iter(trainable_state(model).values())).fill_(float("nan"))
+    with pytest.raises(TrainingStop, match=r"loss of step 1 is not finite; records of that step: [abc]"):
+        list(run(model, tmp_path))
+
+
+def test_a_wrong_reference_stops_before_the_first_step(tiny_model: Path) -> None:
+    model = with_adapter(tiny_model)
+    right = np.asarray(loop.sequence_logps(model, EXAMPLES))
+    check_reference(model, EXAMPLES, right)
+    with pytest.raises(TrainingStop, match=r"expected 0, a loss of ln 2"):
+        check_reference(model, EXAMPLES, right + np.array([0.1, 0.0]))
+
+
+def test_the_shipped_adapter_and_the_merged_model_are_the_policy(tiny_model: Path, tmp_path: Path) -> None:
+    def shaken(model: torch.nn.Module) -> None:
+        with torch.no_grad():
+            for index, parameter in enumerate(trainable_state(model).values()):
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+                parameter.add_(0.1 * noise)
+
+    adapted = add_lora(load_causal_lm(tiny_model, "fp32"), SFT_ADAPTER, 4, 6, 0.0, "all-linear", 1)
+    shaken(adapted)
+    sft_only = PackedModel(adapted, "fp32")(pack(EXAMPLES)).detach()
+    adapted = add_lora(adapted, DPO_ADAPTER, 8, 24, 0.0, "all-linear", 2)
+    assert torch.equal(PackedModel(adapted, "fp32")(pack(EXAMPLES)), sft_only)
+    shaken(adapted)
+    policy = PackedModel(adapted, "fp32")(pack(EXAMPLES)).detach()
+    assert not torch.allclose(policy, sft_only, atol=1e-3)
+    activate(adapted, [SFT_ADAPTER], trainable=None)
+    assert torch.equal(PackedModel(adapted, "fp32")(pack(EXAMPLES)), sft_only), "training never moves the reference"
+
+    concatenate_adapters(adapted)
+    save_adapter(adapted, SHIPPED_ADAPTER, tmp_path / "adapter", "sha256:abc")
+    shipped = PackedModel(load_adapter(load_causal_lm(tiny_model, "fp32"), tmp_path / "adapter", "x"), "fp32")
+    assert torch.allclose(shipped(pack(EXAMPLES)), policy, atol=1e-5)
+    merge(tiny_model, tmp_path / "adapter", tmp_path / "merged")
+    assert torch.allclose(packed(tmp_path / "merged")(pack(EXAMPLES)), policy, atol=1e-5)
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_pickled_weights_are_not_loaded(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_model, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="cannot be loaded as a causal language model in safetensors"):
+        load_causal_lm(folder, "fp32")

@@ -1,0 +1,302 @@
+"""Configuration, identities, errors and the command line, without running a pipeline."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from components.common import identity, tracking
+from components.common.config import (
+    FORM_FIELDS,
+    Config,
+    DpoConfig,
+    ModelConfig,
+    load_config,
+    pipeline_arguments,
+    section,
+)
+from components.common.errors import InputError, KubealignError
+from components.common.files import replacing, replacing_folder, verify_manifest, write_json, write_manifest
+from components.resolve.base import resolve_base
+from components.resolve.data import resolve_data
+from tests.conftest import ROOT
+
+PARAMS = ROOT / "params.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dpo.betta=1", "dpo.betta: no such key; did you mean dpo.beta?"),
+        ("dop.beta=1", "dop: no such key; did you mean dpo?"),
+        ("dpo.beta=-1", r"dpo.beta: input should be greater than 0, found -1 \(strength of the pull"),
+        ("dpo.loss=ipo", "dpo.loss: input should be 'sigmoid', found 'ipo'"),
+        ("model.precision=fp16", "model.precision: input should be 'bf16' or 'fp32', found 'fp16'"),
+        ("prepare.split.train=0.9", "the shares add up to 1.45; expected 1"),
+        ("beta=1", "--set beta=1: expected section.key=value, such as dpo.beta=0.2"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_clear_line(override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        load_config(PARAMS, [override])
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    raw = yaml.safe_load(PARAMS.read_text())
+    del raw["dpo"]["beta"]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(InputError, match="dpo.beta: missing; add it"):
+        load_config(tmp_path / "params.yaml")
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers() -> None:
+    assert load_config(PARAMS, ["dpo.lr=5e-7"]).dpo.lr == 5e-7
+
+
+def test_every_field_says_what_it_means() -> None:
+    def fields(kind: type[BaseModel]) -> list[str]:
+        missing = []
+        for name, field in kind.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                missing += fields(field.annotation)
+            elif not field.description:
+                missing.append(f"{kind.__name__}.{name}")
+        return missing
+
+    assert fields(Config) == []
+
+
+def test_form_fields_are_taken_out_of_the_json_and_may_not_be_given_twice() -> None:
+    arguments = pipeline_arguments(load_config(PARAMS))
+    text = arguments["dpo_section"]
+    assert set(FORM_FIELDS) <= set(arguments) and "beta" not in json.loads(text)
+    form = {"epochs": 1.0, "lr": 1e-4, "beta": 0.3, "loss": "sigmoid"}
+    assert section(DpoConfig, text, **form).beta == 0.3
+    with pytest.raises(InputError, match="beta is a field of its own; take it out of the section's JSON"):
+        section(DpoConfig, json.dumps(json.loads(text) | {"beta": 0.1}), **form)
+
+
+# ---- base models
+
+
+def base(name: str, **changes: object) -> ModelConfig:
+    config = load_config(PARAMS)
+    return ModelConfig(**config.model.model_dump() | {"base": name} | changes)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (base("no/such/folder"), "no such folder; expected `embedded`, a folder, s3://"),
+        (base("org/name"), "as a hub id it needs the network; set model.allow_network"),
+        (base("org/name", allow_network=True), "a hub id needs model.revision, a commit of 40 hexadecimal digits"),
+        (base("models:/nothing/1"), "model.base=models:/nothing/1: .*not found"),
+        (base("models:/x"), "expected models:/name/version or models:/name@alias"),
+        (base(str(ROOT / "tests")), "the folder has no config.json"),
+    ],
+)
+def test_a_base_model_that_cannot_be_used_is_refused_before_anything_runs(model: ModelConfig, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        resolve_base(model, load_config(PARAMS).data)
+
+
+def test_a_hub_id_with_network_and_revision_is_pinned() -> None:
+    found = resolve_base(base("org/name", allow_network=True, revision="a" * 40), load_config(PARAMS).data)
+    assert found.reference == f"hub:org/name@{'a' * 40}"
+
+
+# ---- data versions
+
+
+def git(folder: Path, *words: str) -> str:
+    identity_words = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    done = subprocess.run(["git", *identity_words, *words], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def dvc(folder: Path, *words: str) -> None:
+    subprocess.run([sys.executable, "-P", "-m", "dvc", *words], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture
+def data_repo(tmp_path: Path) -> Path:
+    """A git and DVC repository with two versions of the data, and a commit that leaves the data alone."""
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    git(repo, "init", "-q")
+    dvc(repo, "init", "-q")
+    (repo / "source").mkdir()
+    stage = "mkdir -p data && cp -r source data/preferences && cp -r source data/instructions"
+    (repo / "dvc.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "stages": {
+                    "prepare": {"cmd": stage, "deps": ["source"], "outs": ["data/preferences", "data/instructions"]}
+                }
+            }
+        )
+    )
+    for number in (1, 2):
+        (repo / "source" / "rows.jsonl").write_text(f'{{"version": {number}}}\n')
+        dvc(repo, "repro", "-q")
+        git(repo, "add", "-A")
+        git(repo, "commit", "-qm", f"data {number}")
+        git(repo, "tag", f"v{number}")
+    (repo / "README").write_text("words\n")
+    git(repo, "add", "-A")
+    git(repo, "commit", "-qm", "words")
+    return repo
+
+
+def test_a_revision_is_the_commit_that_gave_the_data_its_content(data_repo: Path) -> None:
+    second, head = git(data_repo, "rev-parse", "v2"), git(data_repo, "rev-parse", "HEAD")
+    assert second != head
+    now, then = resolve_data(str(data_repo), "HEAD"), resolve_data(str(data_repo), "v1")
+    assert now.commit == second and then.commit == git(data_repo, "rev-parse", "v1")
+    assert now.digests != then.digests
+
+
+def test_the_workspace_has_dvcs_own_digest_and_follows_every_change(data_repo: Path) -> None:
+    committed, workspace = resolve_data(str(data_repo), "HEAD"), resolve_data(str(data_repo), "workspace")
+    assert workspace.digests == committed.digests and workspace.commit == "workspace"
+    (data_repo / "data" / "preferences" / "rows.jsonl").write_text("changed\n")
+    changed = resolve_data(str(data_repo), "workspace").digests
+    assert changed["data/preferences"] != committed.digests["data/preferences"]
+    assert changed["data/instructions"] == committed.digests["data/instructions"]
+
+
+def test_data_that_is_not_there_is_a_clear_error(data_repo: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data.revision=nowhere.*expected a git repository with DVC data"):
+        resolve_data(str(data_repo), "nowhere")
+    with pytest.raises(InputError, match=r"data.revision=workspace needs a local repository"):
+        resolve_data("https://example.org/repo.git", "workspace")
+    shutil.rmtree(data_repo / "data" / "preferences")
+    with pytest.raises(InputError, match=r"data/preferences: not found or empty; `make data`"):
+        resolve_data(str(data_repo), "workspace")
+
+
+# ---- code
+
+
+def test_the_code_digest_follows_what_a_stage_imports_and_nothing_else() -> None:
+    modules = identity.imported_modules("components.dpo.stage")
+    assert "components.training.objectives" in modules and "components.common.chat" in modules
+    assert "components.validate.stage" not in modules and "components.evaluate.stage" not in modules
+    assert identity.code_digest("dpo") != identity.code_digest("sft")
+
+
+def test_the_code_digest_changes_with_one_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "components", tmp_path / "components")
+    monkeypatch.setattr(identity, "PACKAGES", tmp_path)
+    stages = ("fetch", "validate", "sft", "dpo", "evaluate")
+    before = {stage: identity.code_digest(stage) for stage in stages}
+    with (tmp_path / "components" / "training" / "objectives.py").open("a") as file:
+        file.write("# one more line\n")
+    after = {stage: identity.code_digest(stage) for stage in stages}
+    assert [stage for stage in stages if before[stage] != after[stage]] == ["sft", "dpo", "evaluate"]
+
+
+# ---- files
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": 1})
+    with pytest.raises(RuntimeError), replacing(tmp_path / "x.json") as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+    with pytest.raises(RuntimeError), replacing_folder(tmp_path / "folder") as folder:
+        (folder / "half").write_text("half")
+        raise RuntimeError
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json"]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "y.json", float("nan"))
+
+
+def test_a_manifest_notices_every_change(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    assert write_manifest(tmp_path) == verify_manifest(tmp_path)
+    for change, message in (
+        (lambda: (tmp_path / "a").write_text("x"), "a changed since it was written"),
+        (lambda: (tmp_path / "c").write_text("c"), "c is not in the manifest"),
+        (lambda: (tmp_path / "b").unlink(), "b is missing"),
+    ):
+        change()
+        with pytest.raises(KubealignError, match=message):
+            verify_manifest(tmp_path)
+        (tmp_path / "c").unlink(missing_ok=True)
+        (tmp_path / "a").write_text("a")
+
+
+def test_a_full_disk_and_a_locked_folder_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    import errno
+
+    for number, words in ((errno.ENOSPC, "no space left; free some"), (errno.EACCES, "cannot be written or read")):
+        with pytest.raises(SystemExit), tracking.boundary("sft"):
+            raise OSError(number, os.strerror(number), "/some/file")
+        last = capsys.readouterr().out.strip().splitlines()[-1]
+        assert last.startswith("[error:1] sft /some/file: ") and words in last
+
+
+# ---- command line
+
+
+def kubealign(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "pipelines.cli", *words], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_wrong_setting_starts_nothing_and_exits_with_2(own_home: Path) -> None:
+    done = kubealign("run", "--set", "dpo.bta=1")
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("dpo.bta: no such key; did you mean dpo.beta?")
+    assert not own_home.exists()
+
+
+def test_outside_a_project_the_command_says_where_to_go(tmp_path: Path) -> None:
+    done = kubealign("run", cwd=tmp_path)
+    assert done.returncode == 2 and "no params.yaml here or above" in done.stderr
+
+
+def test_a_report_needs_a_finished_run(own_home: Path) -> None:
+    done = kubealign("report", "--json")
+    assert done.returncode == 2 and "no run yet; start one with `kubealign run`" in done.stderr
+    assert done.stdout == ""
+
+
+def test_config_shows_what_would_be_used_and_explains_it() -> None:
+    assert yaml.safe_load(kubealign("config", "--set", "dpo.beta=0.25").stdout)["dpo"]["beta"] == 0.25
+    assert "strength of the pull" in kubealign("config", "--explain").stdout
+
+
+def test_clean_shows_before_it_removes(own_home: Path) -> None:
+    (own_home / "checkpoints").mkdir(parents=True)
+    (own_home / "checkpoints" / "x").write_bytes(b"0" * 3_000_000)
+    (own_home / "mlflow.db").write_text("kept")
+    shown = kubealign("clean").stdout
+    assert "3" in shown and (own_home / "checkpoints").exists()
+    assert kubealign("clean", "nothing").returncode == 2
+    kubealign("clean", "all", "--yes")
+    assert not (own_home / "checkpoints").exists() and (own_home / "mlflow.db").exists()
+
+
+def test_the_compiled_pipeline_has_typed_described_fields_with_the_defaults_of_params(tmp_path: Path) -> None:
+    done = kubealign("compile", "--out", str(tmp_path / "p.yaml"), "--set", "dpo.beta=0.33")
+    assert done.returncode == 0, done.stderr
+    spec = yaml.safe_load((tmp_path / "p.yaml").read_text())
+    fields = spec["root"]["inputDefinitions"]["parameters"]
+    assert fields["dpo_beta"]["defaultValue"] == 0.33 and fields["dpo_beta"]["parameterType"] == "NUMBER_DOUBLE"
+    assert all(field.get("description") and "defaultValue" in field for field in fields.values())
+    tasks = spec["root"]["dag"]["tasks"]
+    assert list(tasks) == sorted(["resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register"])
+    uncached = [name for name, task in tasks.items() if not task["cachingOptions"].get("enableCache")]
+    assert sorted(uncached) == ["register", "resolve"]
