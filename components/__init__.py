@@ -1,1 +1,1 @@
-"""Kubealign's pipeline steps: each stage in its folder, what they share in `common`, the training engine in `training`."""
+"""Kubealign's pipeline steps: a folder per stage, what they share in `common`, the training engine in `training`."""

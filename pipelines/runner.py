@@ -39,7 +39,7 @@ QUIET = {
     "DVC_NO_ANALYTICS": "1",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
-"""Environment of every step, where it says nothing else: no telemetry, no hub, no progress bars that a pipe would tear apart."""
+"""Environment of every step, unless it is set already: no telemetry, no hub, no bars that a pipe tears apart."""
 
 SPOKEN = re.compile(r"\s*\[(stage|progress|note|error)(?::(\d+))?\] (\w+) (.*)")
 CACHE_HIT = re.compile(r"Task \W*(?:\x1b\[[0-9;]*m)*'?([\w-]+?)'?(?:\x1b\[[0-9;]*m)*\W* cache hit")

@@ -56,7 +56,7 @@ def git_commit() -> str:
 
     try:
         with Repo.discover(str(PACKAGES)) as repo:
-            head = repo.head().decode()
+            head: str = repo.head().decode()
             state = porcelain.status(repo, untracked_files="no")
             return head + ("-dirty" if state.unstaged or any(state.staged.values()) else "")
     except (NotGitRepository, KeyError):
@@ -64,7 +64,7 @@ def git_commit() -> str:
 
 
 def _module_file(name: str) -> Path | None:
-    if name.split(".")[0] != "components":
+    if name.split(".", maxsplit=1)[0] != "components":
         return None
     path = PACKAGES.joinpath(*name.split("."))
     candidates = (path.with_suffix(".py"), path / "__init__.py")

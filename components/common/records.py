@@ -1,4 +1,4 @@
-"""What a row is: preference pairs and instructions, as JSON lines in UTF-8, and how files of them are read and written."""
+"""What a row is (a preference pair or an instruction), and how JSON-lines files of rows are read and written."""
 
 import json
 from collections.abc import Iterable

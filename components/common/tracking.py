@@ -1,7 +1,8 @@
 """What MLflow remembers of a stage, and how a stage speaks: one child run, plain progress lines, one last error line.
 
 Lines that the command line reads begin with a word in brackets, so that they also read well in a pod's log:
-`[stage] dpo started`, `[progress] dpo 12/36 loss=0.61 left=3:20`, `[error:2] dpo pairs.jsonl:17: …` (2 is the exit code).
+`[stage] dpo started`, `[progress] dpo 12/36 loss=0.61 left=3:20`, `[error:2] dpo pairs.jsonl:17: …`
+(2 is the exit code).
 """
 
 import errno

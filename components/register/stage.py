@@ -63,9 +63,8 @@ def run_register(
         policy_digest = verify_manifest(policy)
         verdict = read_json(evaluation / "verdict.json")
         if verdict["policy_digest"] != policy_digest:
-            raise KubealignError(
-                f"the verdict is about policy {verdict['policy_digest'][:12]}, this is {policy_digest[:12]}; evaluate it"
-            )
+            judged = verdict["policy_digest"][:12]
+            raise KubealignError(f"the verdict is about policy {judged}, this is {policy_digest[:12]}; evaluate it")
         files = read_json(policy / "manifest.json")
         model_digest = digest({name: value for name, value in files.items() if name.startswith("model/")})
         version = _existing(run.client, config.name, model_digest)

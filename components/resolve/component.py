@@ -74,7 +74,16 @@ def resolve(
     from components.resolve.stage import run_resolve
 
     with boundary("resolve"):
-        settings = [validate_section, sft_section, sft_epochs, sft_lr, dpo_section, dpo_epochs, dpo_lr, dpo_beta]
+        settings: list[str | float] = [
+            validate_section,
+            sft_section,
+            sft_epochs,
+            sft_lr,
+            dpo_section,
+            dpo_epochs,
+            dpo_lr,
+            dpo_beta,
+        ]
         settings += [dpo_loss, evaluate_section, gate_section]
         return run_resolve(
             section(DataConfig, data_section, revision=data_revision),

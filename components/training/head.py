@@ -18,10 +18,11 @@ CHUNK_TOKENS = 256
 
 def chunk_logps(hidden_CE: Tensor, target_C: Tensor, head: nn.Module, softcap: float | None) -> Tensor:
     """Log-probability of each target token, fp32 [C], nats. `softcap` is Gemma's cap on the final logits."""
-    logits_CV = head(hidden_CE).float()
+    logits_CV: Tensor = head(hidden_CE).float()
     if softcap:
         logits_CV = softcap * torch.tanh(logits_CV / softcap)
-    return logits_CV.gather(1, target_C[:, None])[:, 0] - logits_CV.logsumexp(1)
+    chosen_C: Tensor = logits_CV.gather(1, target_C[:, None])[:, 0]
+    return chosen_C - logits_CV.logsumexp(1)
 
 
 class FrozenHeadLogps(torch.autograd.Function):
@@ -77,7 +78,9 @@ def token_logps(hidden_NE: Tensor, target_N: Tensor, head: nn.Linear, softcap: f
     if any(parameter.requires_grad for parameter in head.parameters()):
         pieces = [
             checkpoint(chunk_logps, hidden, target, head, softcap, use_reentrant=False)
-            for hidden, target in zip(hidden_NE.split(CHUNK_TOKENS), target_N.split(CHUNK_TOKENS), strict=True)
+            for hidden, target in zip(
+                torch.split(hidden_NE, CHUNK_TOKENS), torch.split(target_N, CHUNK_TOKENS), strict=True
+            )
         ]
         return torch.cat(pieces)
     logps: Tensor = FrozenHeadLogps.apply(hidden_NE, target_N, head, softcap)  # type: ignore[no-untyped-call]

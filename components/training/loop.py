@@ -191,7 +191,7 @@ def _step(
 
 def _not_finite(what: str, number: int, data: TrainingSet, indices: Sequence[int]) -> str:
     ids = ", ".join(data.ids[index] for index in indices)
-    return f"the {what} of step {number} is not finite; records of that step: {ids}; lower the learning rate or look at them"
+    return f"the {what} of step {number} is not finite; records of that step: {ids}; look at them, or lower the rate"
 
 
 @torch.no_grad()

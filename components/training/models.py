@@ -6,7 +6,7 @@ The policy is base + SFT adapter + DPO adapter; its reference is the same withou
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -200,4 +200,5 @@ def _plain_logps(model: PackedModel, prompt: Sequence[int], completion: Sequence
     ids = torch.tensor([[*prompt, *completion]], device=model.device)
     with model.autocast():
         logits_TV = model.causal_lm(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
-    return logits_TV.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+    logps_T: Tensor = logits_TV.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+    return logps_T

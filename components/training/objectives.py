@@ -6,7 +6,6 @@ Nothing here knows of models, files or devices.
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

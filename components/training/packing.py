@@ -29,7 +29,7 @@ class Example(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Where one example lies in the row: the prompt is [start, end), its completions are the [start, end) that follow."""
+    """Where one example lies in the row: the prompt in [start, end), its completions in the ranges that follow."""
 
     start: int
     end: int

@@ -119,7 +119,7 @@ def make_table(
     table = pd.DataFrame(lines)
     # A column without any value would be typed as numbers, which no text check takes.
     text = [column for column in table.columns if column not in ("number", "n_tokens")]
-    return table.astype({column: object for column in text})
+    return table.astype(dict.fromkeys(text, object))
 
 
 def run_suite(table: pd.DataFrame, checks: list[Check]) -> dict[str, list[int]]:

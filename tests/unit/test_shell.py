@@ -227,7 +227,7 @@ def test_a_manifest_notices_every_change(tmp_path: Path) -> None:
     for change, message in (
         (lambda: (tmp_path / "a").write_text("x"), "a changed since it was written"),
         (lambda: (tmp_path / "c").write_text("c"), "c is not in the manifest"),
-        (lambda: (tmp_path / "b").unlink(), "b is missing"),
+        ((tmp_path / "b").unlink, "b is missing"),
     ):
         change()
         with pytest.raises(KubealignError, match=message):
