@@ -265,7 +265,7 @@ def test_another_base_model_reruns_everything(project: Project, first: dict[str,
 
 
 def test_a_stop_leaves_no_child_and_the_same_command_goes_on(project: Project, first: dict[str, Any]) -> None:
-    sets = ("sft.seed=77", "sft.max_steps=0", "sft.epochs=20", "sft.checkpoint_every_s=0.05")
+    sets = ("sft.seed=77", "sft.max_steps=0", "sft.epochs=6", "sft.checkpoint_every_s=0.05")
     process = subprocess.Popen(
         project.words(*sets),
         cwd=project.elsewhere,
