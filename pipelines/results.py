@@ -55,6 +55,11 @@ def load_result(run_id: str) -> dict[str, Any]:
     if not report.exists():
         write_text(report, mlflow.artifacts.load_text(f"runs:/{run_id}/report.html"))
     result["report"] = str(report)
+    parent = client.get_run(run_id)
+    query = f"tags.`mlflow.parentRunId` = '{run_id}' AND tags.`kubealign.stage` = 'register'"
+    for child in client.search_runs([parent.info.experiment_id], query):
+        found = {name: child.data.metrics.get(name) for name in ("seconds", "peak_memory_mib")}
+        result["stages"]["register"] = {"run_id": child.info.run_id, "cached": False} | found
     try:
         result["aliases"] = sorted(client.get_model_version(result["model"], result["version"]).aliases)
     except mlflow.exceptions.MlflowException as error:

@@ -37,4 +37,5 @@ def answer(model: PackedModel, tokenizer: Any, rows: Sequence[Preference], max_n
     finally:
         lm.set_attn_implementation(PACKED)
     texts: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    # A limit can cut a character in two; its half is not part of the answer.
+    return [text.strip().rstrip("\ufffd") for text in texts]

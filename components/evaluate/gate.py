@@ -92,7 +92,7 @@ def _language(lang: str, found: dict[str, float], config: GateConfig) -> Rule:
     sentence = (
         f"{lang}: {found['value']:+.4f} nats [{found['low']:+.4f}, {found['high']:+.4f}], {int(found['n'])} pairs"
     )
-    expected = f"upper end at least {-config.max_language_regression:g} nats"
+    expected = f"not worse by more than {config.max_language_regression:g} nats beyond doubt"
     return Rule(f"no_regression_{lang}", "pass" if ok else "fail", found["high"], expected, sentence)
 
 

@@ -300,3 +300,42 @@ def test_the_compiled_pipeline_has_typed_described_fields_with_the_defaults_of_p
     assert list(tasks) == sorted(["resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register"])
     uncached = [name for name, task in tasks.items() if not task["cachingOptions"].get("enableCache")]
     assert sorted(uncached) == ["register", "resolve"]
+
+
+# ---- set-up
+
+
+def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = ["make", "-s", f"VENV={folder}/venv", *words]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        (
+            '[ "$1" = --version ] && exec echo Python 3.9.2; exit 1',
+            [],
+            "error: Python 3.11 is needed, found Python 3.9.2; install python3.11",
+        ),
+        ('case "$2" in *ensurepip*) exit 1;; esac', [], "error: this Python has no venv module; on Debian"),
+        ("exit 0", ["MIN_DISK_MB=999999999"], "MB free here, 999999999 MB needed"),
+    ],
+)
+def test_a_machine_that_cannot_do_it_gets_one_line_before_anything_is_installed(
+    tmp_path: Path, script: str, words: list[str], message: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    done = make(tmp_path, "setup", f"PYTHON={python}", *words)
+    assert done.returncode != 0 and message in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_torch_can_come_from_another_index(tmp_path: Path) -> None:
+    index = "https://example.org/whl/cpu"
+    with_index = make(tmp_path, "-n", "setup", f"TORCH_INDEX={index}").stdout
+    assert f"--index-url {index} torch" in with_index
+    assert "--index-url" not in make(tmp_path, "-n", "setup").stdout
