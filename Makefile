@@ -53,7 +53,7 @@ $(VENV)/.ready: pyproject.toml requirements.lock
 	  || { echo "error: $$free MB free here, $(MIN_DISK_MB) MB needed (packages 3 GB, model and runs the rest); free some or move the project" >&2; exit 2; }
 	@echo "setting up $(VENV): about 2.5 GB of packages, 2 to 5 minutes"
 	@[ -x $(VENV)/bin/python ] && $(VENV)/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
-	@$(if $(TORCH_INDEX),$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements.lock --index-url $(TORCH_INDEX) torch)
+	@$(if $(TORCH_INDEX),$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.lock))
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[dev]'
 	@touch $@
 

@@ -8,6 +8,7 @@ import typer
 
 from components.common.config import PARAMS, load_config
 from components.common.errors import KubealignError
+from components.common.tracking import explain_os_error
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -108,6 +109,9 @@ def main() -> None:
     except KubealignError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        print(f"error: {explain_os_error(error)}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ def build_pipeline(config: Config) -> Callable[..., Any]:
             model_section=model_section,
             base_reference=fact["base_reference"],
             base_digest=fact["base_digest"],
+            template_digest=fact["template_digest"],
             code=fact["code_fetch"],
         )
         base = fetched.outputs["base"]
@@ -131,6 +132,7 @@ def build_pipeline(config: Config) -> Callable[..., Any]:
             incumbent=fact["incumbent"],
             data_commit=fact["data_commit"],
             preferences_digest=fact["preferences_digest"],
+            config=fact["config"],
             lineage=fact["lineage"],
             code=fact["code_evaluate"],
             dataset=clean,
@@ -147,6 +149,7 @@ def build_pipeline(config: Config) -> Callable[..., Any]:
             git_commit=fact["git_commit"],
             base_reference=fact["base_reference"],
             base_digest=fact["base_digest"],
+            config=fact["config"],
             lineage=fact["lineage"],
             incumbent=fact["incumbent"],
             resolve_run=fact["run_id"],

@@ -46,6 +46,14 @@ def _project(project: Path | None) -> Path:
     raise InputError(f"{folders[0]}: no {PARAMS} here or above; go to the project's folder or name it with --project")
 
 
+def _run_config(root: Path, overrides: list[str]) -> Config:
+    """The configuration of a run, in which `prepare` cannot be changed: DVC's stage has done that part before."""
+    for override in overrides:
+        if override.strip().startswith("prepare."):
+            raise InputError(f"--set {override}: the data is made before a run; change params.yaml and run `make data`")
+    return load_config(root / PARAMS, overrides)
+
+
 @app.command()
 def run(overrides: Overrides = [], project: Project = None) -> None:  # noqa: B006 - typer copies the default
     """Run the whole pipeline on this machine; what has not changed is served from the cache."""
@@ -54,7 +62,7 @@ def run(overrides: Overrides = [], project: Project = None) -> None:  # noqa: B0
     from pipelines.runner import run_pipeline
 
     root = _project(project)
-    config = load_config(root / PARAMS, overrides)
+    config = _run_config(root, overrides)
     run_id = run_pipeline(config, root, Display(console))
     show_result(console, load_result(run_id))
 
@@ -69,7 +77,7 @@ def compile_(
     from components.common.files import replacing
     from pipelines.alignment import compile_pipeline
 
-    config = load_config(_project(project) / PARAMS, overrides)
+    config = _run_config(_project(project), overrides)
     out.parent.mkdir(parents=True, exist_ok=True)
     final = out.with_suffix(".yaml") if out.suffix not in (".yaml", ".yml") else out
     with replacing(final) as aside:
@@ -105,14 +113,15 @@ def ui(
     _project(project)
     uri = tracking.tracking_uri()
     if uri.startswith("http"):
-        console.print(f"MLflow is at {uri}")
+        console.print(f"MLflow is at {tracking.without_credentials(uri)}")
         return
     tracking.client()
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     console.print(f"MLflow: http://127.0.0.1:{port}  (Ctrl-C ends it)")
     program = str(Path(sys.executable).with_name("mlflow"))
     artifacts = (tracking.home() / "mlartifacts").as_uri()
-    words = ["server", "--backend-store-uri", uri, "--artifacts-destination", artifacts, "--host", "127.0.0.1"]
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # not a word of the command, as it may hold a password
+    words = ["server", "--artifacts-destination", artifacts, "--host", "127.0.0.1"]
     os.execv(program, [program, *words, "--port", str(port)])  # noqa: S606 - our own program and words
 
 
@@ -188,6 +197,12 @@ def main() -> None:
         sys.exit(error.exit_code)
     except OSError as error:
         print(f"error: {tracking.explain_os_error(error)}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        if not type(error).__module__.startswith(("mlflow.", "sqlalchemy.")):
+            raise
+        where = tracking.without_credentials(tracking.tracking_uri())
+        print(f"error: MLflow at {where}: {tracking.without_credentials(tracking.one_line(str(error)))[:300]}", file=sys.stderr)
         sys.exit(1)
 
 

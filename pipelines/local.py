@@ -33,6 +33,8 @@ def main() -> None:
     from kfp import local
 
     from components.common.config import PARAMS, load_config
+    from components.common.files import digest
+    from components.common.tracking import explain_os_error, one_line, tracking_uri
     from pipelines.alignment import build_pipeline
 
     home = Path(order["home"])
@@ -41,7 +43,8 @@ def main() -> None:
         pipeline_root=str(home / "steps"),
         workspace_root=str(home / "workspace"),
         enable_caching=True,
-        cache_root=str(home / "steps" / "cache"),
+        # A cached step names its run in MLflow, so the cache belongs to one MLflow store.
+        cache_root=str(home / "steps" / f"cache-{digest(tracking_uri())[:12]}"),
     )
     pipeline = build_pipeline(load_config(Path(order["project"]) / PARAMS))
     try:
@@ -49,6 +52,9 @@ def main() -> None:
     except RuntimeError as error:
         # The step has said on its own what went wrong; KFP only adds which step it was.
         print(error, file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        print(f"[error:1] pipeline {one_line(explain_os_error(error))}", flush=True)
         sys.exit(1)
 
 

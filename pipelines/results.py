@@ -28,7 +28,9 @@ def find_run(run: str) -> str:
         try:
             found = client.get_run(run)
         except MlflowException as error:
-            raise InputError(f"run {run}: not found in {tracking.tracking_uri()}") from error
+            raise InputError(
+                f"run {run}: not found in {tracking.without_credentials(tracking.tracking_uri())}"
+            ) from error
     else:
         runs = client.search_runs(
             [tracking.experiment_id(client)],

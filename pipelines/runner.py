@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from components.common import tracking
 from components.common.config import Config, pipeline_arguments
-from components.common.errors import KubealignError
+from components.common.errors import InputError, KubealignError
 from components.common.identity import git_commit
 from pipelines.display import Display
 
@@ -84,6 +84,7 @@ def run_pipeline(config: Config, project: Path, display: Display) -> str:
         StepFailed: a step failed.
         Stopped: SIGINT or SIGTERM arrived; every child is gone.
     """
+    arguments = _arguments(config, project)
     client = tracking.client()
     parent = client.create_run(
         tracking.experiment_id(client), tags={"kubealign.kind": "pipeline", "kubealign.git_commit": git_commit()}
@@ -91,7 +92,7 @@ def run_pipeline(config: Config, project: Path, display: Display) -> str:
     run_id: str = parent.info.run_id
     status = "FAILED"
     try:
-        _run_child(config, project, run_id, display)
+        _run_child(arguments, project, run_id, display)
         status = "FINISHED"
     except Stopped:
         status = "KILLED"
@@ -106,11 +107,17 @@ def run_folder(run_id: str) -> Path:
     return tracking.home() / "runs" / run_id
 
 
-def _run_child(config: Config, project: Path, run_id: str, display: Display) -> None:
+def _run_child(arguments: dict[str, Any], project: Path, run_id: str, display: Display) -> None:
     folder = run_folder(run_id)
     folder.mkdir(parents=True, exist_ok=True)
-    order = {"project": str(project), "home": str(tracking.home()), "arguments": _arguments(config, project)}
-    environment = {**QUIET, **os.environ, "KUBEALIGN_PARENT_RUN": run_id, tracking.HOME_VARIABLE: str(tracking.home())}
+    order = {"project": str(project), "home": str(tracking.home()), "arguments": arguments}
+    environment = {
+        **QUIET,
+        **os.environ,
+        "KUBEALIGN_PARENT_RUN": run_id,
+        "MLFLOW_TRACKING_URI": tracking.tracking_uri(),
+        tracking.HOME_VARIABLE: str(tracking.home()),
+    }
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "pipelines.local"],
         stdin=subprocess.PIPE,
@@ -162,6 +169,12 @@ def _arguments(config: Config, project: Path) -> dict[str, Any]:
     if (project / model["template"]).is_file():
         model["template"] = str((project / model["template"]).resolve())
     arguments["model_section"] = json.dumps(model, sort_keys=True)
+    for value in arguments.values():
+        if isinstance(value, str) and "python3" in value:
+            raise InputError(
+                "a path or setting contains the word `python3`, which KFP's local runner replaces wherever it stands;"
+                f" rename it: {tracking.without_credentials(value)}"
+            )
     return arguments
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from components.common.errors import InputError
+from components.common.files import sha256_file
 from components.common.records import Message
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -40,6 +41,12 @@ def choose_template(name: str, own: str | None) -> str:
             f"model.template={name}: neither `model`, {', '.join(shipped)}, nor a file; expected one of them"
         )
     return path.read_text(encoding="utf-8").rstrip("\n")
+
+
+def template_digest(name: str) -> str:
+    """What names the template that the configuration asks for: the hash of the file when it is one, else its name."""
+    path = Path(name)
+    return sha256_file(path) if path.is_file() else name
 
 
 def encode_prompt(tokenizer: Any, prompt: Sequence[Message]) -> list[int]:

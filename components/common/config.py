@@ -7,13 +7,15 @@ by `section`.
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from components.common.errors import InputError
+from components.common.tracking import without_credentials
 
 PARAMS = "params.yaml"
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -53,7 +55,19 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where the data set comes from."""
 
-    repo: str = Field(min_length=1, description="git repository with the DVC-tracked data: a path or a URL")
+    repo: str = Field(
+        min_length=1,
+        description="git repository with the DVC-tracked data: a path, or a URL without user or token in it"
+        " (git's credential helpers keep those)",
+    )
+
+    @field_validator("repo")
+    @classmethod
+    def _no_secret(cls, repo: str) -> str:
+        if re.match(r"https?://[^/]*@", repo):
+            raise ValueError("a user or token in a URL would reach logs; leave it to git's credential helper")
+        return repo
+
     revision: str = Field(
         min_length=1, description="branch, tag or commit; or `workspace`, the files of a local repository as they are"
     )
@@ -212,8 +226,6 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise InputError(f"--set {override}: expected section.key=value, such as dpo.beta=0.2")
     try:
         value = yaml.safe_load(text)
-        if isinstance(value, str):
-            value = _number(value)
     except yaml.YAMLError as error:
         raise InputError(f"--set {override}: {text!r} is not a YAML value") from error
     target = raw.setdefault(name, {})
@@ -222,15 +234,19 @@ def _override(raw: dict[str, Any], override: str) -> None:
         target = target.setdefault(parent, {}) if isinstance(target, dict) else target
     if not isinstance(target, dict):
         raise InputError(f"--set {override}: {key} is not inside a section")
-    target[last] = value
+    target[last] = _like(target.get(last), value, text)
 
 
-def _number(text: str) -> str | float:
-    """YAML 1.1 reads 5e-7 as a string; people mean the number."""
-    try:
-        return float(text)
-    except ValueError:
+def _like(old: Any, value: Any, text: str) -> Any:
+    """The new value, read as the old one was: a tag 1.2 stays text, and 5e-7, which YAML 1.1 calls text, a number."""
+    if isinstance(old, str) and not isinstance(value, str):
         return text
+    if isinstance(old, int | float) and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
 
 
 def validated(kind: type[S], raw: Any, where: str) -> S:
@@ -292,4 +308,5 @@ def _explain(kind: type[BaseModel], entry: Any) -> str:
     name = str(location[-1]) if location else ""
     field = next((f for n, f in parent.model_fields.items() if name in (n, f.alias)), None)
     meaning = f" ({field.description})" if field and field.description else ""
-    return f"{key}: {entry['msg'][0].lower()}{entry['msg'][1:]}, found {entry['input']!r}{meaning}"
+    found = without_credentials(repr(entry["input"]))
+    return f"{key}: {entry['msg'][0].lower()}{entry['msg'][1:]}, found {found}{meaning}"

@@ -14,12 +14,18 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "great-expectations"
 
 
 def code_digest(stage: str) -> str:
-    """Digest of the code that a stage runs: every module of ours that its stage.py reaches by imports, and of which
-    version the libraries are.
+    """Digest of the code that a stage runs.
 
     KFP's cache knows a component's body only, never what it imports; this goes in as a parameter (DESIGN, decision 2).
     """
-    modules = imported_modules(f"components.{stage}.stage")
+    return modules_digest(f"components.{stage}.stage")
+
+
+def modules_digest(start: str) -> str:
+    """Digest of every module of ours that `start` reaches by imports, the templates and styles beside them, and the
+    versions of the libraries.
+    """
+    modules = imported_modules(start)
     files = {name: sha256_file(path) for name, path in modules.items()}
     others = [path for folder in {path.parent for path in modules.values()} for path in _data_files(folder)]
     files |= {path.relative_to(PACKAGES).as_posix(): sha256_file(path) for path in others}

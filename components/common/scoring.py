@@ -1,7 +1,7 @@
 """Sequence log-probabilities of examples under a model, kept by content so that nothing is run twice.
 
 The key is a hash of the model's files, of the token ids (hence of data, tokenizer and template), of the precision and
-of the layout; the file carries a hash of its values. A damaged file is computed again.
+of the engine's code with its libraries; the file carries a hash of its values. A damaged file is computed again.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ from safetensors.numpy import save_file
 
 from components.common import tracking
 from components.common.files import digest, replacing, sha256_file
+from components.common.identity import modules_digest
 from components.training.loop import sequence_logps
 from components.training.models import PackedModel
 from components.training.packing import Example
 
-LAYOUT = "one example a pack, prompt shared, sums in float64"
 Scores = NDArray[np.float64]
 
 
@@ -44,7 +44,7 @@ def score(
         float64 [examples, completions], nats.
     """
     tokens = digest([[list(example.prompt), [list(c) for c in example.completions]] for example in examples])
-    key = digest([model_digest, tokens, model.precision, LAYOUT])
+    key = digest([model_digest, tokens, model.precision, modules_digest("components.training.loop")])
     path = tracking.home() / "cache" / "logps" / f"{key}.safetensors"
     kept = _load(path, len(examples))
     if kept is not None:

@@ -7,6 +7,7 @@ Lines that the command line reads begin with a word in brackets, so that they al
 
 import errno
 import os
+import re
 import resource
 import sys
 import time
@@ -31,8 +32,15 @@ def home() -> Path:
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or SQLite in the home folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home()}/mlflow.db"
+    """MLFLOW_TRACKING_URI, or SQLite in the home folder; a relative SQLite path is made absolute."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home()}/mlflow.db"
+    scheme, relative, path = uri.partition("sqlite:///")
+    return f"{relative}{Path(path).resolve()}" if relative and not scheme else uri
+
+
+def without_credentials(url: str) -> str:
+    """The URL as it may be shown: without user and password."""
+    return re.sub(r"(?<=://)[^/@]*@", "***@", url)
 
 
 def client() -> Any:
@@ -160,12 +168,13 @@ def boundary(name: str) -> Iterator[None]:
         print(f"[error:{error.exit_code}] {name} {one_line(str(error))}", flush=True)
         sys.exit(error.exit_code)
     except OSError as error:
-        traceback.print_exc()
+        print(without_credentials(traceback.format_exc()))
         print(f"[error:1] {name} {one_line(explain_os_error(error))}", flush=True)
         sys.exit(1)
     except Exception as error:
-        traceback.print_exc()
-        print(f"[error:1] {name} {type(error).__name__}: {one_line(str(error))}", flush=True)
+        print(without_credentials(traceback.format_exc()))
+        message = without_credentials(one_line(str(error)))
+        print(f"[error:1] {name} {type(error).__name__}: {message}", flush=True)
         sys.exit(1)
     print(f"[stage] {name} finished", flush=True)
 

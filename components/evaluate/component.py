@@ -13,6 +13,7 @@ def evaluate(
     incumbent: str,
     data_commit: str,
     preferences_digest: str,
+    config: str,
     lineage: str,
     code: str,
     dataset: dsl.Input[dsl.Dataset],
@@ -34,7 +35,8 @@ def evaluate(
         incumbent: the champion to beat as models:/name/version; empty for the SFT model.
         data_commit: commit of the data, for the report.
         preferences_digest: digest of the pairs, for the report.
-        lineage: key of everything that made the model, for the report.
+        config: digest of all settings, for the report.
+        lineage: key of everything that decides the weights, for the report.
         code: digest of this step's code, for the cache.
         dataset: The clean data set.
         base: The base model.
@@ -63,6 +65,7 @@ def evaluate(
             "base_model": base.metadata.get("reference", "base"),
             "base_digest": base.metadata.get("digest", ""),
             "lineage": lineage,
+            "config": config,
         }
         run_id, found = run_evaluate(
             section(EvaluateConfig, evaluate_section),

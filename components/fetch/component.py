@@ -14,6 +14,7 @@ def fetch(
     model_section: str,
     base_reference: str,
     base_digest: str,
+    template_digest: str,
     code: str,
     dataset: dsl.Output[dsl.Dataset],
     base: dsl.Output[dsl.Model],
@@ -28,6 +29,7 @@ def fetch(
         model_section: section `model` as JSON, without its base.
         base_reference: definite name of the base model.
         base_digest: its digest.
+        template_digest: digest of the chat template, for the cache.
         code: digest of this step's code, for the cache.
         dataset: The data set.
         base: The base model.

@@ -53,7 +53,7 @@ def run_fetch(
         for folder in DATA_FOLDERS:
             run.log_dataset(Path(folder).name, Path(folder), digests[folder], "alignment")
         with replacing_folder(base_out) as aside:
-            _fetch_base(repo, commit, base_reference, base_digest, aside)
+            _fetch_base(repo, base_reference, base_digest, aside)
             _settle_model(model, aside)
             content = write_manifest(aside)
         run.log_params({"base_content": content})
@@ -82,9 +82,9 @@ def _copy_folder(repo: str, commit: str, folder: str, expected: str, out: Path) 
             ) from error
 
 
-def _fetch_base(repo: str, commit: str, reference: str, expected: str, out: Path) -> None:
-    if reference == EMBEDDED:
-        _copy_folder(repo, commit, EMBEDDED_MODEL, expected, out)
+def _fetch_base(repo: str, reference: str, expected: str, out: Path) -> None:
+    if reference.startswith(f"{EMBEDDED}@"):
+        _copy_folder(repo, reference.partition("@")[2], EMBEDDED_MODEL, expected, out)
     elif reference.startswith("models:/"):
         import mlflow
 

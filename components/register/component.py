@@ -15,6 +15,7 @@ def register(
     git_commit: str,
     base_reference: str,
     base_digest: str,
+    config: str,
     lineage: str,
     incumbent: str,
     resolve_run: str,
@@ -39,7 +40,8 @@ def register(
         git_commit: commit of the code.
         base_reference: definite name of the base model.
         base_digest: its digest.
-        lineage: key of everything that made the model.
+        config: digest of all settings.
+        lineage: key of everything that decides the weights.
         incumbent: the champion that was to beat.
         resolve_run: MLflow run of resolve.
         fetch_run: MLflow run of fetch.
@@ -71,6 +73,7 @@ def register(
                 git_commit,
                 base_reference,
                 base_digest,
+                config,
                 lineage,
                 incumbent,
             ),

@@ -11,7 +11,7 @@ from typing import Any
 from components.common import tracking
 from components.common.config import RegisterConfig
 from components.common.errors import KubealignError
-from components.common.files import digest, read_json, verify_manifest, write_json
+from components.common.files import digest, read_json, sha256_file, verify_manifest, write_json
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 CODE = Path(__file__).with_name("chat_model.py")
@@ -29,6 +29,7 @@ class Lineage:
     git_commit: str
     base_reference: str
     base_digest: str
+    config: str
     lineage: str
     incumbent: str
 
@@ -66,21 +67,23 @@ def run_register(
             judged = verdict["policy_digest"][:12]
             raise KubealignError(f"the verdict is about policy {judged}, this is {policy_digest[:12]}; evaluate it")
         files = read_json(policy / "manifest.json")
-        model_digest = digest({name: value for name, value in files.items() if name.startswith("model/")})
+        weights = {name: value for name, value in files.items() if name.startswith(("model/", "adapter/"))}
+        model_digest = digest([weights, sha256_file(CODE)])
+        tags = {f"kubealign.{key}": value for key, value in asdict(lineage).items()} | {
+            "kubealign.base_content": read_json(policy / "training.json")["base_digest"],
+            "kubealign.model": model_digest,
+            "kubealign.verdict": verdict["verdict"],
+            "kubealign.run": tracking.parent_run() or run.run_id,
+        }
         version = _existing(run.client, config.name, model_digest)
         if version:
+            # The same weights, judged anew: their tags tell of the newest judgement.
             run.say(f"these weights are {config.name} version {version} already")
-        else:
-            version = _log_model(run, config.name, policy)
-            tags = {f"kubealign.{key}": value for key, value in asdict(lineage).items()}
-            tags |= {
-                "kubealign.model": model_digest,
-                "kubealign.verdict": verdict["verdict"],
-                "kubealign.run": tracking.parent_run() or run.run_id,
-            }
             for key, value in tags.items():
                 run.client.set_model_version_tag(config.name, version, key, value)
-        _move_aliases(run.client, config, version, verdict)
+        else:
+            version = _log_model(run, config.name, policy, tags)
+        _move_aliases(run, config, version, verdict, lineage.incumbent)
         aliases = sorted(run.client.get_model_version(config.name, version).aliases)
         found = read_json(evaluation / "evaluation.json")
         result = {
@@ -118,7 +121,7 @@ def _existing(client: Any, name: str, model_digest: str) -> str:
     return str(versions[0]) if versions else ""
 
 
-def _log_model(run: tracking.StageRun, name: str, policy: Path) -> str:
+def _log_model(run: tracking.StageRun, name: str, policy: Path, tags: dict[str, str]) -> str:
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types.schema import Array, ColSpec, DataType, Object, ParamSchema, ParamSpec, Property, Schema
@@ -148,7 +151,9 @@ def _log_model(run: tracking.StageRun, name: str, policy: Path) -> str:
     except mlflow.exceptions.MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    made = run.client.create_model_version(name, logged.model_uri, run_id=run.run_id, model_id=logged.model_id)
+    made = run.client.create_model_version(
+        name, logged.model_uri, run_id=run.run_id, tags=tags, model_id=logged.model_id
+    )
     return str(made.version)
 
 
@@ -156,12 +161,23 @@ def _version(package: str) -> str:
     return importlib.metadata.version(package).partition("+")[0]
 
 
-def _move_aliases(client: Any, config: RegisterConfig, version: str, verdict: dict[str, Any]) -> None:
-    aliases = client.get_model_version(config.name, version).aliases
-    if CHAMPION not in aliases:
-        client.set_registered_model_alias(config.name, CHALLENGER, version)
-    if verdict["passed"] and config.promote:
-        client.set_registered_model_alias(config.name, CHAMPION, version)
+def _move_aliases(
+    run: tracking.StageRun, config: RegisterConfig, version: str, verdict: dict[str, Any], incumbent: str
+) -> None:
+    """The version becomes challenger, and champion if it passed against the champion that there is now."""
+    if CHAMPION in run.client.get_model_version(config.name, version).aliases:
+        return
+    run.client.set_registered_model_alias(config.name, CHALLENGER, version)
+    if not (verdict["passed"] and config.promote):
+        return
+    champion = run.client.get_registered_model(config.name).aliases.get(CHAMPION)
+    if champion and str(champion) != incumbent.rpartition("/")[2]:
+        run.say(
+            f"not promoted: version {champion} became champion meanwhile, and this one was judged against"
+            f" {incumbent or 'the SFT model'}; run again"
+        )
+        return
+    run.client.set_registered_model_alias(config.name, CHAMPION, version)
 
 
 def _stages(client: Any, stage_runs: dict[str, str]) -> dict[str, Any]:

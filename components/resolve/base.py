@@ -30,7 +30,7 @@ def resolve_base(model: ModelConfig, data: DataConfig) -> BaseModel:
     base = model.base
     if base == EMBEDDED:
         version = resolve_data(data.repo, data.revision, (EMBEDDED_MODEL,))
-        return BaseModel(EMBEDDED, version.digests[EMBEDDED_MODEL])
+        return BaseModel(f"{EMBEDDED}@{version.commit}", version.digests[EMBEDDED_MODEL])
     if base.startswith("models:/"):
         return _registered(base)
     if base.startswith("s3://"):

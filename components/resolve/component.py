@@ -40,6 +40,8 @@ def resolve(
         ("code_sft", str),
         ("code_dpo", str),
         ("code_evaluate", str),
+        ("template_digest", str),
+        ("config", str),
         ("lineage", str),
         ("incumbent", str),
         ("run_id", str),
@@ -54,7 +56,7 @@ def resolve(
         base_model: name of the base model.
         register_section: section `register` as JSON, without promote.
         promote: whether a passed gate promotes.
-        validate_section: section `validate` as JSON; like all that follow, part of the lineage.
+        validate_section: section `validate` as JSON.
         sft_section: section `sft` as JSON, without epochs and lr.
         sft_epochs: passes over the instructions.
         sft_lr: peak learning rate of sft.
@@ -74,20 +76,12 @@ def resolve(
     from components.resolve.stage import run_resolve
 
     with boundary("resolve"):
-        settings: list[str | float] = [
-            validate_section,
-            sft_section,
-            sft_epochs,
-            sft_lr,
-            dpo_section,
-            dpo_epochs,
-            dpo_lr,
-            dpo_beta,
-        ]
-        settings += [dpo_loss, evaluate_section, gate_section]
+        training: list[str | float] = [validate_section, sft_section, sft_epochs, sft_lr]
+        training += [dpo_section, dpo_epochs, dpo_lr, dpo_beta, dpo_loss]
         return run_resolve(
             section(DataConfig, data_section, revision=data_revision),
             section(ModelConfig, model_section, base=base_model),
             section(RegisterConfig, register_section, promote=promote),
-            settings,
+            training,
+            [evaluate_section, gate_section],
         )

@@ -7,6 +7,7 @@ stale result (DESIGN, decision 2).
 from typing import NamedTuple
 
 from components.common import tracking
+from components.common.chat import template_digest
 from components.common.config import DataConfig, ModelConfig, RegisterConfig
 from components.common.files import digest
 from components.common.identity import code_digest, git_commit
@@ -17,7 +18,10 @@ CHAMPION = "champion"
 
 
 class Resolved(NamedTuple):
-    """The facts of a run. Digests of folders are DVC's, those of code and lineage are sha256."""
+    """The facts of a run. Digests of folders are DVC's, the others are sha256.
+
+    `lineage` is the key of everything that decides the weights; `config` of all settings, those of the judgement too.
+    """
 
     data_commit: str
     preferences_digest: str
@@ -30,13 +34,15 @@ class Resolved(NamedTuple):
     code_sft: str
     code_dpo: str
     code_evaluate: str
+    template_digest: str
+    config: str
     lineage: str
     incumbent: str
     run_id: str
 
 
 def run_resolve(
-    data: DataConfig, model: ModelConfig, register: RegisterConfig, settings: list[str | float]
+    data: DataConfig, model: ModelConfig, register: RegisterConfig, training: list[str | float], judging: list[str]
 ) -> Resolved:
     """Resolve a run's names.
 
@@ -44,17 +50,22 @@ def run_resolve(
         data: repository and revision.
         model: the base model's name.
         register: the registered model whose champion is the incumbent.
-        settings: everything else that decides what is trained and how it is judged.
+        training: every other setting that decides what is trained.
+        judging: the settings of evaluate and gate.
 
     Raises:
         InputError: a name that means nothing.
     """
-    with tracking.stage_run("resolve", {"data_repo": data.repo, "data_revision": data.revision}) as run:
+    with tracking.stage_run(
+        "resolve", {"data_repo": tracking.without_credentials(data.repo), "data_revision": data.revision}
+    ) as run:
         version = resolve_data(data.repo, data.revision)
         base = resolve_base(model, data)
         code = {stage: code_digest(stage) for stage in ("fetch", "validate", "sft", "dpo", "evaluate")}
-        how = [model.template, model.precision, model.max_length, *settings]
-        lineage = digest([version.digests, base.digest, code, how])[:32]
+        template = template_digest(model.template)
+        config = [template, model.precision, model.max_length, *training]
+        trained_by = {stage: value for stage, value in code.items() if stage != "evaluate"}
+        lineage = digest([version.digests, base.digest, trained_by, config])[:32]
         facts = Resolved(
             data_commit=version.commit,
             preferences_digest=version.digests["data/preferences"],
@@ -63,6 +74,8 @@ def run_resolve(
             base_digest=base.digest,
             git_commit=git_commit(),
             **{f"code_{stage}": value for stage, value in code.items()},
+            template_digest=template,
+            config=digest([config, judging])[:32],
             lineage=lineage,
             incumbent=_incumbent(register.name, lineage),
             run_id=run.run_id,

@@ -82,7 +82,11 @@ def suite(kind: type[Row], max_length: int) -> list[Check]:
 
 
 def make_table(
-    rows: list[dict[str, Any]], splits: list[str], kind: type[Row], n_tokens: list[int | None]
+    rows: list[dict[str, Any]],
+    splits: list[str],
+    kind: type[Row],
+    n_tokens: list[int | None],
+    sides: dict[str, set[str]],
 ) -> pd.DataFrame:
     """One line per row, in their order, with the columns that the checks look at.
 
@@ -91,12 +95,10 @@ def make_table(
         splits: the side that each row stands on.
         kind: the schema.
         n_tokens: tokens of prompt and longest answer; None where the schema does not hold.
+        sides: the sides that each prompt group stands on, in any data set.
     """
     answers = ("chosen", "rejected") if kind is Preference else ("response",)
     seen: set[str] = set()
-    sides: dict[str, set[str]] = {}
-    for row, split in zip(rows, splits, strict=True):
-        sides.setdefault(str(row.get("group")), set()).add(split)
     lines = []
     for number, (row, split, tokens) in enumerate(zip(rows, splits, n_tokens, strict=True)):
         identity = str(row.get("id"))

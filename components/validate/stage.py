@@ -4,6 +4,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from components.common import tracking
 from components.common.chat import encode, load_tokenizer
 from components.common.config import ModelConfig, ValidateConfig
@@ -48,9 +50,15 @@ def run_validate(
         tokenizer = load_tokenizer(base_model)
         summaries: dict[str, Summary] = {}
         aside_rows: dict[str, list[dict[str, Any]]] = {"quarantine": [], "dropped": []}
+        sets = {name: _read_set(dataset / name) for name in KINDS}
+        sides: dict[str, set[str]] = {}
+        for rows, splits in sets.values():
+            for row, split in zip(rows, splits, strict=True):
+                sides.setdefault(str(row.get("group")), set()).add(split)
         with replacing_folder(clean_out) as folder:
             for name, kind in KINDS.items():
-                summaries[name] = _validate_set(name, kind, model, dataset, tokenizer, folder, aside_rows, run)
+                found = (*sets[name], sides)
+                summaries[name] = _validate_set(name, kind, model, found, tokenizer, folder, aside_rows, run)
             write_lines(folder / "quarantine.jsonl", aside_rows["quarantine"])
             write_lines(folder / "dropped.jsonl", aside_rows["dropped"])
             write_json(folder / "validation.json", summaries)
@@ -73,28 +81,34 @@ def run_validate(
         return run.run_id, metrics
 
 
+def _read_set(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """All rows of a data set, and the side that each stands on."""
+    rows: list[dict[str, Any]] = []
+    splits: list[str] = []
+    for split in SPLITS:
+        found = read_lines(folder / f"{split}.jsonl")
+        rows += found
+        splits += [split] * len(found)
+    return rows, splits
+
+
 def _validate_set(
     name: str,
     kind: type[Row],
     model: ModelConfig,
-    dataset: Path,
+    found: tuple[list[dict[str, Any]], list[str], dict[str, set[str]]],
     tokenizer: Any,
     out: Path,
     aside_rows: dict[str, list[dict[str, Any]]],
     run: tracking.StageRun,
 ) -> Summary:
-    rows: list[dict[str, Any]] = []
-    splits: list[str] = []
-    for split in SPLITS:
-        found = read_lines(dataset / name / f"{split}.jsonl")
-        rows += found
-        splits += [split] * len(found)
+    rows, splits, sides = found
     n_tokens = []
     for number, row in enumerate(rows, start=1):
         n_tokens.append(_count_tokens(row, kind, tokenizer))
         run.progress(number, len(rows), counting_tokens_of=name)
     checks = suite(kind, model.max_length)
-    failed = run_suite(make_table(rows, splits, kind, n_tokens), checks)
+    failed = run_suite(make_table(rows, splits, kind, n_tokens, sides), checks)
     reasons: dict[int, list[str]] = {}
     for check in checks:
         if check.severity == "error":
@@ -119,7 +133,7 @@ def _count_tokens(row: dict[str, Any], kind: type[Row], tokenizer: Any) -> int |
     try:
         prompt = [Message.model_validate(turn) for turn in row["prompt"]]
         lengths = [sum(map(len, encode(tokenizer, prompt, str(row[answer])))) for answer in answers]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, TemplateError):
         return None
     return max(lengths)
 

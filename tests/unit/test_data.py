@@ -278,6 +278,18 @@ def test_a_group_on_two_sides_is_a_leak(tiny_model: Path, tmp_path: Path) -> Non
     assert entry["reasons"] == ["split_leak"] and entry["split"] == "train"
 
 
+def test_an_instruction_of_a_held_out_prompt_is_a_leak(tiny_model: Path, tmp_path: Path) -> None:
+    held_out = pair("train instructions 0")  # its prompt is a training instruction in `validate`
+    validate(tmp_path, tiny_model, GOOD)
+    (tmp_path / "in" / "preferences" / "test.jsonl").write_text(json.dumps(held_out) + "\n")
+    model = load_config(ROOT / "params.yaml", ["model.max_length=256"]).model
+    reports = (tmp_path / "report.html", tmp_path / "report.md")
+    config = ValidateConfig(max_quarantined=0.9, min_rows=1)
+    run_validate(config, model, tmp_path / "in", tiny_model, tmp_path / "again", *reports)
+    entry = json.loads((tmp_path / "again" / "quarantine.jsonl").read_text())
+    assert entry["data_set"] == "instructions" and entry["reasons"] == ["split_leak"]
+
+
 def test_too_many_bad_rows_stop_the_run_and_say_why(tiny_model: Path, tmp_path: Path) -> None:
     bad = [pair(f"same {i}", "equal", "equal") for i in range(6)]
     with pytest.raises(DataStop, match=r"preferences: 6 of 22 rows are bad \(27.3%.*most fail `same_answer` \(6\)"):
@@ -286,7 +298,7 @@ def test_too_many_bad_rows_stop_the_run_and_say_why(tiny_model: Path, tmp_path: 
 
 
 def test_an_engine_error_is_not_reported_as_bad_data() -> None:
-    table = checks.make_table([GOOD[0]], ["train"], Preference, [5])
+    table = checks.make_table([GOOD[0]], ["train"], Preference, [5], {GOOD[0]["group"]: {"train"}})
     broken = checks.Check("broken", "error", "ExpectColumnValuesToBeNull", {"column": "no_such_column"}, "")
     with pytest.raises(KubealignError, match="check broken could not be evaluated"):
         checks.run_suite(table, [broken])

@@ -39,13 +39,14 @@ PARAMS = ROOT / "params.yaml"
         ("dpo.loss=ipo", "dpo.loss: input should be 'sigmoid', found 'ipo'"),
         ("model.precision=fp16", "model.precision: input should be 'bf16' or 'fp32', found 'fp16'"),
         ("prepare.split.train=0.9", "the shares add up to 1.45; expected 1"),
+        ("data.repo=https://me:secret@example.org/x.git", "data.repo: value error, a user or token in a URL"),
         ("beta=1", "--set beta=1: expected section.key=value, such as dpo.beta=0.2"),
     ],
 )
 def test_a_wrong_key_or_value_is_one_clear_line(override: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         load_config(PARAMS, [override])
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "secret" not in str(error.value)
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
@@ -56,8 +57,17 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "params.yaml")
 
 
-def test_numbers_that_yaml_reads_as_text_are_numbers() -> None:
+def test_a_value_is_read_as_the_kind_that_it_replaces() -> None:
     assert load_config(PARAMS, ["dpo.lr=5e-7"]).dpo.lr == 5e-7
+    for text in ("1.2", "12e4567", "2026"):
+        assert load_config(PARAMS, [f"data.revision={text}"]).data.revision == text
+
+
+def test_credentials_are_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tracking.without_credentials("postgresql://u:pw@host/db") == "postgresql://***@host/db"
+    assert tracking.without_credentials("sqlite:////a@b/c.db") == "sqlite:////a@b/c.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///x.db")
+    assert tracking.tracking_uri() == f"sqlite:///{Path.cwd() / 'x.db'}"
 
 
 def test_every_field_says_what_it_means() -> None:
@@ -262,6 +272,19 @@ def test_a_wrong_setting_starts_nothing_and_exits_with_2(own_home: Path) -> None
     assert not own_home.exists()
 
 
+def test_data_settings_cannot_be_changed_for_one_run() -> None:
+    done = kubealign("run", "--set", "prepare.near_duplicate=0.5")
+    assert done.returncode == 2 and "change params.yaml and run `make data`" in done.stderr
+
+
+def test_an_unreachable_mlflow_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://u:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    done = kubealign("report")
+    assert done.returncode == 1 and done.stderr.startswith("error: MLflow at http://***@127.0.0.1:9: ")
+    assert "secret" not in done.stderr and "Traceback" not in done.stderr
+
+
 def test_outside_a_project_the_command_says_where_to_go(tmp_path: Path) -> None:
     done = kubealign("run", cwd=tmp_path)
     assert done.returncode == 2 and "no params.yaml here or above" in done.stderr
@@ -337,5 +360,5 @@ def test_a_machine_that_cannot_do_it_gets_one_line_before_anything_is_installed(
 def test_torch_can_come_from_another_index(tmp_path: Path) -> None:
     index = "https://example.org/whl/cpu"
     with_index = make(tmp_path, "-n", "setup", f"TORCH_INDEX={index}").stdout
-    assert f"--index-url {index} torch" in with_index
+    assert f"--no-deps --index-url {index} $(grep '^torch==' requirements.lock)" in with_index
     assert "--index-url" not in make(tmp_path, "-n", "setup").stdout
