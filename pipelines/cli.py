@@ -202,7 +202,10 @@ def main() -> None:
         if not type(error).__module__.startswith(("mlflow.", "sqlalchemy.")):
             raise
         where = tracking.without_credentials(tracking.tracking_uri())
-        print(f"error: MLflow at {where}: {tracking.without_credentials(tracking.one_line(str(error)))[:300]}", file=sys.stderr)
+        print(
+            f"error: MLflow at {where}: {tracking.without_credentials(tracking.one_line(str(error)))[:300]}",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 

@@ -134,8 +134,18 @@ class DpoConfig(OptimiserConfig):
     """Direct Preference Optimization against the SFT model."""
 
     beta: Positive = Field(description="strength of the pull towards the reference")
-    loss: Literal["sigmoid"] = Field(description="preference loss")
-    label_smoothing: float = Field(ge=0, le=0.5, description="assumed share of swapped labels")
+    loss: Literal["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "apo_zero", "apo_down", "simpo", "orpo"] = Field(
+        description="preference loss; ipo and sigmoid_norm work per token, simpo and orpo without a reference"
+    )
+    label_smoothing: float = Field(ge=0, lt=0.5, description="assumed share of swapped labels; for sigmoid and robust")
+    simpo_gamma: float = Field(ge=0, description="target margin of simpo")
+    orpo_weight: float = Field(ge=0, description="weight of orpo's odds-ratio term (lambda in the paper)")
+
+    @model_validator(mode="after")
+    def _smoothing_is_used(self) -> "DpoConfig":
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+            raise ValueError(f"label_smoothing means nothing to the loss {self.loss}; set it to 0, or use robust")
+        return self
 
 
 class EvaluateConfig(Section):

@@ -33,6 +33,9 @@ from components.training.models import (
 )
 from components.training.packing import Pack
 
+REFERENCE_FREE = ("simpo", "orpo")
+PER_TOKEN = ("ipo", "sigmoid_norm", "simpo", "orpo")
+"""Losses that look at log-probs per token rather than per answer."""
 REFERENCE_PAIRS = 4
 REFERENCE_TOLERANCE_NATS = 0.05
 """How far the untrained policy's log-ratio margins may be from 0 before its reference is the wrong one."""
@@ -71,8 +74,11 @@ def run_dpo(
         adapted = load_adapter(plain.lm, sft_model / "adapter", SFT_ADAPTER)
         reference = PackedModel(adapted, model.precision)
         reference_digest = adapted_digest(base_digest, sft_model / "adapter")
+        needed = config.loss not in REFERENCE_FREE
         logps = {
             split: score(run, reference, reference_digest, found, f"reference_{split}")
+            if needed
+            else np.zeros((len(found), 2))
             for split, found in examples.items()
         }
         adapted = add_lora(
@@ -85,14 +91,15 @@ def run_dpo(
             config.seed,
         )
         policy = PackedModel(adapted, model.precision)
-        check_reference(policy, examples["train"], logps["train"])
+        if needed:
+            check_reference(policy, examples["train"], logps["train"])
         sets = {
             split: TrainingSet(examples[split], [row.id for row in rows[split]], [1.0] * len(rows[split]))
             for split in rows
         }
         inputs = (base_digest, data_digest, sft_digest, model.precision)
         with checkpoint_folder("dpo", config, *inputs) as checkpoints:
-            objective = make_objective(logps["train"], config.beta, config.label_smoothing)
+            objective = make_objective(logps["train"], config)
             records = run_training(run, policy, sets["train"], objective, config, checkpoints, _show)
             metrics = _validate(policy, sets["validation"], logps["validation"], config)
             with replacing_folder(out) as folder:
@@ -109,11 +116,12 @@ def run_dpo(
         return run.run_id, metrics
 
 
-def make_objective(reference_logps: Scores, beta: float, label_smoothing: float) -> Objective:
-    """The DPO loss against fixed reference log-probs.
+def make_objective(reference_logps: Scores, config: DpoConfig) -> Objective:
+    """The configured preference loss against fixed reference log-probs.
 
     Args:
-        reference_logps: [pairs, 2], chosen and rejected, in the order of the training set, nats.
+        reference_logps: [pairs, 2], chosen and rejected, in the order of the training set, nats; unused by the
+            losses without a reference.
     """
     reference_P2 = torch.from_numpy(reference_logps)
 
@@ -121,11 +129,13 @@ def make_objective(reference_logps: Scores, beta: float, label_smoothing: float)
         token_logps_N: Tensor, batch: Pack, indices: list[int], normaliser: float
     ) -> tuple[Tensor, dict[str, float]]:
         policy_S = objectives.sequence_logps(token_logps_N, batch.sequence_N, batch.n_sequences)
+        n_tokens_S = torch.bincount(batch.sequence_N, minlength=batch.n_sequences).to(policy_S)
         reference_S = reference_P2[indices].flatten().to(policy_S)
-        chosen_P, rejected_P = objectives.rewards(policy_S, reference_S, beta).view(-1, 2).unbind(1)
-        margins_P = chosen_P - rejected_P
-        loss = objectives.dpo_sigmoid_loss(margins_P, label_smoothing).sum() / normaliser
+        losses_P, rewards_S = preference_losses(policy_S, reference_S, n_tokens_S, config)
+        loss = losses_P.sum() / normaliser
         with torch.no_grad():
+            chosen_P, rejected_P = rewards_S.view(-1, 2).unbind(1)
+            margins_P = chosen_P - rejected_P
             wins_P = (margins_P > 0).float() + 0.5 * (margins_P == 0).float()
             sums = {
                 "reward_margin": margins_P,
@@ -136,6 +146,45 @@ def make_objective(reference_logps: Scores, beta: float, label_smoothing: float)
             return loss, {name: float(values.sum()) / normaliser for name, values in sums.items()}
 
     return objective
+
+
+def preference_losses(
+    policy_S: Tensor, reference_S: Tensor, n_tokens_S: Tensor, config: DpoConfig
+) -> tuple[Tensor, Tensor]:
+    """The configured loss of each pair, and the rewards that it compares.
+
+    Args:
+        policy_S: sequence log-probs under the policy as chosen, rejected, chosen, rejected ..., float [S = 2 P], nats.
+        reference_S: the same under the reference.
+        n_tokens_S: completion tokens of each sequence.
+
+    Returns:
+        losses [P] and rewards [S].
+    """
+    ratios_S = policy_S if config.loss in REFERENCE_FREE else policy_S - reference_S
+    scores_S = ratios_S / n_tokens_S if config.loss in PER_TOKEN else ratios_S
+    rewards_S = config.beta * scores_S
+    chosen_P, rejected_P = rewards_S.view(-1, 2).unbind(1)
+    good_P, bad_P = scores_S.view(-1, 2).unbind(1)
+    margins_P = chosen_P - rejected_P
+    match config.loss:
+        case "sigmoid" | "sigmoid_norm":
+            losses_P = objectives.dpo_sigmoid_loss(margins_P, config.label_smoothing)
+        case "robust":
+            losses_P = objectives.robust_dpo_loss(margins_P, config.label_smoothing)
+        case "hinge":
+            losses_P = objectives.hinge_loss(margins_P)
+        case "ipo":
+            losses_P = objectives.ipo_loss(good_P, bad_P, config.beta)
+        case "apo_zero":
+            losses_P = objectives.apo_zero_loss(chosen_P, rejected_P)
+        case "apo_down":
+            losses_P = objectives.apo_down_loss(chosen_P, rejected_P)
+        case "simpo":
+            losses_P = objectives.simpo_loss(good_P, bad_P, config.beta, config.simpo_gamma)
+        case "orpo":
+            losses_P = objectives.orpo_loss(good_P, bad_P, config.orpo_weight)
+    return losses_P, rewards_S
 
 
 def check_reference(policy: PackedModel, examples: Sequence[Any], reference_logps: Scores) -> None:
@@ -156,7 +205,7 @@ def check_reference(policy: PackedModel, examples: Sequence[Any], reference_logp
 
 
 def _validate(policy: PackedModel, data: TrainingSet, reference: Scores, config: DpoConfig) -> dict[str, float]:
-    objective = make_objective(reference, config.beta, config.label_smoothing)
+    objective = make_objective(reference, config)
     loss, metrics = evaluate(policy, data, objective, config.max_tokens_per_step)
     return {"validation_loss": loss} | {f"validation_{name}": value for name, value in metrics.items()}
 

@@ -35,14 +35,15 @@ class Evidence:
     """What the held-out pairs say about policy against incumbent; losses in nats.
 
     `improvement` is how much lower the policy's preference log-loss is, as an estimate {value, low, high, n};
-    `by_language` the same per language; `own_loss` the policy's DPO loss with its own beta and reference.
+    `by_language` the same per language; `own_loss` the policy's DPO loss with its own beta and reference, None
+    where it was trained by a loss whose beta means something else.
     """
 
     incumbent: str
     improvement: dict[str, float]
     p_value: float
     by_language: dict[str, dict[str, float]]
-    own_loss: float
+    own_loss: float | None
 
 
 def judge(evidence: Evidence, config: GateConfig) -> dict[str, Any]:
@@ -81,6 +82,8 @@ def _enough(evidence: Evidence, config: GateConfig) -> Rule:
 
 
 def _own_loss(evidence: Evidence) -> Rule:
+    if evidence.own_loss is None:
+        return Rule("own_loss", "not applicable", math.log(2), "below ln 2 = 0.6931", "trained by a loss per token")
     ok = evidence.own_loss < math.log(2)
     sentence = f"DPO loss on held-out pairs with its own beta and reference is {evidence.own_loss:.4f}"
     return Rule("own_loss", "pass" if ok else "fail", evidence.own_loss, "below ln 2 = 0.6931", sentence)

@@ -44,7 +44,8 @@ def report(evaluation: Values, verdict: Values, histories: dict[str, list[Values
         _languages(evaluation),
         f'<div class="plots">{_margin_plot(evaluation)}{_roc_plot(evaluation)}</div>',
         "<h2>Against its own reference</h2>",
-        f'<p class="soft">With beta = {evaluation["beta"]:g}, against the SFT model, as in training.</p>',
+        f'<p class="soft">DPO\'s loss and rewards with beta = {evaluation["beta"]:g} against the SFT model; trained by'
+        f" the loss {html.escape(evaluation['loss'])}.</p>",
         table_html(
             ["", "value"], [[name.replace("_", " "), _text(found)] for name, found in evaluation["own"].items()]
         ),
@@ -54,6 +55,9 @@ def report(evaluation: Values, verdict: Values, histories: dict[str, list[Values
         _data(counts),
         f'<div class="plots">{_curves(histories)}</div>',
         "<h2>How do I reproduce it</h2>",
+        "<p>On a checkout of the commit in the model version's tag <code>kubealign.git_commit</code>, whose params.yaml"
+        " holds the settings: <code>make data</code>, then <code>kubealign run</code>. The same lineage gives the same"
+        " weights on the same machine and libraries.</p>",
         table_html(["fact", "value"], [[key.replace("_", " "), value] for key, value in evaluation["facts"].items()]),
     ]
     return page("Alignment report", "".join(parts))

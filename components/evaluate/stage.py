@@ -41,6 +41,8 @@ from components.training.models import (
 )
 
 SIDES = ("validation", "test")
+SEQUENCE_LOSSES = ("sigmoid", "robust", "hinge", "apo_zero", "apo_down")
+"""Losses whose beta scales log-ratios of whole answers, so that ln 2 is what a policy that learnt nothing has."""
 Rows = dict[str, list[Preference]]
 
 
@@ -90,7 +92,7 @@ def run_evaluate(
         training = read_json(inputs.policy / "training.json")
         evaluation = compare(config, gate.margin, rows, scores, training["beta"])
         policy_digest = digest(read_json(inputs.policy / "manifest.json"))
-        evaluation |= {"policy_digest": policy_digest, "answers": answers, "facts": facts}
+        evaluation |= {"loss": training["loss"], "policy_digest": policy_digest, "answers": answers, "facts": facts}
         verdict = judge(_evidence(evaluation, inputs.incumbent), gate) | {"policy_digest": policy_digest}
         histories = {stage: _history(folder) for stage, folder in (("sft", inputs.sft_model), ("dpo", inputs.policy))}
         counts = read_json(inputs.dataset / "validation.json")
@@ -246,7 +248,7 @@ def _evidence(evaluation: dict[str, Any], incumbent: str) -> Evidence:
         improvement=found["improvement"],
         p_value=found["p_value"],
         by_language=found["by_language"],
-        own_loss=evaluation["own"]["loss"]["value"],
+        own_loss=evaluation["own"]["loss"]["value"] if evaluation["loss"] in SEQUENCE_LOSSES else None,
     )
 
 

@@ -6,6 +6,7 @@ Nothing here knows of models, files or devices.
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -72,3 +73,92 @@ def dpo_sigmoid_loss(margins_P: Tensor, label_smoothing: float = 0.0) -> Tensor:
         float [P]; ln 2 where the margin is 0.
     """
     return -(1.0 - label_smoothing) * F.logsigmoid(margins_P) - label_smoothing * F.logsigmoid(-margins_P)
+
+
+def robust_dpo_loss(margins_P: Tensor, label_smoothing: float) -> Tensor:
+    """Unbiased under label noise: (-(1 - eps) log sigmoid(m) + eps log sigmoid(-m)) / (1 - 2 eps).
+
+    Source: robust DPO, arXiv 2403.00409, equation 12.
+
+    Args:
+        margins_P: reward of chosen minus reward of rejected, float [P].
+        label_smoothing: eps, the share of swapped labels, in [0, 0.5).
+
+    Returns:
+        float [P].
+    """
+    kept, swapped = -F.logsigmoid(margins_P), -F.logsigmoid(-margins_P)
+    return ((1.0 - label_smoothing) * kept - label_smoothing * swapped) / (1.0 - 2.0 * label_smoothing)
+
+
+def hinge_loss(margins_P: Tensor) -> Tensor:
+    """max(0, 1 - m). Source: SLiC-HF, arXiv 2305.10425, with DPO's reward as in RSO, arXiv 2309.06657, equation 8."""
+    return torch.relu(1.0 - margins_P)
+
+
+def ipo_loss(chosen_ratios_P: Tensor, rejected_ratios_P: Tensor, beta: float) -> Tensor:
+    """(h - 1 / (2 beta))^2 with h the difference of the log-ratios per token.
+
+    Source: IPO, arXiv 2310.12036, equation 17, where beta is tau; per token as its authors do, so that the target does
+    not depend on the length.
+
+    Args:
+        chosen_ratios_P: log pi(y | x) - log pi_ref(y | x) of the chosen answers divided by their tokens, float [P].
+        rejected_ratios_P: the same of the rejected answers.
+        beta: the regularisation tau, > 0.
+
+    Returns:
+        float [P].
+    """
+    return (chosen_ratios_P - rejected_ratios_P - 1.0 / (2.0 * beta)) ** 2
+
+
+def apo_zero_loss(chosen_rewards_P: Tensor, rejected_rewards_P: Tensor) -> Tensor:
+    """1 - sigmoid(r_chosen) + sigmoid(r_rejected): raises the chosen answer, lowers the rejected one.
+
+    For chosen answers that are better than the model's own. Source: APO, arXiv 2408.06266, equation 7.
+    """
+    return 1.0 - torch.sigmoid(chosen_rewards_P) + torch.sigmoid(rejected_rewards_P)
+
+
+def apo_down_loss(chosen_rewards_P: Tensor, rejected_rewards_P: Tensor) -> Tensor:
+    """sigmoid(r_chosen) + 1 - sigmoid(r_chosen - r_rejected): lowers both, the rejected answer more.
+
+    For chosen answers that are worse than the model's own. Source: APO, arXiv 2408.06266, equation 8.
+    """
+    return torch.sigmoid(chosen_rewards_P) + 1.0 - torch.sigmoid(chosen_rewards_P - rejected_rewards_P)
+
+
+def simpo_loss(chosen_logps_P: Tensor, rejected_logps_P: Tensor, beta: float, gamma: float) -> Tensor:
+    """-log sigmoid(beta * (chosen - rejected) - gamma) on log-probs per token, without a reference.
+
+    Source: SimPO, arXiv 2405.14734, equation 6.
+
+    Args:
+        chosen_logps_P: log pi(y | x) of the chosen answers divided by their tokens, float [P], nats per token.
+        rejected_logps_P: the same of the rejected answers.
+        beta: scale of the reward, > 0.
+        gamma: target margin, >= 0.
+
+    Returns:
+        float [P].
+    """
+    return -F.logsigmoid(beta * (chosen_logps_P - rejected_logps_P) - gamma)
+
+
+def orpo_loss(chosen_logps_P: Tensor, rejected_logps_P: Tensor, weight: float) -> Tensor:
+    """-log p_chosen - weight * log sigmoid(log odds(chosen) - log odds(rejected)), without a reference.
+
+    p = exp(log-prob per token), odds = p / (1 - p). Source: ORPO, arXiv 2403.07691, equations 5 to 7.
+
+    Args:
+        chosen_logps_P: log pi(y | x) of the chosen answers divided by their tokens, float [P], < 0, nats per token.
+        rejected_logps_P: the same of the rejected answers.
+        weight: of the odds-ratio term (lambda in the paper), >= 0.
+
+    Returns:
+        float [P].
+    """
+    chosen_odds_P = chosen_logps_P - torch.log(-torch.expm1(chosen_logps_P))
+    rejected_odds_P = rejected_logps_P - torch.log(-torch.expm1(rejected_logps_P))
+    return -chosen_logps_P - weight * F.logsigmoid(chosen_odds_P - rejected_odds_P)

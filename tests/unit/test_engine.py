@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from components.common.config import load_config
 from components.common.errors import InputError, TrainingStop
 from components.dpo.stage import check_reference, make_objective
 from components.training import checkpoints, loop
@@ -29,6 +30,7 @@ from components.training.models import (
     trainable_state,
 )
 from components.training.packing import Example, fill_packs, pack, plan_steps
+from tests.conftest import ROOT
 
 EXAMPLES = [
     Example([5, 6, 7], [[8, 9], [10, 11, 12]]),
@@ -157,7 +159,7 @@ def test_the_check_at_load_passes_the_tiny_model_and_has_teeth(
 
 def dpo_objective(model: PackedModel) -> loop.Objective:
     reference = np.asarray(loop.sequence_logps(model, EXAMPLES))
-    return make_objective(reference, beta=0.5, label_smoothing=0.0)
+    return make_objective(reference, load_config(ROOT / "params.yaml", ["dpo.beta=0.5"]).dpo)
 
 
 def training_set() -> loop.TrainingSet:
@@ -175,6 +177,20 @@ def test_dpo_starts_at_ln_2_and_the_loss_falls(tiny_model: Path, tmp_path: Path)
     assert records[0].loss == pytest.approx(0.693147, abs=1e-5)
     assert records[-1].loss < records[0].loss
     assert records[-1].metrics["reward_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "loss", ["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "apo_zero", "apo_down", "simpo", "orpo"]
+)
+def test_every_loss_widens_the_margin_on_a_tiny_model(tiny_model: Path, tmp_path: Path, loss: str) -> None:
+    model = with_adapter(tiny_model)
+    config = load_config(ROOT / "params.yaml", [f"dpo.loss={loss}", "dpo.beta=0.5"]).dpo
+    reference = np.asarray(loop.sequence_logps(model, EXAMPLES))
+    objective = make_objective(reference, config)
+    before = loop.evaluate(model, training_set(), objective, 64)
+    list(loop.train(model, training_set(), objective, SETTINGS, tmp_path, lambda sentence: None))
+    after = loop.evaluate(model, training_set(), objective, 64)
+    assert after[0] < before[0] and after[1]["reward_margin"] > before[1]["reward_margin"]
 
 
 def test_a_killed_training_goes_on_to_bit_identical_weights(tiny_model: Path, tmp_path: Path) -> None:

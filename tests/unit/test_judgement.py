@@ -148,6 +148,7 @@ def test_the_report_is_self_contained_escaped_and_follows_its_input() -> None:
     found = evidence(1.5, 0.2) | {
         "answers": [{"lang": "zh", "prompt": "<script>alert(1)</script>你好", "base": "b", "sft": "s", "policy": "p"}],
         "facts": {"lineage": "abc123"},
+        "loss": "sigmoid",
     }
     metrics = {"reward_margin": 0.1, "reward_accuracy": 0.5, "chosen_reward": 0.0, "rejected_reward": -0.1}
     steps = [{"step": i, "loss": 0.7 - i / 10, "metrics": metrics} for i in range(3)]

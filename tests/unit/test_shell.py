@@ -36,7 +36,7 @@ PARAMS = ROOT / "params.yaml"
         ("dpo.betta=1", "dpo.betta: no such key; did you mean dpo.beta?"),
         ("dop.beta=1", "dop: no such key; did you mean dpo?"),
         ("dpo.beta=-1", r"dpo.beta: input should be greater than 0, found -1 \(strength of the pull"),
-        ("dpo.loss=ipo", "dpo.loss: input should be 'sigmoid', found 'ipo'"),
+        ("dpo.loss=ppo", "dpo.loss: input should be 'sigmoid', 'robust', .* or 'orpo', found 'ppo'"),
         ("model.precision=fp16", "model.precision: input should be 'bf16' or 'fp32', found 'fp16'"),
         ("prepare.split.train=0.9", "the shares add up to 1.45; expected 1"),
         ("data.repo=https://me:secret@example.org/x.git", "data.repo: value error, a user or token in a URL"),
@@ -47,6 +47,11 @@ def test_a_wrong_key_or_value_is_one_clear_line(override: str, message: str) -> 
     with pytest.raises(InputError, match=message) as error:
         load_config(PARAMS, [override])
     assert "\n" not in str(error.value) and "secret" not in str(error.value)
+
+
+def test_smoothing_that_would_do_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="label_smoothing means nothing to the loss ipo"):
+        load_config(PARAMS, ["dpo.loss=ipo", "dpo.label_smoothing=0.1"])
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
