@@ -73,16 +73,16 @@ def run_register(
             "kubealign.base_content": read_json(policy / "training.json")["base_digest"],
             "kubealign.model": model_digest,
             "kubealign.verdict": verdict["verdict"],
-            "kubealign.run": tracking.parent_run() or run.run_id,
         }
         version = _existing(run.client, config.name, model_digest)
         if version:
-            # The same weights, judged anew: their tags tell of the newest judgement.
+            # The same weights, judged anew: their tags tell of the newest judgement, and still of the run that made them.
             run.say(f"these weights are {config.name} version {version} already")
             for key, value in tags.items():
                 run.client.set_model_version_tag(config.name, version, key, value)
         else:
-            version = _log_model(run, config.name, policy, tags)
+            made_by = {"kubealign.run": tracking.parent_run() or run.run_id}
+            version = _log_model(run, config.name, policy, tags | made_by)
         _move_aliases(run, config, version, verdict, lineage.incumbent)
         aliases = sorted(run.client.get_model_version(config.name, version).aliases)
         found = read_json(evaluation / "evaluation.json")
