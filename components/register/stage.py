@@ -76,7 +76,7 @@ def run_register(
         }
         version = _existing(run.client, config.name, model_digest)
         if version:
-            # The same weights, judged anew: their tags tell of the newest judgement, and still of the run that made them.
+            # The same weights, judged anew: the tags tell of the newest judgement, and still which run made them.
             run.say(f"these weights are {config.name} version {version} already")
             for key, value in tags.items():
                 run.client.set_model_version_tag(config.name, version, key, value)
