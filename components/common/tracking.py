@@ -192,7 +192,7 @@ def show_metrics(artifact: Any, values: Mapping[str, float]) -> None:
 
 def explain_os_error(error: OSError) -> str:
     """A sentence for the failures of a disk that a person can mend."""
-    where = error.filename or "the disk"
+    where = error.filename2 or error.filename or "the disk"
     if error.errno == errno.ENOSPC:
         return f"{where}: no space left; free some (`kubealign clean` shows what runs left behind) and run again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

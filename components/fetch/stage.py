@@ -65,7 +65,7 @@ def _copy_folder(repo: str, commit: str, folder: str, expected: str, out: Path) 
     if out.exists():
         out.rmdir()
     if commit == WORKSPACE:
-        shutil.copytree(Path(repo) / folder, out)
+        _copy_files(Path(repo) / folder, out)
         found = workspace_digest(Path(repo).resolve(), folder)
         if found != expected:
             raise InputError(f"{folder} changed while the run was starting; start it again")
@@ -80,6 +80,17 @@ def _copy_folder(repo: str, commit: str, folder: str, expected: str, out: Path) 
             raise InputError(
                 f"{repo}@{commit}: the content of {folder} is neither in the DVC cache nor in a remote; `dvc push` it"
             ) from error
+
+
+def _copy_files(source: Path, out: Path) -> None:
+    """Copy a folder file by file: shutil.copytree goes on after a full disk and hides the reason in a list."""
+    out.mkdir(parents=True)
+    for path in sorted(source.rglob("*")):
+        target = out / path.relative_to(source)
+        if path.is_dir():
+            target.mkdir()
+        else:
+            shutil.copyfile(path, target)
 
 
 def _fetch_base(repo: str, reference: str, expected: str, out: Path) -> None:

@@ -256,7 +256,7 @@ def test_a_full_disk_and_a_locked_folder_are_explained(capsys: pytest.CaptureFix
 
     for number, words in ((errno.ENOSPC, "no space left; free some"), (errno.EACCES, "cannot be written or read")):
         with pytest.raises(SystemExit), tracking.boundary("sft"):
-            raise OSError(number, os.strerror(number), "/some/file")
+            raise OSError(number, os.strerror(number), "/from/here", None, "/some/file")
         last = capsys.readouterr().out.strip().splitlines()[-1]
         assert last.startswith("[error:1] sft /some/file: ") and words in last
 
