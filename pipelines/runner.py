@@ -18,6 +18,7 @@ from components.common import tracking
 from components.common.config import Config, pipeline_arguments
 from components.common.errors import InputError, KubealignError
 from components.common.identity import git_commit
+from components.resolve.data import is_url
 from pipelines.display import Display
 
 STAGES = ("resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register")
@@ -160,7 +161,7 @@ def _arguments(config: Config, project: Path) -> dict[str, Any]:
     """The pipeline's arguments, with local paths made absolute."""
     arguments = pipeline_arguments(config)
     data = json.loads(arguments["data_section"])
-    if "://" not in data["repo"] and not data["repo"].startswith("git@"):
+    if not is_url(data["repo"]):
         data["repo"] = str((project / data["repo"]).resolve())
     arguments["data_section"] = json.dumps(data, sort_keys=True)
     if (project / arguments["base_model"]).is_dir():

@@ -81,7 +81,7 @@ class StageRun:
         self.name = name
         self.client = mlflow_client
         self.run_id = run_id
-        self._started = time.monotonic()
+        self._phase = time.monotonic()
         self._shown = 0.0
         self._first = 0
 

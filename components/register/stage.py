@@ -12,8 +12,9 @@ from components.common import tracking
 from components.common.config import RegisterConfig
 from components.common.errors import KubealignError
 from components.common.files import digest, read_json, sha256_file, verify_manifest, write_json
+from components.resolve.stage import CHAMPION
 
-CHAMPION, CHALLENGER = "champion", "challenger"
+CHALLENGER = "challenger"
 CODE = Path(__file__).with_name("chat_model.py")
 SERVING = ("mlflow", "torch", "transformers", "accelerate", "safetensors", "pandas")
 """What an environment needs to load the registered model; this project is not among it."""
