@@ -75,6 +75,45 @@ def encode(tokenizer: Any, prompt: Sequence[Message], answer: str) -> tuple[list
     return _ids(tokenizer, before), completion[: last + 1]
 
 
+def encode_conversation(
+    tokenizer: Any, prompt: Sequence[Message], answer: str
+) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    """As `encode`, with the token ranges of the earlier assistant turns in the prompt, each with its end of sequence.
+
+    Returns:
+        prompt ids, completion ids, and ranges [start, end) of prompt ids.
+
+    Raises:
+        InputError: the template changes an earlier turn once another follows, or the tokenizer cannot say where in
+            the text a token stands.
+    """
+    before, completion = encode(tokenizer, prompt, answer)
+    text = _render(tokenizer, prompt, answer=None)
+    spans = []
+    for number, message in enumerate(prompt):
+        if message.role != "assistant":
+            continue
+        start = len(_render(tokenizer, prompt[:number], answer=None))
+        whole = _render(tokenizer, prompt[:number], message.content)
+        stop = whole.rfind(tokenizer.eos_token) + len(tokenizer.eos_token)
+        if stop <= start or not text.startswith(whole[:stop]):
+            raise InputError(
+                "the chat template renders an earlier answer differently once a turn follows, so it cannot be trained"
+                " there; set sft.loss_on=last"
+            )
+        spans.append((start, stop))
+    if not spans:
+        return before, completion, []
+    if not tokenizer.is_fast:
+        raise InputError("this tokenizer does not tell where its tokens stand in the text; set sft.loss_on=last")
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    ranges = []
+    for start, stop in spans:
+        inside = [index for index, (first, last) in enumerate(offsets) if first >= start and last <= stop > first]
+        ranges.append((inside[0], inside[-1] + 1))
+    return before, completion, ranges
+
+
 def _render(tokenizer: Any, prompt: Sequence[Message], answer: str | None) -> str:
     messages = [message.model_dump() for message in prompt]
     if answer is not None:

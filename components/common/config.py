@@ -49,7 +49,35 @@ class ModelConfig(Section):
     precision: Literal["bf16", "fp32"] = Field(
         description="bf16: frozen bf16 base, fp32 LoRA and residual stream, autocast; fp32: everything in fp32"
     )
+    head_precision: Literal["same", "fp32"] = Field(
+        description="of the products with the output embedding: as `precision` says, or fp32, more exact and slower"
+    )
+    tuning: Literal["lora", "full"] = Field(
+        description="lora: adapters on a frozen base; full: every parameter trains, in fp32, with about 16 bytes each"
+    )
+    quantization: Literal["none", "nf4"] = Field(
+        description="nf4: the frozen base in 4 bits (QLoRA); needs bitsandbytes, and saves memory, not time"
+    )
+    gradient_checkpointing: bool = Field(
+        description="compute activations again in the backward pass: less memory, about a third more time"
+    )
     allow_network: bool = Field(description="whether a hub id may be downloaded; nothing else uses the network")
+
+    @field_validator("precision", "head_precision", mode="before")
+    @classmethod
+    def _no_fp16(cls, precision: Any) -> Any:
+        if precision in ("fp16", "float16", "half"):
+            raise ValueError(
+                "fp16 overflows: activations of LLaMA-2 models pass 65504 and become NaN (seen with Chinese LLaMA-2);"
+                " use bf16 or fp32"
+            )
+        return precision
+
+    @model_validator(mode="after")
+    def _quantized_is_frozen(self) -> "ModelConfig":
+        if self.tuning == "full" and self.quantization != "none":
+            raise ValueError("4-bit weights cannot be trained; set model.tuning=lora or model.quantization=none")
+        return self
 
 
 class DataConfig(Section):
@@ -124,16 +152,40 @@ class OptimiserConfig(Section):
     lora_targets: str | list[str] = Field(description="`all-linear`, or names of the linear layers to adapt")
     seed: int = Field(ge=0, description="of the order of the examples, the LoRA start and dropout")
     checkpoint_every_s: Positive = Field(description="seconds between checkpoints")
+    eval_every_steps: int = Field(
+        ge=0,
+        description="steps between evaluations on the validation split, from which the best is kept; 0 for only"
+        " before and after",
+    )
+    early_stopping_patience: int = Field(
+        ge=0, description="evaluations without a better validation loss after which training stops; 0 for never"
+    )
+
+    @model_validator(mode="after")
+    def _patience_needs_evaluations(self) -> "OptimiserConfig":
+        if self.early_stopping_patience and not self.eval_every_steps:
+            raise ValueError("early_stopping_patience counts evaluations; set eval_every_steps above 0")
+        return self
 
 
 class SftConfig(OptimiserConfig):
     """Supervised fine-tuning on instructions."""
+
+    loss_on: Literal["last", "every"] = Field(
+        description="assistant turns of a conversation that are trained: the last one, or every one"
+    )
+    reference_logps: bool = Field(
+        description="whether sft also computes the reference log-probs that dpo needs, which travel with the SFT model"
+    )
 
 
 class DpoConfig(OptimiserConfig):
     """Direct Preference Optimization against the SFT model."""
 
     beta: Positive = Field(description="strength of the pull towards the reference")
+    reference: Literal["cached", "live"] = Field(
+        description="reference log-probs computed once and kept, or live in every step (slower, nothing on disk)"
+    )
     loss: Literal["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "apo_zero", "apo_down", "simpo", "orpo"] = Field(
         description="preference loss; ipo and sigmoid_norm work per token, simpo and orpo without a reference"
     )
@@ -319,4 +371,5 @@ def _explain(kind: type[BaseModel], entry: Any) -> str:
     field = next((f for n, f in parent.model_fields.items() if name in (n, f.alias)), None)
     meaning = f" ({field.description})" if field and field.description else ""
     found = without_credentials(repr(entry["input"]))
-    return f"{key}: {entry['msg'][0].lower()}{entry['msg'][1:]}, found {found}{meaning}"
+    said = entry["msg"].removeprefix("Value error, ")
+    return f"{key}: {said[0].lower()}{said[1:]}, found {found}{meaning}"

@@ -13,6 +13,8 @@ from typing import Any
 from components.common.errors import InputError, KubealignError
 
 MANIFEST = "manifest.json"
+UNSEALED = "cache"
+"""Folder beside the sealed files for what may be lost or damaged, since it can be computed again."""
 
 
 def sha256_file(path: Path) -> str:
@@ -28,8 +30,9 @@ def digest(value: Any) -> str:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file below `folder`, by its relative path; the manifest itself is left out."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    """sha256 of every file below `folder`, by its relative path; the manifest and `UNSEALED` are left out."""
+    left_out = (folder / MANIFEST, folder / UNSEALED)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not {path, *path.parents} & {*left_out})
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -28,8 +29,20 @@ def adapted_digest(base_digest: str, adapter: Path) -> str:
     return digest([base_digest, sha256_file(adapter / "adapter_model.safetensors")])
 
 
+def weights_digest(base_digest: str, folder: Path) -> str:
+    """What names the model that sft or dpo wrote, to `score`: base and adapter, or the weights of its own."""
+    if (folder / "adapter").is_dir():
+        return adapted_digest(base_digest, folder / "adapter")
+    return digest([sha256_file(path) for path in sorted((folder / "model").glob("*.safetensors"))])
+
+
 def score(
-    run: tracking.StageRun, model: PackedModel, model_digest: str, examples: Sequence[Example], what: str
+    run: tracking.StageRun,
+    model: PackedModel,
+    model_digest: str,
+    examples: Sequence[Example],
+    what: str,
+    beside: Path | None = None,
 ) -> Scores:
     """Summed log-probability of each completion of each example, from the cache or by running the model.
 
@@ -39,27 +52,50 @@ def score(
         model_digest: hash that names that state.
         examples: all with the same number of completions.
         what: for the progress line, such as `reference`.
+        beside: a folder that travels with the model; looked into first, and filled.
 
     Returns:
         float64 [examples, completions], nats.
     """
     tokens = digest([[list(example.prompt), [list(c) for c in example.completions]] for example in examples])
-    key = digest([model_digest, tokens, model.precision, modules_digest("components.training.loop")])
-    path = tracking.home() / "cache" / "logps" / f"{key}.safetensors"
-    kept = _load(path, len(examples))
+    how = [model.precision, model.head_precision, model.packed]
+    key = digest([model_digest, tokens, how, modules_digest("components.training.loop")])
+    name = f"{key}.safetensors"
+    path = tracking.home() / "cache" / "logps" / name
+    places = {"the cache": path} if beside is None else {"the model's folder": beside / name, "the cache": path}
+    # The main process decides for all, which would wait for each other in vain otherwise.
+    kept = broadcast_object_list([_find(run, places, len(examples), what) if tracking.is_main_process() else None])[0]
     if kept is not None:
-        run.say(f"log-probs of {what}: {len(examples)} examples from the cache")
-        return kept
-    if path.exists():
-        run.say(f"log-probs of {what}: {path.name} is damaged and computed again")
+        found: Scores = kept
+        if beside is not None:
+            _keep(beside / name, found)
+        return found
 
     def progress(done: int) -> None:
         run.progress(done, len(examples), scoring=what)
 
     values = np.asarray(sequence_logps(model, examples, progress), dtype=np.float64)
+    for place in places.values():
+        _keep(place, values)
+    return values
+
+
+def _find(run: tracking.StageRun, places: dict[str, Path], n_examples: int, what: str) -> Scores | None:
+    for name, path in places.items():
+        values = _load(path, n_examples)
+        if values is not None:
+            run.say(f"log-probs of {what}: {n_examples} examples from {name}")
+            return values
+        if path.exists():
+            run.say(f"log-probs of {what}: {path.name} in {name} is damaged and passed over")
+    return None
+
+
+def _keep(path: Path, values: Scores) -> None:
+    if not tracking.is_main_process() or _load(path, len(values)) is not None:
+        return
     with replacing(path) as aside:
         save_file({"logps": values}, aside, metadata={"sha256": _checksum(values)})
-    return values
 
 
 def _load(path: Path, n_examples: int) -> Scores | None:

@@ -134,9 +134,33 @@ class StageRun:
         self.client.log_artifact(self.run_id, str(path))
 
 
+class SilentRun(StageRun):
+    """What a stage's further processes have in place of a run: nothing is printed or recorded."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, None, "")
+
+    def say(self, sentence: str) -> None:
+        """Nothing."""
+
+    def progress(self, done: int, total: int, **fields: str) -> None:
+        """Nothing."""
+
+    def log_metrics(self, rows: list[tuple[int, Mapping[str, float]]]) -> None:
+        """Nothing."""
+
+
+def is_main_process() -> bool:
+    """False in all processes but the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def stage_run(name: str, params: Mapping[str, Any]) -> Iterator[StageRun]:
     """Open the stage's child run in MLflow; it ends with the seconds and the peak memory, finished or failed."""
+    if not is_main_process():
+        yield SilentRun(name)
+        return
     mlflow_client = client()
     tags = {"mlflow.runName": name, "kubealign.stage": name}
     if parent_run():

@@ -7,19 +7,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from accelerate import PartialState
+
 from components.common import tracking
-from components.common.chat import encode
-from components.common.config import OptimiserConfig
-from components.common.files import digest, write_text
+from components.common.chat import encode, encode_conversation
+from components.common.config import ModelConfig, OptimiserConfig
+from components.common.files import digest, replacing_folder, write_text
 from components.common.identity import code_digest
 from components.common.records import Instruction, Preference
-from components.training.loop import LoopSettings, Objective, StepRecord, TrainingSet, train
-from components.training.models import PackedModel
+from components.training.loop import LoopSettings, Objective, StepRecord, TrainingSet, Validation, train
+from components.training.models import PackedModel, add_lora, choose_layout, load_adapter, load_causal_lm, shard
 from components.training.packing import Example
 
 LOG_EVERY_STEPS = 20
+HOW = ("precision", "head_precision", "tuning", "quantization", "gradient_checkpointing")
+"""Fields of the model's configuration that decide what training gives."""
 
 
 def pair_examples(tokenizer: Any, rows: list[Preference]) -> list[Example]:
@@ -32,10 +37,57 @@ def pair_examples(tokenizer: Any, rows: list[Preference]) -> list[Example]:
     return examples
 
 
-def instruction_examples(tokenizer: Any, rows: list[Instruction]) -> list[Example]:
-    """Instructions as examples with one completion."""
-    encoded = [encode(tokenizer, row.prompt, row.response) for row in rows]
-    return [Example(prompt, [completion]) for prompt, completion in encoded]
+def instruction_examples(tokenizer: Any, rows: list[Instruction], loss_on: str) -> list[Example]:
+    """Instructions as examples with one completion; `every` predicts the earlier answers of a conversation too."""
+    if loss_on == "last":
+        encoded = [encode(tokenizer, row.prompt, row.response) for row in rows]
+        return [Example(prompt, [completion]) for prompt, completion in encoded]
+    conversations = [encode_conversation(tokenizer, row.prompt, row.response) for row in rows]
+    return [Example(prompt, [completion], answers) for prompt, completion, answers in conversations]
+
+
+def open_model(run: tracking.StageRun, path: Path, config: ModelConfig, trains: bool) -> PackedModel:
+    """The model of a local folder, as the configuration wants it run.
+
+    Args:
+        run: hears what the check of the layout found.
+        path: model folder.
+        config: of the model.
+        trains: whether it will be trained: then it is ready for full fine-tuning and gradient checkpointing.
+    """
+    full = trains and config.tuning == "full"
+    lm = load_causal_lm(path, config.precision, full, config.quantization)
+    model = PackedModel(lm, config.precision, "fp32" if config.head_precision == "fp32" else config.precision)
+    run.say(choose_layout(model))
+    if trains and config.gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if full and PartialState().num_processes > 1:
+        shard(model)
+    return model
+
+
+def open_tuned(
+    run: tracking.StageRun, base: Path, tuned: Path, config: ModelConfig, name: str, trains: bool = False
+) -> PackedModel:
+    """The model that sft or dpo wrote to `tuned`: its adapter, called `name`, on the base model, or its own weights."""
+    if not (tuned / "adapter").is_dir():
+        return open_model(run, tuned / "model", config, trains)
+    model = open_model(run, base, config, trains)
+    model.lm = load_adapter(model.lm, tuned / "adapter", name)
+    return model
+
+
+def add_adapter(model: PackedModel, name: str, config: OptimiserConfig) -> None:
+    """Give the model the trainable adapter of a stage's configuration."""
+    model.lm = add_lora(
+        model.lm,
+        name,
+        config.lora_rank,
+        config.lora_alpha,
+        config.lora_dropout,
+        config.lora_targets,
+        config.seed,
+    )
 
 
 def loop_settings(config: OptimiserConfig) -> LoopSettings:
@@ -52,12 +104,28 @@ def checkpoint_folder(stage: str, config: OptimiserConfig, *inputs: str) -> Iter
         config: of the stage.
         inputs: content hashes of data and models.
     """
-    key = digest([stage, config.model_dump(mode="json"), inputs, code_digest(stage)])[:24]
+    n_processes = PartialState().num_processes
+    key = digest([stage, config.model_dump(mode="json"), inputs, code_digest(stage), n_processes])[:24]
     folder = tracking.home() / "checkpoints" / f"{stage}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
+    if not tracking.is_main_process():
+        yield folder
+        return
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder
+
+
+@contextmanager
+def stage_output(out: Path) -> Iterator[Path]:
+    """The folder to write a stage's output to: it becomes `out` whole; what further processes write is thrown away."""
+    if tracking.is_main_process():
+        with replacing_folder(out) as folder:
+            yield folder
+    else:
+        with TemporaryDirectory() as scratch:
+            yield Path(scratch)
+    PartialState().wait_for_everyone()
 
 
 def run_training(
@@ -68,15 +136,17 @@ def run_training(
     config: OptimiserConfig,
     checkpoints: Path,
     show: Callable[[StepRecord], dict[str, str]],
+    validate: Validation,
 ) -> list[StepRecord]:
     """Train, with progress on the terminal and every step in MLflow.
 
     Args:
+        validate: gives loss and metrics on the validation split.
         show: what the progress line says of a step besides loss and speed.
     """
     records: list[StepRecord] = []
     logged = 0
-    for record in train(model, data, objective, loop_settings(config), checkpoints, run.say):
+    for record in train(model, data, objective, loop_settings(config), checkpoints, run.say, validate):
         records.append(record)
         speed = f"{record.tokens / record.seconds:.0f}"
         run.progress(record.step, record.total_steps, loss=f"{record.loss:.4f}", tokens_per_s=speed, **show(record))
@@ -90,7 +160,10 @@ def step_metrics(record: StepRecord) -> dict[str, float]:
     """A step as MLflow metrics."""
     values = {"loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm} | record.metrics
     values["tokens_per_second"] = record.tokens / record.seconds
-    return {f"train/{name}": value for name, value in values.items() if math.isfinite(value)}
+    values["memory_mib"] = record.memory_mib
+    named = {f"train/{name}": value for name, value in values.items()}
+    named |= {f"validation/{name}": value for name, value in record.validation.items()}
+    return {name: value for name, value in named.items() if math.isfinite(value)}
 
 
 def write_history(path: Path, records: list[StepRecord]) -> None:

@@ -1,6 +1,7 @@
-"""Direct Preference Optimization of the SFT model on preference pairs, with cached reference log-probs."""
+"""Direct Preference Optimization of the SFT model on preference pairs, against the frozen SFT model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,19 @@ from components.common import tracking
 from components.common.chat import load_tokenizer
 from components.common.config import DpoConfig, ModelConfig
 from components.common.errors import TrainingStop
-from components.common.files import replacing_folder, verify_manifest, write_json, write_manifest
+from components.common.files import UNSEALED, verify_manifest, write_json, write_manifest
 from components.common.records import Preference, read_rows
-from components.common.scoring import Scores, adapted_digest, score
-from components.common.training_stage import checkpoint_folder, pair_examples, run_training, write_history
+from components.common.scoring import Scores, score, weights_digest
+from components.common.training_stage import (
+    HOW,
+    add_adapter,
+    checkpoint_folder,
+    open_tuned,
+    pair_examples,
+    run_training,
+    stage_output,
+    write_history,
+)
 from components.training import objectives
 from components.training.loop import Objective, StepRecord, TrainingSet, evaluate, sequence_logps
 from components.training.models import (
@@ -23,13 +33,11 @@ from components.training.models import (
     SFT_ADAPTER,
     SHIPPED_ADAPTER,
     PackedModel,
-    add_lora,
-    check_packed,
+    activate,
     concatenate_adapters,
-    load_adapter,
-    load_causal_lm,
     merge,
     save_adapter,
+    save_model,
 )
 from components.training.packing import Pack
 
@@ -48,12 +56,12 @@ def run_dpo(
 
     Args:
         config: how to train.
-        model: the precision.
+        model: how the model is run and tuned.
         dataset: folder with preferences/, from validate.
         base_model: model folder, from fetch.
-        sft_model: folder with the SFT adapter, from sft.
-        out: gets the shipped adapter (`adapter/`: SFT and DPO as one), the merged model (`model/`, fp32, with
-            tokenizer and template), the steps (`history.jsonl`), training.json and a manifest.
+        sft_model: folder that sft wrote.
+        out: gets the shipped adapter (`adapter/`: SFT and DPO as one; not after full fine-tuning), the whole model
+            (`model/`, fp32, with tokenizer and template), the steps (`history.jsonl`), training.json and a manifest.
 
     Returns:
         id of the MLflow run, and loss, margin, accuracy and rewards on the validation pairs.
@@ -61,7 +69,7 @@ def run_dpo(
     Raises:
         TrainingStop: the policy does not equal its reference before the first step, or a loss is not finite.
     """
-    with tracking.stage_run("dpo", config.model_dump() | {"precision": model.precision}) as run:
+    with tracking.stage_run("dpo", config.model_dump() | model.model_dump(include=set(HOW))) as run:
         base_digest, data_digest, sft_digest = map(verify_manifest, (base_model, dataset, sft_model))
         tokenizer = load_tokenizer(base_model)
         rows = {
@@ -69,41 +77,37 @@ def run_dpo(
             for split in ("train", "validation")
         }
         examples = {split: pair_examples(tokenizer, found) for split, found in rows.items()}
-        plain = PackedModel(load_causal_lm(base_model, model.precision), model.precision)
-        check_packed(plain)
-        adapted = load_adapter(plain.lm, sft_model / "adapter", SFT_ADAPTER)
-        reference = PackedModel(adapted, model.precision)
-        reference_digest = adapted_digest(base_digest, sft_model / "adapter")
-        needed = config.loss not in REFERENCE_FREE
-        logps = {
-            split: score(run, reference, reference_digest, found, f"reference_{split}")
-            if needed
-            else np.zeros((len(found), 2))
-            for split, found in examples.items()
-        }
-        adapted = add_lora(
-            adapted,
-            DPO_ADAPTER,
-            config.lora_rank,
-            config.lora_alpha,
-            config.lora_dropout,
-            config.lora_targets,
-            config.seed,
-        )
-        policy = PackedModel(adapted, model.precision)
-        if needed:
+        policy = open_tuned(run, base_model, sft_model, model, SFT_ADAPTER, trains=True)
+        references: dict[str, Reference] = {}
+        if config.loss in REFERENCE_FREE:
+            references = dict.fromkeys(examples, no_reference)
+        elif config.reference == "cached":
+            content = weights_digest(base_digest, sft_model)
+            beside = sft_model / UNSEALED if (sft_model / UNSEALED).is_dir() else None
+            logps = {
+                split: score(run, policy, content, found, f"reference_{split}", beside)
+                for split, found in examples.items()
+            }
             check_reference(policy, examples["train"], logps["train"])
+            references = {split: cached_reference(values) for split, values in logps.items()}
+        if model.tuning == "lora":
+            add_adapter(policy, DPO_ADAPTER, config)
+        if not references:
+            frozen = None if model.tuning == "lora" else open_tuned(run, base_model, sft_model, model, SFT_ADAPTER)
+            references = dict.fromkeys(examples, live_reference(policy, frozen))
         sets = {
             split: TrainingSet(examples[split], [row.id for row in rows[split]], [1.0] * len(rows[split]))
             for split in rows
         }
-        inputs = (base_digest, data_digest, sft_digest, model.precision)
+        objective = {split: make_objective(reference, config) for split, reference in references.items()}
+        validate = partial(evaluate, policy, sets["validation"], objective["validation"], config.max_tokens_per_step)
+        inputs = (base_digest, data_digest, sft_digest, *map(str, model.model_dump(include=set(HOW)).values()))
         with checkpoint_folder("dpo", config, *inputs) as checkpoints:
-            objective = make_objective(logps["train"], config)
-            records = run_training(run, policy, sets["train"], objective, config, checkpoints, _show)
-            metrics = _validate(policy, sets["validation"], logps["validation"], config)
-            with replacing_folder(out) as folder:
-                _write_policy(folder, adapted, base_model, base_digest, tokenizer)
+            records = run_training(run, policy, sets["train"], objective["train"], config, checkpoints, _show, validate)
+            loss, found = validate()
+            metrics = {"validation_loss": loss} | {f"validation_{name}": value for name, value in found.items()}
+            with stage_output(out) as folder:
+                _write_policy(folder, policy, model, base_model, base_digest, tokenizer)
                 write_history(folder / "history.jsonl", records)
                 facts = {"beta": config.beta, "loss": config.loss, "base_digest": base_digest, "sft_digest": sft_digest}
                 write_json(folder / "training.json", metrics | facts)
@@ -116,21 +120,55 @@ def run_dpo(
         return run.run_id, metrics
 
 
-def make_objective(reference_logps: Scores, config: DpoConfig) -> Objective:
-    """The configured preference loss against fixed reference log-probs.
+Reference = Callable[[Pack, list[int]], Tensor]
+"""(pack, example indices of the pack) -> log-probs of its completions under the reference, float [S], nats."""
 
-    Args:
-        reference_logps: [pairs, 2], chosen and rejected, in the order of the training set, nats; unused by the
-            losses without a reference.
-    """
+
+def cached_reference(reference_logps: Scores) -> Reference:
+    """The reference from log-probs [pairs, 2], chosen and rejected, in the order of the data set, nats."""
     reference_P2 = torch.from_numpy(reference_logps)
+    return lambda batch, indices: reference_P2[indices].flatten()
+
+
+def no_reference(batch: Pack, indices: list[int]) -> Tensor:
+    """For the losses without a reference."""
+    return torch.zeros(batch.n_sequences)
+
+
+def live_reference(policy: PackedModel, frozen: PackedModel | None) -> Reference:
+    """The reference by a forward pass each time: of `frozen`, or of the policy without its DPO adapter."""
+
+    @torch.no_grad()
+    def reference(batch: Pack, indices: list[int]) -> Tensor:
+        if frozen is not None:
+            frozen.eval()
+            token_logps_N = frozen(batch)
+        else:
+            was_training = policy.training
+            policy.eval()
+            activate(policy.lm, [SFT_ADAPTER], trainable=None)
+            token_logps_N = policy(batch)
+            activate(policy.lm, [SFT_ADAPTER, DPO_ADAPTER], trainable=DPO_ADAPTER)
+            policy.train(was_training)
+        return objectives.sequence_logps(token_logps_N.double(), batch.sequence_N, batch.n_sequences)
+
+    return reference
+
+
+def make_objective(reference: Reference, config: DpoConfig) -> Objective:
+    """The configured preference loss against a reference, with the rewards that it compares.
+
+    Its `kl` is the mean over the answers of half the squared log-ratio, nats: an estimate of KL(policy || reference)
+    that is never negative and good while the two are close (k2 of http://joschu.net/blog/kl-approx.html); the answers
+    are the data's, not the policy's own.
+    """
 
     def objective(
         token_logps_N: Tensor, batch: Pack, indices: list[int], normaliser: float
     ) -> tuple[Tensor, dict[str, float]]:
         policy_S = objectives.sequence_logps(token_logps_N, batch.sequence_N, batch.n_sequences)
         n_tokens_S = torch.bincount(batch.sequence_N, minlength=batch.n_sequences).to(policy_S)
-        reference_S = reference_P2[indices].flatten().to(policy_S)
+        reference_S = reference(batch, indices).to(policy_S)
         losses_P, rewards_S = preference_losses(policy_S, reference_S, n_tokens_S, config)
         loss = losses_P.sum() / normaliser
         with torch.no_grad():
@@ -143,6 +181,8 @@ def make_objective(reference_logps: Scores, config: DpoConfig) -> Objective:
                 "chosen_reward": chosen_P,
                 "rejected_reward": rejected_P,
             }
+            if config.loss not in REFERENCE_FREE:
+                sums["kl"] = 0.25 * ((policy_S - reference_S) ** 2).view(-1, 2).sum(1)
             return loss, {name: float(values.sum()) / normaliser for name, values in sums.items()}
 
     return objective
@@ -204,17 +244,17 @@ def check_reference(policy: PackedModel, examples: Sequence[Any], reference_logp
         )
 
 
-def _validate(policy: PackedModel, data: TrainingSet, reference: Scores, config: DpoConfig) -> dict[str, float]:
-    objective = make_objective(reference, config)
-    loss, metrics = evaluate(policy, data, objective, config.max_tokens_per_step)
-    return {"validation_loss": loss} | {f"validation_{name}": value for name, value in metrics.items()}
-
-
-def _write_policy(folder: Path, adapted: Any, base_model: Path, base_digest: str, tokenizer: Any) -> None:
-    concatenate_adapters(adapted)
-    save_adapter(adapted, SHIPPED_ADAPTER, folder / "adapter", f"sha256:{base_digest}")
-    merge(base_model, folder / "adapter", folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+def _write_policy(
+    folder: Path, policy: PackedModel, model: ModelConfig, base_model: Path, base_digest: str, tokenizer: Any
+) -> None:
+    if model.tuning == "full":
+        save_model(policy, folder / "model")
+    elif tracking.is_main_process():
+        concatenate_adapters(policy.lm)
+        save_adapter(policy.lm, SHIPPED_ADAPTER, folder / "adapter", f"sha256:{base_digest}")
+        merge(base_model, folder / "adapter", folder / "model")
+    if tracking.is_main_process():
+        tokenizer.save_pretrained(folder / "model")
 
 
 def _show(record: StepRecord) -> dict[str, str]:

@@ -23,7 +23,9 @@ def answer(model: PackedModel, tokenizer: Any, rows: Sequence[Preference], max_n
     ids = torch.tensor([[padding] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     lm = model.causal_lm
-    lm.set_attn_implementation("sdpa")
+    attention = lm.config._attn_implementation
+    if attention == PACKED:
+        lm.set_attn_implementation("sdpa")
     try:
         with model.autocast():
             output = lm.generate(
@@ -35,7 +37,8 @@ def answer(model: PackedModel, tokenizer: Any, rows: Sequence[Preference], max_n
                 eos_token_id=tokenizer.eos_token_id,
             )
     finally:
-        lm.set_attn_implementation(PACKED)
+        if attention == PACKED:
+            lm.set_attn_implementation(PACKED)
     texts: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
     # A limit can cut a character in two; its half is not part of the answer.
     return [text.strip().rstrip("\ufffd") for text in texts]

@@ -17,8 +17,8 @@ from components.common.config import EvaluateConfig, GateConfig, ModelConfig
 from components.common.errors import InputError
 from components.common.files import digest, read_json, sha256_file, verify_manifest, write_json, write_text
 from components.common.records import LANGUAGES, Preference, read_rows
-from components.common.scoring import Scores, adapted_digest, score
-from components.common.training_stage import pair_examples
+from components.common.scoring import Scores, adapted_digest, score, weights_digest
+from components.common.training_stage import open_model, open_tuned, pair_examples
 from components.evaluate.answers import answer
 from components.evaluate.gate import Evidence, judge
 from components.evaluate.page import markdown, report
@@ -32,13 +32,7 @@ from components.evaluate.statistics import (
     log_loss,
     roc,
 )
-from components.training.models import (
-    SFT_ADAPTER,
-    SHIPPED_ADAPTER,
-    PackedModel,
-    load_adapter,
-    load_causal_lm,
-)
+from components.training.models import PackedModel
 
 SIDES = ("validation", "test")
 SEQUENCE_LOSSES = ("sigmoid", "robust", "hinge", "apo_zero", "apo_down")
@@ -115,7 +109,7 @@ def _score_all(
     asked = [row for lang in LANGUAGES for row in [r for r in rows["test"] if r.lang == lang][: config.answers]]
     answers = [{"lang": row.lang, "prompt": row.prompt[-1].content, "chosen": row.chosen} for row in asked]
     scores: dict[str, dict[str, Scores]] = {}
-    for name, packed, tokenizer, content in _models(model, inputs):
+    for name, packed, tokenizer, content in _models(run, model, inputs):
         examples = {side: pair_examples(tokenizer, rows[side]) for side in SIDES}
         scores[name] = {side: score(run, packed, content, examples[side], f"{name}_{side}") for side in SIDES}
         if asked:
@@ -125,36 +119,26 @@ def _score_all(
     return scores, answers
 
 
-def _models(model: ModelConfig, inputs: Inputs) -> Iterator[tuple[str, PackedModel, Any, str]]:
+def _models(run: tracking.StageRun, model: ModelConfig, inputs: Inputs) -> Iterator[tuple[str, PackedModel, Any, str]]:
     """Each model in turn as (name, model, tokenizer, content hash); only one is in memory."""
     base_digest = verify_manifest(inputs.base_model)
     for folder in (inputs.sft_model, inputs.policy):
         verify_manifest(folder)
     tokenizer = load_tokenizer(inputs.base_model)
 
-    def adapted(adapter: Path, name: str) -> PackedModel:
-        lm = load_causal_lm(inputs.base_model, model.precision)
-        return PackedModel(load_adapter(lm, adapter, name), model.precision)
-
-    yield (
-        "base",
-        PackedModel(load_causal_lm(inputs.base_model, model.precision), model.precision),
-        tokenizer,
-        base_digest,
-    )
-    sft = inputs.sft_model / "adapter"
-    yield "sft", adapted(sft, SFT_ADAPTER), tokenizer, adapted_digest(base_digest, sft)
-    policy = inputs.policy / "adapter"
-    yield "policy", adapted(policy, SHIPPED_ADAPTER), tokenizer, adapted_digest(base_digest, policy)
+    yield "base", open_model(run, inputs.base_model, model, trains=False), tokenizer, base_digest
+    for name, folder in (("sft", inputs.sft_model), ("policy", inputs.policy)):
+        tuned = open_tuned(run, inputs.base_model, folder, model, name)
+        yield name, tuned, tokenizer, weights_digest(base_digest, folder)
     if inputs.incumbent:
         folder = _download(inputs.incumbent)
         adapter = folder / "adapter"
-        same_base = _base_of(adapter) == f"sha256:{base_digest}"
-        if same_base:
-            yield "incumbent", adapted(adapter, SHIPPED_ADAPTER), tokenizer, adapted_digest(base_digest, adapter)
+        if _base_of(adapter) == f"sha256:{base_digest}":
+            lm = open_tuned(run, inputs.base_model, folder, model, "incumbent")
+            yield "incumbent", lm, tokenizer, adapted_digest(base_digest, adapter)
         else:
-            lm = PackedModel(load_causal_lm(folder / "model", model.precision), model.precision)
-            content = sha256_file(next(iter(sorted((folder / "model").glob("*.safetensors")))))
+            lm = open_model(run, folder / "model", model, trains=False)
+            content = digest([sha256_file(path) for path in sorted((folder / "model").glob("*.safetensors"))])
             yield "incumbent", lm, load_tokenizer(folder / "model"), content
 
 

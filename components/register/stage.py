@@ -143,7 +143,7 @@ def _log_model(run: tracking.StageRun, name: str, policy: Path, tags: dict[str, 
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(CODE),
-            artifacts={"model": str(policy / "model"), "adapter": str(policy / "adapter")},
+            artifacts={kind: str(policy / kind) for kind in ("model", "adapter") if (policy / kind).is_dir()},
             signature=signature,
             pip_requirements=[f"{package}=={_version(package)}" for package in SERVING],
         )

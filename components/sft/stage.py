@@ -1,23 +1,32 @@
-"""Supervised fine-tuning: LoRA on the base model, loss on the answers only."""
+"""Supervised fine-tuning: loss on the answers only; LoRA on the base model, or all of it."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from components.common import tracking
 from components.common.chat import load_tokenizer
 from components.common.config import ModelConfig, SftConfig
-from components.common.files import replacing_folder, verify_manifest, write_json, write_manifest
-from components.common.records import Instruction, read_rows
+from components.common.files import UNSEALED, verify_manifest, write_json, write_manifest
+from components.common.records import Instruction, Preference, read_rows
+from components.common.scoring import score, weights_digest
 from components.common.training_stage import (
+    HOW,
+    add_adapter,
     checkpoint_folder,
     instruction_examples,
+    open_model,
+    pair_examples,
     run_training,
+    stage_output,
     write_history,
 )
 from components.training import objectives
 from components.training.loop import StepRecord, TrainingSet, evaluate
-from components.training.models import SFT_ADAPTER, PackedModel, add_lora, check_packed, load_causal_lm, save_adapter
+from components.training.models import SFT_ADAPTER, PackedModel, save_adapter, save_model
 from components.training.packing import Pack
 
 
@@ -28,43 +37,54 @@ def run_sft(
 
     Args:
         config: how to train.
-        model: the precision.
+        model: how the model is run and tuned.
         dataset: folder with instructions/, from validate.
         base_model: model folder, from fetch; its hashes are checked before it is loaded.
-        out: gets the adapter (`adapter/`), the steps (`history.jsonl`) and a manifest.
+        out: gets the adapter (`adapter/`) or, fully fine-tuned, the model (`model/`), the steps (`history.jsonl`), a
+            manifest, and the log-probs of the pairs that dpo needs as its reference (`cache/`).
 
     Returns:
         id of the MLflow run, and the metrics: loss on the validation answers before and after (nats per token).
     """
-    with tracking.stage_run("sft", config.model_dump() | {"precision": model.precision}) as run:
+    with tracking.stage_run("sft", config.model_dump() | model.model_dump(include=set(HOW))) as run:
         base_digest, data_digest = verify_manifest(base_model), verify_manifest(dataset)
         tokenizer = load_tokenizer(base_model)
-        sets = {split: _training_set(tokenizer, dataset, split) for split in ("train", "validation")}
-        lm = PackedModel(load_causal_lm(base_model, model.precision), model.precision)
-        run.say(f"packed and plain log-probs differ by at most {check_packed(lm):.1e} nats on random tokens")
-        adapted = add_lora(
-            lm.lm,
-            SFT_ADAPTER,
-            config.lora_rank,
-            config.lora_alpha,
-            config.lora_dropout,
-            config.lora_targets,
-            config.seed,
-        )
-        lm = PackedModel(adapted, model.precision)
-        before, _ = evaluate(lm, sets["validation"], objective, config.max_tokens_per_step)
-        with checkpoint_folder("sft", config, base_digest, data_digest, model.precision) as checkpoints:
-            records = run_training(run, lm, sets["train"], objective, config, checkpoints, _show)
-            after, _ = evaluate(lm, sets["validation"], objective, config.max_tokens_per_step)
+        sets = {split: _training_set(tokenizer, dataset, split, config.loss_on) for split in ("train", "validation")}
+        lm = open_model(run, base_model, model, trains=True)
+        if model.tuning == "lora":
+            add_adapter(lm, SFT_ADAPTER, config)
+        validate = partial(evaluate, lm, sets["validation"], objective, config.max_tokens_per_step)
+        before, _ = validate()
+        inputs = (base_digest, data_digest, *map(str, model.model_dump(include=set(HOW)).values()))
+        with checkpoint_folder("sft", config, *inputs) as checkpoints:
+            records = run_training(run, lm, sets["train"], objective, config, checkpoints, _show, validate)
+            after, _ = validate()
             metrics = {"validation_loss_before": before, "validation_loss": after}
-            with replacing_folder(out) as folder:
-                save_adapter(adapted, SFT_ADAPTER, folder / "adapter", f"sha256:{base_digest}")
+            with stage_output(out) as folder:
+                if model.tuning == "full":
+                    save_model(lm, folder / "model")
+                    if tracking.is_main_process():
+                        tokenizer.save_pretrained(folder / "model")
+                else:
+                    save_adapter(lm.lm, SFT_ADAPTER, folder / "adapter", f"sha256:{base_digest}")
                 write_history(folder / "history.jsonl", records)
                 write_json(folder / "training.json", metrics | {"base_digest": base_digest})
                 write_manifest(folder)
+                if config.reference_logps:
+                    _score_pairs(run, lm, dataset, tokenizer, base_digest, folder)
         run.log_metrics([(len(records), metrics)])
         run.say(f"validation loss {before:.4f} before, {after:.4f} after, nats per token")
         return run.run_id, metrics
+
+
+def _score_pairs(
+    run: tracking.StageRun, lm: PackedModel, dataset: Path, tokenizer: Any, base_digest: str, folder: Path
+) -> None:
+    """Put the reference log-probs of the pairs beside the model, where dpo finds them on any machine."""
+    content = broadcast_object_list([weights_digest(base_digest, folder) if tracking.is_main_process() else None])[0]
+    for split in ("train", "validation"):
+        rows = read_rows(dataset / "preferences" / f"{split}.jsonl", Preference)
+        score(run, lm, str(content), pair_examples(tokenizer, rows), f"reference_{split}", folder / UNSEALED)
 
 
 def objective(
@@ -74,10 +94,10 @@ def objective(
     return objectives.sft_loss(token_logps_N, int(normaliser)), {}
 
 
-def _training_set(tokenizer: object, dataset: Path, split: str) -> TrainingSet:
+def _training_set(tokenizer: object, dataset: Path, split: str, loss_on: str) -> TrainingSet:
     rows = read_rows(dataset / "instructions" / f"{split}.jsonl", Instruction)
-    examples = instruction_examples(tokenizer, rows)
-    weights = [float(len(example.completions[0])) for example in examples]
+    examples = instruction_examples(tokenizer, rows, loss_on)
+    weights = [float(example.n_predicted) for example in examples]
     return TrainingSet(examples, [row.id for row in rows], weights)
 
 

@@ -20,9 +20,11 @@ from transformers import AttentionInterface
 from components.training.packing import Segment
 
 PACKED = "packed"
+CPU_BLOCK = 128
+"""Queries in one call on a CPU, whose kernel computes what a causal mask hides; blocks spare most of it."""
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=512)
 def causal_mask(n_queries: int, n_keys: int, window: int, device: torch.device) -> Tensor:
     """Boolean [Q, M], true where a query sees a key: the last Q of M positions, causal, at most `window` back."""
     query = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
@@ -53,6 +55,24 @@ def attend(
     window = min(sliding_window or n_keys, n_keys)
     grouped = query_BHQD.shape[1] != key_BKMD.shape[1]
     if softcap is None and sinks_H is None:
+        if query_BHQD.device.type == "cpu" and n_queries > CPU_BLOCK:
+            before = n_keys - n_queries
+            blocks = [(first, min(first + CPU_BLOCK, n_queries)) for first in range(0, n_queries, CPU_BLOCK)]
+            return torch.cat(
+                [
+                    F.scaled_dot_product_attention(
+                        query_BHQD[:, :, first:last],
+                        key_BKMD[:, :, : before + last],
+                        value_BKMD[:, :, : before + last],
+                        causal_mask(last - first, before + last, window, query_BHQD.device),
+                        dropout,
+                        scale=scaling,
+                        enable_gqa=grouped,
+                    )
+                    for first, last in blocks
+                ],
+                dim=2,
+            )
         full = n_queries == n_keys == window
         mask = None if full else causal_mask(n_queries, n_keys, window, query_BHQD.device)
         return F.scaled_dot_product_attention(
@@ -97,16 +117,21 @@ def packed_attention(
     if not segments:
         raise ValueError("packed attention needs `segments`; set_attn_implementation('sdpa') first for a plain forward")
     rest = (scaling, dropout, sliding_window, softcap, s_aux)
+    device, dtype = query.device.type, value.dtype
     outputs = []
-    for start, end, branches in segments:
-        # The first completion follows its prompt in the row, so both go through one causal call.
-        first = slice(start, branches[0][1])
-        outputs.append(attend(query[:, :, first], key[:, :, first], value[:, :, first], *rest))
-        for begin, stop in branches[1:]:
-            keys = torch.cat([key[:, :, start:end], key[:, :, begin:stop]], dim=2)
-            values = torch.cat([value[:, :, start:end], value[:, :, begin:stop]], dim=2)
-            outputs.append(attend(query[:, :, begin:stop], keys, values, *rest))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    # On a CPU the bf16 kernel is slower than the fp32 one, and less exact.
+    with torch.autocast(device, enabled=device != "cpu" and torch.is_autocast_enabled(device)):
+        if device == "cpu":
+            query, key, value = query.float(), key.float(), value.float()
+        for start, end, branches in segments:
+            # The first completion follows its prompt in the row, so both go through one causal call.
+            first = slice(start, branches[0][1] if branches else end)
+            outputs.append(attend(query[:, :, first], key[:, :, first], value[:, :, first], *rest))
+            for begin, stop in branches[1:]:
+                keys = torch.cat([key[:, :, start:end], key[:, :, begin:stop]], dim=2)
+                values = torch.cat([value[:, :, start:end], value[:, :, begin:stop]], dim=2)
+                outputs.append(attend(query[:, :, begin:stop], keys, values, *rest))
+        return torch.cat(outputs, dim=2).to(dtype).transpose(1, 2), None
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -12,12 +12,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from components.common.errors import KubealignError
 from components.common.files import read_json, replacing_folder, verify_manifest, write_json, write_manifest
 
 KEEP = 2
 """Checkpoints kept: the newest, and one to fall back on."""
+
+
+TENSORS = ("parameters", "optimizer", "rng")
+"""Parts of a checkpoint that are tensors, each in a file of its own."""
 
 
 @dataclass(frozen=True)
@@ -27,24 +32,36 @@ class Checkpoint:
     step: int
     parameters: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    rng: Tensor
+    rng: dict[str, Tensor]
+    """State of the CPU's random numbers, by process."""
     history: list[dict[str, Any]]
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` below `folder` and drop all but the newest `KEEP`."""
-    with replacing_folder(folder / f"step-{checkpoint.step:06d}") as aside:
-        for name, tensors in (
-            ("parameters", checkpoint.parameters),
-            ("optimizer", checkpoint.optimizer),
-            ("rng", {"cpu": checkpoint.rng}),
-        ):
+def save(folder: Path, checkpoint: Checkpoint, keep: int = 0) -> None:
+    """Write `checkpoint` below `folder` and drop all but the newest `KEEP` and that of step `keep`."""
+    with replacing_folder(_path(folder, checkpoint.step)) as aside:
+        for name in TENSORS:
+            tensors: dict[str, Tensor] = getattr(checkpoint, name)
             whole = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
             save_file(whole, aside / f"{name}.safetensors")
         write_json(aside / "state.json", {"step": checkpoint.step, "history": checkpoint.history})
         write_manifest(aside)
     for old in sorted(folder.glob("step-*"))[:-KEEP]:
-        shutil.rmtree(old)
+        if old != _path(folder, keep):
+            shutil.rmtree(old)
+
+
+def load(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step.
+
+    Raises:
+        KubealignError: it is not there, or a byte of it is wrong.
+    """
+    path = _path(folder, step)
+    verify_manifest(path)
+    state = read_json(path / "state.json")
+    tensors = {name: load_file(path / f"{name}.safetensors") for name in TENSORS}
+    return Checkpoint(step=state["step"], history=state["history"], **tensors)
 
 
 def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -53,35 +70,49 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     Returns:
         the checkpoint or None, and a sentence for each one that was passed over.
     """
-    passed_over = []
+    passed_over: list[str] = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
-            verify_manifest(path)
+            return load(folder, int(path.name.removeprefix("step-"))), passed_over
         except KubealignError as error:
             passed_over.append(f"checkpoint {path.name} is damaged and passed over: {error}")
-            continue
-        state = read_json(path / "state.json")
-        checkpoint = Checkpoint(
-            step=state["step"],
-            parameters=load_file(path / "parameters.safetensors"),
-            optimizer=load_file(path / "optimizer.safetensors"),
-            rng=load_file(path / "rng.safetensors")["cpu"],
-            history=state["history"],
-        )
-        return checkpoint, passed_over
     return None, passed_over
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of one that is sharded over processes (all of them must ask); any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def restore(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Put saved values back into the parameters, sharded ones included."""
+    for name, parameter in parameters.items():
+        parameter.copy_(_placed(saved[name], parameter))
+
+
+def _placed(tensor: Tensor, like: Tensor) -> Tensor:
+    if isinstance(like, DTensor) and tensor.ndim:
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return tensor
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
     """The optimizer's per-parameter state as flat tensors; `names` are its parameters' in order."""
     state: Mapping[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
-    return {f"{names[index]}/{key}": value for index, entry in state.items() for key, value in entry.items()}
+    return {f"{names[index]}/{key}": whole(value) for index, entry in state.items() for key, value in entry.items()}
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
     """Put back what `pack_optimizer` gave."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, field = key.rpartition("/")
-        state.setdefault(names.index(name), {})[field] = tensor
+        index = names.index(name)
+        state.setdefault(index, {})[field] = _placed(tensor, parameters[index])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -9,6 +9,7 @@ Shapes: N completion tokens, C of them in a chunk, E hidden width, V vocabulary.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,9 +17,12 @@ CHUNK_TOKENS = 256
 """Rows of logits alive at once; 256 x 49152 fp32 logits are 48 MiB."""
 
 
-def chunk_logps(hidden_CE: Tensor, target_C: Tensor, head: nn.Module, softcap: float | None) -> Tensor:
+def chunk_logps(
+    hidden_CE: Tensor, target_C: Tensor, head: nn.Linear, softcap: float | None, dtype: torch.dtype
+) -> Tensor:
     """Log-probability of each target token, fp32 [C], nats. `softcap` is Gemma's cap on the final logits."""
-    logits_CV: Tensor = head(hidden_CE).float()
+    bias = None if head.bias is None else head.bias.to(dtype)
+    logits_CV = F.linear(hidden_CE.to(dtype), head.weight.to(dtype), bias).float()
     if softcap:
         logits_CV = softcap * torch.tanh(logits_CV / softcap)
     chosen_C: Tensor = logits_CV.gather(1, target_C[:, None])[:, 0]
@@ -32,27 +36,35 @@ class FrozenHeadLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_NE: Tensor, target_N: Tensor, head: nn.Linear, softcap: float | None) -> Tensor:
+    def forward(ctx: Any, hidden_NE: Tensor, target_N: Tensor, weight_VE: Tensor, softcap: float | None) -> Tensor:
+        # One set of buffers for all chunks: fresh ones of this size would cost more in page faults than the product.
+        rows = min(CHUNK_TOKENS, len(hidden_NE))
+        product_CV = hidden_NE.new_empty(rows, len(weight_VE), dtype=weight_VE.dtype)
+        logp_CV = torch.empty_like(product_CV, dtype=torch.float32)
         logps_N = torch.empty(len(hidden_NE), dtype=torch.float32, device=hidden_NE.device)
         gradient_NE = torch.empty_like(hidden_NE) if ctx.needs_input_grad[0] else None
         for first in range(0, len(hidden_NE), CHUNK_TOKENS):
             chunk = slice(first, first + CHUNK_TOKENS)
             target_C1 = target_N[chunk, None]
-            low_CV = head(hidden_NE[chunk])
-            logits_CV = low_CV.float()
+            n = len(target_C1)
+            low_CV, log_CV = product_CV[:n], logp_CV[:n]
+            torch.mm(hidden_NE[chunk].to(low_CV.dtype), weight_VE.T, out=low_CV)
             slope_CV = None
             if softcap:
-                logits_CV = logits_CV.div(softcap).tanh_()
-                slope_CV = 1 - logits_CV * logits_CV if gradient_NE is not None else None
-                logits_CV.mul_(softcap)
-            normaliser_C1 = logits_CV.logsumexp(1, keepdim=True)
-            logps_N[chunk] = (logits_CV.gather(1, target_C1) - normaliser_C1)[:, 0]
+                capped_CV = low_CV.float().div(softcap).tanh_()
+                slope_CV = 1 - capped_CV * capped_CV if gradient_NE is not None else None
+                torch.log_softmax(capped_CV.mul_(softcap), 1, out=log_CV)
+            else:
+                torch.log_softmax(low_CV, 1, dtype=torch.float32, out=log_CV)
+            logps_N[chunk] = log_CV.gather(1, target_C1)[:, 0]
             if gradient_NE is not None:
-                residual_CV = logits_CV.sub_(normaliser_C1).exp_().neg_()
-                residual_CV.scatter_add_(1, target_C1, torch.ones_like(normaliser_C1))
+                residual_CV = log_CV.exp_()
+                residual_CV.scatter_add_(1, target_C1, residual_CV.new_full((n, 1), -1.0))
                 if slope_CV is not None:
                     residual_CV.mul_(slope_CV)
-                gradient_NE[chunk] = residual_CV.to(low_CV.dtype) @ head.weight.to(low_CV.dtype)
+                if low_CV.dtype != torch.float32:
+                    residual_CV = low_CV.copy_(residual_CV)
+                gradient_NE[chunk] = torch.mm(residual_CV, weight_VE).neg_()
         if gradient_NE is not None:
             ctx.save_for_backward(gradient_NE)
         return logps_N
@@ -63,25 +75,30 @@ class FrozenHeadLogps(torch.autograd.Function):
         return gradient_NE * outputs[0][:, None].to(gradient_NE.dtype), None, None, None
 
 
-def token_logps(hidden_NE: Tensor, target_N: Tensor, head: nn.Linear, softcap: float | None) -> Tensor:
+def token_logps(
+    hidden_NE: Tensor, target_N: Tensor, head: nn.Linear, softcap: float | None, dtype: torch.dtype
+) -> Tensor:
     """Log-probability of each target token given the hidden state that predicts it.
 
     Args:
         hidden_NE: final hidden states at the predicting positions, [N, E].
         target_N: token ids, int64 [N].
-        head: the output embedding; without bias when frozen, as in every supported model.
+        head: the output embedding.
         softcap: cap on the final logits (Gemma 2), or None.
+        dtype: of the products with the head; sums and logarithms are in fp32.
 
     Returns:
         fp32 [N], nats.
     """
-    if any(parameter.requires_grad for parameter in head.parameters()):
-        pieces = [
-            checkpoint(chunk_logps, hidden, target, head, softcap, use_reentrant=False)
-            for hidden, target in zip(
-                torch.split(hidden_NE, CHUNK_TOKENS), torch.split(target_N, CHUNK_TOKENS), strict=True
-            )
-        ]
-        return torch.cat(pieces)
-    logps: Tensor = FrozenHeadLogps.apply(hidden_NE, target_N, head, softcap)  # type: ignore[no-untyped-call]
-    return logps
+    with torch.autocast(hidden_NE.device.type, enabled=False):
+        if head.bias is None and not head.weight.requires_grad:
+            weight_VE = head.weight.to(dtype)
+            logps: Tensor = FrozenHeadLogps.apply(hidden_NE, target_N, weight_VE, softcap)
+            return logps
+        chunks = zip(torch.split(hidden_NE, CHUNK_TOKENS), torch.split(target_N, CHUNK_TOKENS), strict=True)
+        return torch.cat(
+            [
+                checkpoint(chunk_logps, hidden, target, head, softcap, dtype, use_reentrant=False)
+                for hidden, target in chunks
+            ]
+        )

@@ -1,23 +1,28 @@
 """One optimiser loop for SFT and DPO, on accelerate: deterministic steps, checkpoints by time, exact resume.
 
 `train` is a generator of step records; the caller logs them and draws progress. What is minimised comes in as an
-objective, so the loop knows neither pairs nor losses.
+objective, so the loop knows neither pairs nor losses. Started by torchrun, every process takes its share of each step,
+and the step is the same as one process would do, up to the order of the sums.
 """
 
 import math
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 
 from components.common.errors import TrainingStop
-from components.training import checkpoints
-from components.training.models import PackedModel, trainable_state
-from components.training.packing import Example, Pack, Step, fill_packs, pack, plan_steps
+from components.common.files import write_json
+from components.training import checkpoints, objectives
+from components.training.models import PackedModel, is_sharded, trainable_state
+from components.training.packing import Example, Pack, fill_packs, pack, plan_steps, share_out
 
 Objective = Callable[[Tensor, Pack, list[int], float], tuple[Tensor, dict[str, float]]]
 """(token log-probs [N], pack, example indices of the pack, normaliser of the step) -> (loss, metrics).
@@ -40,6 +45,8 @@ class LoopSettings:
     max_grad_norm: float
     seed: int
     checkpoint_every_s: float
+    eval_every_steps: int
+    early_stopping_patience: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one optimiser step did; `metrics` are the objective's."""
+    """What one optimiser step did; `metrics` are the objective's, `validation` the loss and metrics after this step."""
 
     step: int
     total_steps: int
@@ -66,14 +73,19 @@ class StepRecord:
     grad_norm: float
     tokens: int
     seconds: float
+    memory_mib: float
+    """Peak memory so far, of this process or its GPU."""
     metrics: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, float] = field(default_factory=dict)
 
 
-def plan(data: TrainingSet, settings: LoopSettings) -> list[Step]:
-    """The steps of the run, cut at `max_steps` when that is above 0."""
-    steps = plan_steps(
-        data.n_tokens(), settings.epochs, settings.batch_size, settings.max_tokens_per_step, settings.seed
-    )
+Validation = Callable[[], tuple[float, dict[str, float]]]
+"""Gives the validation loss and metrics of the model as it is."""
+
+
+def plan(data: TrainingSet, settings: LoopSettings) -> list[list[int]]:
+    """The examples of each step of the run, cut at `max_steps` when that is above 0."""
+    steps = plan_steps(len(data.examples), settings.epochs, settings.batch_size, settings.seed)
     return steps[: settings.max_steps] if settings.max_steps > 0 else steps
 
 
@@ -94,14 +106,18 @@ def train(
     settings: LoopSettings,
     checkpoint_folder: Path,
     say: Callable[[str], None],
+    validate: Validation | None = None,
 ) -> Iterator[StepRecord]:
     """Train the trainable parameters of `model`, from the newest sound checkpoint if there is one.
+
+    With `eval_every_steps` above 0 the model is validated that often and after the last step, and at the end it has the
+    parameters of the step with the lowest validation loss.
 
     Yields:
         a record per optimiser step; when resumed, first the records of the steps already done.
 
     Raises:
-        TrainingStop: a loss or gradient that is not finite, with the ids of the records in that step.
+        TrainingStop: a loss or gradient that is not finite, with the ids of the records in that step; or no memory.
     """
     accelerator = Accelerator(mixed_precision="no")
     parameters = trainable_state(model)
@@ -109,89 +125,182 @@ def train(
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True, betas=(0.9, 0.999)
     )
-    model, optimizer = accelerator.prepare(model, optimizer)
+    wrapped = model if is_sharded(model) else accelerator.prepare_model(model)
     steps = plan(data, settings)
-    torch.manual_seed(settings.seed)
-    history: list[StepRecord] = []
+    torch.manual_seed(settings.seed + accelerator.process_index)
     checkpoint, passed_over = checkpoints.load_newest(checkpoint_folder)
     for sentence in passed_over:
         say(sentence)
+    history = [StepRecord(**record) for record in checkpoint.history] if checkpoint else []
     if checkpoint:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(checkpoint.parameters[name])
-        checkpoints.unpack_optimizer(optimizer.optimizer, names, checkpoint.optimizer)
-        torch.set_rng_state(checkpoint.rng)
-        history = [StepRecord(**record) for record in checkpoint.history]
         say(f"resuming after step {checkpoint.step} of {len(steps)}")
-        yield from history
+        checkpoints.restore(parameters, checkpoint.parameters)
+        checkpoints.unpack_optimizer(optimizer, names, checkpoint.optimizer)
+        torch.set_rng_state(checkpoint.rng[str(accelerator.process_index)])
+    yield from history
 
     def save() -> None:
-        state = checkpoints.pack_optimizer(optimizer.optimizer, names)
+        whole = {name: checkpoints.whole(parameter) for name, parameter in parameters.items()}
+        state = checkpoints.pack_optimizer(optimizer, names)
+        rng = {str(rank): found for rank, found in enumerate(gather_object([torch.get_rng_state()]))}
         done = [asdict(record) for record in history]
-        checkpoints.save(
-            checkpoint_folder,
-            checkpoints.Checkpoint(len(history), parameters, state, torch.get_rng_state(), done),
-        )
+        if accelerator.is_main_process:
+            made = checkpoints.Checkpoint(len(history), whole, state, rng, done)
+            checkpoints.save(checkpoint_folder, made, keep=_best(history))
+        accelerator.wait_for_everyone()
 
+    every = settings.eval_every_steps if validate else 0
     model.train()
     saved_at, saved_step = time.monotonic(), len(history)
     for number in range(len(history) + 1, len(steps) + 1):
+        if _patience_is_over(history, settings.early_stopping_patience):
+            say(f"stopped early after step {len(history)}: no better validation loss since step {_best(history)}")
+            break
         lr = learning_rate(number, len(steps), settings)
-        record = _step(
-            model, data, objective, steps[number - 1], optimizer, accelerator, settings, number, len(steps), lr
-        )
+        step = _Step(number, len(steps), steps[number - 1], lr)
+        record = _run_step(wrapped, data, objective, step, optimizer, accelerator, settings, checkpoint_folder)
+        validated = every and (number % every == 0 or number == len(steps))
+        if validated and validate:
+            loss, metrics = validate()
+            record = replace(record, validation={"loss": loss} | metrics)
         history.append(record)
-        if time.monotonic() - saved_at >= settings.checkpoint_every_s:
+        if validated or _agree(accelerator, time.monotonic() - saved_at >= settings.checkpoint_every_s):
             save()
             saved_at, saved_step = time.monotonic(), number
         yield record
-    if saved_step < len(steps):
+    if saved_step < len(history):
         save()
+    if 0 < _best(history) < len(history):
+        say(f"step {_best(history)} of {len(history)} has the lowest validation loss; its parameters are kept")
+        checkpoints.restore(parameters, checkpoints.load(checkpoint_folder, _best(history)).parameters)
     model.eval()
 
 
-def _step(
-    model: PackedModel,
+def _best(history: Sequence[StepRecord]) -> int:
+    """The step with the lowest validation loss, the first of equals; 0 when none was validated."""
+    validated = [record for record in history if record.validation]
+    return min(validated, key=lambda record: record.validation["loss"]).step if validated else 0
+
+
+def _patience_is_over(history: Sequence[StepRecord], patience: int) -> bool:
+    since_best = sum(bool(record.validation) and record.step > _best(history) for record in history)
+    return patience > 0 and since_best >= patience
+
+
+def _agree(accelerator: Accelerator, wish: bool) -> bool:
+    """What the main process wishes, told to all: clocks differ."""
+    wishes: list[bool] = gather_object([wish])
+    return wishes[0]
+
+
+def passes(indices: Sequence[int], n_tokens: Sequence[int], max_tokens: int) -> list[tuple[list[int], bool]]:
+    """The packs of this process for some examples, and whether each counts.
+
+    All processes get equally many, since they meet in every forward and backward pass: who has fewer repeats an
+    example that does not count.
+    """
+    state = PartialState()
+    packs = [fill_packs(part, n_tokens, max_tokens) for part in share_out(indices, n_tokens, state.num_processes)]
+    mine = packs[state.process_index]
+    idle = max(map(len, packs)) - len(mine)
+    return [(members, True) for members in mine] + [([indices[0]], False)] * idle
+
+
+@dataclass(frozen=True)
+class _Step:
+    number: int
+    total: int
+    indices: list[int]
+    lr: float
+
+
+def _run_step(
+    model: nn.Module,
     data: TrainingSet,
     objective: Objective,
-    step: Step,
+    step: _Step,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     settings: LoopSettings,
-    number: int,
-    total: int,
-    lr: float,
+    folder: Path,
 ) -> StepRecord:
-    """Forward and backward over the packs of one step, then one optimiser update."""
+    """Forward and backward over this process's packs of one step, then one optimiser update."""
     started = time.monotonic()
-    normaliser = float(sum(data.weights[index] for indices in step for index in indices))
-    loss_sum, tokens = 0.0, 0
-    metrics: dict[str, float] = {}
-    for indices in step:
+    normaliser = float(sum(data.weights[index] for index in step.indices))
+    sums: dict[str, float] = {"loss": 0.0, "tokens": 0.0}
+    todo = passes(step.indices, data.n_tokens(), settings.max_tokens_per_step)
+    for position, (indices, counts) in enumerate(todo, start=1):
         batch = pack([data.examples[index] for index in indices]).to(accelerator.device)
-        loss, shares = objective(model(batch), batch, indices, normaliser)
-        if not math.isfinite(loss.item()):
-            raise TrainingStop(_not_finite("loss", number, data, indices))
-        accelerator.backward(loss)
-        loss_sum += loss.item()
-        tokens += len(batch.input_ids_T)
-        for name, share in shares.items():
-            metrics[name] = metrics.get(name, 0.0) + share
+        with _enough_memory(step.number, batch), _sync(accelerator, model, last=position == len(todo)):
+            loss, shares = objective(model(batch), batch, indices, normaliser)
+            if not math.isfinite(loss.item()):
+                raise TrainingStop(_not_finite("loss", step.number, data, indices, folder))
+            # Processes average their gradients, and the step's is their sum.
+            accelerator.backward(loss * (accelerator.num_processes if counts else 0.0))
+        if counts:
+            for name, share in ({"loss": loss.item(), "tokens": float(len(batch.input_ids_T))} | shares).items():
+                sums[name] = sums.get(name, 0.0) + share
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = float(torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm))
+    norm = float(checkpoints.whole(torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)))
     if not math.isfinite(norm):
-        raise TrainingStop(_not_finite("gradient", number, data, [index for indices in step for index in indices]))
+        raise TrainingStop(_not_finite("gradient", step.number, data, step.indices, folder))
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = step.lr
     optimizer.step()
     optimizer.zero_grad()
-    return StepRecord(number, total, loss_sum, lr, norm, tokens, time.monotonic() - started, metrics)
+    sums = _sum_over_processes(sums)
+    loss_sum, tokens = sums.pop("loss"), int(sums.pop("tokens"))
+    seconds = time.monotonic() - started
+    return StepRecord(step.number, step.total, loss_sum, step.lr, norm, tokens, seconds, peak_memory_mib(), sums)
 
 
-def _not_finite(what: str, number: int, data: TrainingSet, indices: Sequence[int]) -> str:
-    ids = ", ".join(data.ids[index] for index in indices)
-    return f"the {what} of step {number} is not finite; records of that step: {ids}; look at them, or lower the rate"
+def _sync(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Gradients travel between processes in the last pass of a step only."""
+    waits = isinstance(model, nn.parallel.DistributedDataParallel) and not last
+    context: AbstractContextManager[None] = accelerator.no_sync(model) if waits else nullcontext()
+    return context
+
+
+def _sum_over_processes(values: dict[str, float]) -> dict[str, float]:
+    if PartialState().num_processes == 1:
+        return values
+    every: list[dict[str, float]] = gather_object([values])
+    names = dict.fromkeys(name for part in every for name in part)
+    return {name: math.fsum(part.get(name, 0.0) for part in every) for name in names}
+
+
+def peak_memory_mib() -> float:
+    """Peak memory so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@contextmanager
+def _enough_memory(number: int, batch: Pack) -> Iterator[None]:
+    """Running out of memory in a step becomes a sentence that says which knob to turn."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+            raise
+        n_tokens = len(batch.input_ids_T)
+        alone = len(batch.segments) == 1
+        knob = "a lower model.max_length" if alone else "a lower max_tokens_per_step"
+        raise TrainingStop(
+            f"out of memory in step {number}, on a pass of {n_tokens} tokens ({len(batch.segments)} examples); what"
+            f" helps: {knob}, model.gradient_checkpointing=true, or model.precision=bf16"
+        ) from error
+
+
+def _not_finite(what: str, number: int, data: TrainingSet, indices: Sequence[int], folder: Path) -> str:
+    ids = [data.ids[index] for index in indices]
+    file = folder / "not_finite.json"
+    write_json(file, {"what": what, "step": number, "records": ids})
+    return (
+        f"the {what} of step {number} is not finite; records of that pass: {', '.join(ids)} (also in {file}); look at"
+        " them, or lower the learning rate"
+    )
 
 
 @torch.no_grad()
@@ -200,24 +309,29 @@ def sequence_logps(
 ) -> list[list[float]]:
     """Summed log-probability of every completion of every example, nats; each example is a pack of its own.
 
-    So a value never depends on what else is in the data. The model is in eval mode meanwhile.
+    So a value never depends on what else is in the data. The model is in eval mode meanwhile. Several processes share
+    the examples out, and all of them get all values.
 
     Args:
         progress: called with the number of examples done.
     """
-    from components.training import objectives
-
     was_training = model.training
     model.eval()
-    values = []
-    for done, example in enumerate(examples, start=1):
-        batch = pack([example]).to(model.device)
+    state = PartialState()
+    values: dict[int, list[float]] = {}
+    # Everyone does equally many, see `passes`; a repeated example gives the same value again.
+    count = -(-len(examples) // state.num_processes)
+    for done in range(count):
+        index = min(done * state.num_processes + state.process_index, len(examples) - 1)
+        batch = pack([examples[index]]).to(model.device)
         sums = objectives.sequence_logps(model(batch).double(), batch.sequence_N, batch.n_sequences)
-        values.append(sums.tolist())
+        values[index] = sums.tolist()
         if progress:
-            progress(done)
+            progress(min((done + 1) * state.num_processes, len(examples)))
     model.train(was_training)
-    return values
+    every: list[dict[int, list[float]]] = gather_object([values])
+    merged = {index: found for part in every for index, found in part.items()}
+    return [merged[index] for index in range(len(examples))]
 
 
 @torch.no_grad()
@@ -228,13 +342,13 @@ def evaluate(
     was_training = model.training
     model.eval()
     normaliser = float(sum(data.weights))
-    total = 0.0
-    metrics: dict[str, float] = {}
-    for indices in fill_packs(range(len(data.examples)), data.n_tokens(), max_tokens):
+    sums: dict[str, float] = {"loss": 0.0}
+    for indices, counts in passes(range(len(data.examples)), data.n_tokens(), max_tokens):
         batch = pack([data.examples[index] for index in indices]).to(model.device)
         loss, shares = objective(model(batch), batch, indices, normaliser)
-        total += loss.item()
-        for name, share in shares.items():
-            metrics[name] = metrics.get(name, 0.0) + share
+        if counts:
+            for name, share in ({"loss": loss.item()} | shares).items():
+                sums[name] = sums.get(name, 0.0) + share
     model.train(was_training)
-    return total, metrics
+    sums = _sum_over_processes(sums)
+    return sums.pop("loss"), sums

@@ -3,18 +3,25 @@
 The policy is base + SFT adapter + DPO adapter; its reference is the same without the DPO adapter (DESIGN, decision 5).
 """
 
+import importlib.util
 import json
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from components.common.errors import InputError
 from components.common.files import replacing_folder
+from components.training import checkpoints, lora
 from components.training.attention import PACKED
 from components.training.head import token_logps
 from components.training.packing import Example, Pack, pack
@@ -29,12 +36,23 @@ class PackedModel(nn.Module):
     """A causal LM whose forward takes a pack and gives token log-probabilities.
 
     Wrap this module, not the LM inside it, for several processes: nothing outside reads the head's weight.
+
+    Args:
+        lm: the transformers model, perhaps with adapters.
+        precision: `bf16` computes matrix products in bf16 by autocast, `fp32` everything in fp32.
+        head_precision: of the products with the output embedding; None for the same.
+        packed: False runs every sequence by itself through the model's plain attention: for models that cannot be
+            packed, slower.
     """
 
-    def __init__(self, lm: nn.Module, precision: Precision) -> None:
+    def __init__(
+        self, lm: nn.Module, precision: Precision, head_precision: Precision | None = None, packed: bool = True
+    ) -> None:
         super().__init__()
         self.lm = lm
         self.precision = precision
+        self.head_precision = head_precision or precision
+        self.packed = packed
 
     @property
     def device(self) -> torch.device:
@@ -54,46 +72,114 @@ class PackedModel(nn.Module):
     def forward(self, batch: Pack) -> Tensor:
         """Log-probability of each completion token, fp32 [N], nats."""
         model = self.causal_lm
+        config = model.config.get_text_config()
         with self.autocast():
-            output = model.base_model(
-                input_ids=batch.input_ids_T[None],
-                position_ids=batch.positions_T[None],
-                segments=batch.segments,
-                use_cache=False,
-            )
-            hidden_NE = output.last_hidden_state[0].index_select(0, batch.predictor_N)
-            softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-            return token_logps(hidden_NE, batch.target_N, model.get_output_embeddings(), softcap)
+            hidden_TE = self._packed_hidden(batch) if self.packed else self._plain_hidden(batch)
+            # Cohere multiplies its logits, Granite divides them; the head is linear, so its input may be scaled.
+            scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+            hidden_NE = hidden_TE.index_select(0, batch.predictor_N) * scale
+        return token_logps(
+            hidden_NE,
+            batch.target_N,
+            model.get_output_embeddings(),
+            getattr(config, "final_logit_softcapping", None),
+            torch.bfloat16 if self.head_precision == "bf16" else torch.float32,
+        )
+
+    def _packed_hidden(self, batch: Pack) -> Tensor:
+        output = self.causal_lm.base_model(
+            input_ids=batch.input_ids_T[None],
+            position_ids=batch.positions_T[None],
+            segments=batch.segments,
+            use_cache=False,
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def _plain_hidden(self, batch: Pack) -> Tensor:
+        """The same rows, from one plain forward pass per completion."""
+        rows = []
+        for start, end, branches in batch.segments:
+            for number, (first, last) in enumerate(branches):
+                ids = torch.cat([batch.input_ids_T[start:end], batch.input_ids_T[first:last]])
+                hidden_TE = self.causal_lm.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+                rows.append(hidden_TE if number == 0 else hidden_TE[end - start :])
+        return torch.cat(rows)
 
 
-def load_causal_lm(path: Path, precision: Precision) -> PreTrainedModel:
-    """Load the safetensors weights of a local folder, ready for packed rows and with all parameters frozen.
+def load_causal_lm(
+    path: Path, precision: Precision, full: bool = False, quantization: Literal["none", "nf4"] = "none"
+) -> PreTrainedModel:
+    """Load the safetensors weights of a local folder, ready for packed rows.
 
-    `bf16` keeps weights in bfloat16 and lifts the residual stream to fp32 at the embedding: the matrix products run
-    under autocast, sums over layers do not lose bits.
+    `bf16` keeps frozen weights in bfloat16 and lifts the residual stream to fp32 at the embedding: the matrix products
+    run under autocast, sums over layers do not lose bits.
+
+    Args:
+        full: all parameters train, so they are in fp32 in either precision; otherwise all are frozen.
+        quantization: `nf4` keeps the weights of the linear layers in 4 bits (QLoRA, arXiv 2305.14314).
 
     Raises:
-        InputError: the folder is no causal LM in safetensors.
+        InputError: the folder is no causal LM in safetensors, or bitsandbytes is missing.
     """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" and not full else torch.float32
+    options: dict[str, Any] = {"quantization_config": _nf4(dtype)} if quantization == "nf4" else {}
+    load = partial(
+        AutoModelForCausalLM.from_pretrained,
+        path,
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        **options,
+    )
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=PACKED,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+        model: PreTrainedModel = load(attn_implementation=PACKED) if _takes_attention(path) else load()
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: cannot be loaded as a causal language model in safetensors: {str(error).splitlines()[0]}"
         ) from error
-    model.requires_grad_(False)
+    if full:
+        model.requires_grad_(True)
+    else:
+        model.requires_grad_(False)
     model.eval()
-    if precision == "bf16":
+    if precision == "bf16" and not full:
         model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.float())
+    if precision == "bf16":
+        _round_norms(model)
     return model
+
+
+def _takes_attention(path: Path) -> bool:
+    """Whether the model's attention goes through transformers' AttentionInterface."""
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        kind = AutoModelForCausalLM._model_mapping[type(config)]
+    except (KeyError, OSError, ValueError):
+        return True
+    return bool(getattr(kind, "_supports_attention_backend", False))
+
+
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            "model.quantization=nf4 needs bitsandbytes, which is not installed; pip install 'kubealign[qlora]', or set"
+            " model.quantization=none"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _round_norms(model: nn.Module) -> None:
+    """Let the norms inside the decoder layers give bf16: once, instead of once in every product that reads them."""
+    for layers in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
+        for norm in (child for layer in layers for child in layer.children() if "Norm" in type(child).__name__):
+            norm.register_forward_hook(lambda module, inputs, output: output.bfloat16())
 
 
 def add_lora(
@@ -112,6 +198,7 @@ def add_lora(
         model = lm
     else:
         model = get_peft_model(lm, config, adapter_name=name)
+    lora.speed_up(model)
     activate(model, list(model.peft_config), trainable=name)
     return model
 
@@ -119,6 +206,7 @@ def add_lora(
 def load_adapter(lm: nn.Module, path: Path, name: str) -> PeftModel:
     """Load a saved adapter under `name`, active and frozen."""
     model = PeftModel.from_pretrained(lm, path, adapter_name=name, is_trainable=False, local_files_only=True)
+    lora.speed_up(model)
     activate(model, [name], trainable=None)
     return model
 
@@ -163,16 +251,65 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
         merged.save_pretrained(aside, safe_serialization=True)
 
 
+def shard(model: PackedModel) -> None:
+    """Share parameters, gradients and optimiser state out over the processes, layer by layer (FSDP2).
+
+    Source: torch.distributed.fsdp.fully_shard. For full fine-tuning by torchrun; call before the optimiser is made.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
+    for layers in (module for module in model.causal_lm.modules() if isinstance(module, nn.ModuleList)):
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` was called on the model."""
+    return isinstance(model, FSDPModule)
+
+
 @torch.no_grad()
-def check_packed(model: PackedModel) -> float:
-    """Compare packed log-probs with those of plain forward passes, on random tokens.
+def save_model(model: PackedModel, out: Path) -> None:
+    """Write a fully fine-tuned model as an ordinary transformers folder in fp32; all processes call, one writes."""
+    state = {name: checkpoints.whole(tensor) for name, tensor in model.causal_lm.state_dict().items()}
+    if PartialState().is_main_process:
+        with replacing_folder(out) as aside:
+            model.causal_lm.save_pretrained(aside, state_dict=state, safe_serialization=True)
+
+
+def choose_layout(model: PackedModel) -> str:
+    """Compare packed with plain log-probs, and run the model sequence by sequence where packing is not exact.
 
     Returns:
-        the largest difference of a token, nats.
+        a sentence on what was found.
 
     Raises:
-        InputError: they differ, as with ALiBi, state-space or chunked-attention models, which cannot be packed.
+        InputError: neither way gives the model's own log-probs.
     """
+    name = type(model.causal_lm).__name__
+    try:
+        difference = largest_difference(model)
+        reason = f"differ by {difference:.1e} nats"
+    except (TypeError, ValueError) as error:
+        difference, reason = math.inf, f"cannot be computed ({str(error).splitlines()[0]})"
+    if difference < PACKED_TOLERANCE[model.precision]:
+        return f"packed and plain log-probs differ by at most {difference:.1e} nats on random tokens"
+    model.packed = False
+    if model.causal_lm.config._attn_implementation == PACKED:
+        model.causal_lm.set_attn_implementation("sdpa")
+    difference = largest_difference(model)
+    if not difference < PACKED_TOLERANCE[model.precision]:
+        raise InputError(
+            f"{name} cannot be trained: its log-probs at the answers differ by {difference:.1e} nats from its own"
+            " logits; choose a model with an ordinary output layer"
+        )
+    return f"{name} cannot be packed: its packed log-probs {reason}; it runs one sequence at a time, which is slower"
+
+
+@torch.no_grad()
+def largest_difference(model: PackedModel) -> float:
+    """Largest difference of a token's log-prob between this module and plain forward passes, on random tokens, nats."""
     lm = model.causal_lm
     generator = torch.Generator().manual_seed(0)
     vocabulary = lm.config.get_text_config().vocab_size
@@ -181,24 +318,21 @@ def check_packed(model: PackedModel) -> float:
         return torch.randint(vocabulary, (n,), generator=generator).tolist()
 
     examples = [Example(draw(9), [draw(5), draw(7)]), Example(draw(6), [draw(8), draw(3)])]
-    packed = model(pack(examples).to(model.device))
-    lm.set_attn_implementation("eager")
+    ours = model(pack(examples).to(model.device))
+    before = lm.config._attn_implementation
+    if before == PACKED:
+        lm.set_attn_implementation("eager")
     try:
-        plain = torch.cat([_plain_logps(model, p, completion) for p, both in examples for completion in both])
+        plain = torch.cat([_plain_logps(model, p, completion) for p, both, _ in examples for completion in both])
     finally:
-        lm.set_attn_implementation(PACKED)
-    difference = float((packed - plain).abs().max())
-    if not difference < PACKED_TOLERANCE[model.precision]:
-        raise InputError(
-            f"{type(lm).__name__} cannot be trained on packed rows: its log-probs differ by {difference:.1e} nats from"
-            " a plain forward pass; choose a model with rotary or learnt positions and ordinary attention"
-        )
-    return difference
+        if before == PACKED:
+            lm.set_attn_implementation(PACKED)
+    return float((ours - plain).abs().max())
 
 
 def _plain_logps(model: PackedModel, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
     ids = torch.tensor([[*prompt, *completion]], device=model.device)
     with model.autocast():
-        logits_TV = model.causal_lm(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+        logits_TV = model.causal_lm(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
     logps_T: Tensor = logits_TV.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
     return logps_T

@@ -17,10 +17,20 @@ from torch import Tensor
 
 
 class Example(NamedTuple):
-    """Token ids of a prompt and of the completions that follow it; none of them is empty."""
+    """Token ids of a prompt and of the completions that follow it; none of them is empty.
+
+    `answers` are ranges [start, end) of the prompt that are predicted too, as part of the only completion: the earlier
+    assistant turns of a conversation.
+    """
 
     prompt: Sequence[int]
     completions: Sequence[Sequence[int]]
+    answers: Sequence[tuple[int, int]] = ()
+
+    @property
+    def n_predicted(self) -> int:
+        """Tokens that are predicted."""
+        return sum(end - start for start, end in self.answers) + sum(map(len, self.completions))
 
     @property
     def n_tokens(self) -> int:
@@ -83,13 +93,19 @@ def pack(examples: Sequence[Example]) -> Pack:
     segments: list[Segment] = []
     n_sequences = 0
     for example in examples:
-        if not example.prompt or not all(example.completions):
-            raise ValueError("an example to pack has an empty prompt or completion")
+        if not example.prompt or not all(example.completions) or any(start < 1 for start, _ in example.answers):
+            raise ValueError("an example to pack has an empty prompt or completion, or predicts its first token")
+        if example.answers and len(example.completions) != 1:
+            raise ValueError("answers within the prompt go with a single completion")
         n_prompt, start = len(example.prompt), len(ids)
         end = start + n_prompt
         ids += example.prompt
         positions += range(n_prompt)
         branches = []
+        for first, last in example.answers:
+            predictor += range(start + first - 1, start + last - 1)
+            target += example.prompt[first:last]
+            sequence += [n_sequences] * (last - first)
         for completion in example.completions:
             first = len(ids)
             ids += completion
@@ -112,16 +128,23 @@ def pack(examples: Sequence[Example]) -> Pack:
     )
 
 
-Step = list[list[int]]
-"""One optimiser step: its packs, each a list of example indices."""
+def share_out(indices: Sequence[int], n_tokens: Sequence[int], n_shares: int) -> list[list[int]]:
+    """Divide the examples of a step among processes: longest first, each to the one that has the fewest tokens."""
+    shares: list[list[int]] = [[] for _ in range(n_shares)]
+    load = [0] * n_shares
+    for index in sorted(indices, key=lambda i: (-n_tokens[i], i)):
+        least = load.index(min(load))
+        shares[least].append(index)
+        load[least] += n_tokens[index]
+    return shares
 
 
-def fill_packs(indices: Sequence[int], n_tokens: Sequence[int], max_tokens: int) -> Step:
+def fill_packs(indices: Sequence[int], n_tokens: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Share examples out among packs of at most `max_tokens` tokens, longest first, each into the first that has room.
 
     An example longer than `max_tokens` gets a pack of its own.
     """
-    packs: Step = []
+    packs: list[list[int]] = []
     room: list[int] = []
     for index in sorted(indices, key=lambda i: (-n_tokens[i], i)):
         for slot, left in enumerate(room):
@@ -135,27 +158,25 @@ def fill_packs(indices: Sequence[int], n_tokens: Sequence[int], max_tokens: int)
     return packs
 
 
-def plan_steps(n_tokens: Sequence[int], epochs: float, batch_size: int, max_tokens: int, seed: int) -> list[Step]:
-    """The steps of a whole training run, the same for the same arguments on every machine.
+def plan_steps(n_examples: int, epochs: float, batch_size: int, seed: int) -> list[list[int]]:
+    """The examples of every step of a training run, the same for the same arguments on every machine.
 
     Each epoch visits every example once in an order drawn from (seed, epoch); `batch_size` consecutive examples make a
     step, the last step of an epoch takes what is left. A fractional epoch stops after that share of its steps.
 
     Args:
-        n_tokens: tokens of each example, see `Example.n_tokens`.
+        n_examples: how many there are.
         epochs: passes over the examples, > 0.
-        batch_size: examples in an optimiser step, over all packs.
-        max_tokens: token budget of one pack (one forward and backward pass).
+        batch_size: examples in an optimiser step, over all packs and processes.
         seed: of the order.
     """
-    steps_per_epoch = -(-len(n_tokens) // batch_size)
+    steps_per_epoch = -(-n_examples // batch_size)
     total = max(1, round(epochs * steps_per_epoch))
-    steps: list[Step] = []
+    steps: list[list[int]] = []
     epoch = 0
     while len(steps) < total:
-        order = list(range(len(n_tokens)))
+        order = list(range(n_examples))
         random.Random(f"{seed}/{epoch}").shuffle(order)
-        for first in range(0, len(order), batch_size):
-            steps.append(fill_packs(order[first : first + batch_size], n_tokens, max_tokens))
+        steps += [order[first : first + batch_size] for first in range(0, n_examples, batch_size)]
         epoch += 1
     return steps[:total]

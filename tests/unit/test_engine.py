@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from components.common.config import load_config
 from components.common.errors import InputError, TrainingStop
-from components.dpo.stage import check_reference, make_objective
+from components.dpo.stage import cached_reference, check_reference, make_objective
 from components.training import checkpoints, loop
 from components.training.head import FrozenHeadLogps, chunk_logps
 from components.training.models import (
@@ -21,8 +21,9 @@ from components.training.models import (
     PackedModel,
     activate,
     add_lora,
-    check_packed,
+    choose_layout,
     concatenate_adapters,
+    largest_difference,
     load_adapter,
     load_causal_lm,
     merge,
@@ -49,6 +50,8 @@ SETTINGS = loop.LoopSettings(
     max_grad_norm=1.0,
     seed=3,
     checkpoint_every_s=1e-9,
+    eval_every_steps=0,
+    early_stopping_patience=0,
 )
 
 
@@ -90,7 +93,7 @@ def test_packed_gradients_equal_those_of_plain_forward_passes(tiny_model: Path) 
             rows.append(logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0])
     expected = torch.autograd.grad((torch.cat(rows) * weights).sum(), parameters)
     for mine, theirs in zip(found, expected, strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 def test_the_rejected_answer_never_sees_the_chosen_nor_another_example(tiny_model: Path) -> None:
@@ -122,9 +125,9 @@ def test_the_frozen_head_has_the_gradient_of_autograd(softcap: float | None) -> 
     hidden = torch.randn(300, 8, generator=generator, requires_grad=True)
     target = torch.randint(600, (300,), generator=generator)
     weights = torch.randn(300, generator=generator)
-    ours = FrozenHeadLogps.apply(hidden, target, head, softcap)
+    ours = FrozenHeadLogps.apply(hidden, target, head.weight, softcap)
     (mine,) = torch.autograd.grad((ours * weights).sum(), hidden)
-    plain = chunk_logps(hidden, target, head, softcap)
+    plain = chunk_logps(hidden, target, head, softcap, torch.float32)
     (theirs,) = torch.autograd.grad((plain * weights).sum(), hidden)
     assert torch.allclose(ours, plain, atol=1e-5)
     assert torch.allclose(mine, theirs, atol=1e-5)
@@ -132,14 +135,15 @@ def test_the_frozen_head_has_the_gradient_of_autograd(softcap: float | None) -> 
 
 def test_every_epoch_visits_every_example_once_within_the_budget() -> None:
     n_tokens = [3, 9, 4, 4, 12, 5, 1]
-    steps = plan_steps(n_tokens, epochs=2, batch_size=3, max_tokens=12, seed=7)
-    assert steps == plan_steps(n_tokens, epochs=2, batch_size=3, max_tokens=12, seed=7)
-    assert steps != plan_steps(n_tokens, epochs=2, batch_size=3, max_tokens=12, seed=8)
+    steps = plan_steps(len(n_tokens), epochs=2, batch_size=3, seed=7)
+    assert steps == plan_steps(len(n_tokens), epochs=2, batch_size=3, seed=7)
+    assert steps != plan_steps(len(n_tokens), epochs=2, batch_size=3, seed=8)
     assert len(steps) == 6
     for epoch in (steps[:3], steps[3:]):
-        assert sorted(i for step in epoch for indices in step for i in indices) == list(range(7))
-    assert all(sum(n_tokens[i] for i in indices) <= 12 for step in steps for indices in step)
-    assert len(plan_steps(n_tokens, epochs=0.34, batch_size=3, max_tokens=12, seed=7)) == 1
+        assert sorted(index for step in epoch for index in step) == list(range(7))
+    packs = [indices for step in steps for indices in fill_packs(step, n_tokens, max_tokens=12)]
+    assert all(sum(n_tokens[i] for i in indices) <= 12 for indices in packs)
+    assert len(plan_steps(len(n_tokens), epochs=0.34, batch_size=3, seed=7)) == 1
 
 
 def test_an_example_over_the_budget_stands_alone() -> None:
@@ -149,17 +153,19 @@ def test_an_example_over_the_budget_stands_alone() -> None:
 def test_the_check_at_load_passes_the_tiny_model_and_has_teeth(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert check_packed(packed(tiny_model)) < 1e-4
+    assert largest_difference(packed(tiny_model)) < 1e-4
     monkeypatch.setattr(
         "components.training.attention.causal_mask", lambda q, k, w, d: torch.ones(q, k, dtype=torch.bool)
     )
-    with pytest.raises(InputError, match="cannot be trained on packed rows"):
-        check_packed(packed(tiny_model))
+    model = packed(tiny_model)
+    assert "LlamaForCausalLM cannot be packed: its packed log-probs differ by" in choose_layout(model)
+    assert not model.packed
+    assert largest_difference(model) < 1e-4, "one sequence at a time it is right"
 
 
 def dpo_objective(model: PackedModel) -> loop.Objective:
     reference = np.asarray(loop.sequence_logps(model, EXAMPLES))
-    return make_objective(reference, load_config(ROOT / "params.yaml", ["dpo.beta=0.5"]).dpo)
+    return make_objective(cached_reference(reference), load_config(ROOT / "params.yaml", ["dpo.beta=0.5"]).dpo)
 
 
 def training_set() -> loop.TrainingSet:
@@ -186,7 +192,7 @@ def test_every_loss_widens_the_margin_on_a_tiny_model(tiny_model: Path, tmp_path
     model = with_adapter(tiny_model)
     config = load_config(ROOT / "params.yaml", [f"dpo.loss={loss}", "dpo.beta=0.5"]).dpo
     reference = np.asarray(loop.sequence_logps(model, EXAMPLES))
-    objective = make_objective(reference, config)
+    objective = make_objective(cached_reference(reference), config)
     before = loop.evaluate(model, training_set(), objective, 64)
     list(loop.train(model, training_set(), objective, SETTINGS, tmp_path, lambda sentence: None))
     after = loop.evaluate(model, training_set(), objective, 64)
@@ -242,7 +248,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_record_ids(tiny_model: Path, t
     model = with_adapter(tiny_model)
     with torch.no_grad():
         next(iter(trainable_state(model).values())).fill_(float("nan"))
-    with pytest.raises(TrainingStop, match=r"loss of step 1 is not finite; records of that step: [abc]"):
+    with pytest.raises(TrainingStop, match=r"loss of step 1 is not finite; records of that pass: [abc]"):
         list(run(model, tmp_path))
 
 
@@ -265,7 +271,7 @@ def test_the_shipped_adapter_and_the_merged_model_are_the_policy(tiny_model: Pat
     shaken(adapted)
     sft_only = PackedModel(adapted, "fp32")(pack(EXAMPLES)).detach()
     adapted = add_lora(adapted, DPO_ADAPTER, 8, 24, 0.0, "all-linear", 2)
-    assert torch.equal(PackedModel(adapted, "fp32")(pack(EXAMPLES)), sft_only)
+    assert torch.allclose(PackedModel(adapted, "fp32")(pack(EXAMPLES)), sft_only, atol=1e-5)
     shaken(adapted)
     policy = PackedModel(adapted, "fp32")(pack(EXAMPLES)).detach()
     assert not torch.allclose(policy, sft_only, atol=1e-3)
