@@ -20,6 +20,7 @@ from components.common.identity import modules_digest
 from components.training.loop import sequence_logps
 from components.training.models import PackedModel
 from components.training.packing import Example
+from components.training.processes import processes
 
 Scores = NDArray[np.float64]
 
@@ -63,6 +64,7 @@ def score(
     name = f"{key}.safetensors"
     path = tracking.home() / "cache" / "logps" / name
     places = {"the cache": path} if beside is None else {"the model's folder": beside / name, "the cache": path}
+    processes()
     # The main process decides for all, which would wait for each other in vain otherwise.
     kept = broadcast_object_list([_find(run, places, len(examples), what) if tracking.is_main_process() else None])[0]
     if kept is not None:

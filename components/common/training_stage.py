@@ -10,8 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from accelerate import PartialState
-
 from components.common import tracking
 from components.common.chat import encode, encode_conversation
 from components.common.config import ModelConfig, OptimiserConfig
@@ -21,6 +19,7 @@ from components.common.records import Instruction, Preference
 from components.training.loop import LoopSettings, Objective, StepRecord, TrainingSet, Validation, train
 from components.training.models import PackedModel, add_lora, choose_layout, load_adapter, load_causal_lm, shard
 from components.training.packing import Example
+from components.training.processes import processes
 
 LOG_EVERY_STEPS = 20
 HOW = ("precision", "head_precision", "tuning", "quantization", "gradient_checkpointing")
@@ -61,7 +60,7 @@ def open_model(run: tracking.StageRun, path: Path, config: ModelConfig, trains: 
     run.say(choose_layout(model))
     if trains and config.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if full and PartialState().num_processes > 1:
+    if full and processes().num_processes > 1:
         shard(model)
     return model
 
@@ -104,7 +103,7 @@ def checkpoint_folder(stage: str, config: OptimiserConfig, *inputs: str) -> Iter
         config: of the stage.
         inputs: content hashes of data and models.
     """
-    n_processes = PartialState().num_processes
+    n_processes = processes().num_processes
     key = digest([stage, config.model_dump(mode="json"), inputs, code_digest(stage), n_processes])[:24]
     folder = tracking.home() / "checkpoints" / f"{stage}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +124,7 @@ def stage_output(out: Path) -> Iterator[Path]:
     else:
         with TemporaryDirectory() as scratch:
             yield Path(scratch)
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
 
 
 def run_training(

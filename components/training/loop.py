@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
@@ -23,6 +23,8 @@ from components.common.files import write_json
 from components.training import checkpoints, objectives
 from components.training.models import PackedModel, is_sharded, trainable_state
 from components.training.packing import Example, Pack, fill_packs, pack, plan_steps, share_out
+from components.training.processes import accelerator as make_accelerator
+from components.training.processes import processes
 
 Objective = Callable[[Tensor, Pack, list[int], float], tuple[Tensor, dict[str, float]]]
 """(token log-probs [N], pack, example indices of the pack, normaliser of the step) -> (loss, metrics).
@@ -119,7 +121,7 @@ def train(
     Raises:
         TrainingStop: a loss or gradient that is not finite, with the ids of the records in that step; or no memory.
     """
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = make_accelerator()
     parameters = trainable_state(model)
     names = list(parameters)
     optimizer = torch.optim.AdamW(
@@ -199,7 +201,7 @@ def passes(indices: Sequence[int], n_tokens: Sequence[int], max_tokens: int) -> 
     All processes get equally many, since they meet in every forward and backward pass: who has fewer repeats an
     example that does not count.
     """
-    state = PartialState()
+    state = processes()
     packs = [fill_packs(part, n_tokens, max_tokens) for part in share_out(indices, n_tokens, state.num_processes)]
     mine = packs[state.process_index]
     idle = max(map(len, packs)) - len(mine)
@@ -262,7 +264,7 @@ def _sync(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractCon
 
 
 def _sum_over_processes(values: dict[str, float]) -> dict[str, float]:
-    if PartialState().num_processes == 1:
+    if processes().num_processes == 1:
         return values
     every: list[dict[str, float]] = gather_object([values])
     names = dict.fromkeys(name for part in every for name in part)
@@ -317,7 +319,7 @@ def sequence_logps(
     """
     was_training = model.training
     model.eval()
-    state = PartialState()
+    state = processes()
     values: dict[int, list[float]] = {}
     # Everyone does equally many, see `passes`; a repeated example gives the same value again.
     count = -(-len(examples) // state.num_processes)

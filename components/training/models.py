@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,6 +24,7 @@ from components.training import checkpoints, lora
 from components.training.attention import PACKED
 from components.training.head import token_logps
 from components.training.packing import Example, Pack, pack
+from components.training.processes import processes
 
 Precision = Literal["bf16", "fp32"]
 SFT_ADAPTER, DPO_ADAPTER, SHIPPED_ADAPTER = "sft", "dpo", "policy"
@@ -261,7 +261,8 @@ def shard(model: PackedModel) -> None:
     for layers in (module for module in model.causal_lm.modules() if isinstance(module, nn.ModuleList)):
         for layer in layers:
             fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # Otherwise the outermost parameters would stay whole after a forward pass, and be taken for the sharded ones.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -273,7 +274,7 @@ def is_sharded(model: nn.Module) -> bool:
 def save_model(model: PackedModel, out: Path) -> None:
     """Write a fully fine-tuned model as an ordinary transformers folder in fp32; all processes call, one writes."""
     state = {name: checkpoints.whole(tensor) for name, tensor in model.causal_lm.state_dict().items()}
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         with replacing_folder(out) as aside:
             model.causal_lm.save_pretrained(aside, state_dict=state, safe_serialization=True)
 
@@ -288,18 +289,20 @@ def choose_layout(model: PackedModel) -> str:
         InputError: neither way gives the model's own log-probs.
     """
     name = type(model.causal_lm).__name__
+    # 4-bit kernels round to bf16 inside, differently for different numbers of rows.
+    tolerance = PACKED_TOLERANCE["bf16" if getattr(model.causal_lm, "is_quantized", False) else model.precision]
     try:
         difference = largest_difference(model)
         reason = f"differ by {difference:.1e} nats"
     except (TypeError, ValueError) as error:
         difference, reason = math.inf, f"cannot be computed ({str(error).splitlines()[0]})"
-    if difference < PACKED_TOLERANCE[model.precision]:
+    if difference < tolerance:
         return f"packed and plain log-probs differ by at most {difference:.1e} nats on random tokens"
     model.packed = False
     if model.causal_lm.config._attn_implementation == PACKED:
         model.causal_lm.set_attn_implementation("sdpa")
     difference = largest_difference(model)
-    if not difference < PACKED_TOLERANCE[model.precision]:
+    if not difference < tolerance:
         raise InputError(
             f"{name} cannot be trained: its log-probs at the answers differ by {difference:.1e} nats from its own"
             " logits; choose a model with an ordinary output layer"
