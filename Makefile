@@ -31,7 +31,11 @@ test: data ## ruff, mypy and all tests of the normal tier
 	ruff format --check .
 	ruff check .
 	mypy
-	pytest $(PYTEST_ARGS)
+	pytest -m "not long" $(PYTEST_ARGS)
+
+.PHONY: bench
+bench: data ## the training engine against TRL: time, memory, differences; half an hour
+	TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1 python -P -m tests.bench.training $(ARGS)
 
 .PHONY: test-long
 test-long: data ## the full counts: kills, races, failures

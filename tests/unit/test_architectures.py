@@ -1,0 +1,336 @@
+"""Packed = plain, in log-probs and in gradients, for tiny random models of the supported architectures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from components.training.models import (
+    DPO_ADAPTER,
+    PackedModel,
+    add_lora,
+    choose_layout,
+    load_causal_lm,
+    trainable_state,
+)
+from components.training.objectives import dpo_sigmoid_loss, rewards, sequence_logps
+from components.training.packing import Example, pack
+
+VOCABULARY = 97
+WINDOW = 7
+"""Shorter than every example, and than most of the completions alone."""
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+PACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", MIXED | {"use_sliding_window": True}),
+    "qwen3": ("Qwen3Config", {"head_dim": 8}),
+    "mistral": ("MistralConfig", {"sliding_window": WINDOW}),
+    "gemma": ("GemmaConfig", {"head_dim": 8}),
+    "gemma2": (
+        "Gemma2Config",
+        MIXED
+        | {"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    ),
+    "gemma3": ("Gemma3TextConfig", MIXED | {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "gpt_oss": ("GptOssConfig", MIXED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phi3": ("Phi3Config", {"sliding_window": WINDOW}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW}),
+    "olmo2": ("Olmo2Config", {}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+    "gpt2": ("GPT2Config", {}),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 6,
+        },
+    ),
+    "cohere2": ("Cohere2Config", MIXED | {"logit_scale": 0.25}),
+    "granite": (
+        "GraniteConfig",
+        {
+            "logits_scaling": 3.0,
+            "attention_multiplier": 0.4,
+            "residual_multiplier": 0.6,
+            "embedding_multiplier": 2.0,
+        },
+    ),
+}
+UNPACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
+    "mamba": ("MambaConfig", {"state_size": 4}),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            "head_dim": 8,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 2,
+            "attention_chunk_size": 4,
+            "layer_types": ["chunked_attention", "full_attention"],
+        },
+    ),
+}
+
+
+def draw(number: int, *lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(number)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+def example(number: int, prompt: int, chosen: int, rejected: int) -> Example:
+    ids, *answers = draw(number, prompt, chosen, rejected)
+    return Example(ids, answers)
+
+
+EXAMPLES = [example(0, 13, 9, 17), example(1, 8, 14, 3), example(2, 11, 2, 12)]
+COMPLETIONS = [(e.prompt, completion) for e in EXAMPLES for completion in e.completions]
+WEIGHTS = torch.linspace(-1, 1, sum(len(completion) for _, completion in COMPLETIONS))
+
+
+def build(kind: tuple[str, dict[str, Any]], folder: Path) -> Path:
+    """Save a tiny random model of an architecture, its zero-initialised vectors shaken too."""
+    torch.manual_seed(0)
+    name, own = kind
+    config = getattr(transformers, name)(**SIZES | own)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def plain_logps(model: PreTrainedModel, completions: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
+    """Log-probs of completions from one forward pass of transformers for each."""
+    rows = []
+    for prompt, completion in completions:
+        logits = model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0]
+        logps = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        rows.append(logps.gather(1, torch.tensor(completion)[:, None])[:, 0])
+    return torch.cat(rows)
+
+
+def plain_copy(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+def loaded(folder: Path) -> PackedModel:
+    return PackedModel(load_causal_lm(folder, "fp32"), "fp32")
+
+
+def adapt(model: PackedModel, targets: str | list[str] = "all-linear") -> list[Tensor]:
+    """Put LoRA with random values on linear layers; its parameters."""
+    model.lm = add_lora(model.lm, DPO_ADAPTER, 4, 8, 0.0, targets, 1)
+    parameters = list(trainable_state(model).values())
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return parameters
+
+
+def gradient(value: Tensor, parameters: list[Tensor]) -> Tensor:
+    found = torch.autograd.grad(value, parameters, allow_unused=True)
+    pairs = zip(found, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+
+
+def relative(mine: Tensor, theirs: Tensor) -> float:
+    return float((mine - theirs).detach().norm() / theirs.detach().norm())
+
+
+def all_true(n_queries: int, n_keys: int, window: int, device: torch.device) -> Tensor:
+    return torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
+
+
+@pytest.mark.parametrize("name", PACKABLE)
+def test_packed_log_probs_and_gradients_are_the_plain_ones(name: str, tmp_path: Path) -> None:
+    folder = build(PACKABLE[name], tmp_path / name)
+    model = loaded(folder)
+    assert "packed and plain log-probs differ by at most" in choose_layout(model)
+    assert model.packed
+    found = model(pack(EXAMPLES)).detach()
+    with torch.no_grad():
+        expected = plain_logps(plain_copy(folder), COMPLETIONS)
+    assert (found - expected).abs().max() < 1e-4
+    parameters = adapt(model)
+    batch = pack(EXAMPLES)
+    adapted = model(batch)
+    assert (adapted - found).abs().max() > 1e-2, "the adapter acts"
+    mine = gradient((adapted * WEIGHTS).sum(), parameters)
+    model.causal_lm.set_attn_implementation("eager")
+    theirs = gradient((plain_logps(model.causal_lm, COMPLETIONS) * WEIGHTS).sum(), parameters)
+    assert theirs.norm() > 1e-2
+    assert relative(mine, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name, (_, own) in PACKABLE.items() if "sliding_window" in own])
+def test_the_examples_reach_past_the_sliding_window(name: str, tmp_path: Path) -> None:
+    kind, own = PACKABLE[name]
+    narrow = plain_copy(build((kind, own), tmp_path / "narrow"))
+    wide = plain_copy(build((kind, own | {"sliding_window": 100}), tmp_path / "wide"))
+    with torch.no_grad():
+        difference = (plain_logps(narrow, COMPLETIONS) - plain_logps(wide, COMPLETIONS)).abs().max()
+    assert difference > 1e-2
+
+
+@pytest.mark.parametrize("name", UNPACKABLE)
+def test_what_cannot_be_packed_runs_one_sequence_at_a_time_and_is_right(name: str, tmp_path: Path) -> None:
+    folder = build(UNPACKABLE[name], tmp_path / name)
+    model = loaded(folder)
+    assert "cannot be packed" in choose_layout(model)
+    assert not model.packed
+    found = model(pack(EXAMPLES)).detach()
+    with torch.no_grad():
+        expected = plain_logps(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), COMPLETIONS)
+    assert (found - expected).abs().max() < 1e-4
+    parameters = adapt(model, ["in_proj", "x_proj"] if name == "mamba" else "all-linear")
+    mine = gradient((model(pack(EXAMPLES)) * WEIGHTS).sum(), parameters)
+    theirs = gradient((plain_logps(model.causal_lm, COMPLETIONS) * WEIGHTS).sum(), parameters)
+    assert theirs.norm() > 1e-2
+    assert relative(mine, theirs) < 1e-4
+
+
+def test_without_a_causal_mask_the_comparison_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = build(PACKABLE["llama"], tmp_path / "llama")
+    model, plain = loaded(folder), plain_copy(folder)
+    with torch.no_grad():
+        expected = plain_logps(plain, COMPLETIONS)
+        assert (model(pack(EXAMPLES)) - expected).abs().max() < 1e-4
+        monkeypatch.setattr("components.training.attention.causal_mask", all_true)
+        assert (model(pack(EXAMPLES)) - expected).abs().max() > 0.1
+
+
+@pytest.fixture
+def tuned(tiny_model: Path) -> tuple[PackedModel, list[Tensor]]:
+    """The tiny Llama with a random adapter, and the adapter's parameters."""
+    model = loaded(tiny_model)
+    return model, adapt(model)
+
+
+def pair_values(model: PackedModel, examples: Sequence[Example]) -> Tensor:
+    """Summed log-probs [P, 2] of pairs in one pack."""
+    batch = pack(examples)
+    return sequence_logps(model(batch), batch.sequence_N, batch.n_sequences).view(-1, 2)
+
+
+def dpo_loss(values_P2: Tensor, reference_P2: Tensor, beta: float = 0.3) -> Tensor:
+    rewards_P2 = rewards(values_P2, reference_P2, beta)
+    return dpo_sigmoid_loss(rewards_P2[:, 0] - rewards_P2[:, 1]).sum()
+
+
+REFERENCE = torch.tensor([[-40.0, -70.0], [-60.0, -11.0], [-9.0, -52.0]])
+
+
+def test_the_order_of_the_pairs_in_a_pack_changes_nothing(tuned: tuple[PackedModel, list[Tensor]]) -> None:
+    model, parameters = tuned
+    order = [2, 0, 1]
+    values, permuted = pair_values(model, EXAMPLES), pair_values(model, [EXAMPLES[i] for i in order])
+    assert relative(permuted, values[order]) < 1e-5
+    whole = gradient(dpo_loss(values, REFERENCE), parameters)
+    assert relative(gradient(dpo_loss(permuted, REFERENCE[order]), parameters), whole) < 1e-5
+
+
+@pytest.mark.parametrize("parts", [[[0], [1, 2]], [[0], [1], [2]]])
+def test_splitting_a_pack_changes_nothing(tuned: tuple[PackedModel, list[Tensor]], parts: list[list[int]]) -> None:
+    model, parameters = tuned
+    values = pair_values(model, EXAMPLES)
+    whole = gradient(dpo_loss(values, REFERENCE), parameters)
+    split = [pair_values(model, [EXAMPLES[i] for i in part]) for part in parts]
+    assert relative(torch.cat(split), values) < 1e-5
+    losses = [dpo_loss(found, REFERENCE[part]) for found, part in zip(split, parts, strict=True)]
+    summed = torch.stack([gradient(loss, parameters) for loss in losses]).sum(0)
+    assert relative(summed, whole) < 1e-5
+
+
+def test_gradient_checkpointing_changes_nothing(tuned: tuple[PackedModel, list[Tensor]]) -> None:
+    model, parameters = tuned
+    model.train()
+    plain = model(pack(EXAMPLES))
+    expected = gradient((plain * WEIGHTS).sum(), parameters)
+    model.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert model.causal_lm.is_gradient_checkpointing
+    layers = model.causal_lm.base_model.layers
+    calls: list[int] = []
+    for layer in layers:
+        layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    again = model(pack(EXAMPLES))
+    found = gradient((again * WEIGHTS).sum(), parameters)
+    assert len(calls) == 2 * len(layers), "each layer ran a second time in the backward pass"
+    assert relative(again, plain) < 1e-5
+    assert relative(found, expected) < 1e-5
+
+
+def test_swapping_chosen_and_rejected_negates_the_margin(tuned: tuple[PackedModel, list[Tensor]]) -> None:
+    model, _ = tuned
+    swapped = [Example(e.prompt, [*reversed(e.completions)]) for e in EXAMPLES]
+    with torch.no_grad():
+        values = rewards(pair_values(model, EXAMPLES), REFERENCE, 0.3)
+        others = rewards(pair_values(model, swapped), REFERENCE.flip(1), 0.3)
+    margins, negated = values[:, 0] - values[:, 1], others[:, 0] - others[:, 1]
+    assert margins.abs().min() > 0.1
+    assert relative(negated, -margins) < 1e-5
+
+
+def test_the_gradient_vanishes_with_beta(tuned: tuple[PackedModel, list[Tensor]]) -> None:
+    """In proportion: beta * sigmoid(-m) -> beta / 2."""
+    model, parameters = tuned
+
+    def at(beta: float) -> Tensor:
+        return gradient(dpo_loss(pair_values(model, EXAMPLES), REFERENCE, beta), parameters)
+
+    small, smaller = at(1e-4), at(1e-6)
+    values = pair_values(model, EXAMPLES)
+    slope = gradient((values[:, 1] - values[:, 0]).sum() / 2, parameters)
+    assert smaller.norm() < 1e-2 * at(0.1).norm()
+    assert relative(smaller / 1e-6, slope) < 1e-3
+    assert relative(100 * smaller, small) < 1e-1
+    assert at(0.0).norm() == 0.0
+
+
+def test_half_the_labels_swapped_makes_the_loss_symmetric() -> None:
+    margins = torch.tensor([-30.0, -2.5, -0.1, 0.0, 0.7, 4.0, 50.0])
+    assert torch.allclose(dpo_sigmoid_loss(margins, 0.5), dpo_sigmoid_loss(-margins, 0.5), rtol=1e-6)
+    assert not torch.allclose(dpo_sigmoid_loss(margins, 0.4), dpo_sigmoid_loss(-margins, 0.4), rtol=1e-2)
+
+
+def test_a_shared_prompt_equals_a_prompt_for_each_completion(tuned: tuple[PackedModel, list[Tensor]]) -> None:
+    model, parameters = tuned
+    apart = [Example(prompt, [completion]) for prompt, completion in COMPLETIONS]
+    shared, single = model(pack(EXAMPLES)), model(pack(apart))
+    assert relative(shared, single) < 1e-5
+    mine, theirs = (gradient((logps * WEIGHTS).sum(), parameters) for logps in (shared, single))
+    assert relative(mine, theirs) < 1e-5
