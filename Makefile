@@ -35,7 +35,7 @@ test: data ## ruff, mypy and all tests of the normal tier
 
 .PHONY: bench
 bench: data ## the training engine against TRL: time, memory, differences; half an hour
-	TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1 python -P -m tests.bench.training $(ARGS)
+	TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1 python tests/bench/training.py $(ARGS)
 
 .PHONY: test-long
 test-long: data ## the full counts: kills, races, failures

@@ -1,6 +1,6 @@
 """The training engine against TRL 1.16: alternately in one process, on the embedded model and the real pairs.
 
-`make bench`, or `python -P -m tests.bench.training --rounds 5`. It prints and writes (build/bench/training.json) the
+`make bench`, or `python tests/bench/training.py --rounds 5`. It prints and writes (build/bench/training.json) the
 paired ratios TRL / ours of CPU time and wall time for the same optimiser steps, differences of loss and gradient, and
 peak memory in processes of their own, and puts a table into README between its markers. TRL runs in the fastest of the
 settings that are tried first; ours as params.yaml has it. The reference log-probs are cached on both sides.
@@ -276,7 +276,7 @@ def compare(
 
 def peak(side: str, checkpointing: bool, precision: str = "fp32", length: int = LONG) -> dict[str, float]:
     """Peak memory and the seconds of the second step for one pair, in a process of its own."""
-    words = [sys.executable, "-P", "-m", "tests.bench.training", "--child", side, "--precision", precision]
+    words = [sys.executable, __file__, "--child", side, "--precision", precision]
     words += ["--length", str(length), *(["--checkpointing"] if checkpointing else [])]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
