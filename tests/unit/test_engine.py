@@ -1,5 +1,8 @@
 """The packed engine against plain transformers, on a tiny real model."""
 
+import importlib.util
+import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +33,7 @@ from components.training.models import (
     save_adapter,
     trainable_state,
 )
-from components.training.packing import Example, fill_packs, pack, plan_steps
+from components.training.packing import Example, fill_packs, pack, plan_steps, share_out
 from tests.conftest import ROOT
 
 EXAMPLES = [
@@ -293,3 +296,105 @@ def test_pickled_weights_are_not_loaded(tiny_model: Path, tmp_path: Path) -> Non
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(InputError, match="cannot be loaded as a causal language model in safetensors"):
         load_causal_lm(folder, "fp32")
+
+
+def test_answers_within_a_prompt_are_predicted_too(tiny_model: Path) -> None:
+    model = packed(tiny_model)
+    conversation = [5, 6, 7, 8, 9, 10, 11, 12]
+    found = model(pack([Example(conversation[:6], [conversation[6:]], [(2, 4)])]))
+    expected = plain_logps(tiny_model, conversation[:1], conversation[1:])
+    assert torch.allclose(found, expected[[1, 2, 5, 6]], atol=1e-5), "tokens 2, 3 and the completion 6, 7"
+    with pytest.raises(ValueError, match="go with a single completion"):
+        pack([Example([1, 2], [[3], [4]], [(1, 2)])])
+
+
+def test_running_out_of_memory_says_which_knob_to_turn(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+
+    model = with_adapter(tiny_model)
+    monkeypatch.setattr(model, "forward", no_memory)
+    with pytest.raises(TrainingStop, match=r"out of memory in step 1, on a pass of \d+ tokens .* lower max_tokens"):
+        list(run(model, tmp_path))
+
+
+def test_another_error_in_a_step_is_not_called_out_of_memory(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("something else")
+
+    model = with_adapter(tiny_model)
+    monkeypatch.setattr(model, "forward", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        list(run(model, tmp_path))
+
+
+def test_a_loss_that_is_not_finite_leaves_the_record_ids_in_a_file(tiny_model: Path, tmp_path: Path) -> None:
+    model = with_adapter(tiny_model)
+    with torch.no_grad():
+        next(iter(trainable_state(model).values())).fill_(float("nan"))
+    with pytest.raises(TrainingStop):
+        list(run(model, tmp_path))
+    saved = json.loads((tmp_path / "not_finite.json").read_text())
+    assert saved["what"] == "loss" and saved["step"] == 1 and set(saved["records"]) <= {"a", "b", "c"}
+
+
+def test_examples_are_shared_out_evenly_and_completely() -> None:
+    shares = share_out([0, 1, 2, 3, 4], [10, 9, 2, 2, 5], 2)
+    assert shares == [[0, 2, 3], [1, 4]]
+    assert share_out([7], [0] * 8, 3) == [[7], [], []]
+
+
+def test_the_fused_lora_layers_give_what_peft_gives(tiny_model: Path) -> None:
+    """Value and gradient, for two adapters at once; with dropout at work peft's own way is taken."""
+
+    def model(fused: bool, dropout: float = 0.0) -> PackedModel:
+        adapted = add_lora(load_causal_lm(tiny_model, "fp32"), SFT_ADAPTER, 4, 6, 0.0, "all-linear", 1)
+        adapted = add_lora(adapted, DPO_ADAPTER, 8, 24, dropout, "all-linear", 2)
+        with torch.no_grad():
+            for index, (name, parameter) in enumerate(adapted.named_parameters()):
+                if ".lora_" in name:
+                    noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+                    parameter.add_(0.1 * noise)
+        for module in adapted.modules():
+            if not fused and "forward" in vars(module):
+                del module.forward
+        return PackedModel(adapted, "fp32")
+
+    def outcome(of: PackedModel) -> tuple[torch.Tensor, torch.Tensor]:
+        found = of(pack(EXAMPLES))
+        gradients = torch.autograd.grad(found.sum(), list(trainable_state(of).values()))
+        return found.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+
+    (ours, our_gradient), (theirs, their_gradient) = outcome(model(True)), outcome(model(False))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert (our_gradient - their_gradient).norm() <= 1e-5 * their_gradient.norm()
+    dropping = model(True, dropout=0.5)
+    dropping.train()
+    assert not torch.allclose(dropping(pack(EXAMPLES)), ours, atol=1e-3)
+
+
+def test_qlora_trains_or_says_what_is_missing(base_model: Path) -> None:
+    """The embedded model in 4 bits where bitsandbytes is installed, as in CI; a sentence where it is not."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(InputError, match=r"pip install 'kubealign\[qlora\]'"):
+            load_causal_lm(base_model, "bf16", quantization="nf4")
+        assert "CI" not in os.environ, "CI installs the qlora extra"
+        return
+    model = PackedModel(load_causal_lm(base_model, "bf16", quantization="nf4"), "bf16")
+    assert "differ by at most" in choose_layout(model)
+    model.lm = add_lora(model.lm, DPO_ADAPTER, 4, 8, 0.0, "all-linear", 1)
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert "Linear4bit" in kinds
+    optimizer = torch.optim.Adam(trainable_state(model).values(), lr=1e-3)
+    seen = []
+    for _ in range(4):
+        loss = -model(pack(EXAMPLES)).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(loss.item())
+    assert seen[-1] < seen[0] - 10, "nats, over 12 tokens"

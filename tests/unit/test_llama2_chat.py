@@ -30,7 +30,14 @@ ANSWER = Message(role="assistant", content="中国的首都是北京。")
 SECOND = Message(role="user", content="And how many people live there?")
 CONVERSATION = [SYSTEM, FIRST, ANSWER, SECOND]
 LAST = "大约有 2200 万人，about 22 million."
-TEXTS = ["人工智能可以帮助人们。", "Certainly, here it is.", LAST, "第一行\n第二行  二", "生僻字：龘𠮷，以及😀", "a"]
+TEXTS = {
+    "chinese": "人工智能可以帮助人们。",
+    "english": "Certainly, here it is.",
+    "mixed": LAST,
+    "lines": "第一行\n第二行  二",
+    "rare": "生僻字：龘𠮷，以及😀",
+    "letter": "a",
+}
 
 
 def turn(user: str, answer: str = "", system: str = "") -> str:
@@ -46,17 +53,17 @@ def pieces() -> sentencepiece.SentencePieceProcessor:
     texts = [line for row in lines for line in json.loads(row)["chosen"].splitlines() if line.strip()]
     proto = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts[:300]),
+        sentence_iterator=iter(texts[:120]),
         model_writer=proto,
         model_type="bpe",
-        vocab_size=640,
+        vocab_size=1024,
         byte_fallback=True,
         add_dummy_prefix=True,
         remove_extra_whitespaces=False,
         normalization_rule_name="identity",
         split_digits=True,
         allow_whitespace_only_pieces=True,
-        character_coverage=0.92,
+        character_coverage=0.98,
         unk_id=0,
         bos_id=BOS,
         eos_id=EOS,
@@ -130,7 +137,7 @@ def test_the_text_is_llama_2s_own_format(tokenizer: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("answer", TEXTS)
+@pytest.mark.parametrize("answer", TEXTS.values(), ids=TEXTS)
 def test_the_tokens_are_those_of_sentencepiece_with_metas_code(
     tokenizer: Any, pieces: sentencepiece.SentencePieceProcessor, answer: str
 ) -> None:
@@ -141,7 +148,7 @@ def test_the_tokens_are_those_of_sentencepiece_with_metas_code(
     assert [*prompt, *completion] == [*reference_ids(pieces, [turns[0], turn(SECOND.content, answer)]), EOS]
 
 
-@pytest.mark.parametrize("answer", TEXTS)
+@pytest.mark.parametrize("answer", TEXTS.values(), ids=TEXTS)
 def test_an_answer_comes_back_from_its_tokens_and_ends_with_the_end_of_sequence(tokenizer: Any, answer: str) -> None:
     _, completion = encode(tokenizer, [FIRST], answer)
     assert tokenizer.eos_token_id == EOS
