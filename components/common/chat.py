@@ -15,7 +15,11 @@ def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a local model folder, chat template included."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    # Llama 2's switch for the space before a piece of text; transformers reads it and forgets to save it.
+    if hasattr(tokenizer, "legacy"):
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+    return tokenizer
 
 
 def choose_template(name: str, own: str | None) -> str:

@@ -57,7 +57,7 @@ def open_model(run: tracking.StageRun, path: Path, config: ModelConfig, trains: 
     full = trains and config.tuning == "full"
     lm = load_causal_lm(path, config.precision, full, config.quantization)
     model = PackedModel(lm, config.precision, "fp32" if config.head_precision == "fp32" else config.precision)
-    run.say(choose_layout(model))
+    run.say(choose_layout(model, config.max_length))
     if trains and config.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if full and processes().num_processes > 1:

@@ -30,6 +30,8 @@ Precision = Literal["bf16", "fp32"]
 SFT_ADAPTER, DPO_ADAPTER, SHIPPED_ADAPTER = "sft", "dpo", "policy"
 PACKED_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.5}
 """Largest difference, in nats, between packed and plain log-probs of a token."""
+PACKED_LAYERS = {"full_attention", "sliding_attention"}
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class PackedModel(nn.Module):
@@ -69,15 +71,23 @@ class PackedModel(nn.Module):
         inner: PreTrainedModel = self.lm.get_base_model() if isinstance(self.lm, PeftModel) else self.lm
         return inner
 
+    @property
+    def decoder(self) -> nn.Module:
+        """The transformers model without its output layer."""
+        lm = self.causal_lm
+        # The prefix that Llama 4's text model names does not exist, and transformers then answers with the whole model.
+        inner: nn.Module = lm.model if lm.base_model is lm else lm.base_model
+        return inner
+
     def forward(self, batch: Pack) -> Tensor:
         """Log-probability of each completion token, fp32 [N], nats."""
         model = self.causal_lm
         config = model.config.get_text_config()
         with self.autocast():
-            hidden_TE = self._packed_hidden(batch) if self.packed else self._plain_hidden(batch)
+            hidden_NE = self._packed_hidden(batch) if self.packed else self._plain_hidden(batch)
             # Cohere multiplies its logits, Granite divides them; the head is linear, so its input may be scaled.
             scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-            hidden_NE = hidden_TE.index_select(0, batch.predictor_N) * scale
+            hidden_NE = hidden_NE * scale
         return token_logps(
             hidden_NE,
             batch.target_N,
@@ -87,23 +97,25 @@ class PackedModel(nn.Module):
         )
 
     def _packed_hidden(self, batch: Pack) -> Tensor:
-        output = self.causal_lm.base_model(
+        output = self.decoder(
             input_ids=batch.input_ids_T[None],
             position_ids=batch.positions_T[None],
             segments=batch.segments,
             use_cache=False,
         )
-        hidden: Tensor = output.last_hidden_state[0]
-        return hidden
+        hidden_NE: Tensor = output.last_hidden_state[0].index_select(0, batch.predictor_N)
+        return hidden_NE
 
     def _plain_hidden(self, batch: Pack) -> Tensor:
         """The same rows, from one plain forward pass per completion."""
-        rows = []
+        rows: list[Tensor] = []
         for start, end, branches in batch.segments:
-            for number, (first, last) in enumerate(branches):
+            for first, last in branches:
                 ids = torch.cat([batch.input_ids_T[start:end], batch.input_ids_T[first:last]])
-                hidden_TE = self.causal_lm.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
-                rows.append(hidden_TE if number == 0 else hidden_TE[end - start :])
+                hidden_TE = self.decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+                predictor = batch.predictor_N[batch.sequence_N == len(rows)]
+                in_prompt = predictor < end
+                rows.append(hidden_TE[torch.where(in_prompt, predictor - start, predictor - first + end - start)])
         return torch.cat(rows)
 
 
@@ -279,8 +291,12 @@ def save_model(model: PackedModel, out: Path) -> None:
             model.causal_lm.save_pretrained(aside, state_dict=state, safe_serialization=True)
 
 
-def choose_layout(model: PackedModel) -> str:
+def choose_layout(model: PackedModel, longest: int) -> str:
     """Compare packed with plain log-probs, and run the model sequence by sequence where packing is not exact.
+
+    Args:
+        model: as loaded.
+        longest: tokens of the longest sequence that it will see.
 
     Returns:
         a sentence on what was found.
@@ -296,6 +312,8 @@ def choose_layout(model: PackedModel) -> str:
         reason = f"differ by {difference:.1e} nats"
     except (TypeError, ValueError) as error:
         difference, reason = math.inf, f"cannot be computed ({str(error).splitlines()[0]})"
+    if beyond := _beyond_a_short_check(model, longest):
+        difference, reason = math.inf, f"are not exact with {beyond}"
     if difference < tolerance:
         return f"packed and plain log-probs differ by at most {difference:.1e} nats on random tokens"
     model.packed = False
@@ -308,6 +326,20 @@ def choose_layout(model: PackedModel) -> str:
             " logits; choose a model with an ordinary output layer"
         )
     return f"{name} cannot be packed: its packed log-probs {reason}; it runs one sequence at a time, which is slower"
+
+
+def _beyond_a_short_check(model: PackedModel, longest: int) -> str:
+    """What makes packed log-probs differ on long rows only, or nothing."""
+    config = model.causal_lm.config.get_text_config()
+    chunked = set(getattr(config, "layer_types", None) or ()) - PACKED_LAYERS
+    if chunked:
+        return ", ".join(sorted(chunked))
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+        original = int(kind.get("original_max_position_embeddings") or config.max_position_embeddings)
+        if kind.get("rope_type") in LENGTH_DEPENDENT_ROPE and longest > original:
+            return f"{kind['rope_type']} positions, whose frequencies depend on the longest sequence of a row"
+    return ""
 
 
 @torch.no_grad()

@@ -161,7 +161,7 @@ def test_the_check_at_load_passes_the_tiny_model_and_has_teeth(
         "components.training.attention.causal_mask", lambda q, k, w, d: torch.ones(q, k, dtype=torch.bool)
     )
     model = packed(tiny_model)
-    assert "LlamaForCausalLM cannot be packed: its packed log-probs differ by" in choose_layout(model)
+    assert "LlamaForCausalLM cannot be packed: its packed log-probs differ by" in choose_layout(model, 64)
     assert not model.packed
     assert largest_difference(model) < 1e-4, "one sequence at a time it is right"
 
@@ -385,7 +385,7 @@ def test_qlora_trains_or_says_what_is_missing(base_model: Path) -> None:
         assert "CI" not in os.environ, "CI installs the qlora extra"
         return
     model = PackedModel(load_causal_lm(base_model, "bf16", quantization="nf4"), "bf16")
-    assert "differ by at most" in choose_layout(model)
+    assert "differ by at most" in choose_layout(model, 64)
     model.lm = add_lora(model.lm, DPO_ADAPTER, 4, 8, 0.0, "all-linear", 1)
     kinds = {type(module).__name__ for module in model.modules()}
     assert "Linear4bit" in kinds
