@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from components.common.chat import load_tokenizer
 from components.common.config import load_config
-from components.common.files import UNSEALED
+from components.common.files import UNSEALED, write_manifest
+from components.common.records import Preference, read_rows
+from components.common.training_stage import pair_examples
 from components.dpo.stage import run_dpo
 from components.sft.stage import run_sft
 from tests.conftest import ROOT
@@ -140,3 +144,34 @@ def test_the_best_step_is_kept_and_patience_ends_training(
     assert f"stopped early after step {len(history)}" in said
     kept = json.loads((tmp_path / "sft" / "training.json").read_text())["validation_loss"]
     assert kept == pytest.approx(found[best], abs=1e-6)
+
+
+def test_a_changed_sft_setting_never_resumes_an_old_dpo_run(
+    stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(stages, tmp_path / "one", "dpo.checkpoint_every_s=1e-9")
+    train(stages, tmp_path / "again", "dpo.checkpoint_every_s=1e-9")
+    assert "[note] dpo resuming after step 3 of 3" in capsys.readouterr().out
+    train(stages, tmp_path / "other", "dpo.checkpoint_every_s=1e-9", "sft.lr=3e-4")
+    assert "resuming" not in capsys.readouterr().out
+
+
+def test_the_loss_falls_on_the_real_pairs(stages: Stages, tmp_path: Path) -> None:
+    """Twelve real pairs, a tiny model, a fixed seed: after four passes it prefers what it was shown."""
+    real = tmp_path / "real"
+    shutil.copytree(stages.folder / "clean", real)
+    tokenizer = load_tokenizer(stages.base)
+    rows = read_rows(ROOT / "data" / "preferences" / "train.jsonl", Preference)
+    found = [row for row, pair in zip(rows, pair_examples(tokenizer, rows), strict=True) if pair.n_tokens < 400]
+    short = [row for lang in ("en", "zh") for row in [row for row in found if row.lang == lang][:6]]
+    assert len(short) == 12
+    lines = "".join(row.model_dump_json() + "\n" for row in short)
+    (real / "preferences" / "train.jsonl").write_text(lines, encoding="utf-8")
+    write_manifest(real)
+    sets = ["dpo.max_steps=0", "dpo.epochs=4", "dpo.batch_size=4", "dpo.lr=1e-2", "model.max_length=400"]
+    config = load_config(ROOT / "params.yaml", [*SHORT, *sets])
+    run_sft(config.sft, config.model, real, stages.base, tmp_path / "sft")
+    run_dpo(config.dpo, config.model, real, stages.base, tmp_path / "sft", tmp_path / "dpo")
+    seen = losses(tmp_path / "dpo")
+    assert seen[0] == pytest.approx(0.6931472, abs=1e-4)
+    assert sum(seen[-3:]) / 3 < 0.5
