@@ -205,9 +205,14 @@ def _fail(told: Told, log: Path) -> NoReturn:
     if told.errors:
         stage, message, code = told.errors[-1]
         raise StepFailed(f"{stage}: {message}\n(whole log: {log})", code)
+    knobs = (
+        f" (what helps: a lower {told.stage}.max_tokens_per_step, model.gradient_checkpointing=true)"
+        if told.stage in ("sft", "dpo")
+        else ""
+    )
     raise StepFailed(
-        f"{told.stage or 'the pipeline'} ended without a message, perhaps killed for want of memory; the log says more:"
-        f" {log}",
+        f"{told.stage or 'the pipeline'} ended without a message, perhaps killed for want of memory{knobs}; the log says"
+        f" more: {log}",
         1,
     )
 
