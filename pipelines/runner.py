@@ -211,8 +211,8 @@ def _fail(told: Told, log: Path) -> NoReturn:
         else ""
     )
     raise StepFailed(
-        f"{told.stage or 'the pipeline'} ended without a message, perhaps killed for want of memory{knobs}; the log says"
-        f" more: {log}",
+        f"{told.stage or 'the pipeline'} ended without a message, perhaps killed for want of memory{knobs}; the log"
+        f" says more: {log}",
         1,
     )
 
