@@ -44,7 +44,10 @@ from components.training.packing import Example
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "data" / "base_model"
 MARK = re.compile(r"(<!-- bench:training -->\n).*?(<!-- /bench:training -->)", re.S)
-SHORT, LONG = 320, 768
+LONG = 768
+"""Tokens of the longest pair, as shipped (model.max_length)."""
+LONG_PROMPT = 128
+"""Tokens from which a prompt counts as long; the median of the real ones."""
 REFERENCE_NATS = -200.0
 """What stands for every reference log-prob on both sides; its value changes neither time nor differences."""
 
@@ -58,7 +61,7 @@ def config(*sets: str) -> Config:
 
 
 def sample(n: int, seed: int = 0) -> list[Preference]:
-    """Real training pairs, equally many of each language and of short and long ones."""
+    """Real training pairs, equally many of each language and of short and long prompts."""
     tokenizer = load_tokenizer(BASE)
     rows = read_rows(ROOT / "data" / "preferences" / "train.jsonl", Preference)
     random.Random(seed).shuffle(rows)
@@ -66,7 +69,7 @@ def sample(n: int, seed: int = 0) -> list[Preference]:
     for row, example in zip(rows, pair_examples(tokenizer, rows), strict=True):
         length = len(example.prompt) + max(map(len, example.completions))
         if length <= LONG:
-            bins.setdefault((row.lang, length > SHORT), []).append(row)
+            bins.setdefault((row.lang, len(example.prompt) >= LONG_PROMPT), []).append(row)
     chosen = [row for group in bins.values() for row in group[: -(-n // len(bins))]][:n]
     random.Random(seed).shuffle(chosen)
     return chosen
