@@ -151,11 +151,12 @@ def load_causal_lm(
         raise InputError(
             f"{path}: cannot be loaded as a causal language model in safetensors: {str(error).splitlines()[0]}"
         ) from error
-    if full:
-        model.requires_grad_(True)
-    else:
-        model.requires_grad_(False)
+    model.requires_grad_(full)
     model.eval()
+    for module in model.modules():
+        # Else bitsandbytes repacks 4-bit weights on a CPU in eval mode, for kernels that have no gradient.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if precision == "bf16" and not full:
         model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.float())
     if precision == "bf16":
