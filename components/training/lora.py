@@ -20,9 +20,10 @@ class LoraFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor) -> Tensor:
-        y_TO = torch.mm(x_TI, weight_OI.T) if bias_O is None else torch.addmm(bias_O, x_TI, weight_OI.T)
         xa_TR = torch.mm(x_TI, a_RI.T)
-        y_TO.addmm_(xa_TR, b_OR.T)
+        # The small update first: added to a product in bf16 it would be rounded away, this way both are rounded once.
+        y_TO = torch.mm(xa_TR, b_OR.T) if bias_O is None else torch.addmm(bias_O, xa_TR, b_OR.T)
+        y_TO.addmm_(x_TI, weight_OI.T)
         ctx.save_for_backward(x_TI, xa_TR, weight_OI, a_RI, b_OR)
         return y_TO
 
@@ -32,7 +33,7 @@ class LoraFunction(torch.autograd.Function):
         (dy_TO,) = outputs
         wants_x, _, _, wants_a, wants_b = ctx.needs_input_grad
         dxa_TR = torch.mm(dy_TO, b_OR)
-        dx_TI = torch.mm(dy_TO, weight_OI).addmm_(dxa_TR, a_RI) if wants_x else None
+        dx_TI = torch.mm(dxa_TR, a_RI).addmm_(dy_TO, weight_OI) if wants_x else None
         da_RI = torch.mm(dxa_TR.T, x_TI) if wants_a else None
         db_OR = torch.mm(dy_TO.T, xa_TR) if wants_b else None
         return dx_TI, None, None, da_RI, db_OR

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 
 from components.common.chat import load_tokenizer
 from components.common.config import Config, load_config
@@ -48,8 +49,6 @@ LONG = 768
 """Tokens of the longest pair, as shipped (model.max_length)."""
 LONG_PROMPT = 128
 """Tokens from which a prompt counts as long; the median of the real ones."""
-REFERENCE_NATS = -200.0
-"""What stands for every reference log-prob on both sides; its value changes neither time nor differences."""
 
 Step = Callable[[], float]
 
@@ -93,9 +92,10 @@ class Ours:
         pairs = pair_examples(tokenizer, rows)
         self.model = our_model(cfg, dtype)
         if kind == "dpo":
-            reference = cached_reference(np.full((len(pairs), 2), REFERENCE_NATS))
+            # A fresh adapter changes nothing yet, so the policy's log-probs are the reference's.
+            self.reference = np.asarray(loop.sequence_logps(self.model, pairs))
             self.data = loop.TrainingSet(pairs, [row.id for row in rows], [1.0] * len(rows))
-            self.objective = make_objective(reference, cfg.dpo)
+            self.objective = make_objective(cached_reference(self.reference), cfg.dpo)
             settings = loop_settings(cfg.dpo)
         else:
             examples = [Example(pair.prompt, [pair.completions[0]]) for pair in pairs]
@@ -111,6 +111,13 @@ class Ours:
 
     def step(self) -> float:
         return next(self.steps).loss
+
+    def take(self, other: "Ours") -> None:
+        """Take over the adapter's parameters."""
+        theirs = trainable_state(other.model)
+        with torch.no_grad():
+            for name, parameter in trainable_state(self.model).items():
+                parameter.copy_(theirs[name])
 
     def gradient(self, indices: list[int]) -> tuple[float, torch.Tensor]:
         """Loss and whole gradient of a batch at the present parameters."""
@@ -171,8 +178,15 @@ class Trl:
         trainer = self.trainer
         trainer.create_optimizer_and_scheduler(10_000)
         self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
-        reference = dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps"), REFERENCE_NATS) if kind == "dpo" else {}
-        self.rows = [trainer.train_dataset[index] | reference for index in range(len(trainer.train_dataset))]
+        self.rows = [trainer.train_dataset[index] for index in range(len(trainer.train_dataset))]
+        if kind == "dpo":
+            self.refer(np.full((len(rows), 2), -200.0))
+
+    def refer(self, logps: Any) -> None:
+        """Take these reference log-probs, [pairs, 2], nats."""
+        names = ("ref_chosen_logps", "ref_rejected_logps")
+        for row, values in zip(self.rows, logps.tolist(), strict=True):
+            row |= dict(zip(names, values, strict=True))
 
     def backward(self, indices: list[int]) -> float:
         parts = [indices[first : first + self.micro] for first in range(0, len(indices), self.micro)]
@@ -194,7 +208,9 @@ class Trl:
         return loss
 
     def like(self, ours: Ours) -> None:
-        """Take over our adapter's parameters."""
+        """Take over our adapter's parameters and reference log-probs."""
+        if self.kind == "dpo":
+            self.refer(ours.reference)
         mine = {name.replace(f".{DPO_ADAPTER}.", ".default."): p for name, p in trainable_state(ours.model.lm).items()}
         with torch.no_grad():
             for name, parameter in self.trainer.model.named_parameters():
@@ -224,8 +240,9 @@ def search(kind: str, cfg: Config, rows: list[Preference], candidates: list[dict
     indices = list(range(cfg.dpo.batch_size))
     found: list[dict[str, Any]] = []
     for candidate in candidates:
+        AcceleratorState._reset_state()
         trl = Trl(kind, cfg, rows, **candidate)
-        trl.step(indices[: candidate["micro"]])
+        trl.step(indices[: candidate["micro"]])  # warm
         cpu, wall, _ = timed(lambda trl=trl: trl.step(indices))  # type: ignore[misc]
         found.append({"settings": {key: str(value) for key, value in candidate.items()}, "cpu_s": cpu, "wall_s": wall})
         print(f"  TRL {kind} {cfg.model.precision} {found[-1]}", flush=True)
@@ -239,7 +256,11 @@ def compare(
     kind: str, cfg: Config, rows: list[Preference], options: dict[str, Any], rounds: int, dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """Paired steps, first ours then TRL's and the other way round; the first round is not counted."""
-    ours, trl = Ours(kind, cfg, rows, dtype), Trl(kind, cfg, rows, **options)
+    ours = Ours(kind, cfg, rows, dtype)
+    ours.step()
+    # accelerate has one state in a process, and TRL asks for another precision in it; ours has begun by now.
+    AcceleratorState._reset_state()
+    trl = Trl(kind, cfg, rows, **options)
     trl.like(ours)
     names = [name.replace(f".{DPO_ADAPTER}.", ".default.") for name in trainable_state(ours.model.lm)]
     rounds = min(rounds, len(ours.batches) - 1)
@@ -247,6 +268,7 @@ def compare(
     our_loss, our_gradient = ours.gradient(first)
     trl_loss, trl_gradient = trl.gradient(first, names)
     exact = Ours(kind, config("model.precision=fp32"), rows)
+    exact.take(ours)
     _, exact_gradient = exact.gradient(first)
     del exact
     scale = exact_gradient.norm()
@@ -259,7 +281,8 @@ def compare(
         "ratios": [],
         "wall_ratios": [],
     }
-    for number in range(rounds + 1):
+    trl.step(first)
+    for number in range(1, rounds + 1):
         batch = ours.batches[number]
         if number % 2:
             theirs, mine = timed(lambda: trl.step(batch)), timed(ours.step)  # noqa: B023
@@ -268,9 +291,8 @@ def compare(
         print(
             f"  {kind} {cfg.model.precision} CPU {theirs[0] / mine[0]:.2f} wall {theirs[1] / mine[1]:.2f}", flush=True
         )
-        if number:
-            result["ratios"].append(theirs[0] / mine[0])
-            result["wall_ratios"].append(theirs[1] / mine[1])
+        result["ratios"].append(theirs[0] / mine[0])
+        result["wall_ratios"].append(theirs[1] / mine[1])
     return result | {
         "median": statistics.median(result["ratios"]),
         "median_wall": statistics.median(result["wall_ratios"]),

@@ -17,6 +17,7 @@ from components.common.errors import InputError, TrainingStop
 from components.dpo.stage import cached_reference, check_reference, make_objective
 from components.training import checkpoints, loop
 from components.training.head import FrozenHeadLogps, chunk_logps
+from components.training.lora import LoraFunction
 from components.training.models import (
     DPO_ADAPTER,
     SFT_ADAPTER,
@@ -410,3 +411,21 @@ def test_qlora_has_the_gradient_of_its_dequantised_weights_or_says_what_is_missi
         found = torch.autograd.grad(model(pack(EXAMPLES)).sum(), parameters)
         gradients.append(torch.cat([gradient.flatten() for gradient in found]))
     assert (gradients[0] - gradients[1]).norm() <= 1e-3 * gradients[1].norm()
+
+
+def test_a_small_update_is_not_rounded_away_in_bf16() -> None:
+    """An update far below the last digit of the frozen product still moves the output, on average by what it should."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, 64, generator=generator).bfloat16()
+    weight = torch.randn(32, 64, generator=generator).bfloat16()
+    a, b = torch.ones(1, 64).bfloat16() / 64, torch.full((32, 1), 0.02).bfloat16()
+    exact = x.float() @ weight.float().T
+    update = (x.float() @ a.float().T) @ b.float().T
+    together = LoraFunction.apply(x, weight, None, a, b).float() - exact
+    apart = ((x @ weight.T) + (x @ a.T) @ b.T).float() - exact
+
+    def kept(found: torch.Tensor) -> float:
+        return float((found * update).sum() / (update * update).sum())
+
+    assert kept(together) == pytest.approx(1.0, abs=0.1)
+    assert kept(apart) < 0.9, "this is what adding it afterwards loses"
