@@ -73,6 +73,10 @@ class ModelConfig(Section):
             )
         return precision
 
+    def how(self) -> dict[str, Any]:
+        """The fields that decide how the model is run and tuned, whatever model, text and length it gets."""
+        return self.model_dump(mode="json", exclude={"base", "revision", "template", "max_length", "allow_network"})
+
     @model_validator(mode="after")
     def _quantized_is_frozen(self) -> "ModelConfig":
         if self.tuning == "full" and self.quantization != "none":

@@ -34,7 +34,12 @@ def weights_digest(base_digest: str, folder: Path) -> str:
     """What names the model that sft or dpo wrote, to `score`: base and adapter, or the weights of its own."""
     if (folder / "adapter").is_dir():
         return adapted_digest(base_digest, folder / "adapter")
-    return digest([sha256_file(path) for path in sorted((folder / "model").glob("*.safetensors"))])
+    return whole_digest(folder / "model")
+
+
+def whole_digest(model: Path) -> str:
+    """What names a model folder with weights of its own, to `score`."""
+    return digest([sha256_file(path) for path in sorted(model.glob("*.safetensors"))])
 
 
 def score(
@@ -43,7 +48,8 @@ def score(
     model_digest: str,
     examples: Sequence[Example],
     what: str,
-    beside: Path | None = None,
+    look_in: Path | None = None,
+    write_to: Path | None = None,
 ) -> Scores:
     """Summed log-probability of each completion of each example, from the cache or by running the model.
 
@@ -53,7 +59,8 @@ def score(
         model_digest: hash that names that state.
         examples: all with the same number of completions.
         what: for the progress line, such as `reference`.
-        beside: a folder that travels with the model; looked into first, and filled.
+        look_in: a folder that came with the model, looked into before the cache; only read.
+        write_to: a folder that will travel with the model, which gets the log-probs too.
 
     Returns:
         float64 [examples, completions], nats.
@@ -62,23 +69,22 @@ def score(
     how = [model.precision, model.head_precision, model.packed]
     key = digest([model_digest, tokens, how, modules_digest("components.training.loop")])
     name = f"{key}.safetensors"
-    path = tracking.home() / "cache" / "logps" / name
-    places = {"the cache": path} if beside is None else {"the model's folder": beside / name, "the cache": path}
+    cache = tracking.home() / "cache" / "logps" / name
+    places = ({"the model's folder": look_in / name} if look_in else {}) | {"the cache": cache}
     processes()
     # The main process decides for all, which would wait for each other in vain otherwise.
     kept = broadcast_object_list([_find(run, places, len(examples), what) if tracking.is_main_process() else None])[0]
-    if kept is not None:
-        found: Scores = kept
-        if beside is not None:
-            _keep(beside / name, found)
-        return found
 
     def progress(done: int) -> None:
         run.progress(done, len(examples), scoring=what)
 
-    values = np.asarray(sequence_logps(model, examples, progress), dtype=np.float64)
-    for place in places.values():
-        _keep(place, values)
+    if kept is None:
+        values = np.asarray(sequence_logps(model, examples, progress), dtype=np.float64)
+        _keep(cache, values)
+    else:
+        values = kept
+    if write_to:
+        _keep(write_to / name, values)
     return values
 
 
@@ -94,7 +100,7 @@ def _find(run: tracking.StageRun, places: dict[str, Path], n_examples: int, what
 
 
 def _keep(path: Path, values: Scores) -> None:
-    if not tracking.is_main_process() or _load(path, len(values)) is not None:
+    if not tracking.is_main_process():
         return
     with replacing(path) as aside:
         save_file({"logps": values}, aside, metadata={"sha256": _checksum(values)})

@@ -22,8 +22,6 @@ from components.training.packing import Example
 from components.training.processes import processes
 
 LOG_EVERY_STEPS = 20
-HOW = ("precision", "head_precision", "tuning", "quantization", "gradient_checkpointing")
-"""Fields of the model's configuration that decide what training gives."""
 
 
 def pair_examples(tokenizer: Any, rows: list[Preference]) -> list[Example]:
@@ -95,16 +93,17 @@ def loop_settings(config: OptimiserConfig) -> LoopSettings:
 
 
 @contextmanager
-def checkpoint_folder(stage: str, config: OptimiserConfig, *inputs: str) -> Iterator[Path]:
+def checkpoint_folder(stage: str, config: OptimiserConfig, model: ModelConfig, *inputs: str) -> Iterator[Path]:
     """The folder of this very training: same stage, configuration, inputs and code; held by one process at a time.
 
     Args:
         stage: `sft` or `dpo`.
         config: of the stage.
+        model: how the model is run and tuned.
         inputs: content hashes of data and models.
     """
     n_processes = processes().num_processes
-    key = digest([stage, config.model_dump(mode="json"), inputs, code_digest(stage), n_processes])[:24]
+    key = digest([stage, config.model_dump(mode="json"), model.how(), inputs, code_digest(stage), n_processes])[:24]
     folder = tracking.home() / "checkpoints" / f"{stage}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     if not tracking.is_main_process():
@@ -149,9 +148,10 @@ def run_training(
         records.append(record)
         speed = f"{record.tokens / record.seconds:.0f}"
         run.progress(record.step, record.total_steps, loss=f"{record.loss:.4f}", tokens_per_s=speed, **show(record))
-        if len(records) - logged >= LOG_EVERY_STEPS or record.step == record.total_steps:
+        if len(records) - logged >= LOG_EVERY_STEPS:
             run.log_metrics([(r.step, step_metrics(r)) for r in records[logged:]])
             logged = len(records)
+    run.log_metrics([(r.step, step_metrics(r)) for r in records[logged:]])
     return records
 
 

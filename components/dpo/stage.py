@@ -17,7 +17,6 @@ from components.common.files import UNSEALED, verify_manifest, write_json, write
 from components.common.records import Preference, read_rows
 from components.common.scoring import Scores, score, weights_digest
 from components.common.training_stage import (
-    HOW,
     add_adapter,
     checkpoint_folder,
     open_tuned,
@@ -69,7 +68,7 @@ def run_dpo(
     Raises:
         TrainingStop: the policy does not equal its reference before the first step, or a loss is not finite.
     """
-    with tracking.stage_run("dpo", config.model_dump() | model.model_dump(include=set(HOW))) as run:
+    with tracking.stage_run("dpo", config.model_dump() | model.how()) as run:
         base_digest, data_digest, sft_digest = map(verify_manifest, (base_model, dataset, sft_model))
         tokenizer = load_tokenizer(base_model)
         rows = {
@@ -83,9 +82,8 @@ def run_dpo(
             references = dict.fromkeys(examples, no_reference)
         elif config.reference == "cached":
             content = weights_digest(base_digest, sft_model)
-            beside = sft_model / UNSEALED if (sft_model / UNSEALED).is_dir() else None
             logps = {
-                split: score(run, policy, content, found, f"reference_{split}", beside)
+                split: score(run, policy, content, found, f"reference_{split}", look_in=sft_model / UNSEALED)
                 for split, found in examples.items()
             }
             check_reference(policy, examples["train"], logps["train"])
@@ -101,8 +99,7 @@ def run_dpo(
         }
         objective = {split: make_objective(reference, config) for split, reference in references.items()}
         validate = partial(evaluate, policy, sets["validation"], objective["validation"], config.max_tokens_per_step)
-        inputs = (base_digest, data_digest, sft_digest, *map(str, model.model_dump(include=set(HOW)).values()))
-        with checkpoint_folder("dpo", config, *inputs) as checkpoints:
+        with checkpoint_folder("dpo", config, model, base_digest, data_digest, sft_digest) as checkpoints:
             records = run_training(run, policy, sets["train"], objective["train"], config, checkpoints, _show, validate)
             loss, found = validate()
             metrics = {"validation_loss": loss} | {f"validation_{name}": value for name, value in found.items()}
@@ -253,8 +250,7 @@ def _write_policy(
         concatenate_adapters(policy.lm)
         save_adapter(policy.lm, SHIPPED_ADAPTER, folder / "adapter", f"sha256:{base_digest}")
         merge(base_model, folder / "adapter", folder / "model")
-    if tracking.is_main_process():
-        tokenizer.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
 
 
 def _show(record: StepRecord) -> dict[str, str]:

@@ -7,8 +7,7 @@ import torch
 
 from components.common.chat import encode_prompt
 from components.common.records import Preference
-from components.training.attention import PACKED
-from components.training.models import PackedModel
+from components.training.models import PackedModel, plain_attention
 
 
 @torch.no_grad()
@@ -23,22 +22,15 @@ def answer(model: PackedModel, tokenizer: Any, rows: Sequence[Preference], max_n
     ids = torch.tensor([[padding] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     lm = model.causal_lm
-    attention = lm.config._attn_implementation
-    if attention == PACKED:
-        lm.set_attn_implementation("sdpa")
-    try:
-        with model.autocast():
-            output = lm.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=padding,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-    finally:
-        if attention == PACKED:
-            lm.set_attn_implementation(PACKED)
+    with plain_attention(lm, "sdpa"), model.autocast():
+        output = lm.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=padding,
+            eos_token_id=tokenizer.eos_token_id,
+        )
     texts: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
     # A limit can cut a character in two; its half is not part of the answer.
     return [text.strip().rstrip("\ufffd") for text in texts]

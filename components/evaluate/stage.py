@@ -15,9 +15,9 @@ from components.common import tracking
 from components.common.chat import load_tokenizer
 from components.common.config import EvaluateConfig, GateConfig, ModelConfig
 from components.common.errors import InputError
-from components.common.files import digest, read_json, sha256_file, verify_manifest, write_json, write_text
+from components.common.files import digest, read_json, verify_manifest, write_json, write_text
 from components.common.records import LANGUAGES, Preference, read_rows
-from components.common.scoring import Scores, adapted_digest, score, weights_digest
+from components.common.scoring import Scores, score, weights_digest, whole_digest
 from components.common.training_stage import open_model, open_tuned, pair_examples
 from components.evaluate.answers import answer
 from components.evaluate.gate import Evidence, judge
@@ -132,14 +132,12 @@ def _models(run: tracking.StageRun, model: ModelConfig, inputs: Inputs) -> Itera
         yield name, tuned, tokenizer, weights_digest(base_digest, folder)
     if inputs.incumbent:
         folder = _download(inputs.incumbent)
-        adapter = folder / "adapter"
-        if _base_of(adapter) == f"sha256:{base_digest}":
+        if _base_of(folder / "adapter") == f"sha256:{base_digest}":
             lm = open_tuned(run, inputs.base_model, folder, model, "incumbent")
-            yield "incumbent", lm, tokenizer, adapted_digest(base_digest, adapter)
+            yield "incumbent", lm, tokenizer, weights_digest(base_digest, folder)
         else:
             lm = open_model(run, folder / "model", model, trains=False)
-            content = digest([sha256_file(path) for path in sorted((folder / "model").glob("*.safetensors"))])
-            yield "incumbent", lm, load_tokenizer(folder / "model"), content
+            yield "incumbent", lm, load_tokenizer(folder / "model"), whole_digest(folder / "model")
 
 
 def _download(uri: str) -> Path:

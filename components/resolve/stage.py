@@ -63,8 +63,7 @@ def run_resolve(
         base = resolve_base(model, data)
         code = {stage: code_digest(stage) for stage in ("fetch", "validate", "sft", "dpo", "evaluate")}
         template = template_digest(model.template)
-        how = model.model_dump(mode="json", exclude={"base", "revision", "template", "allow_network"})
-        config = [template, how, *training]
+        config = [template, model.how(), model.max_length, *training]
         trained_by = {stage: value for stage, value in code.items() if stage != "evaluate"}
         lineage = digest([version.digests, base.digest, trained_by, config])[:32]
         facts = Resolved(

@@ -14,7 +14,6 @@ from components.common.files import UNSEALED, verify_manifest, write_json, write
 from components.common.records import Instruction, Preference, read_rows
 from components.common.scoring import score, weights_digest
 from components.common.training_stage import (
-    HOW,
     add_adapter,
     checkpoint_folder,
     instruction_examples,
@@ -46,7 +45,7 @@ def run_sft(
     Returns:
         id of the MLflow run, and the metrics: loss on the validation answers before and after (nats per token).
     """
-    with tracking.stage_run("sft", config.model_dump() | model.model_dump(include=set(HOW))) as run:
+    with tracking.stage_run("sft", config.model_dump() | model.how()) as run:
         base_digest, data_digest = verify_manifest(base_model), verify_manifest(dataset)
         tokenizer = load_tokenizer(base_model)
         sets = {split: _training_set(tokenizer, dataset, split, config.loss_on) for split in ("train", "validation")}
@@ -55,16 +54,14 @@ def run_sft(
             add_adapter(lm, SFT_ADAPTER, config)
         validate = partial(evaluate, lm, sets["validation"], objective, config.max_tokens_per_step)
         before, _ = validate()
-        inputs = (base_digest, data_digest, *map(str, model.model_dump(include=set(HOW)).values()))
-        with checkpoint_folder("sft", config, *inputs) as checkpoints:
+        with checkpoint_folder("sft", config, model, base_digest, data_digest) as checkpoints:
             records = run_training(run, lm, sets["train"], objective, config, checkpoints, _show, validate)
             after, _ = validate()
             metrics = {"validation_loss_before": before, "validation_loss": after}
             with stage_output(out) as folder:
                 if model.tuning == "full":
                     save_model(lm, folder / "model")
-                    if tracking.is_main_process():
-                        tokenizer.save_pretrained(folder / "model")
+                    tokenizer.save_pretrained(folder / "model")
                 else:
                     save_adapter(lm.lm, SFT_ADAPTER, folder / "adapter", f"sha256:{base_digest}")
                 write_history(folder / "history.jsonl", records)
@@ -84,7 +81,7 @@ def _score_pairs(
     content = broadcast_object_list([weights_digest(base_digest, folder) if tracking.is_main_process() else None])[0]
     for split in ("train", "validation"):
         rows = read_rows(dataset / "preferences" / f"{split}.jsonl", Preference)
-        score(run, lm, str(content), pair_examples(tokenizer, rows), f"reference_{split}", folder / UNSEALED)
+        score(run, lm, str(content), pair_examples(tokenizer, rows), f"reference_{split}", write_to=folder / UNSEALED)
 
 
 def objective(

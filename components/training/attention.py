@@ -55,29 +55,25 @@ def attend(
     window = min(sliding_window or n_keys, n_keys)
     grouped = query_BHQD.shape[1] != key_BKMD.shape[1]
     if softcap is None and sinks_H is None:
-        if query_BHQD.device.type == "cpu" and n_queries > CPU_BLOCK:
-            before = n_keys - n_queries
-            blocks = [(first, min(first + CPU_BLOCK, n_queries)) for first in range(0, n_queries, CPU_BLOCK)]
-            return torch.cat(
-                [
-                    F.scaled_dot_product_attention(
-                        query_BHQD[:, :, first:last],
-                        key_BKMD[:, :, : before + last],
-                        value_BKMD[:, :, : before + last],
-                        causal_mask(last - first, before + last, window, query_BHQD.device),
-                        dropout,
-                        scale=scaling,
-                        enable_gqa=grouped,
-                    )
-                    for first, last in blocks
-                ],
-                dim=2,
+        size = CPU_BLOCK if query_BHQD.device.type == "cpu" else n_queries
+        pieces = []
+        for first in range(0, n_queries, size):
+            last = min(first + size, n_queries)
+            seen = n_keys - n_queries + last
+            causal = last - first == seen <= window
+            pieces.append(
+                F.scaled_dot_product_attention(
+                    query_BHQD[:, :, first:last],
+                    key_BKMD[:, :, :seen],
+                    value_BKMD[:, :, :seen],
+                    None if causal else causal_mask(last - first, seen, window, query_BHQD.device),
+                    dropout,
+                    is_causal=causal,
+                    scale=scaling,
+                    enable_gqa=grouped,
+                )
             )
-        full = n_queries == n_keys == window
-        mask = None if full else causal_mask(n_queries, n_keys, window, query_BHQD.device)
-        return F.scaled_dot_product_attention(
-            query_BHQD, key_BKMD, value_BKMD, mask, dropout, is_causal=full, scale=scaling, enable_gqa=grouped
-        )
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
     repeats = query_BHQD.shape[1] // key_BKMD.shape[1]
     key, value = key_BKMD.repeat_interleave(repeats, 1), value_BKMD.repeat_interleave(repeats, 1)
     scores = query_BHQD @ key.mT * (scaling or query_BHQD.shape[-1] ** -0.5)

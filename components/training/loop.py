@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -59,6 +60,7 @@ class TrainingSet:
     ids: Sequence[str]
     weights: Sequence[float]
 
+    @cached_property
     def n_tokens(self) -> list[int]:
         """Tokens of each example in a pack."""
         return [example.n_tokens for example in self.examples]
@@ -230,7 +232,7 @@ def _run_step(
     started = time.monotonic()
     normaliser = float(sum(data.weights[index] for index in step.indices))
     sums: dict[str, float] = {"loss": 0.0, "tokens": 0.0}
-    todo = passes(step.indices, data.n_tokens(), settings.max_tokens_per_step)
+    todo = passes(step.indices, data.n_tokens, settings.max_tokens_per_step)
     for position, (indices, counts) in enumerate(todo, start=1):
         batch = pack([data.examples[index] for index in indices]).to(accelerator.device)
         with _enough_memory(step.number, batch), _sync(accelerator, model, last=position == len(todo)):
@@ -240,8 +242,7 @@ def _run_step(
             # Processes average their gradients, and the step's is their sum.
             accelerator.backward(loss * (accelerator.num_processes if counts else 0.0))
         if counts:
-            for name, share in ({"loss": loss.item(), "tokens": float(len(batch.input_ids_T))} | shares).items():
-                sums[name] = sums.get(name, 0.0) + share
+            _add(sums, {"loss": loss.item(), "tokens": float(len(batch.input_ids_T))} | shares)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = float(checkpoints.whole(torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)))
     if not math.isfinite(norm):
@@ -263,12 +264,19 @@ def _sync(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractCon
     return context
 
 
+def _add(sums: dict[str, float], shares: dict[str, float]) -> None:
+    for name, share in shares.items():
+        sums[name] = sums.get(name, 0.0) + share
+
+
 def _sum_over_processes(values: dict[str, float]) -> dict[str, float]:
     if processes().num_processes == 1:
         return values
     every: list[dict[str, float]] = gather_object([values])
-    names = dict.fromkeys(name for part in every for name in part)
-    return {name: math.fsum(part.get(name, 0.0) for part in every) for name in names}
+    sums: dict[str, float] = {}
+    for part in every:
+        _add(sums, part)
+    return sums
 
 
 def peak_memory_mib() -> float:
@@ -345,12 +353,11 @@ def evaluate(
     model.eval()
     normaliser = float(sum(data.weights))
     sums: dict[str, float] = {"loss": 0.0}
-    for indices, counts in passes(range(len(data.examples)), data.n_tokens(), max_tokens):
+    for indices, counts in passes(range(len(data.examples)), data.n_tokens, max_tokens):
         batch = pack([data.examples[index] for index in indices]).to(model.device)
         loss, shares = objective(model(batch), batch, indices, normaliser)
         if counts:
-            for name, share in ({"loss": loss.item()} | shares).items():
-                sums[name] = sums.get(name, 0.0) + share
+            _add(sums, {"loss": loss.item()} | shares)
     model.train(was_training)
     sums = _sum_over_processes(sums)
     return sums.pop("loss"), sums

@@ -6,8 +6,8 @@ The policy is base + SFT adapter + DPO adapter; its reference is the same withou
 import importlib.util
 import json
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,17 +136,12 @@ def load_causal_lm(
     """
     dtype = torch.bfloat16 if precision == "bf16" and not full else torch.float32
     options: dict[str, Any] = {"quantization_config": _nf4(dtype)} if quantization == "nf4" else {}
-    load = partial(
-        AutoModelForCausalLM.from_pretrained,
-        path,
-        dtype=dtype,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        **options,
-    )
+    if _takes_attention(path):
+        options["attn_implementation"] = PACKED
     try:
-        model: PreTrainedModel = load(attn_implementation=PACKED) if _takes_attention(path) else load()
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, **options
+        )
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: cannot be loaded as a causal language model in safetensors: {str(error).splitlines()[0]}"
@@ -343,6 +338,19 @@ def _beyond_a_short_check(model: PackedModel, longest: int) -> str:
     return ""
 
 
+@contextmanager
+def plain_attention(lm: PreTrainedModel, kind: str) -> Iterator[None]:
+    """Let a packed model attend by the implementation `kind` meanwhile, for plain forward passes and generation."""
+    was_packed = lm.config._attn_implementation == PACKED
+    if was_packed:
+        lm.set_attn_implementation(kind)
+    try:
+        yield
+    finally:
+        if was_packed:
+            lm.set_attn_implementation(PACKED)
+
+
 @torch.no_grad()
 def largest_difference(model: PackedModel) -> float:
     """Largest difference of a token's log-prob between this module and plain forward passes, on random tokens, nats."""
@@ -355,14 +363,8 @@ def largest_difference(model: PackedModel) -> float:
 
     examples = [Example(draw(9), [draw(5), draw(7)]), Example(draw(6), [draw(8), draw(3)])]
     ours = model(pack(examples).to(model.device))
-    before = lm.config._attn_implementation
-    if before == PACKED:
-        lm.set_attn_implementation("eager")
-    try:
+    with plain_attention(lm, "eager"):
         plain = torch.cat([_plain_logps(model, p, completion) for p, both, _ in examples for completion in both])
-    finally:
-        if before == PACKED:
-            lm.set_attn_implementation(PACKED)
     return float((ours - plain).abs().max())
 
 

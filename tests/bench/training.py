@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 
+from components.common import tracking
 from components.common.chat import load_tokenizer
 from components.common.config import Config, load_config
 from components.common.records import Preference, read_rows
-from components.common.training_stage import add_adapter, loop_settings, pair_examples
+from components.common.training_stage import add_adapter, loop_settings, pair_examples, step_metrics
 from components.dpo.stage import cached_reference, make_objective
 from components.sft.stage import objective as sft_objective
 from components.training import loop
@@ -40,13 +42,11 @@ from components.training.models import (
     load_causal_lm,
     trainable_state,
 )
-from components.training.packing import Example
+from components.training.packing import Example, pack
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "data" / "base_model"
 MARK = re.compile(r"(<!-- bench:training -->\n).*?(<!-- /bench:training -->)", re.S)
-LONG = 768
-"""Tokens of the longest pair, as shipped (model.max_length)."""
 LONG_PROMPT = 128
 """Tokens from which a prompt counts as long; the median of the real ones."""
 
@@ -57,6 +57,10 @@ def config(*sets: str) -> Config:
     """The shipped configuration; no checkpoint falls into a measured step."""
     often = ["dpo.checkpoint_every_s=1e9", "sft.checkpoint_every_s=1e9"]
     return load_config(ROOT / "params.yaml", [*often, *sets])
+
+
+LONG = config().model.max_length
+"""Tokens of the longest pair, as shipped."""
 
 
 def sample(n: int, seed: int = 0) -> list[Preference]:
@@ -121,8 +125,6 @@ class Ours:
 
     def gradient(self, indices: list[int]) -> tuple[float, torch.Tensor]:
         """Loss and whole gradient of a batch at the present parameters."""
-        from components.training.packing import pack
-
         batch = pack([self.data.examples[index] for index in indices])
         normaliser = float(sum(self.data.weights[index] for index in indices))
         self.model.train()
@@ -228,11 +230,11 @@ class Trl:
 SIDES = ("chosen", "rejected")
 
 
-def timed(work: Callable[[], float]) -> tuple[float, float, float]:
-    """CPU seconds, wall seconds and the loss of one step."""
+def timed(step: Step) -> tuple[float, float]:
+    """CPU seconds and wall seconds of one step."""
     cpu, wall = time.process_time(), time.monotonic()
-    loss = work()
-    return time.process_time() - cpu, time.monotonic() - wall, loss
+    step()
+    return time.process_time() - cpu, time.monotonic() - wall
 
 
 def search(kind: str, cfg: Config, rows: list[Preference], candidates: list[dict[str, Any]]) -> dict[str, Any]:
@@ -243,7 +245,7 @@ def search(kind: str, cfg: Config, rows: list[Preference], candidates: list[dict
         AcceleratorState._reset_state()
         trl = Trl(kind, cfg, rows, **candidate)
         trl.step(indices[: candidate["micro"]])  # warm
-        cpu, wall, _ = timed(lambda trl=trl: trl.step(indices))  # type: ignore[misc]
+        cpu, wall = timed(partial(trl.step, indices))
         found.append({"settings": {key: str(value) for key, value in candidate.items()}, "cpu_s": cpu, "wall_s": wall})
         print(f"  TRL {kind} {cfg.model.precision} {found[-1]}", flush=True)
         del trl
@@ -283,11 +285,11 @@ def compare(
     }
     trl.step(first)
     for number in range(1, rounds + 1):
-        batch = ours.batches[number]
+        their_step = partial(trl.step, ours.batches[number])
         if number % 2:
-            theirs, mine = timed(lambda: trl.step(batch)), timed(ours.step)  # noqa: B023
+            theirs, mine = timed(their_step), timed(ours.step)
         else:
-            mine, theirs = timed(ours.step), timed(lambda: trl.step(batch))  # noqa: B023
+            mine, theirs = timed(ours.step), timed(their_step)
         print(
             f"  {kind} {cfg.model.precision} CPU {theirs[0] / mine[0]:.2f} wall {theirs[1] / mine[1]:.2f}", flush=True
         )
@@ -321,18 +323,15 @@ def child(side: str, checkpointing: bool, precision: str, length: int) -> None:
     if side == "ours":
         step = Ours("dpo", cfg, rows).step
     else:
-        trl = Trl("dpo", cfg, rows, micro=1, gradient_checkpointing=checkpointing)
-        step = lambda: trl.step([0])  # noqa: E731
+        step = partial(Trl("dpo", cfg, rows, micro=1, gradient_checkpointing=checkpointing).step, [0])
     step()
-    _, wall, _ = timed(step)
+    _, wall = timed(step)
     mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"tokens": sizes[index], "seconds": wall, "peak_mib": mib}))
 
 
 def overhead() -> float:
     """Share of a DPO stage's steps that data preparation and logging take: both stages' own code, real MLflow."""
-    from components.common import tracking
-
     rows = sample(8)
     cfg = config("dpo.eval_every_steps=0")
     with tempfile.TemporaryDirectory() as home:
@@ -343,8 +342,6 @@ def overhead() -> float:
         ours = Ours("dpo", cfg, rows)
         with tracking.stage_run("bench", {}) as run:
             records = [record for record, _ in zip(ours.steps, range(2), strict=False)]
-            from components.common.training_stage import step_metrics
-
             started = time.monotonic()
             run.log_metrics([(record.step, step_metrics(record)) for record in records])
             logged = time.monotonic() - started
@@ -411,7 +408,7 @@ def main() -> None:
         "sft_fp32_default": ("sft", fp32, default, None),
     }
     for name, (kind, cfg, options, dtype) in arms.items():
-        results[name] = compare(kind, cfg, rows, dict(options), arguments.rounds, dtype)
+        results[name] = compare(kind, cfg, rows, options, arguments.rounds, dtype)
         print(f"{name}: median CPU {results[name]['median']:.2f}, wall {results[name]['median_wall']:.2f}", flush=True)
         gc.collect()
     for name, checkpointing in (("memory_fp32", False), ("memory_fp32_checkpointing", True)):

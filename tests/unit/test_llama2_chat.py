@@ -21,7 +21,7 @@ from components.dpo.stage import run_dpo
 from components.sft.stage import run_sft
 from components.validate.stage import run_validate
 from tests.conftest import ROOT
-from tests.unit.test_stages import rows
+from tests.unit.conftest import rows
 
 BOS, EOS = 1, 2
 SYSTEM = Message(role="system", content="请用中文回答，要有礼貌。")

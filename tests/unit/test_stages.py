@@ -1,90 +1,15 @@
 """The training and judging stages one after another on pairs that can be learnt, without Kubeflow."""
 
 import json
-import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from components.common.config import load_config
 from components.common.errors import KubealignError
 from components.common.files import write_manifest
-from components.common.records import content_id
-from components.dpo.stage import run_dpo
-from components.evaluate.stage import Inputs, run_evaluate
 from components.register.stage import Lineage, run_register
-from components.sft.stage import run_sft
-from components.validate.stage import run_validate
 from tests.conftest import ROOT
-
-SETTINGS = [
-    "model.precision=fp32",
-    "model.max_length=128",
-    "validate.min_rows=1",
-    "sft.max_steps=1",
-    "dpo.epochs=4",
-    "dpo.lr=1e-2",
-    "evaluate.answers=1",
-    "evaluate.max_new_tokens=3",
-    "evaluate.bootstrap=1000",
-    "gate.min_pairs=20",
-]
-COUNTS = {"train": 32, "validation": 16, "test": 40}
-
-
-def rows(split: str, kind: str) -> list[dict[str, Any]]:
-    """Pairs whose chosen answer begins with one word and whose rejected answer with another."""
-    made = []
-    for number in range(COUNTS[split]):
-        lang = "zh" if number % 2 else "en"
-        prompt = [{"role": "user", "content": f"{split} {number * 37 % 101}"}]
-        good = f"好的 {number}" if lang == "zh" else f"certainly {number}"
-        bad = f"不行 {number}" if lang == "zh" else f"never {number}"
-        answers = {"chosen": good, "rejected": bad} if kind == "preferences" else {"response": good}
-        facts = {"lang": lang, "source": "made", "license": "Apache-2.0"}
-        made.append(
-            {"id": content_id(prompt, *answers.values()), "group": content_id(prompt), "prompt": prompt}
-            | facts
-            | answers
-        )
-    return made
-
-
-class Stages:
-    """Runs the stages in a folder."""
-
-    def __init__(self, folder: Path, tiny: Path) -> None:
-        self.folder = folder
-        self.base = folder / "base"
-        shutil.copytree(tiny, self.base)
-        write_manifest(self.base)
-        for kind in ("preferences", "instructions"):
-            (folder / "data" / kind).mkdir(parents=True)
-            for split in COUNTS:
-                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(split, kind))
-                (folder / "data" / kind / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-        config = load_config(ROOT / "params.yaml", SETTINGS)
-        reports = (folder / "v.html", folder / "v.md")
-        run_validate(config.validate_, config.model, folder / "data", self.base, folder / "clean", *reports)
-        run_sft(config.sft, config.model, folder / "clean", self.base, folder / "sft")
-
-    def align(self, name: str, *sets: str) -> dict[str, Any]:
-        config = load_config(ROOT / "params.yaml", [*SETTINGS, *sets])
-        out = self.folder / name
-        run_dpo(config.dpo, config.model, self.folder / "clean", self.base, self.folder / "sft", out / "policy")
-        inputs = Inputs(self.folder / "clean", self.base, self.folder / "sft", out / "policy", "")
-        reports = (out / "report.html", out / "report.md")
-        found = run_evaluate(config.evaluate, config.gate, config.model, inputs, {}, out / "evaluation", *reports)[1]
-        return found
-
-
-@pytest.fixture(scope="module")
-def stages(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Stages:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("stages")
-        patch.setenv("KUBEALIGN_HOME", str(folder / "home"))
-        return Stages(folder, tiny_model)
+from tests.unit.conftest import Stages
 
 
 def test_dpo_on_learnable_pairs_passes_the_gate_and_without_its_update_it_does_not(stages: Stages) -> None:

@@ -21,17 +21,9 @@ from components.common.training_stage import pair_examples
 from components.dpo.stage import run_dpo
 from components.sft.stage import run_sft
 from tests.conftest import ROOT
-from tests.unit.test_stages import SETTINGS, Stages
+from tests.unit.conftest import SETTINGS, Stages
 
 SHORT = [*SETTINGS, "sft.max_steps=3", "dpo.max_steps=3", "sft.batch_size=3", "dpo.batch_size=3", "dpo.lr=1e-3"]
-
-
-@pytest.fixture(scope="module")
-def stages(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Stages:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("modes")
-        patch.setenv("KUBEALIGN_HOME", str(folder / "home"))
-        return Stages(folder, tiny_model)
 
 
 def losses(folder: Path) -> list[float]:
