@@ -14,15 +14,32 @@ from components.register.component import register
 from components.resolve.component import resolve
 from components.sft.component import sft
 from components.validate.component import validate
+from pipelines import cluster
 
 NAME = "alignment"
+DESCRIPTION = "Preference alignment: SFT, then DPO, judged on held-out pairs, registered."
 
 
-def build_pipeline(config: Config) -> Callable[..., Any]:
-    """The pipeline with the configuration's values as the defaults of its run form."""
+def build_pipeline(config: Config, target: str = "local") -> Callable[..., Any]:
+    """The pipeline with the configuration's values as the defaults of its run form.
+
+    Args:
+        config: the whole configuration.
+        target: `local` for KFP's local runners; `kubeflow` adds what the section `cluster` says of every step.
+
+    Raises:
+        InputError: a setting that the target cannot follow.
+    """
     default = pipeline_arguments(config)
+    in_cluster = target == "kubeflow"
+    if in_cluster:
+        cluster.check(config)
 
-    @dsl.pipeline(name=NAME, description="Preference alignment: SFT, then DPO, judged on held-out pairs, registered.")
+    @dsl.pipeline(
+        name=NAME,
+        description=DESCRIPTION,
+        pipeline_config=cluster.pipeline_config(config.cluster) if in_cluster else None,
+    )
     def alignment(
         data_revision: str = default["data_revision"],
         base_model: str = default["base_model"],
@@ -140,7 +157,7 @@ def build_pipeline(config: Config) -> Callable[..., Any]:
             sft_model=tuned.outputs["sft_model"],
             policy=policy,
         )
-        register(
+        registered = register(
             register_section=register_section,
             promote=promote,
             data_commit=fact["data_commit"],
@@ -162,11 +179,14 @@ def build_pipeline(config: Config) -> Callable[..., Any]:
             evaluation=judged.outputs["evaluation"],
             report=judged.outputs["report"],
         ).set_caching_options(enable_caching=False)
+        if in_cluster:
+            for task in (facts, fetched, checked, tuned, aligned, judged, registered):
+                cluster.configure(task, config.cluster)
 
     pipeline: Callable[..., Any] = alignment
     return pipeline
 
 
-def compile_pipeline(config: Config, out: Path) -> None:
-    """Write the pipeline as IR YAML for upload to Kubeflow Pipelines."""
-    compiler.Compiler().compile(build_pipeline(config), str(out))
+def compile_pipeline(config: Config, out: Path, target: str) -> None:
+    """Write the pipeline as IR YAML."""
+    compiler.Compiler().compile(build_pipeline(config, target), str(out))

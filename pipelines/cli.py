@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,16 +16,12 @@ from rich.table import Table
 from components.common import tracking
 from components.common.config import PARAMS, Config, load_config
 from components.common.errors import InputError, KubealignError
+from pipelines import remote
+from pipelines.options import Overrides, Project, project_folder, run_config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(remote.app)
 console = Console()
-
-Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value of params.yaml for this call.")
-]
-Project = Annotated[
-    Path | None, typer.Option("--project", help="Folder with params.yaml; by default this one or the nearest above.")
-]
 
 PARTS = {
     "steps": "outputs of pipeline steps, which KFP's cache serves again",
@@ -36,55 +33,69 @@ PARTS = {
 """What `kubealign clean` removes; the MLflow registry (mlflow.db, mlartifacts) is never touched."""
 
 
-def _project(project: Path | None) -> Path:
-    here = Path.cwd()
-    folders = [project.resolve()] if project else [here, *here.parents]
-    for folder in folders:
-        if (folder / PARAMS).is_file():
-            os.environ.setdefault(tracking.HOME_VARIABLE, str(folder / ".kubealign"))
-            return folder
-    raise InputError(f"{folders[0]}: no {PARAMS} here or above; go to the project's folder or name it with --project")
+class Runner(StrEnum):
+    """Where the steps of a run on this machine run."""
+
+    SUBPROCESS = "subprocess"
+    DOCKER = "docker"
 
 
-def _run_config(root: Path, overrides: list[str]) -> Config:
-    """The configuration of a run, in which `prepare` cannot be changed: DVC's stage has done that part before."""
-    for override in overrides:
-        if override.strip().startswith("prepare."):
-            raise InputError(f"--set {override}: the data is made before a run; change params.yaml and run `make data`")
-    return load_config(root / PARAMS, overrides)
+class Target(StrEnum):
+    """What a compiled pipeline is for."""
+
+    LOCAL = "local"
+    KUBEFLOW = "kubeflow"
 
 
 @app.command()
-def run(overrides: Overrides = [], project: Project = None) -> None:  # noqa: B006 - typer copies the default
+def run(
+    overrides: Overrides = [],  # noqa: B006 - typer copies the default
+    runner: Annotated[
+        Runner, typer.Option(help="Steps as processes of this environment, or in containers of our images.")
+    ] = Runner.SUBPROCESS,
+    project: Project = None,
+) -> None:
     """Run the whole pipeline on this machine; what has not changed is served from the cache."""
     from pipelines.display import Display
     from pipelines.results import load_result, show_result
     from pipelines.runner import run_pipeline
 
-    root = _project(project)
-    config = _run_config(root, overrides)
-    run_id = run_pipeline(config, root, Display(console))
+    root = project_folder(project)
+    config = run_config(root, overrides)
+    run_id = run_pipeline(config, root, Display(console), runner.value)
     show_result(console, load_result(run_id))
 
 
 @app.command("compile")
 def compile_(
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("build/alignment.yaml"),
+    target: Annotated[
+        Target, typer.Option(help="kubeflow adds images, secrets, resources and volumes from the section cluster.")
+    ] = Target.KUBEFLOW,
     overrides: Overrides = [],  # noqa: B006
     project: Project = None,
 ) -> None:
-    """Write the pipeline as IR YAML, for upload to Kubeflow Pipelines."""
+    """Write the pipeline as IR YAML, for upload to Kubeflow Pipelines or KFP's local runner."""
     from components.common.files import replacing
     from pipelines.alignment import compile_pipeline
 
-    config = _run_config(_project(project), overrides)
+    config = run_config(project_folder(project), overrides)
     out.parent.mkdir(parents=True, exist_ok=True)
     final = out.with_suffix(".yaml") if out.suffix not in (".yaml", ".yml") else out
     with replacing(final) as aside:
         whole = aside.with_suffix(".yaml")
-        compile_pipeline(config, whole)
+        compile_pipeline(config, whole, target.value)
         whole.replace(aside)
     console.print(f"{final}", soft_wrap=True)
+
+
+@app.command()
+def images() -> None:
+    """Print the references of the two images that steps run in; `make images` builds them."""
+    from components.common.images import DATA_IMAGE, TRAIN_IMAGE
+
+    for image in (DATA_IMAGE, TRAIN_IMAGE):
+        print(image)
 
 
 @app.command()
@@ -96,7 +107,7 @@ def report(
     """Show the outcome of a finished run."""
     from pipelines.results import find_run, load_result, show_result
 
-    _project(project)
+    project_folder(project)
     result = load_result(find_run(run))
     if as_json:
         print(json.dumps(result, indent=1, ensure_ascii=False))
@@ -110,7 +121,7 @@ def ui(
     project: Project = None,
 ) -> None:
     """Open MLflow on the runs and models of this project, until Ctrl-C."""
-    _project(project)
+    project_folder(project)
     uri = tracking.tracking_uri()
     if uri.startswith("http"):
         console.print(f"MLflow is at {tracking.without_credentials(uri)}")
@@ -132,7 +143,7 @@ def config(
     project: Project = None,
 ) -> None:
     """Show the configuration as it would be used."""
-    found = load_config(_project(project) / PARAMS, overrides)
+    found = load_config(project_folder(project) / PARAMS, overrides)
     if not explain:
         print(yaml.safe_dump(found.sections(), sort_keys=False, allow_unicode=True), end="")
         return
@@ -160,7 +171,7 @@ def clean(
     project: Project = None,
 ) -> None:
     """Show what runs have left on this machine and how big it is, and remove it; the MLflow registry stays."""
-    _project(project)
+    project_folder(project)
     home = tracking.home()
     chosen = list(PARTS) if parts and "all" in parts else parts or []
     unknown = [part for part in chosen if part not in PARTS]

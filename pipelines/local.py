@@ -21,8 +21,18 @@ def end_group(number: int = 0, frame: FrameType | None = None) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+def end_containers_too(number: int = 0, frame: FrameType | None = None) -> None:
+    """The same, when the steps run in containers, which are no children of this process."""
+    from pipelines.containers import end_containers, engine
+
+    try:
+        end_containers(engine())
+    finally:
+        end_group()
+
+
 def main() -> None:
-    """Run the pipeline described on standard input: {"project", "arguments", "home"}."""
+    """Run the pipeline described on standard input: {"project", "arguments", "home", "store", "runner"}."""
     signal.signal(signal.SIGTERM, end_group)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -34,19 +44,26 @@ def main() -> None:
 
     from components.common.config import PARAMS, load_config
     from components.common.files import digest
-    from components.common.tracking import explain_os_error, one_line, tracking_uri
+    from components.common.tracking import explain_os_error, one_line
     from pipelines.alignment import build_pipeline
+    from pipelines.containers import runner as container_runner
 
-    home = Path(order["home"])
+    home, project = Path(order["home"]), Path(order["project"])
+    config = load_config(project / PARAMS)
+    if order["runner"] == "docker":
+        signal.signal(signal.SIGTERM, end_containers_too)
+        runner = container_runner(project, order["arguments"])
+    else:
+        runner = local.SubprocessRunner(use_venv=False)
     local.init(
-        runner=local.SubprocessRunner(use_venv=False),
+        runner=runner,
         pipeline_root=str(home / "steps"),
         workspace_root=str(home / "workspace"),
         enable_caching=True,
         # A cached step names its run in MLflow, so the cache belongs to one MLflow store.
-        cache_root=str(home / "steps" / f"cache-{digest(tracking_uri())[:12]}"),
+        cache_root=str(home / "steps" / f"cache-{digest(order['store'])[:12]}"),
     )
-    pipeline = build_pipeline(load_config(Path(order["project"]) / PARAMS))
+    pipeline = build_pipeline(config)
     try:
         pipeline(**order["arguments"])
     except RuntimeError as error:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -19,6 +20,7 @@ from components.common.config import Config, pipeline_arguments
 from components.common.errors import InputError, KubealignError
 from components.common.identity import git_commit
 from components.resolve.data import is_url
+from pipelines.containers import containers_for_a_run
 from pipelines.display import Display
 
 STAGES = ("resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register")
@@ -70,13 +72,14 @@ class Told:
     errors: list[tuple[str, str, int]] = field(default_factory=list)
 
 
-def run_pipeline(config: Config, project: Path, display: Display) -> str:
+def run_pipeline(config: Config, project: Path, display: Display, runner: str) -> str:
     """Run the pipeline on this machine.
 
     Args:
         config: the whole configuration.
         project: the folder with params.yaml; relative names in the configuration are relative to it.
         display: shows progress.
+        runner: `subprocess` for steps in processes of this environment, `docker` for steps in our images.
 
     Returns:
         id of the parent run in MLflow.
@@ -86,6 +89,12 @@ def run_pipeline(config: Config, project: Path, display: Display) -> str:
         Stopped: SIGINT or SIGTERM arrived; every child is gone.
     """
     arguments = _arguments(config, project)
+    store = tracking.tracking_uri()
+    with containers_for_a_run() if runner == "docker" else nullcontext():
+        return _run_pipeline(arguments, project, display, {"runner": runner, "store": store})
+
+
+def _run_pipeline(arguments: dict[str, Any], project: Path, display: Display, how: dict[str, str]) -> str:
     client = tracking.client()
     parent = client.create_run(
         tracking.experiment_id(client), tags={"kubealign.kind": "pipeline", "kubealign.git_commit": git_commit()}
@@ -93,7 +102,7 @@ def run_pipeline(config: Config, project: Path, display: Display) -> str:
     run_id: str = parent.info.run_id
     status = "FAILED"
     try:
-        _run_child(arguments, project, run_id, display)
+        _run_child({"arguments": arguments, "project": str(project)} | how, run_id, display)
         status = "FINISHED"
     except Stopped:
         status = "KILLED"
@@ -108,10 +117,9 @@ def run_folder(run_id: str) -> Path:
     return tracking.home() / "runs" / run_id
 
 
-def _run_child(arguments: dict[str, Any], project: Path, run_id: str, display: Display) -> None:
+def _run_child(order: dict[str, Any], run_id: str, display: Display) -> None:
     folder = run_folder(run_id)
     folder.mkdir(parents=True, exist_ok=True)
-    order = {"project": str(project), "home": str(tracking.home()), "arguments": arguments}
     environment = {
         **QUIET,
         **os.environ,
@@ -125,7 +133,7 @@ def _run_child(arguments: dict[str, Any], project: Path, run_id: str, display: D
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=project,
+        cwd=order["project"],
         env=environment,
         start_new_session=True,
     )
@@ -142,7 +150,7 @@ def _run_child(arguments: dict[str, Any], project: Path, run_id: str, display: D
     try:
         assert child.stdin and child.stdout
         with (folder / "log.txt").open("w", encoding="utf-8") as log, display:
-            child.stdin.write(json.dumps(order))
+            child.stdin.write(json.dumps(order | {"home": str(tracking.home())}))
             child.stdin.close()
             for line in child.stdout:
                 log.write(line)

@@ -20,6 +20,8 @@ from components.common.tracking import without_credentials
 PARAMS = "params.yaml"
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+QUANTITY = r"^\d+(\.\d+)?(Ki|Mi|Gi|Ti|K|M|G|T)?$"
+IMAGE = r"^(\S+(:[\w.-]+|@sha256:[0-9a-f]{64}))?$"
 
 
 class Section(BaseModel):
@@ -234,6 +236,75 @@ class RegisterConfig(Section):
     promote: bool = Field(description="whether a passed gate makes the model the champion")
 
 
+class StepResources(Section):
+    """What Kubernetes reserves for a step; requests and limits are the same."""
+
+    cpu: str = Field(pattern=r"^\d+(\.\d+)?m?$", description="cores, such as 2 or 500m")
+    memory: str = Field(pattern=QUANTITY, description="such as 4Gi")
+
+
+class Toleration(Section):
+    """A node taint that a step puts up with."""
+
+    key: str = Field(description="of the taint; empty for all")
+    operator: Literal["Equal", "Exists"] = Field(description="how `value` is compared")
+    value: str = Field(description="of the taint; empty with Exists")
+    effect: Literal["", "NoSchedule", "NoExecute", "PreferNoSchedule"] = Field(
+        description="of the taint; empty for all"
+    )
+
+
+class TrainResources(StepResources):
+    """The same for the steps that need a model: sft, dpo, evaluate."""
+
+    gpus: int = Field(ge=0, description="GPUs of a step")
+    gpu_type: str = Field(min_length=1, description="their resource name, such as nvidia.com/gpu")
+    shm: str = Field(pattern=rf"{QUANTITY}|^$", description="size of /dev/shm, in memory; empty for the node's default")
+    node_selector: dict[str, str] = Field(description="labels that the node must have")
+    tolerations: list[Toleration] = Field(description="taints of the node that are accepted")
+
+
+class ClusterConfig(Section):
+    """How `compile --target kubeflow` wants the steps run. Nothing here changes a result, so no stage gets it."""
+
+    data_image: str = Field(
+        pattern=IMAGE, description="of resolve, fetch, validate, register, with a tag or @sha256 digest; empty for ours"
+    )
+    train_image: str = Field(pattern=IMAGE, description="of sft, dpo, evaluate; likewise")
+    pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(description="when a node pulls an image")
+    pull_secrets: list[str] = Field(description="secrets with registry credentials")
+    run_as_user: int = Field(ge=1, description="user id of every step")
+    mlflow_uri: str = Field(
+        pattern=r"^(https?://[^@\s]+)?$", description="MLflow server; needed for the kubeflow target"
+    )
+    mlflow_secret: str = Field(description="secret with keys `username` and `password` for MLflow; empty for none")
+    s3_endpoint: str = Field(pattern=r"^(https?://[^@\s]+)?$", description="S3-compatible store; empty for AWS's own")
+    s3_secret: str = Field(description="secret with keys `access_key` and `secret_key`; empty for none")
+    git_secret: str = Field(description="secret with keys `username` and `password` (a token) for data.repo; or empty")
+    state: str = Field(
+        pattern=r"^(pvc:[a-z0-9][a-z0-9.-]*|s3://\S+)?$",
+        description="what outlives a pod, checkpoints above all: pvc:CLAIM or s3://bucket/prefix; empty: a step that is"
+        " started again begins anew",
+    )
+    data: StepResources
+    train: TrainResources
+    retries: int = Field(ge=0, description="times that a failed step is started again")
+    backoff_s: int = Field(ge=0, description="seconds before the first retry; doubled for every further one")
+    timeout_s: int = Field(ge=1, description="seconds after which a step's pod is ended")
+    ttl_s: int = Field(ge=0, description="seconds that a finished workflow's pods are kept; 0 for ever")
+    labels: dict[str, str] = Field(description="further labels of every pod")
+    namespace: str = Field(description="Kubeflow profile that runs belong to; empty without multi-user Kubeflow")
+    experiment: str = Field(min_length=1, description="experiment of the runs in Kubeflow Pipelines")
+    service_account: str = Field(description="of the pods; empty for Kubeflow's own choice")
+
+    @field_validator("data_image", "train_image")
+    @classmethod
+    def _definite(cls, image: str) -> str:
+        if image.endswith(":latest"):
+            raise ValueError("`latest` means another image tomorrow; name a version or a digest")
+        return image
+
+
 class Config(Section):
     """All of params.yaml."""
 
@@ -246,6 +317,7 @@ class Config(Section):
     evaluate: EvaluateConfig
     gate: GateConfig
     register_: RegisterConfig = Field(alias="register")
+    cluster: ClusterConfig
 
     def sections(self) -> dict[str, dict[str, Any]]:
         """The configuration as plain values, by the names of params.yaml."""
@@ -343,7 +415,7 @@ def pipeline_arguments(config: Config) -> dict[str, Any]:
     """The arguments of a pipeline run: each form field, and each section as JSON text without its form fields."""
     sections = config.sections()
     form = {name: sections[name_of].pop(key) for name, (name_of, key) in FORM_FIELDS.items()}
-    names = [name for name in sections if name != "prepare"]
+    names = [name for name in sections if name not in ("prepare", "cluster")]
     return form | {f"{name}_section": json.dumps(sections[name], sort_keys=True) for name in names}
 
 

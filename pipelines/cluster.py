@@ -1,0 +1,99 @@
+"""What the section `cluster` means to Kubernetes: images, secrets, resources and volumes of every step, by
+kfp-kubernetes. Nothing in it changes a result.
+"""
+
+from typing import Any
+
+from kfp import dsl, kubernetes
+
+from components.common.config import ClusterConfig, Config
+from components.common.errors import InputError
+from components.common.images import DATA_IMAGE, TRAIN_IMAGE
+
+TRAIN_STEPS = ("sft", "dpo", "evaluate")
+HOME = "/kubealign"
+"""Where the state volume is mounted, and KUBEALIGN_HOME of every step."""
+RUN_LABEL = "metadata.labels['pipeline/runid']"
+"""Kubeflow's label with the run's id, documented in kfp-kubernetes' README for use as an environment variable."""
+MLFLOW_KEYS = {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"}
+S3_KEYS = {"access_key": "AWS_ACCESS_KEY_ID", "secret_key": "AWS_SECRET_ACCESS_KEY"}
+GIT_KEYS = {"username": "GIT_USERNAME", "password": "GIT_PASSWORD"}
+
+
+def check(config: Config) -> None:
+    """Refuse what can run on a laptop but not in a cluster.
+
+    Raises:
+        InputError: a setting that a pod cannot follow.
+    """
+    if not config.cluster.mlflow_uri:
+        raise InputError(
+            "cluster.mlflow_uri is empty: pods share no SQLite file; name your MLflow server, such as http://mlflow:5000"
+        )
+    if config.data.revision == "workspace" or "://" not in config.data.repo:
+        raise InputError(
+            f"data.repo={config.data.repo}, data.revision={config.data.revision}: a pod sees no folder of this machine;"
+            " set data.repo to the URL of the git repository and data.revision to a branch, tag or commit of it"
+        )
+
+
+def pipeline_config(cluster: ClusterConfig) -> dsl.PipelineConfig:
+    """Settings of the whole workflow."""
+    return dsl.PipelineConfig(ttl_seconds_after_finished=cluster.ttl_s or None)
+
+
+def configure(task: Any, cluster: ClusterConfig) -> None:
+    """Give a task its image, environment, resources, volumes and retries."""
+    trains = task.name in TRAIN_STEPS
+    task.set_container_image((cluster.train_image or TRAIN_IMAGE) if trains else (cluster.data_image or DATA_IMAGE))
+    kubernetes.set_image_pull_policy(task, cluster.pull_policy)
+    if cluster.pull_secrets:
+        kubernetes.set_image_pull_secrets(task, list(cluster.pull_secrets))
+    _environment(task, cluster)
+    _resources(task, cluster, trains)
+    kubernetes.set_security_context(task, run_as_user=cluster.run_as_user, run_as_group=0, run_as_non_root=True)
+    kubernetes.set_timeout(task, cluster.timeout_s)
+    labels = {"app.kubernetes.io/part-of": "kubealign", "app.kubernetes.io/component": task.name} | cluster.labels
+    for key, value in labels.items():
+        kubernetes.add_pod_label(task, key, value)
+    if cluster.retries:
+        task.set_retry(cluster.retries, f"{cluster.backoff_s}s", 2.0, f"{max(3600, cluster.backoff_s)}s")
+
+
+def _environment(task: Any, cluster: ClusterConfig) -> None:
+    task.set_env_variable("MLFLOW_TRACKING_URI", cluster.mlflow_uri)
+    kubernetes.use_field_path_as_env(task, "KUBEALIGN_KFP_RUN", RUN_LABEL)
+    if cluster.s3_endpoint:
+        task.set_env_variable("AWS_ENDPOINT_URL", cluster.s3_endpoint)
+    for secret, keys in (
+        (cluster.mlflow_secret, MLFLOW_KEYS),
+        (cluster.s3_secret, S3_KEYS),
+        (cluster.git_secret, GIT_KEYS),
+    ):
+        if secret:
+            kubernetes.use_secret_as_env(task, secret, keys)
+    kind, _, claim = cluster.state.partition(":")
+    if kind == "pvc":
+        kubernetes.mount_pvc(task, claim, HOME)
+        task.set_env_variable("KUBEALIGN_HOME", HOME)
+    elif kind == "s3":
+        task.set_env_variable("KUBEALIGN_STATE", cluster.state)
+
+
+def _resources(task: Any, cluster: ClusterConfig, trains: bool) -> None:
+    wanted = cluster.train if trains else cluster.data
+    task.set_cpu_request(wanted.cpu).set_cpu_limit(wanted.cpu)
+    task.set_memory_request(wanted.memory).set_memory_limit(wanted.memory)
+    if not trains:
+        return
+    train = cluster.train
+    if train.gpus:
+        task.set_accelerator_type(train.gpu_type).set_accelerator_limit(train.gpus)
+    if train.shm:
+        kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=train.shm)  # noqa: S108
+    for key, value in train.node_selector.items():
+        kubernetes.add_node_selector(task, key, value)
+    for toleration in train.tolerations:
+        kubernetes.add_toleration(
+            task, toleration.key or None, toleration.operator, toleration.value or None, toleration.effect or None
+        )

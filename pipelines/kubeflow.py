@@ -1,0 +1,314 @@
+"""Kubeflow Pipelines over its API: upload a version, start a run, follow it to its end, cancel it, schedule it.
+
+`KFP_ENDPOINT` names the server. The token comes from the file that KFP_TOKEN_FILE names (read anew for every request),
+from KFP_TOKEN, or from the service account's projected token in a pod; it never stands on a command line. A server with
+a certificate of your own authority needs KFP_CA_FILE; verification cannot be switched off.
+"""
+
+import contextlib
+import io
+import json
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from components.common.config import ClusterConfig, Config, pipeline_arguments
+from components.common.errors import InputError, KubealignError
+from components.common.files import sha256_file
+from components.common.identity import git_commit
+from components.common.tracking import one_line, without_credentials
+from pipelines.alignment import DESCRIPTION, NAME, compile_pipeline
+
+ENDPOINT, TOKEN, TOKEN_FILE, CA_FILE = "KFP_ENDPOINT", "KFP_TOKEN", "KFP_TOKEN_FILE", "KFP_CA_FILE"
+SERVICE_ACCOUNT_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
+"""Where a pod's projected token for the audience pipelines.kubeflow.org lies by convention."""
+ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
+POLL_S = 10.0
+PATIENCE_S = 600.0
+"""How long `wait` puts up with a server that does not answer."""
+LOG_LINES = 20
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the server says of a task of a run."""
+
+    name: str
+    state: str
+    error: str
+    pod: str
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What the server says of a run."""
+
+    run_id: str
+    name: str
+    state: str
+    error: str
+    steps: list[Step]
+
+
+class Server:
+    """A Kubeflow Pipelines server."""
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        self.endpoint = os.environ.get(ENDPOINT, "").rstrip("/")
+        if not self.endpoint.startswith(("http://", "https://")):
+            raise InputError(
+                f"{ENDPOINT}={self.endpoint or '(not set)'}: expected the address of Kubeflow Pipelines, such as"
+                " https://kubeflow.example.com/pipeline or http://127.0.0.1:8080 behind kubectl port-forward"
+            )
+        self.cluster = cluster
+        self.namespace = cluster.namespace or None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import kfp
+
+            self.client = kfp.Client(
+                host=self.endpoint,
+                namespace=cluster.namespace,
+                credentials=_credentials(),
+                ssl_ca_cert=os.environ.get(CA_FILE) or None,
+                verify_ssl=True,
+            )
+
+    def upload(self, package: Path, version: str) -> tuple[str, str]:
+        """Upload the pipeline as a version, unless the server has it; returns the ids of pipeline and version."""
+        client, namespace = self.client, self.namespace
+        found = self._ask(lambda: client.list_pipelines(filter=_named(NAME), namespace=namespace)).pipelines
+        if not found:
+            found = [self._ask(lambda: client.upload_pipeline(str(package), NAME, DESCRIPTION, namespace=namespace))]
+        pipeline = str(found[0].pipeline_id)
+        versions = self._ask(lambda: client.list_pipeline_versions(pipeline, filter=_named(version))).pipeline_versions
+        if not versions:
+            versions = [self._ask(lambda: client.upload_pipeline_version(str(package), version, pipeline))]
+        return pipeline, str(versions[0].pipeline_version_id)
+
+    def experiment(self) -> str:
+        """Id of the configured experiment, made if it is not there."""
+        made = self._ask(lambda: self.client.create_experiment(self.cluster.experiment, namespace=self.namespace))
+        return str(made.experiment_id)
+
+    def start(self, name: str, version: tuple[str, str], parameters: dict[str, Any]) -> str:
+        """Start a run; returns its id."""
+        experiment = self.experiment()
+        started = self._ask(
+            lambda: self.client.run_pipeline(
+                experiment,
+                name,
+                params=parameters,
+                pipeline_id=version[0],
+                version_id=version[1],
+                service_account=self.cluster.service_account or None,
+            )
+        )
+        return str(started.run_id)
+
+    def schedule(self, name: str, version: tuple[str, str], parameters: dict[str, Any], cron: str) -> str:
+        """Run at the times of a cron expression with six fields, seconds first; returns the recurring run's id."""
+        experiment = self.experiment()
+        made = self._ask(
+            lambda: self.client.create_recurring_run(
+                experiment,
+                name,
+                cron_expression=cron,
+                max_concurrency=1,
+                no_catchup=True,
+                params=parameters,
+                pipeline_id=version[0],
+                version_id=version[1],
+                service_account=self.cluster.service_account or None,
+            )
+        )
+        return str(made.recurring_run_id)
+
+    def state(self, run_id: str) -> RunState:
+        """How a run stands."""
+        run = self._ask(lambda: self.client.get_run(run_id))
+        details = (run.run_details and run.run_details.task_details) or []
+        steps = [_step(task) for task in details if task.display_name not in ("root", "executor")]
+        error = (run.error and run.error.message) or ""
+        return RunState(run_id, str(run.display_name), str(run.state or "PENDING"), one_line(error), steps)
+
+    def wait(self, run_id: str, tell: Callable[[RunState], None], timeout_s: float) -> RunState:
+        """Poll a run until it has ended; KFP's own wait never returns for a cancelled one.
+
+        Args:
+            run_id: the run.
+            tell: hears every state that differs from the one before.
+            timeout_s: seconds to wait at most.
+
+        Raises:
+            KubealignError: time is up, or the server has not answered for `PATIENCE_S`.
+        """
+        started = answered = time.monotonic()
+        last: RunState | None = None
+        while True:
+            try:
+                now = self.state(run_id)
+                answered = time.monotonic()
+            except ServerTrouble as error:
+                if not error.passing or time.monotonic() - answered > PATIENCE_S:
+                    raise
+                now = last or RunState(run_id, "", "PENDING", "", [])
+            if now != last:
+                tell(now)
+                last = now
+            if now.state in ENDED:
+                return now
+            if time.monotonic() - started > timeout_s:
+                raise KubealignError(
+                    f"run {run_id} is {now.state} after {timeout_s:.0f} s; it goes on: `kubealign wait {run_id}`"
+                )
+            time.sleep(POLL_S)
+
+    def cancel(self, run_id: str) -> None:
+        """End a run."""
+        self._ask(lambda: self.client.terminate_run(run_id))
+
+    def link(self, run_id: str) -> str:
+        """Where a person sees a run."""
+        return f"{self.endpoint}/#/runs/details/{run_id}"
+
+    def log_tail(self, run_id: str, pod: str) -> list[str]:
+        """The last lines of a pod's log, which the UI's server keeps after the pod is gone; empty when it has none."""
+        words = {"podname": pod, "runid": run_id} | ({"podnamespace": self.namespace} if self.namespace else {})
+        request = urllib.request.Request(f"{self.endpoint}/k8s/pod/logs?{urllib.parse.urlencode(words)}")  # noqa: S310
+        configuration = self.client._existing_config
+        key = configuration.get_api_key_with_prefix("authorization")
+        if key:
+            request.add_unredirected_header("Authorization", key)
+        try:
+            with urllib.request.urlopen(request, timeout=30, context=_tls(self.endpoint)) as answer:  # noqa: S310
+                text: str = answer.read().decode(errors="replace")
+        except (OSError, ValueError):
+            return []
+        return text.splitlines()[-LOG_LINES:]
+
+    def _ask(self, call: Callable[[], Any]) -> Any:
+        """Make a call; what the server refuses becomes one sentence. The client's own prints are swallowed."""
+        import urllib3
+        from kfp_server_api.exceptions import ApiException
+
+        with _sentences(self.endpoint, ApiException, urllib3.exceptions.HTTPError), _quiet():
+            return call()
+
+
+class ServerTrouble(KubealignError):
+    """The server refused, failed or did not answer; `passing` when a later try may succeed."""
+
+    def __init__(self, message: str, passing: bool) -> None:
+        super().__init__(message)
+        self.passing = passing
+
+
+@contextlib.contextmanager
+def _sentences(endpoint: str, api: type[Exception], http: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except api as error:
+        status = int(getattr(error, "status", 0) or 0)
+        said = _message(getattr(error, "body", "") or getattr(error, "reason", "") or "")
+        advice = {
+            401: f"; set {TOKEN_FILE} or {TOKEN}",
+            403: "; the token's owner may not do this in this namespace (cluster.namespace)",
+            404: "; check the id and KFP_ENDPOINT",
+        }.get(status, "")
+        raise ServerTrouble(f"{endpoint} answered {status}: {said}{advice}", status >= 500 or status == 429) from error
+    except (http, OSError) as error:
+        text = without_credentials(one_line(str(error)))[:300]
+        raise ServerTrouble(f"{endpoint} does not answer: {text}", True) from error
+    except ValueError as error:  # the client's word for an answer that is no JSON or lacks a field
+        raise ServerTrouble(f"{endpoint} gave an answer that cannot be read: {one_line(str(error))[:300]}", True) from (
+            error
+        )
+
+
+def _named(name: str) -> str:
+    """The API's filter for one display name."""
+    return json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]})
+
+
+def _message(body: Any) -> str:
+    text = body.decode(errors="replace") if isinstance(body, bytes) else str(body)
+    try:
+        found = json.loads(text)
+        text = str(found.get("message") or found.get("error_message") or found.get("error") or text)
+    except (ValueError, AttributeError):
+        pass
+    return without_credentials(one_line(text))[:300]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """KFP's client prints links of its own, which need not be the ones a person can open."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _credentials() -> Any:
+    from kfp.client.token_credentials_base import TokenCredentialsBase
+
+    file = Path(os.environ[TOKEN_FILE]) if os.environ.get(TOKEN_FILE) else None
+    token = os.environ.get(TOKEN, "")
+    if file is None and not token and SERVICE_ACCOUNT_TOKEN.is_file():
+        file = SERVICE_ACCOUNT_TOKEN
+    if file is None and not token:
+        return None
+    if file is not None and not file.is_file():
+        raise InputError(f"{TOKEN_FILE}={file}: no such file")
+
+    class Token(TokenCredentialsBase):  # type: ignore[misc]
+        """The token as it is now: a projected one changes while a run is followed."""
+
+        def refresh_api_key_hook(self, config: Any) -> None:
+            config.api_key["authorization"] = file.read_text().strip() if file else token
+            config.api_key_prefix["authorization"] = "Bearer"
+
+    return Token()
+
+
+def _tls(endpoint: str) -> Any:
+    import ssl
+
+    return ssl.create_default_context(cafile=os.environ.get(CA_FILE) or None) if endpoint[:5] == "https" else None
+
+
+def _step(task: Any) -> Step:
+    error = (task.error and task.error.message) or ""
+    pods = [child.pod_name for child in task.child_tasks or [] if child.pod_name]
+    return Step(
+        str(task.display_name), str(task.state or "PENDING"), one_line(error), task.pod_name or "".join(pods[:1])
+    )
+
+
+def submit(config: Config, server: Server, cron: str = "") -> tuple[str, str]:
+    """Upload this commit's pipeline and start it with the configuration's values, or schedule it.
+
+    The version is named by the git commit and by what was compiled: cluster settings may change without a commit.
+
+    Returns:
+        id of the run, or of the recurring run; and the version's name.
+    """
+    with TemporaryDirectory() as folder:
+        package = Path(folder) / "alignment.yaml"
+        compile_pipeline(config, package, "kubeflow")
+        commit = git_commit()
+        version = f"{commit[:12]}{'-dirty' if commit.endswith('-dirty') else ''}-{sha256_file(package)[:8]}"
+        ids = server.upload(package, version)
+    name = f"{NAME} {config.data.revision} {version}"
+    parameters = pipeline_arguments(config)
+    if cron:
+        return server.schedule(name, ids, parameters, cron), version
+    return server.start(name, ids, parameters), version
