@@ -30,9 +30,10 @@ def check(config: Config) -> None:
         raise InputError(
             "cluster.mlflow_uri is empty: pods share no SQLite file; name your MLflow server, such as http://mlflow:5000"
         )
-    if config.data.revision == "workspace" or "://" not in config.data.repo:
+    repo = config.data.repo
+    if config.data.revision == "workspace" or "://" not in repo or repo.startswith("file:"):
         raise InputError(
-            f"data.repo={config.data.repo}, data.revision={config.data.revision}: a pod sees no folder of this machine;"
+            f"data.repo={repo}, data.revision={config.data.revision}: a pod sees no folder of this machine;"
             " set data.repo to the URL of the git repository and data.revision to a branch, tag or commit of it"
         )
 
@@ -53,11 +54,24 @@ def configure(task: Any, cluster: ClusterConfig) -> None:
     _resources(task, cluster, trains)
     kubernetes.set_security_context(task, run_as_user=cluster.run_as_user, run_as_group=0, run_as_non_root=True)
     kubernetes.set_timeout(task, cluster.timeout_s)
-    labels = {"app.kubernetes.io/part-of": "kubealign", "app.kubernetes.io/component": task.name} | cluster.labels
-    for key, value in labels.items():
+    for key, value in _labels(task.name, cluster).items():
         kubernetes.add_pod_label(task, key, value)
     if cluster.retries:
         task.set_retry(cluster.retries, f"{cluster.backoff_s}s", 2.0, f"{max(3600, cluster.backoff_s)}s")
+
+
+def _labels(step: str, cluster: ClusterConfig) -> dict[str, str]:
+    return {"app.kubernetes.io/part-of": "kubealign", "app.kubernetes.io/component": step} | cluster.labels
+
+
+def pod_template(cluster: ClusterConfig) -> str:
+    """Name of the Argo template that Kubeflow makes for a step configured like this; pods are named after it.
+
+    kubeflow/pipelines 2.17, argocompiler/container.go, addContainerExecutorTemplate: with numbers of annotations and
+    labels, and `retry` when there may be retries.
+    """
+    retry = "retry-" if cluster.retries else ""
+    return f"metadata-0-{len(_labels('', cluster))}-{retry}system-container-impl"
 
 
 def _environment(task: Any, cluster: ClusterConfig) -> None:

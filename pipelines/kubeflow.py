@@ -6,6 +6,7 @@ a certificate of your own authority needs KFP_CA_FILE; verification cannot be sw
 """
 
 import contextlib
+import http.client
 import io
 import json
 import os
@@ -26,6 +27,8 @@ from components.common.files import sha256_file
 from components.common.identity import git_commit
 from components.common.tracking import one_line, without_credentials
 from pipelines.alignment import DESCRIPTION, NAME, compile_pipeline
+from pipelines.cluster import pod_template
+from pipelines.runner import STAGES
 
 ENDPOINT, TOKEN, TOKEN_FILE, CA_FILE = "KFP_ENDPOINT", "KFP_TOKEN", "KFP_TOKEN_FILE", "KFP_CA_FILE"
 SERVICE_ACCOUNT_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
@@ -34,6 +37,8 @@ ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 POLL_S = 10.0
 PATIENCE_S = 600.0
 """How long `wait` puts up with a server that does not answer."""
+ANSWER_S = 60.0
+"""How long a server may be silent within one answer; KFP's client would wait for ever."""
 LOG_LINES = 20
 
 
@@ -44,7 +49,8 @@ class Step:
     name: str
     state: str
     error: str
-    pod: str
+    pods: tuple[str, ...]
+    """Where the log of a failed step may be, the most likely pod first."""
 
 
 @dataclass(frozen=True)
@@ -63,31 +69,40 @@ class Server:
 
     def __init__(self, cluster: ClusterConfig) -> None:
         self.endpoint = os.environ.get(ENDPOINT, "").rstrip("/")
+        shown = without_credentials(self.endpoint) or "(not set)"
         if not self.endpoint.startswith(("http://", "https://")):
             raise InputError(
-                f"{ENDPOINT}={self.endpoint or '(not set)'}: expected the address of Kubeflow Pipelines, such as"
+                f"{ENDPOINT}={shown}: expected the address of Kubeflow Pipelines, such as"
                 " https://kubeflow.example.com/pipeline or http://127.0.0.1:8080 behind kubectl port-forward"
             )
+        if shown != self.endpoint:
+            raise InputError(f"{ENDPOINT}={shown}: a user or token in a URL would reach logs; set {TOKEN_FILE}")
+        authority = os.environ.get(CA_FILE) or None
+        if authority and not Path(authority).is_file():
+            raise InputError(f"{CA_FILE}={authority}: no such file")
         self.cluster = cluster
         self.namespace = cluster.namespace or None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import kfp
-
-            self.client = kfp.Client(
+            self.client = _client_class()(
                 host=self.endpoint,
                 namespace=cluster.namespace,
                 credentials=_credentials(),
-                ssl_ca_cert=os.environ.get(CA_FILE) or None,
+                ssl_ca_cert=authority,
                 verify_ssl=True,
             )
+        rest = self.client._run_api.api_client.rest_client
+        rest.request = _guarded(rest.request)
 
     def upload(self, package: Path, version: str) -> tuple[str, str]:
         """Upload the pipeline as a version, unless the server has it; returns the ids of pipeline and version."""
         client, namespace = self.client, self.namespace
         found = self._ask(lambda: client.list_pipelines(filter=_named(NAME), namespace=namespace)).pipelines
-        if not found:
-            found = [self._ask(lambda: client.upload_pipeline(str(package), NAME, DESCRIPTION, namespace=namespace))]
+        if not found:  # made without a version: uploading one here would name it `alignment`, too
+            from kfp_server_api import V2beta1Pipeline
+
+            new = V2beta1Pipeline(name=NAME, display_name=NAME, description=DESCRIPTION, namespace=namespace)
+            found = [self._ask(lambda: client.pipelines.pipeline_service_create_pipeline(new))]
         pipeline = str(found[0].pipeline_id)
         versions = self._ask(lambda: client.list_pipeline_versions(pipeline, filter=_named(version))).pipeline_versions
         if not versions:
@@ -136,7 +151,7 @@ class Server:
         """How a run stands."""
         run = self._ask(lambda: self.client.get_run(run_id))
         details = (run.run_details and run.run_details.task_details) or []
-        steps = [_step(task) for task in details if task.display_name not in ("root", "executor")]
+        steps = _steps(details, pod_template(self.cluster))
         error = (run.error and run.error.message) or ""
         return RunState(run_id, str(run.display_name), str(run.state or "PENDING"), one_line(error), steps)
 
@@ -158,7 +173,8 @@ class Server:
                 now = self.state(run_id)
                 answered = time.monotonic()
             except ServerTrouble as error:
-                if not error.passing or time.monotonic() - answered > PATIENCE_S:
+                now_s = time.monotonic()
+                if not error.passing or now_s - answered > PATIENCE_S or now_s - started > timeout_s:
                     raise
                 now = last or RunState(run_id, "", "PENDING", "", [])
             if now != last:
@@ -170,7 +186,7 @@ class Server:
                 raise KubealignError(
                     f"run {run_id} is {now.state} after {timeout_s:.0f} s; it goes on: `kubealign wait {run_id}`"
                 )
-            time.sleep(POLL_S)
+            time.sleep(min(POLL_S, max(0.0, started + timeout_s - time.monotonic())))
 
     def cancel(self, run_id: str) -> None:
         """End a run."""
@@ -180,20 +196,23 @@ class Server:
         """Where a person sees a run."""
         return f"{self.endpoint}/#/runs/details/{run_id}"
 
-    def log_tail(self, run_id: str, pod: str) -> list[str]:
-        """The last lines of a pod's log, which the UI's server keeps after the pod is gone; empty when it has none."""
-        words = {"podname": pod, "runid": run_id} | ({"podnamespace": self.namespace} if self.namespace else {})
-        request = urllib.request.Request(f"{self.endpoint}/k8s/pod/logs?{urllib.parse.urlencode(words)}")  # noqa: S310
-        configuration = self.client._existing_config
-        key = configuration.get_api_key_with_prefix("authorization")
-        if key:
-            request.add_unredirected_header("Authorization", key)
-        try:
-            with urllib.request.urlopen(request, timeout=30, context=_tls(self.endpoint)) as answer:  # noqa: S310
-                text: str = answer.read().decode(errors="replace")
-        except (OSError, ValueError):
-            return []
-        return text.splitlines()[-LOG_LINES:]
+    def log_tail(self, run_id: str, step: Step) -> list[str]:
+        """The last lines of a step's log, which the UI's server serves; where else to look when it has none."""
+        for pod in step.pods:
+            words = {"podname": pod, "runid": run_id} | ({"podnamespace": self.namespace} if self.namespace else {})
+            request = urllib.request.Request(f"{self.endpoint}/k8s/pod/logs?{urllib.parse.urlencode(words)}")  # noqa: S310
+            try:
+                key = self.client._existing_config.get_api_key_with_prefix("authorization")
+                if key:
+                    request.add_unredirected_header("Authorization", key)
+                with urllib.request.urlopen(request, timeout=ANSWER_S, context=_tls(self.endpoint)) as answer:  # noqa: S310
+                    text: str = answer.read().decode(errors="replace")
+            except (OSError, ValueError, http.client.HTTPException, ServerTrouble):
+                continue
+            if text.strip():
+                return text.splitlines()[-LOG_LINES:]
+        labels = f"pipeline/runid={run_id},app.kubernetes.io/component={step.name}"
+        return [f"(no log here; `kubectl logs -n {self.namespace or 'kubeflow'} -l {labels} -c main` may have it)"]
 
     def _ask(self, call: Callable[[], Any]) -> Any:
         """Make a call; what the server refuses becomes one sentence. The client's own prints are swallowed."""
@@ -257,6 +276,41 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def _client_class() -> Any:
+    import kfp
+
+    class Client(kfp.Client):  # type: ignore[misc]
+        """KFP's client, which would ask an unreachable server five times while it is made, with tracebacks."""
+
+        def get_kfp_healthz(self, sleep_duration: int = 5) -> Any:
+            """Not asked: what it is for, the namespace of the pod that the client runs in, is cluster.namespace."""
+            from kfp_server_api import V2beta1GetHealthzResponse
+
+            return V2beta1GetHealthzResponse(multi_user=False)
+
+    return Client
+
+
+def _guarded(request: Callable[..., Any]) -> Callable[..., Any]:
+    """The client's HTTP call with a time limit; and what is no JSON, such as the page of a login, is no answer.
+
+    The client itself takes such a page for an object without fields.
+    """
+
+    def guarded(*words: Any, **named: Any) -> Any:
+        reply = request(*words, **named | {"_request_timeout": (ANSWER_S, ANSWER_S)})
+        text = reply.data.decode(errors="replace")
+        try:
+            whole = isinstance(json.loads(text), dict)
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ValueError(f"expected JSON, found {one_line(text)[:60]!r}; check {ENDPOINT} and the token")
+        return reply
+
+    return guarded
+
+
 def _credentials() -> Any:
     from kfp.client.token_credentials_base import TokenCredentialsBase
 
@@ -273,10 +327,23 @@ def _credentials() -> Any:
         """The token as it is now: a projected one changes while a run is followed."""
 
         def refresh_api_key_hook(self, config: Any) -> None:
-            config.api_key["authorization"] = file.read_text().strip() if file else token
+            config.api_key["authorization"] = _token(file, token)
             config.api_key_prefix["authorization"] = "Bearer"
 
     return Token()
+
+
+def _token(file: Path | None, token: str) -> str:
+    """The token that is sent. Python names a header that it refuses in full, so none may be refused there."""
+    where = f"{TOKEN_FILE}={file}" if file else TOKEN
+    try:
+        text = (file.read_text(encoding="utf-8", errors="replace") if file else token).strip()
+    except OSError as error:
+        raise ServerTrouble(f"{where}: {error.strerror}; expected a token", True) from error
+    if not text or not text.isascii() or not text.isprintable():
+        found = "nothing" if not text else "line breaks or other letters"
+        raise ServerTrouble(f"{where}: expected a token in one line of ASCII, found {found}", True)
+    return text
 
 
 def _tls(endpoint: str) -> Any:
@@ -285,12 +352,33 @@ def _tls(endpoint: str) -> Any:
     return ssl.create_default_context(cafile=os.environ.get(CA_FILE) or None) if endpoint[:5] == "https" else None
 
 
-def _step(task: Any) -> Step:
-    error = (task.error and task.error.message) or ""
-    pods = [child.pod_name for child in task.child_tasks or [] if child.pod_name]
-    return Step(
-        str(task.display_name), str(task.state or "PENDING"), one_line(error), task.pod_name or "".join(pods[:1])
-    )
+def _steps(details: list[Any], template: str) -> list[Step]:
+    """The pipeline's steps that have begun, in their order.
+
+    The server lists the nodes of the Argo workflow, in no order: the workflow, root, and for a step its driver, itself,
+    and `executor`; when it may be retried, `executor(0)` and so on as children of that. Children are named by node id,
+    `<workflow>-<hash>`; a pod has the template's name in between (kubeflow/pipelines 2.17, workflow.go,
+    RetrievePodName), except where Argo is told POD_NAMES=v1. The steps stand one after another, so one fails at most.
+    """
+    attempts = [_children(task) for task in details if task.display_name == "executor" and task.state == "FAILED"]
+    found = {task.display_name: task for task in details if task.state not in (None, "RUNTIME_STATE_UNSPECIFIED")}
+    steps = []
+    for name in (stage for stage in STAGES if stage in found):
+        task = found[name]
+        error = (task.error and task.error.message) or ""
+        nodes = [node for children in [*attempts, _children(task)] for node in reversed(children)]
+        pods = [pod for node in nodes for pod in (_pod(node, template), node)]
+        steps.append(Step(name, str(task.state), one_line(error), tuple(pods) if task.state == "FAILED" else ()))
+    return steps
+
+
+def _pod(node: str, template: str) -> str:
+    workflow, _, number = node.rpartition("-")
+    return f"{workflow}-{template}-{number}"
+
+
+def _children(task: Any) -> list[str]:
+    return [child.pod_name for child in task.child_tasks or [] if child.pod_name]
 
 
 def submit(config: Config, server: Server, cron: str = "") -> tuple[str, str]:

@@ -126,7 +126,6 @@ def _follow(server: "Server", run_id: str, timeout_s: float) -> None:
     for step in state.steps:
         if step.state == "FAILED":
             print(f"error: step {step.name} failed {step.error}".rstrip(), file=sys.stderr)
-            lines = server.log_tail(run_id, step.pod) if step.pod else []
-            for line in lines or [f"(no log; `kubectl logs {step.pod or '<pod>'}` may have it)"]:
+            for line in server.log_tail(run_id, step):
                 print(f"  {line}", file=sys.stderr)
     sys.exit(1)

@@ -366,7 +366,7 @@ def test_the_compiled_yaml_runs_under_the_local_runner_with_a_real_server(
     environment = project.environment | {"KUBEALIGN_HOME": str(tmp_path / "home"), "MLFLOW_TRACKING_URI": mlflow_server}
     compiled = tmp_path / "pipeline.yaml"
     for words in (
-        [*command, "--out", str(compiled)],
+        [*command, "--target", "local", "--out", str(compiled)],
         [sys.executable, "-P", "-c", script, str(compiled), str(tmp_path / "out")],
     ):
         done = subprocess.run(

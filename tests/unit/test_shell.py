@@ -318,7 +318,7 @@ def test_clean_shows_before_it_removes(own_home: Path) -> None:
 
 
 def test_the_compiled_pipeline_has_typed_described_fields_with_the_defaults_of_params(tmp_path: Path) -> None:
-    done = kubealign("compile", "--out", str(tmp_path / "p.yaml"), "--set", "dpo.beta=0.33")
+    done = kubealign("compile", "--target", "local", "--out", str(tmp_path / "p.yaml"), "--set", "dpo.beta=0.33")
     assert done.returncode == 0, done.stderr
     spec = yaml.safe_load((tmp_path / "p.yaml").read_text())
     fields = spec["root"]["inputDefinitions"]["parameters"]
@@ -328,6 +328,12 @@ def test_the_compiled_pipeline_has_typed_described_fields_with_the_defaults_of_p
     assert list(tasks) == sorted(["resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register"])
     uncached = [name for name, task in tasks.items() if not task["cachingOptions"].get("enableCache")]
     assert sorted(uncached) == ["register", "resolve"]
+
+
+def test_compiling_is_for_kubeflow_which_cannot_reach_the_data_on_this_machine(tmp_path: Path) -> None:
+    done = kubealign("compile", "--out", str(tmp_path / "p.yaml"))
+    assert done.returncode == 2 and not list(tmp_path.glob("p.yaml*"))
+    assert "a pod sees no folder of this machine; set data.repo to the URL" in done.stderr
 
 
 # ---- set-up
