@@ -31,7 +31,7 @@ test: data ## ruff, mypy and all tests of the normal tier
 	ruff format --check .
 	ruff check .
 	mypy
-	pytest -m "not long" $(PYTEST_ARGS)
+	pytest -m "not long and not containers" $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: data ## the training engine against TRL: time, memory, differences; half an hour
@@ -40,6 +40,34 @@ bench: data ## the training engine against TRL: time, memory, differences; half 
 .PHONY: test-long
 test-long: data ## the full counts: kills, races, failures
 	pytest -m long $(PYTEST_ARGS)
+
+# What the images are built from: see components/Containerfile. PIP_CONF is a pip.conf for indexes with a password.
+ENGINE ?= docker
+comma := ,
+BASE_IMAGE ?= python:3.11-slim-bookworm
+BUILD_ARGS ?=
+PIP_CONF ?=
+
+.PHONY: images
+images: setup ## the two container images that steps run in, and their bills of materials below build/
+	@for kind in data train; do \
+	  image=$$(kubealign images $$kind); echo "building $$image"; \
+	  DOCKER_BUILDKIT=1 $(ENGINE) build -q -f components/Containerfile --target $$kind -t $$image \
+	    $$(kubealign images --build-args) --build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg TORCH_INDEX=$(TORCH_INDEX) \
+	    $(if $(PIP_CONF),--secret id=pip.conf$(comma)src=$(PIP_CONF)) $(BUILD_ARGS) . >/dev/null; \
+	  mkdir -p build; $(ENGINE) run --rm --network none $$image cat /opt/venv/sbom.cdx.json > build/sbom-$$kind.cdx.json; \
+	  $(ENGINE) image inspect -f "$$image: {{.Size}} bytes" $$image; \
+	done
+
+.PHONY: audit
+audit: setup ## the locked dependencies against the database of known vulnerabilities
+	@out=$$(pip-audit -r requirements.lock --no-deps --disable-pip --progress-spinner off 2>&1) && echo "$$out" || { code=$$?; echo "$$out" | tail -40; \
+	  echo "$$out" | grep -qi -e "ConnectionError" -e "ServiceError" -e "Max retries" \
+	    && echo "error: the database of vulnerabilities cannot be reached from here: nothing was checked" >&2; exit $$code; }
+
+.PHONY: test-containers
+test-containers: data ## the whole DAG in our images under a real engine
+	pytest -m "containers and not long" $(PYTEST_ARGS)
 
 .PHONY: data
 data: setup ## the embedded base model and data sets, by DVC
@@ -60,6 +88,10 @@ $(VENV)/.ready: pyproject.toml requirements.lock
 	@$(if $(TORCH_INDEX),$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.lock))
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[dev]'
 	@touch $@
+
+.PHONY: readmes
+readmes: setup ## write the inputs and outputs of every component into its README
+	python tests/tools/component_readmes.py
 
 .PHONY: lock
 lock: ## resolve the dependencies anew into requirements.lock

@@ -5,7 +5,7 @@ extra=$1
 python -m venv /opt/tools
 /opt/tools/bin/python -m pip install -q -c requirements.lock pip cyclonedx-bom
 python -m venv --without-pip /opt/venv
-install() { /opt/tools/bin/python -m pip --python /opt/venv/bin/python install -q -c requirements.lock "$@"; }
+install() { /opt/tools/bin/python -m pip --python /opt/venv/bin/python install -q --no-compile -c requirements.lock "$@"; }
 python -c "
 import sys, tomllib
 project = tomllib.load(open('pyproject.toml', 'rb'))['project']
@@ -16,4 +16,22 @@ if [ "$extra" = train ] && [ -n "${TORCH_INDEX:-}" ]; then
 fi
 install -r wanted.txt
 /opt/tools/bin/python -m pip --python /opt/venv/bin/python check
+# What no step imports: the packages' own tests, and torch's headers and test programs.
+packages=/opt/venv/lib/python3.11/site-packages
+find "$packages" -type d -name tests -prune -exec rm -rf {} +
+rm -rf "$packages"/torch/test "$packages"/torch/include "$packages"/torch/bin/*[tT]est*
+# Byte code of what steps do import, a fifth of all: importing is fast and the image small.
+if [ "$extra" = data ]; then
+  modules="kfp.dsl.executor_main mlflow.pyfunc mlflow.artifacts dvc.api dvc.repo dvc_s3 s3fs boto3 great_expectations pandas
+    transformers.models.auto.tokenization_auto transformers.models.llama.tokenization_llama jinja2 typer"
+else
+  modules="kfp.dsl.executor_main mlflow.artifacts boto3 torch transformers.models.auto.modeling_auto peft accelerate
+    transformers.models.llama.modeling_llama transformers.generation.utils safetensors.torch matplotlib.figure scipy.stats
+    jinja2 typer torch.distributed.fsdp"
+fi
+PYTHONDONTWRITEBYTECODE= /opt/venv/bin/python -c "
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+" $modules
 /opt/tools/bin/cyclonedx-py environment --of JSON -o /opt/venv/sbom.cdx.json /opt/venv/bin/python

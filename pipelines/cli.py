@@ -90,11 +90,25 @@ def compile_(
 
 
 @app.command()
-def images() -> None:
-    """Print the references of the two images that steps run in; `make images` builds them."""
-    from components.common.images import DATA_IMAGE, TRAIN_IMAGE
+def images(
+    kind: Annotated[str, typer.Argument(help="data or train; by default both.")] = "",
+    build_args: Annotated[
+        bool, typer.Option("--build-args", help="Print what `make images` tells the build about this code instead.")
+    ] = False,
+) -> None:
+    """Print the references of the images that steps run in; `make images` builds them."""
+    from components.common.identity import git_commit
+    from components.common.images import DATA_IMAGE, TRAIN_IMAGE, VERSION
+    from pipelines.containers import code_in_images
 
-    for image in (DATA_IMAGE, TRAIN_IMAGE):
+    if build_args:
+        facts = {"VERSION": VERSION, "REVISION": git_commit(), "CODE": code_in_images()}
+        print(" ".join(f"--build-arg {name}={value}" for name, value in facts.items()))
+        return
+    found = {"data": DATA_IMAGE, "train": TRAIN_IMAGE}
+    if kind and kind not in found:
+        raise InputError(f"images {kind}: expected data or train")
+    for image in [found[kind]] if kind else found.values():
         print(image)
 
 

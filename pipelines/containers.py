@@ -31,6 +31,8 @@ CODE_LABEL = "kubealign.code"
 CODE_FILES = (".py", ".jinja", ".css", ".html")
 PASSED_ON = ("AWS_", "MLFLOW_TRACKING_", "GIT_", "KUBEALIGN_", "OMP_", "GOMP_")
 """Beginnings of the environment variables that a step's container gets from this process."""
+STEP_FOLDERS = ("steps", "workspace", "checkpoints", "cache", "mlartifacts")
+"""Folders of the home folder that steps write to, as its owner."""
 SERVER_STARTS_WITHIN_S = 120
 
 
@@ -179,8 +181,11 @@ def containers_for_a_run() -> Iterator[None]:
     client = engine()
     check_images(client)
     home = tracking.home()
-    for folder in (home, home / "steps", home / "workspace"):
-        folder.mkdir(parents=True, exist_ok=True)
+    home.mkdir(parents=True, exist_ok=True)
+    for name in STEP_FOLDERS:
+        (home / name).mkdir(exist_ok=True)
+        if os.geteuid() == 0:
+            os.chown(home / name, home.stat().st_uid, home.stat().st_gid)
     with (home / ".containers.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -205,7 +210,8 @@ def mlflow_server() -> Iterator[None]:
     if uri.startswith("http"):
         yield
         return
-    tracking.client()
+    # Made here, the experiment keeps its artifacts in the home folder, where this machine reads them without a server.
+    tracking.experiment_id(tracking.client())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

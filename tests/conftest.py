@@ -60,8 +60,12 @@ def tiny_model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(autouse=True)
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test has its own MLflow, checkpoints and caches."""
-    home = tmp_path / "home"
-    monkeypatch.setenv("KUBEALIGN_HOME", str(home))
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "KUBEALIGN_PARENT_RUN"):
-        monkeypatch.delenv(name, raising=False)
+    return move_home(tmp_path / "home", monkeypatch)
+
+
+def move_home(home: Path, patch: pytest.MonkeyPatch) -> Path:
+    """Let MLflow, checkpoints and caches be in a folder, whatever the environment says or MLflow put into it."""
+    patch.setenv("KUBEALIGN_HOME", str(home))
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID", "KUBEALIGN_PARENT_RUN"):
+        patch.delenv(name, raising=False)
     return home

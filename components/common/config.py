@@ -21,7 +21,7 @@ PARAMS = "params.yaml"
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 QUANTITY = r"^\d+(\.\d+)?(Ki|Mi|Gi|Ti|K|M|G|T)?$"
-IMAGE = r"^(\S+(:[\w.-]+|@sha256:[0-9a-f]{64}))?$"
+IMAGE = r"^([^\s@]+(:[\w.-]+|@sha256:[0-9a-f]{64}))?$"
 
 
 class Section(BaseModel):

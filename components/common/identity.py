@@ -3,13 +3,15 @@
 import ast
 import importlib.metadata
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from components.common.files import digest, sha256_file
 
 PACKAGES = Path(__file__).resolve().parent.parent.parent
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "great-expectations", "mlflow", "kfp")
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "great-expectations", "mlflow-skinny", "kfp")
 """Libraries whose version is part of a stage's code."""
 
 
@@ -29,7 +31,16 @@ def modules_digest(start: str) -> str:
     files = {name: sha256_file(path) for name, path in modules.items()}
     others = [path for folder in {path.parent for path in modules.values()} for path in _data_files(folder)]
     files |= {path.relative_to(PACKAGES).as_posix(): sha256_file(path) for path in others}
-    return digest([files, {name: importlib.metadata.version(name) for name in LIBRARIES if _installed(name)}])[:16]
+    return digest([files, versions(LIBRARIES)])[:16]
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The installed versions of those packages that are installed, without a build's `+cpu`."""
+    found = {}
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name).partition("+")[0]
+    return found
 
 
 def imported_modules(start: str) -> dict[str, Path]:
@@ -80,11 +91,3 @@ def _module_file(name: str) -> Path | None:
 def _data_files(folder: Path) -> list[Path]:
     kinds = (".html", ".jinja", ".css")
     return sorted(path for path in folder.rglob("*") if path.suffix in kinds)
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

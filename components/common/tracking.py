@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from components.common.errors import KubealignError
 HOME_VARIABLE = "KUBEALIGN_HOME"
 PARENT_VARIABLES = ("KUBEALIGN_PARENT_RUN", "MLFLOW_RUN_ID")
 """Environment variables that name the parent run: ours, and that of KFP's MLflow plugin."""
+KFP_RUN_VARIABLE = "KUBEALIGN_KFP_RUN"
+"""Environment variable with the id of the run on Kubeflow, whose parent run in MLflow carries it as a tag."""
 EXPERIMENT = "kubealign"
+LAST_STAGE = "register"
 PROGRESS_EVERY_S = 1.0
 
 
@@ -70,8 +74,25 @@ def experiment_id(mlflow_client: Any) -> str:
 
 
 def parent_run() -> str:
-    """Id of the pipeline run's parent run, or nothing."""
-    return next((os.environ[name] for name in PARENT_VARIABLES if os.environ.get(name)), "")
+    """Id of the pipeline run's parent run, or nothing.
+
+    On Kubeflow it is found by its tag; the first step makes it, and a step that is started again finds it.
+    """
+    named = next((os.environ[name] for name in PARENT_VARIABLES if os.environ.get(name)), "")
+    return named or _parent_on_kubeflow(os.environ.get(KFP_RUN_VARIABLE, ""))
+
+
+@cache
+def _parent_on_kubeflow(kfp_run: str) -> str:
+    if not kfp_run:
+        return ""
+    mlflow_client = client()
+    experiment = experiment_id(mlflow_client)
+    found = mlflow_client.search_runs([experiment], f"tags.`kubealign.kfp_run` = '{kfp_run}'")
+    if found:
+        return str(found[0].info.run_id)
+    tags = {"kubealign.kind": "pipeline", "kubealign.kfp_run": kfp_run}
+    return str(mlflow_client.create_run(experiment, tags=tags, run_name=f"kubeflow {kfp_run}").info.run_id)
 
 
 class StageRun:
@@ -165,6 +186,7 @@ def stage_run(name: str, params: Mapping[str, Any]) -> Iterator[StageRun]:
     tags = {"mlflow.runName": name, "kubealign.stage": name}
     if parent_run():
         tags["mlflow.parentRunId"] = parent_run()
+    _begin_on_kubeflow(mlflow_client, name)
     created = mlflow_client.create_run(experiment_id(mlflow_client), tags=tags, run_name=name)
     run = StageRun(name, mlflow_client, created.info.run_id)
     run.log_params(params)
@@ -177,6 +199,21 @@ def stage_run(name: str, params: Mapping[str, Any]) -> Iterator[StageRun]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         run.log_metrics([(0, {"seconds": time.monotonic() - started, "peak_memory_mib": peak})])
         mlflow_client.set_terminated(run.run_id, status)
+        if os.environ.get(KFP_RUN_VARIABLE) and (status == "FAILED" or name == LAST_STAGE):
+            mlflow_client.set_terminated(parent_run(), status)
+
+
+def _begin_on_kubeflow(mlflow_client: Any, stage: str) -> None:
+    """On Kubeflow nobody else closes what an evicted pod left open: the run of its stage, and the parent's status."""
+    if not os.environ.get(KFP_RUN_VARIABLE):
+        return
+    query = (
+        f"tags.`mlflow.parentRunId` = '{parent_run()}' AND tags.`kubealign.stage` = '{stage}'"
+        " AND attributes.status = 'RUNNING'"
+    )
+    for left in mlflow_client.search_runs([experiment_id(mlflow_client)], query):
+        mlflow_client.set_terminated(left.info.run_id, "KILLED")
+    mlflow_client.update_run(parent_run(), "RUNNING")
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from components.common.chat import encode, encode_conversation
 from components.common.config import ModelConfig, OptimiserConfig
 from components.common.files import digest, replacing_folder, write_text
 from components.common.identity import code_digest
+from components.common.mirror import Mirror
 from components.common.records import Instruction, Preference
 from components.training.loop import LoopSettings, Objective, StepRecord, TrainingSet, Validation, train
 from components.training.models import PackedModel, add_lora, choose_layout, load_adapter, load_causal_lm, shard
@@ -107,10 +108,13 @@ def checkpoint_folder(stage: str, config: OptimiserConfig, model: ModelConfig, *
     folder = tracking.home() / "checkpoints" / f"{stage}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     if not tracking.is_main_process():
+        processes().wait_for_everyone()
         yield folder
         return
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        Mirror(folder).pull()
+        processes().wait_for_everyone()
         yield folder
 
 
@@ -144,13 +148,18 @@ def run_training(
     """
     records: list[StepRecord] = []
     logged = 0
+    mirror = Mirror(checkpoints) if tracking.is_main_process() else None
     for record in train(model, data, objective, loop_settings(config), checkpoints, run.say, validate):
         records.append(record)
+        if mirror:
+            mirror.push()
         speed = f"{record.tokens / record.seconds:.0f}"
         run.progress(record.step, record.total_steps, loss=f"{record.loss:.4f}", tokens_per_s=speed, **show(record))
         if len(records) - logged >= LOG_EVERY_STEPS:
             run.log_metrics([(r.step, step_metrics(r)) for r in records[logged:]])
             logged = len(records)
+    if mirror:
+        mirror.push()
     run.log_metrics([(r.step, step_metrics(r)) for r in records[logged:]])
     return records
 

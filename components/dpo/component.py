@@ -32,8 +32,9 @@ def dpo(
         code: digest of this step's code, for the cache.
         dataset: The clean data set.
         base: The base model.
-        sft_model: The SFT adapter.
-        policy: The aligned model: one adapter, and merged.
+        sft_model: The SFT model.
+        policy: The aligned model: `adapter/` (SFT and DPO as one ordinary peft adapter; not after full fine-tuning),
+            `model/` (merged, fp32), history.jsonl, training.json, manifest.json.
         metrics: Loss, margin, accuracy and rewards on the validation pairs.
 
     Returns:

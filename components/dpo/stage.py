@@ -14,6 +14,7 @@ from components.common.chat import load_tokenizer
 from components.common.config import DpoConfig, ModelConfig
 from components.common.errors import TrainingStop
 from components.common.files import UNSEALED, verify_manifest, write_json, write_manifest
+from components.common.identity import versions
 from components.common.records import Preference, read_rows
 from components.common.scoring import Scores, score, weights_digest
 from components.common.training_stage import (
@@ -40,6 +41,8 @@ from components.training.models import (
 )
 from components.training.packing import Pack
 
+MADE_WITH = ("torch", "transformers", "accelerate", "safetensors")
+"""Libraries whose versions the model is known to load with; the registry names them."""
 REFERENCE_FREE = ("simpo", "orpo")
 PER_TOKEN = ("ipo", "sigmoid_norm", "simpo", "orpo")
 """Losses that look at log-probs per token rather than per answer."""
@@ -107,7 +110,7 @@ def run_dpo(
                 _write_policy(folder, policy, model, base_model, base_digest, tokenizer)
                 write_history(folder / "history.jsonl", records)
                 facts = {"beta": config.beta, "loss": config.loss, "base_digest": base_digest, "sft_digest": sft_digest}
-                write_json(folder / "training.json", metrics | facts)
+                write_json(folder / "training.json", metrics | facts | {"libraries": versions(MADE_WITH)})
                 write_manifest(folder)
         run.log_metrics([(len(records), metrics)])
         run.say(

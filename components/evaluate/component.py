@@ -40,10 +40,10 @@ def evaluate(
         code: digest of this step's code, for the cache.
         dataset: The clean data set.
         base: The base model.
-        sft_model: The SFT adapter.
+        sft_model: The SFT model.
         policy: The aligned model.
-        evaluation: All numbers and the verdict.
-        report: The report.
+        evaluation: evaluation.json (all numbers) and verdict.json.
+        report: The report as a page.
         summary: Its summary.
         metrics: The policy's held-out metrics.
         roc: ROC of the policy's margin.

@@ -31,8 +31,8 @@ def fetch(
         base_digest: its digest.
         template_digest: digest of the chat template, for the cache.
         code: digest of this step's code, for the cache.
-        dataset: The data set.
-        base: The base model.
+        dataset: The data set: preferences/ and instructions/.
+        base: The base model's folder: safetensors, tokenizer, one chat template, manifest.json.
 
     Returns:
         Id of the MLflow run.

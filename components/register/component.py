@@ -50,9 +50,9 @@ def register(
         dpo_run: MLflow run of dpo.
         evaluate_run: MLflow run of evaluate.
         policy: The aligned model.
-        evaluation: Its evaluation and verdict.
+        evaluation: Its evaluation, with the verdict on this very policy.
         report: The report.
-        result: Version, aliases, verdict and metrics as JSON.
+        result: Version, aliases, verdict and metrics as JSON; they go to the parent run too, with the report.
 
     Returns:
         URI of the model version.

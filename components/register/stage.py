@@ -3,7 +3,6 @@
 Never cached; run again it finds the version that it made before.
 """
 
-import importlib.metadata
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ from components.common import tracking
 from components.common.config import RegisterConfig
 from components.common.errors import KubealignError
 from components.common.files import digest, read_json, sha256_file, verify_manifest, write_json
+from components.common.identity import versions
 from components.resolve.stage import CHAMPION
 
 CHALLENGER = "challenger"
 CODE = Path(__file__).with_name("chat_model.py")
-SERVING = ("mlflow", "torch", "transformers", "accelerate", "safetensors", "pandas")
-"""What an environment needs to load the registered model; this project is not among it."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ def _log_model(run: tracking.StageRun, name: str, policy: Path, tags: dict[str, 
             python_model=str(CODE),
             artifacts={kind: str(policy / kind) for kind in ("model", "adapter") if (policy / kind).is_dir()},
             signature=signature,
-            pip_requirements=[f"{package}=={_version(package)}" for package in SERVING],
+            pip_requirements=_requirements(policy),
         )
     try:
         run.client.create_registered_model(name)
@@ -158,8 +156,11 @@ def _log_model(run: tracking.StageRun, name: str, policy: Path, tags: dict[str, 
     return str(made.version)
 
 
-def _version(package: str) -> str:
-    return importlib.metadata.version(package).partition("+")[0]
+def _requirements(policy: Path) -> list[str]:
+    """What an environment needs to load the registered model; this project is not among it."""
+    wanted = {"mlflow": versions(["mlflow-skinny"])["mlflow-skinny"], **versions(["pandas"])}
+    wanted |= read_json(policy / "training.json")["libraries"]
+    return [f"{name}=={version}" for name, version in wanted.items()]
 
 
 def _move_aliases(

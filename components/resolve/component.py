@@ -69,7 +69,22 @@ def resolve(
         gate_section: section `gate` as JSON.
 
     Returns:
-        The facts of the run.
+        data_commit: commit of the data, or `workspace`.
+        preferences_digest: DVC digest of the preference pairs.
+        instructions_digest: DVC digest of the instructions.
+        base_reference: definite name of the base model.
+        base_digest: its digest.
+        git_commit: commit of the code.
+        code_fetch: digest of the code of fetch.
+        code_validate: digest of the code of validate.
+        code_sft: digest of the code of sft.
+        code_dpo: digest of the code of dpo.
+        code_evaluate: digest of the code of evaluate.
+        template_digest: digest of the chat template.
+        config: digest of all settings, those of the judgement too.
+        lineage: key of everything that decides the weights.
+        incumbent: the champion to beat as models:/name/version; empty before the first one.
+        run_id: id of the MLflow run.
     """
     from components.common.config import DataConfig, ModelConfig, RegisterConfig, section
     from components.common.tracking import boundary

@@ -33,20 +33,18 @@ def workspace_digest(root: Path, folder: str) -> str:
     Raises:
         InputError: the folder is not there, or `root` is no DVC repository.
     """
-    from dvc.exceptions import DvcException
     from dvc.fs import localfs
-    from dvc.repo import Repo
     from dvc_data.hashfile.build import build
+    from dvc_data.hashfile.db.local import LocalHashFileDB
 
     path = root / folder
+    if not (root / ".dvc").is_dir():
+        raise InputError(f"{root}: not a DVC repository; `dvc init` makes it one, or name another data.repo")
     if not path.is_dir() or not any(path.iterdir()):
         raise InputError(f"{path}: not found or empty; `make data` (dvc repro) makes it, `dvc pull` fetches it")
-    try:
-        with Repo(str(root)) as repo:
-            _, _, tree = build(repo.cache.local, str(path), localfs, "md5", dry_run=True)
-            return str(tree.hash_info.value)
-    except DvcException as error:
-        raise InputError(f"{root}: not a usable DVC repository: {error}") from error
+    # Without dvc.repo.Repo, which wants to write below .dvc: a step may see the repository read-only.
+    _, _, tree = build(LocalHashFileDB(localfs, str(root / ".dvc" / "cache")), str(path), localfs, "md5", dry_run=True)
+    return str(tree.hash_info.value)
 
 
 def resolve_data(repo: str, revision: str, folders: tuple[str, ...] = DATA_FOLDERS) -> DataVersion:

@@ -27,8 +27,9 @@ def sft(
         code: digest of this step's code, for the cache.
         dataset: The clean data set.
         base: The base model.
-        sft_model: The SFT adapter.
-        metrics: Validation loss before and after.
+        sft_model: `adapter/`, or `model/` after full fine-tuning; `cache/` (reference log-probs of the pairs),
+            history.jsonl (every step), training.json, manifest.json.
+        metrics: Validation loss before and after, nats per token.
 
     Returns:
         Id of the MLflow run.

@@ -1,0 +1,14 @@
+"""The compiled fetch component under KFP's local runner."""
+
+from pathlib import Path
+
+from components.common.files import file_hashes
+from components.fetch.component import fetch
+from tests.component_kit import run_locally
+from tests.conftest import ROOT
+
+
+def test_data_and_model_are_output_artifacts(facts: dict[str, str], tmp_path: Path) -> None:
+    made = run_locally(fetch, tmp_path, **facts)
+    assert file_hashes(made / "dataset" / "preferences") == file_hashes(ROOT / "data" / "preferences")
+    assert (made / "base" / "model.safetensors").is_file()

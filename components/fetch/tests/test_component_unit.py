@@ -1,0 +1,26 @@
+"""The function of the fetch component."""
+
+from pathlib import Path
+
+import pytest
+
+from components.common.files import file_hashes, verify_manifest
+from components.fetch.component import fetch
+from tests.component_kit import assert_refused, call
+from tests.conftest import ROOT
+
+
+def test_it_brings_the_data_unchanged_and_the_model_with_a_manifest(facts: dict[str, str], tmp_path: Path) -> None:
+    _, made = call(fetch, tmp_path, **facts)
+    for name in ("preferences", "instructions"):
+        assert file_hashes(tmp_path / "dataset" / name) == file_hashes(ROOT / "data" / name)
+    verify_manifest(tmp_path / "base")
+    assert made["base"].metadata == {"reference": facts["base_reference"], "digest": facts["base_digest"]}
+    assert made["dataset"].metadata["data/preferences"] == facts["preferences_digest"]
+
+
+def test_data_that_is_not_what_was_resolved_is_refused(
+    facts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = facts | {"preferences_digest": "0" * 32 + ".dir"}
+    assert_refused("data/preferences changed while the run was starting", capsys, fetch, tmp_path, **other)

@@ -1,0 +1,266 @@
+"""The whole DAG in our images under a real container engine, and exit codes that can be trusted.
+
+`make images` has built the images. Without an engine these tests are skipped with a line that says so; with CI=true
+that is a failure.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.common.errors import InputError
+from components.common.images import DATA_IMAGE, TRAIN_IMAGE
+from pipelines import containers
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.containers
+
+IMAGE_USER = 10001
+MB = 1_000_000
+FEW_STEPS = [
+    "model.max_length=320",
+    "sft.max_steps=2",
+    "dpo.max_steps=2",
+    "evaluate.answers=1",
+    "evaluate.max_new_tokens=8",
+    "evaluate.bootstrap=1000",
+    "validate.min_rows=4",
+]
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Any]:
+    """The engine, with fresh images in it."""
+    try:
+        engine = containers.engine()
+    except InputError as error:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI must have a container engine: {error}")
+        pytest.skip(f"no container engine answers, so no container test was run: {str(error)[:80]}")
+    containers.check_images(engine)
+    yield engine
+    engine.close()
+
+
+class Project:
+    """A project folder with the embedded model and real data; its home belongs to the images' user, who is not root."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "project"
+        self.root.mkdir(mode=0o755)
+        for name in ("params.yaml", "dvc.yaml", "dvc.lock"):
+            shutil.copy(ROOT / name, self.root)
+        shutil.copytree(ROOT / ".dvc", self.root / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
+        for name in ("preferences", "instructions", "base_model"):
+            shutil.copytree(ROOT / "data" / name, self.root / "data" / name)
+        self.home = self.root / ".kubealign"
+        self.home.mkdir()
+        os.chown(self.home, IMAGE_USER, 0)
+        for parent in folder.parents:
+            if parent.stat().st_uid == os.getuid() and parent != Path("/tmp"):  # noqa: S108 - pytest's folders are 0700
+                parent.chmod(parent.stat().st_mode | 0o011)
+        folder.chmod(0o755)
+        dropped = ("KUBEALIGN_HOME", "MLFLOW_TRACKING_URI")
+        self.environment = {name: value for name, value in os.environ.items() if name not in dropped}
+
+    def words(self, command: str, *sets: str) -> list[str]:
+        options = [word for setting in [*FEW_STEPS, *sets] for word in ("--set", setting)] if command == "run" else []
+        runner = ["--runner", "docker"] if command == "run" else ["--json"]
+        program = [sys.executable, "-P", "-m", "pipelines.cli", command, "--project", str(self.root)]
+        return [*program, *runner, *options]
+
+    def run(self, *sets: str) -> subprocess.CompletedProcess[str]:
+        words = self.words("run", *sets)
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def report(self) -> dict[str, Any]:
+        words = self.words("report")
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, check=True)
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def left(self, client: Any) -> list[Any]:
+        found: list[Any] = client.containers.list(all=True, filters={"label": f"{containers.HOME_LABEL}={self.home}"})
+        return found
+
+
+@pytest.fixture(scope="module")
+def project(client: Any, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return Project(tmp_path_factory.mktemp("containers"))
+
+
+@pytest.fixture(scope="module")
+def first(project: Project) -> dict[str, Any]:
+    project.run()
+    return project.report()
+
+
+def test_the_whole_dag_runs_in_our_images_and_registers_a_model(
+    project: Project, first: dict[str, Any], client: Any
+) -> None:
+    assert set(first["stages"]) == {"resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register"}
+    assert all(stage["seconds"] > 0 and not stage["cached"] for stage in first["stages"].values())
+    assert first["model_uri"] == "models:/kubealign/1" and first["verdict"]["rules"]
+    assert first["git_commit"] == client.images.get(DATA_IMAGE).labels["org.opencontainers.image.revision"]
+    assert project.left(client) == []
+
+
+def test_steps_are_not_root_and_what_they_write_belongs_to_the_homes_owner(
+    project: Project, first: dict[str, Any]
+) -> None:
+    written = list((project.home / "steps").rglob("*.safetensors"))
+    assert written and {path.stat().st_uid for path in written} == {IMAGE_USER}
+
+
+def test_a_second_run_serves_all_but_resolve_and_register_from_the_cache(
+    project: Project, first: dict[str, Any]
+) -> None:
+    assert project.run().stdout.count("nothing changed, from the cache") == 5
+    again = project.report()
+    assert again["model_uri"] == first["model_uri"] and again["metrics"] == first["metrics"]
+
+
+def test_the_registered_model_answers_outside_the_containers(project: Project, first: dict[str, Any]) -> None:
+    import mlflow
+
+    uri = f"sqlite:///{project.home}/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    model = mlflow.pyfunc.load_model(first["model_uri"])
+    answer = model.predict({"messages": [{"role": "user", "content": "Say yes."}]}, params={"max_new_tokens": 4})
+    assert len(answer) == 1 and answer[0]
+
+
+def test_a_run_that_is_killed_in_training_goes_on_from_its_checkpoint(
+    project: Project, first: dict[str, Any], client: Any
+) -> None:
+    """SIGTERM leaves no container; after SIGKILL of everything the next run ends what was left; both resume."""
+    sets = ["sft.seed=7", "sft.max_steps=4", "sft.checkpoint_every_s=0.01", "sft.eval_every_steps=0"]
+    checkpoints = project.home / "checkpoints"
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        running = subprocess.Popen(
+            project.words("run", *sets), env=project.environment, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        before = set(checkpoints.glob("sft-*/step-*"))
+        while running.poll() is None and not set(checkpoints.glob("sft-*/step-*")) - before:
+            time.sleep(0.05)
+        assert running.poll() is None, "the run ended before it could be killed"
+        if number == signal.SIGKILL:
+            os.killpg(running.pid, number)
+        else:
+            running.send_signal(number)
+        running.wait()
+        if number == signal.SIGTERM:
+            assert running.returncode == 128 + signal.SIGTERM and project.left(client) == []
+    assert "resuming after step" in project.run(*sets).stdout
+    assert project.left(client) == []
+
+
+@contextmanager
+def cpu_load(n_processes: int) -> Iterator[None]:
+    """Processes that only burn time, twice as many as there are cores."""
+    burning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_processes)]
+    try:
+        yield
+    finally:
+        for process in burning:
+            process.kill()
+            process.wait()
+
+
+def failing_runs(client: Any, folder: Path, count: int) -> int:
+    """Run a component that fails `count` times by KFP's DockerRunner as we set it up; returns how many runs failed."""
+    from kfp import dsl, local
+
+    @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
+    def fails() -> str:
+        import os
+
+        os._exit(3)
+
+    arguments = {"data_section": '{"repo": "."}', "base_model": "none", "model_section": '{"template": "model"}'}
+    os.environ["KUBEALIGN_HOME"] = str(folder)
+    for name in ("steps", "workspace"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    runner = containers.runner(folder, arguments)
+    local.init(runner, pipeline_root=str(folder / "steps"), workspace_root=str(folder / "workspace"))
+    failed = 0
+    with cpu_load(2 * (os.cpu_count() or 1)):
+        for _ in range(count):
+            try:
+                fails()
+            except RuntimeError:
+                failed += 1
+    return failed
+
+
+def test_ten_failing_steps_under_load_are_ten_failures(client: Any, tmp_path: Path) -> None:
+    assert failing_runs(client, tmp_path, 10) == 10
+
+
+@pytest.mark.long
+def test_two_hundred_failing_steps_under_load_are_two_hundred_failures(client: Any, tmp_path: Path) -> None:
+    assert failing_runs(client, tmp_path, 200) == 200
+
+
+@pytest.mark.parametrize("image", [DATA_IMAGE, TRAIN_IMAGE])
+def test_an_image_works_with_a_read_only_root_no_network_and_no_root_user(client: Any, image: str) -> None:
+    program = (
+        "import os, sys, pathlib\n"
+        "assert os.getuid() == 10001 and os.getgid() == 0\n"
+        "assert pathlib.Path.cwd() == pathlib.Path('/work') and not list(pathlib.Path.cwd().iterdir())\n"
+        "assert sys.flags.safe_path\n"
+        "import components.common.config, components.common.tracking\n"
+        "assert not [p for p in pathlib.Path(components.__path__[0]).rglob('tests')]\n"
+        "print('fine')\n"
+    )
+    said = client.containers.run(
+        image,
+        ["python", "-c", program],
+        remove=True,
+        read_only=True,
+        network_mode="none",
+        cap_drop=["ALL"],
+        tmpfs={"/tmp": ""},  # noqa: S108
+    )
+    assert said.strip() == b"fine"
+
+
+def test_images_keep_to_their_sizes_and_hold_only_what_their_steps_import(client: Any) -> None:
+    sizes = {image: client.images.get(image).attrs["Size"] for image in (DATA_IMAGE, TRAIN_IMAGE)}
+    assert sizes[DATA_IMAGE] <= 900 * MB and sizes[TRAIN_IMAGE] <= 1900 * MB, sizes
+    absent = {DATA_IMAGE: ("torch", "peft", "matplotlib"), TRAIN_IMAGE: ("dvc", "great_expectations", "pytest", "trl")}
+    for image, modules in absent.items():
+        program = "import importlib.util as u, sys; print([m for m in sys.argv[1:] if u.find_spec(m)])"
+        assert client.containers.run(image, ["python", "-c", program, *modules], remove=True).strip() == b"[]"
+
+
+@pytest.mark.parametrize("image", [DATA_IMAGE, TRAIN_IMAGE])
+def test_an_image_says_what_it_is_and_keeps_no_secret(client: Any, image: str) -> None:
+    found = client.images.get(image)
+    for name in ("source", "revision", "version", "licenses"):
+        assert found.labels[f"org.opencontainers.image.{name}"]
+    told = json.dumps([found.attrs["Config"]["Env"], found.history()])
+    assert "PASSWORD" not in told and "TOKEN" not in told and "index-url" not in told
+    bill = json.loads(client.containers.run(image, ["cat", "/opt/venv/sbom.cdx.json"], remove=True))
+    names = {component["name"] for component in bill["components"]}
+    assert bill["bomFormat"] == "CycloneDX" and {"kfp", "mlflow-skinny"} <= names
+    assert ("torch" in names) == (image == TRAIN_IMAGE)
+
+
+def test_images_of_other_code_are_refused(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(containers, "code_in_images", lambda: "other")
+    with pytest.raises(InputError, match="built from other code"):
+        containers.check_images(client)

@@ -1,0 +1,98 @@
+"""The generated section of every component's README, from its signature, its Google docstring and its metadata.yaml.
+
+Run after a change to a component: `make readmes`.
+"""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import docstring_parser
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+STAGES = ("resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register")
+START, END = "<!-- generated: component -->", "<!-- /generated -->"
+
+Row = tuple[str, str, str]
+"""Name, type and meaning of an input or output."""
+RETURNED = {"String": "str", "Float": "float", "Boolean": "bool"}
+
+
+def load_component(stage: str) -> Any:
+    """A stage's KFP component."""
+    return getattr(importlib.import_module(f"components.{stage}.component"), stage)
+
+
+def section(component: Any, metadata: dict[str, Any]) -> str:
+    """The generated section of a component's README, between its markers."""
+    image = component.component_spec.implementation.container.image.rpartition("/")[2].partition(":")[0]
+    dependencies = metadata["dependencies"]
+    needs = [f"Kubeflow {need['name']} {need['version']}" for need in dependencies["kubeflow"]]
+    needs += [f"{need['name']} {need['version']}" for need in dependencies.get("external_services", [])]
+    inputs, outputs = interface(component)
+    parts = [START, f"Image `{image}`. Stability: {metadata['stability']}. Needs {', '.join(needs)}."]
+    parts += [_table("input", inputs), _table("output", outputs), END]
+    return "\n\n".join(parts)
+
+
+def interface(component: Any) -> tuple[list[Row], list[Row]]:
+    """The inputs and outputs of a component, as its signature and docstring tell them.
+
+    Raises:
+        ValueError: the docstring leaves one out, or names another.
+    """
+    name, function, spec = component.name, component.python_func, component.component_spec
+    documented = docstring_parser.parse(inspect.getdoc(function))
+    meanings = {argument.arg_name: argument.description for argument in documented.params}
+    parameters = inspect.signature(function).parameters
+    if list(meanings) != list(parameters):
+        differing = sorted(meanings.keys() ^ parameters.keys()) or "their order"
+        raise ValueError(f"{name}: docstring and signature differ in {differing}")
+    inputs: list[Row] = []
+    outputs: list[Row] = []
+    for argument, parameter in parameters.items():
+        kind = (get_args(parameter.annotation) or (parameter.annotation,))[0]
+        rows = outputs if argument in spec.outputs else inputs
+        rows.append((argument, kind.__name__, meanings[argument]))
+    # KFP calls a single returned value `Output`; of several it reads the meanings itself.
+    alone = documented.returns.description if documented.returns else None
+    for output in [name for name in spec.outputs if name not in parameters]:
+        meaning = alone if output == "Output" else spec.outputs[output].description
+        if not meaning:
+            raise ValueError(f"{name}: `Returns:` says nothing of {output}")
+        outputs.append((output, RETURNED[spec.outputs[output].type], meaning))
+    return inputs, outputs
+
+
+def renewed(text: str, generated: str) -> str:
+    """A README with its generated section replaced.
+
+    Raises:
+        ValueError: the README has no such section.
+    """
+    found, count = re.subn(f"{START}.*{END}", lambda _: generated, text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"expected one section between {START} and {END}, found {count}")
+    return found
+
+
+def expected(folder: Path) -> str:
+    """What the README in a component's folder should say."""
+    metadata = yaml.safe_load((folder / "metadata.yaml").read_text(encoding="utf-8"))
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    return renewed(readme, section(load_component(folder.name), metadata))
+
+
+def _table(what: str, rows: list[Row]) -> str:
+    lines = [f"| {what} | type | meaning |", "|---|---|---|"]
+    lines += [f"| `{name}` | {kind} | {' '.join(meaning.split())} |" for name, kind, meaning in rows]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    for stage in STAGES:
+        folder = ROOT / "components" / stage
+        (folder / "README.md").write_text(expected(folder), encoding="utf-8")

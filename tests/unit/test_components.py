@@ -1,0 +1,124 @@
+"""Every component's folder follows the catalogue kubeflow/pipelines-components."""
+
+import ast
+import re
+import shutil
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import yaml
+from kfp import dsl
+
+from components.common import identity
+from tests.conftest import ROOT
+from tests.tools.component_readmes import STAGES, expected, interface, load_component
+
+OWN = "components.common.images"
+"""The one module of ours that component.py may import outside its body."""
+
+
+def foreign_imports(code: str) -> list[str]:
+    """What a file imports outside functions that is neither the standard library nor kfp nor our image names."""
+    names = []
+    for node in ast.parse(code).body:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append("." * node.level + (node.module or ""))
+    return [name for name in names if name != OWN and name.split(".")[0] not in {"kfp", *sys.stdlib_module_names}]
+
+
+def test_the_components_are_those_of_the_pipeline() -> None:
+    assert {path.parent.name for path in (ROOT / "components").glob("*/component.py")} == set(STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_component_imports_at_its_top_only_the_standard_library_and_kfp(stage: str) -> None:
+    assert foreign_imports((ROOT / "components" / stage / "component.py").read_text()) == []
+
+
+def test_the_image_names_need_the_standard_library_only() -> None:
+    assert foreign_imports((ROOT / "components" / "common" / "images.py").read_text()) == []
+
+
+def test_other_imports_are_noticed() -> None:
+    code = "import os, torch.nn\nfrom . import stage\nfrom components.dpo.stage import run_dpo\nfrom kfp import dsl\n"
+    assert foreign_imports(code) == ["torch.nn", ".", "components.dpo.stage"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_metadata_has_the_fields_of_the_catalogue(stage: str) -> None:
+    metadata = yaml.safe_load((ROOT / "components" / stage / "metadata.yaml").read_text())
+    assert list(metadata) == ["name", "stability", "dependencies", "tags", "lastVerified"]
+    assert metadata["name"] == load_component(stage).name == stage
+    assert metadata["stability"] in ("experimental", "alpha", "beta", "stable")
+    assert isinstance(metadata["lastVerified"], datetime)
+    needs = [need for kind in metadata["dependencies"].values() for need in kind]
+    assert "Pipelines" in [need["name"] for need in metadata["dependencies"]["kubeflow"]]
+    for need in needs:
+        assert re.fullmatch(r">=\d+\.\d+\.\d+", need["version"]), f"{need}: the catalogue wants all three numbers"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_component_has_its_two_test_files(stage: str) -> None:
+    found = {path.name for path in (ROOT / "components" / stage / "tests").glob("*.py")}
+    assert found == {"test_component_unit.py", "test_component_local.py"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_readme_says_what_the_component_says(stage: str) -> None:
+    folder = ROOT / "components" / stage
+    assert (folder / "README.md").read_text(encoding="utf-8") == expected(folder), "run `make readmes`"
+
+
+def test_a_readme_that_says_something_else_is_noticed(tmp_path: Path) -> None:
+    folder = tmp_path / "dpo"
+    folder.mkdir()
+    for name in ("README.md", "metadata.yaml"):
+        shutil.copy(ROOT / "components" / "dpo" / name, folder)
+    readme, metadata = folder / "README.md", folder / "metadata.yaml"
+    good = readme.read_text(encoding="utf-8")
+    for old, new in (("peak learning rate", "learning rate"), ("| `beta` |", "| `betta` |"), ("float", "int")):
+        readme.write_text(good.replace(old, new), encoding="utf-8")
+        assert expected(folder) == good != readme.read_text(encoding="utf-8")
+    readme.write_text(good + "More by hand.\n", encoding="utf-8")
+    assert expected(folder) == good + "More by hand.\n"
+    metadata.write_text(metadata.read_text().replace("alpha", "stable"))
+    assert "Stability: stable" in expected(folder)
+    readme.write_text("# dpo\n")
+    with pytest.raises(ValueError, match="expected one section between .*, found 0"):
+        expected(folder)
+
+
+def test_a_docstring_that_leaves_an_input_out_is_noticed() -> None:
+    @dsl.component(base_image="python")
+    def half(told: str, untold: str) -> str:
+        """Do half.
+
+        Args:
+            told: something.
+
+        Returns:
+            Something else.
+        """
+        return told + untold
+
+    with pytest.raises(ValueError, match=r"half: docstring and signature differ in \['untold'\]"):
+        interface(half)
+
+
+def test_an_edited_test_changes_no_digest_and_an_edited_stage_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(ROOT / "components", tmp_path / "components", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(identity, "PACKAGES", tmp_path)
+    before = {stage: identity.code_digest(stage) for stage in STAGES}
+    for stage in STAGES:
+        with (tmp_path / "components" / stage / "tests" / "test_component_unit.py").open("a") as file:
+            file.write("# edited\n")
+    assert {stage: identity.code_digest(stage) for stage in STAGES} == before
+    with (tmp_path / "components" / "dpo" / "stage.py").open("a") as file:
+        file.write("# edited\n")
+    assert {stage for stage in STAGES if identity.code_digest(stage) != before[stage]} == {"dpo"}
