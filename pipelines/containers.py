@@ -156,7 +156,7 @@ def _read(project: Path, arguments: dict[str, Any]) -> list[Path]:
     paths = [project, project / arguments["base_model"], project / json.loads(arguments["model_section"])["template"]]
     if not is_url(repo):
         paths += [Path(repo), *_local_stores(Path(repo))]
-    found = {path.resolve() for path in paths if path.exists()}
+    found = {path.resolve() for path in paths if path.exists()} - {tracking.home().resolve()}
     return sorted(path for path in found if not any(path != other and path.is_relative_to(other) for other in found))
 
 

@@ -391,12 +391,12 @@ def main() -> None:
     fp32, bf16 = config("model.precision=fp32"), config()
     rows = sample((arguments.rounds + 1) * fp32.dpo.batch_size)
     micros: list[dict[str, Any]] = [{"micro": size} for size in (1, 2, 4)]
-    checkpointing = {"micro": 1, "gradient_checkpointing": True}
+    recompute = {"micro": 1, "gradient_checkpointing": True}
     results: dict[str, Any] = {"machine": {"cpu": platform.machine(), "threads": torch.get_num_threads()}}
-    dpo_fp32 = search("dpo", fp32, rows, [*micros, checkpointing])
-    low = [{**settings, "dtype": torch.bfloat16} for settings in (micros[0], checkpointing)]
-    dpo_bf16 = search("dpo", bf16, rows, [*micros[:2], checkpointing, *low])
-    sft_fp32 = search("sft", fp32, rows, [*micros, checkpointing])
+    dpo_fp32 = search("dpo", fp32, rows, [*micros, recompute])
+    low = [{**settings, "dtype": torch.bfloat16} for settings in (micros[0], recompute)]
+    dpo_bf16 = search("dpo", bf16, rows, [*micros[:2], recompute, *low])
+    sft_fp32 = search("sft", fp32, rows, [*micros, recompute])
     results["search"] = {
         name: found["tried"] for name, found in (("dpo_fp32", dpo_fp32), ("dpo_bf16", dpo_bf16), ("sft_fp32", sft_fp32))
     }

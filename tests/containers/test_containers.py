@@ -180,7 +180,7 @@ def cpu_load(n_processes: int) -> Iterator[None]:
             process.wait()
 
 
-def failing_runs(client: Any, folder: Path, count: int) -> int:
+def failing_runs(folder: Path, count: int, patch: pytest.MonkeyPatch) -> int:
     """Run a component that fails `count` times by KFP's DockerRunner as we set it up; returns how many runs failed."""
     from kfp import dsl, local
 
@@ -191,11 +191,12 @@ def failing_runs(client: Any, folder: Path, count: int) -> int:
         os._exit(3)
 
     arguments = {"data_section": '{"repo": "."}', "base_model": "none", "model_section": '{"template": "model"}'}
-    os.environ["KUBEALIGN_HOME"] = str(folder)
+    home = folder / "home"
+    patch.setenv("KUBEALIGN_HOME", str(home))
     for name in ("steps", "workspace"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        (home / name).mkdir(parents=True)
     runner = containers.runner(folder, arguments)
-    local.init(runner, pipeline_root=str(folder / "steps"), workspace_root=str(folder / "workspace"))
+    local.init(runner, pipeline_root=str(home / "steps"), workspace_root=str(home / "workspace"))
     failed = 0
     with cpu_load(2 * (os.cpu_count() or 1)):
         for _ in range(count):
@@ -206,13 +207,17 @@ def failing_runs(client: Any, folder: Path, count: int) -> int:
     return failed
 
 
-def test_ten_failing_steps_under_load_are_ten_failures(client: Any, tmp_path: Path) -> None:
-    assert failing_runs(client, tmp_path, 10) == 10
+def test_ten_failing_steps_under_load_are_ten_failures(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert failing_runs(tmp_path, 10, monkeypatch) == 10
 
 
 @pytest.mark.long
-def test_two_hundred_failing_steps_under_load_are_two_hundred_failures(client: Any, tmp_path: Path) -> None:
-    assert failing_runs(client, tmp_path, 200) == 200
+def test_two_hundred_failing_steps_under_load_are_two_hundred_failures(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert failing_runs(tmp_path, 200, monkeypatch) == 200
 
 
 @pytest.mark.parametrize("image", [DATA_IMAGE, TRAIN_IMAGE])
