@@ -26,12 +26,16 @@ help: ## this list
 demo: data ## the whole pipeline on a small real model and real pairs
 	@kubealign run $(ARGS)
 
+# Test files side by side, each with one thread: two processes with two threads each would wait for one another.
+TEST_JOBS ?= 2
+
 .PHONY: test
+test: export OMP_NUM_THREADS := 1
 test: data ## ruff, mypy and all tests of the normal tier
 	ruff format --check .
 	ruff check .
 	mypy
-	pytest -m "not long and not containers" $(PYTEST_ARGS)
+	pytest -n $(TEST_JOBS) --dist loadfile -m "not long and not containers" $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: data ## the training engine against TRL: time, memory, differences; half an hour

@@ -86,4 +86,23 @@ def s3_server(folder: Path, port: int = 0) -> Iterator[S3]:
     folder.mkdir(parents=True, exist_ok=True)
     more = {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
     with server(words, environment, folder / "weed.log", endpoint):
+        _await_bucket(endpoint, "kubealign", keys)
         yield S3(endpoint, "kubealign", keys | more)
+
+
+def _await_bucket(endpoint: str, bucket: str, keys: dict[str, str]) -> None:
+    """The store answers before it has made its bucket."""
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    named = {name.lower(): value for name, value in keys.items()}
+    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **named)
+    deadline = time.monotonic() + STARTS_WITHIN_S
+    while True:
+        try:
+            client.head_bucket(Bucket=bucket)
+            return
+        except (BotoCoreError, ClientError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)

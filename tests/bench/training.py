@@ -31,6 +31,7 @@ from accelerate.state import AcceleratorState
 from components.common import tracking
 from components.common.chat import load_tokenizer
 from components.common.config import Config, load_config
+from components.common.files import read_json, write_json
 from components.common.records import Preference, read_rows
 from components.common.training_stage import add_adapter, loop_settings, pair_examples, step_metrics
 from components.dpo.stage import cached_reference, make_objective
@@ -237,8 +238,8 @@ def timed(step: Step) -> tuple[float, float]:
     return time.process_time() - cpu, time.monotonic() - wall
 
 
-def search(kind: str, cfg: Config, rows: list[Preference], candidates: list[dict[str, Any]]) -> dict[str, Any]:
-    """The fastest of TRL's settings in CPU time: the better of two steps each, after a warm one."""
+def search(kind: str, cfg: Config, rows: list[Preference], candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """CPU and wall time of TRL's settings: the better of two steps each, after a warm one."""
     indices = list(range(cfg.dpo.batch_size))
     found: list[dict[str, Any]] = []
     for candidate in candidates:
@@ -250,17 +251,17 @@ def search(kind: str, cfg: Config, rows: list[Preference], candidates: list[dict
         print(f"  TRL {kind} {cfg.model.precision} {found[-1]}", flush=True)
         del trl
         gc.collect()
-    best = min(range(len(found)), key=lambda index: found[index]["cpu_s"])
-    return {"tried": found, "best": candidates[best]}
+    return found
 
 
 def compare(
     kind: str, cfg: Config, rows: list[Preference], options: dict[str, Any], rounds: int, dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """Paired steps, first ours then TRL's and the other way round; the first round is not counted."""
+    # accelerate has one state in a process, and TRL asks for another precision in it than ours.
+    AcceleratorState._reset_state()
     ours = Ours(kind, cfg, rows, dtype)
     ours.step()
-    # accelerate has one state in a process, and TRL asks for another precision in it; ours has begun by now.
     AcceleratorState._reset_state()
     trl = Trl(kind, cfg, rows, **options)
     trl.like(ours)
@@ -390,49 +391,76 @@ def main() -> None:
         return
     fp32, bf16 = config("model.precision=fp32"), config()
     rows = sample((arguments.rounds + 1) * fp32.dpo.batch_size)
+    parts = Parts(arguments.out.with_suffix(".partial.json"))
+    parts.measure("machine", lambda: {"cpu": platform.machine(), "threads": torch.get_num_threads()})
     micros: list[dict[str, Any]] = [{"micro": size} for size in (1, 2, 4)]
     recompute = {"micro": 1, "gradient_checkpointing": True}
-    results: dict[str, Any] = {"machine": {"cpu": platform.machine(), "threads": torch.get_num_threads()}}
-    dpo_fp32 = search("dpo", fp32, rows, [*micros, recompute])
     low = [{**settings, "dtype": torch.bfloat16} for settings in (micros[0], recompute)]
-    dpo_bf16 = search("dpo", bf16, rows, [*micros[:2], recompute, *low])
-    sft_fp32 = search("sft", fp32, rows, [*micros, recompute])
-    results["search"] = {
-        name: found["tried"] for name, found in (("dpo_fp32", dpo_fp32), ("dpo_bf16", dpo_bf16), ("sft_fp32", sft_fp32))
+    candidates = {
+        "dpo_fp32": ("dpo", fp32, [*micros, recompute]),
+        "dpo_bf16": ("dpo", bf16, [*micros[:2], recompute, *low]),
+        "sft_fp32": ("sft", fp32, [*micros, recompute]),
     }
+    best: dict[str, dict[str, Any]] = {}
+    for name, (kind, cfg, options) in candidates.items():
+        tried = parts.measure(f"search_{name}", partial(search, kind, cfg, rows, options))
+        best[name] = options[min(range(len(tried)), key=lambda index: tried[index]["cpu_s"])]
     # TRL's own defaults, but for the precision: 8 examples in a pass, with gradient checkpointing.
     default = {"micro": 8, "gradient_checkpointing": True}
     like = {"micro": 1, "dtype": torch.float32}
     arms = {
-        "dpo_fp32": ("dpo", fp32, dpo_fp32["best"], None),
+        "dpo_fp32": ("dpo", fp32, best["dpo_fp32"], None),
         "dpo_fp32_like_for_like": ("dpo", fp32, micros[0], None),
-        "dpo_bf16": ("dpo", bf16, dpo_bf16["best"], None),
+        "dpo_bf16": ("dpo", bf16, best["dpo_bf16"], None),
         "dpo_bf16_like_for_like": ("dpo", bf16, like, torch.float32),
-        "sft_fp32_best": ("sft", fp32, sft_fp32["best"], None),
+        "sft_fp32_best": ("sft", fp32, best["sft_fp32"], None),
         "sft_fp32_default": ("sft", fp32, default, None),
     }
-    for name, (kind, cfg, options, dtype) in arms.items():
-        results[name] = compare(kind, cfg, rows, options, arguments.rounds, dtype)
-        print(f"{name}: median CPU {results[name]['median']:.2f}, wall {results[name]['median_wall']:.2f}", flush=True)
+    for name, (kind, cfg, settings, dtype) in arms.items():
+        found = parts.measure(name, partial(compare, kind, cfg, rows, settings, arguments.rounds, dtype))
+        print(f"{name}: median CPU {found['median']:.2f}, wall {found['median_wall']:.2f}", flush=True)
         gc.collect()
     for name, checkpointing in (("memory_fp32", False), ("memory_fp32_checkpointing", True)):
-        ours, trl = peak("ours", checkpointing), peak("trl", checkpointing)
-        ratio = ours["peak_mib"] / trl["peak_mib"]
-        results[name] = {
-            "conditions": {"tokens": ours["tokens"], "gradient_checkpointing": checkpointing},
-            "ours_mib": ours["peak_mib"],
-            "trl_mib": trl["peak_mib"],
-            "ratios": [ratio],
-            "median": ratio,
-        }
-    results["sizes_bf16"] = [peak("ours", False, "bf16", length) for length in (256, 512, 1024, 2048)]
-    results["overhead"] = overhead()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        parts.measure(name, partial(memory, checkpointing))
+    parts.measure("sizes_bf16", lambda: [peak("ours", False, "bf16", length) for length in (256, 512, 1024, 2048)])
+    parts.measure("overhead", overhead)
+    parts.finish(arguments.out)
     readme = ROOT / "README.md"
-    readme.write_text(MARK.sub(lambda found: found[1] + table(results) + found[2], readme.read_text()))
-    print(table(results))
-    print(f"data preparation and logging: {results['overhead']:.1%} of the steps; written to {arguments.out}")
+    readme.write_text(MARK.sub(lambda found: found[1] + table(parts.results) + found[2], readme.read_text()))
+    print(table(parts.results))
+    print(f"data preparation and logging: {parts.results['overhead']:.1%} of the steps; written to {arguments.out}")
+
+
+class Parts:
+    """What has been measured so far, kept in a file, so that an interrupted benchmark goes on."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.results: dict[str, Any] = read_json(file) if file.is_file() else {}
+
+    def measure(self, name: str, part: Callable[[], Any]) -> Any:
+        if name not in self.results:
+            self.results[name] = part()
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.file, self.results)
+        return self.results[name]
+
+    def finish(self, out: Path) -> None:
+        write_json(out, self.results)
+        self.file.unlink()
+
+
+def memory(checkpointing: bool) -> dict[str, Any]:
+    """Peak memory of one pair's step, ours and TRL's."""
+    ours, trl = peak("ours", checkpointing), peak("trl", checkpointing)
+    ratio = ours["peak_mib"] / trl["peak_mib"]
+    return {
+        "conditions": {"tokens": ours["tokens"], "gradient_checkpointing": checkpointing},
+        "ours_mib": ours["peak_mib"],
+        "trl_mib": trl["peak_mib"],
+        "ratios": [ratio],
+        "median": ratio,
+    }
 
 
 if __name__ == "__main__":
