@@ -373,3 +373,21 @@ def test_torch_can_come_from_another_index(tmp_path: Path) -> None:
     with_index = make(tmp_path, "-n", "setup", f"TORCH_INDEX={index}").stdout
     assert f"--no-deps --index-url {index} $(grep '^torch==' requirements.lock)" in with_index
     assert "--index-url" not in make(tmp_path, "-n", "setup").stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "message"),
+    [
+        ("echo No known vulnerabilities found", 0, ""),
+        ("echo torch 2.13.0 PYSEC-1; exit 1", 2, ""),
+        ("echo ERROR: torch: Dependency not found on PyPI and could not be audited; exit 1", 2, "cannot be reached"),
+        ("echo requests.exceptions.ConnectionError: Max retries exceeded; exit 1", 2, "cannot be reached"),
+    ],
+)
+def test_an_audit_that_could_not_ask_says_so(tmp_path: Path, script: str, code: int, message: str) -> None:
+    audit = tmp_path / "audit"
+    audit.write_text(f"#!/bin/sh\n{script}\n")
+    audit.chmod(0o755)
+    done = make(tmp_path, f"--old-file={tmp_path}/venv/.ready", "audit", f"AUDIT={audit}")
+    assert done.returncode == code and script.split("echo ")[1].split(";")[0] in done.stdout
+    assert ("error:" in done.stderr) == bool(message) and message in done.stderr
