@@ -106,13 +106,19 @@ def run_container(
     """
     container = client.containers.create(image=image, command=command, volumes=volumes, **container_run_args)
     try:
-        container.start()
-        for chunk in container.logs(stream=True, follow=True):
+        for chunk in output(container):
             sys.stdout.write(chunk.decode(errors="replace"))
             sys.stdout.flush()
         return int(container.wait()["StatusCode"])
     finally:
         container.remove(force=True)
+
+
+def output(container: Any) -> Iterator[bytes]:
+    """Start a container and give all that it writes; following its log would now and then lose the end."""
+    chunks: Iterator[bytes] = container.attach(stream=True)
+    container.start()
+    return chunks
 
 
 def runner(project: Path, arguments: dict[str, Any]) -> Any:

@@ -24,7 +24,7 @@ class Gone:
         def gone(*args: Any, **kwargs: Any) -> Any:
             raise docker.errors.NotFound("no such container")
 
-        return gone if name in ("logs", "wait") else lambda *args, **kwargs: None
+        return gone if name in ("attach", "logs", "wait") else lambda *args, **kwargs: None
 
 
 class Engine:
@@ -53,7 +53,7 @@ def test_the_recorded_exit_code_counts_and_the_container_is_removed() -> None:
 
     class Ended:
         start = staticmethod(lambda: None)
-        logs = staticmethod(lambda stream, follow: iter([b"last words\n"]))
+        attach = staticmethod(lambda stream: iter([b"last words\n"]))
         wait = staticmethod(lambda: {"StatusCode": 137})
 
         @staticmethod
