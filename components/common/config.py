@@ -124,7 +124,9 @@ class SplitConfig(Section):
 class PrepareConfig(Section):
     """How `dvc repro` makes the canonical data."""
 
-    preferences: list[str] = Field(min_length=1, description="preference sources of data/sources.lock")
+    preferences: list[str] = Field(
+        description="preference sources of data/sources.lock; those that `kubealign data add` brought in are always used"
+    )
     instructions: list[str] = Field(
         description="further instruction sources for SFT; the chosen answers of the pairs are always in."
         " alpaca_en_demo and alpaca_zh_demo forbid commercial use (CC BY-NC 4.0)"

@@ -13,8 +13,8 @@ from typing import Any
 from components.common.config import PrepareConfig
 from components.common.errors import InputError
 from components.common.files import replacing_folder
-from components.common.records import SPLITS, content_id, write_lines
-from components.prepare.sources import Member, Sources, read_sources, unpack
+from components.common.records import SPLITS, content_id, read_lines, write_lines
+from components.prepare.sources import Member, Sources, added_pairs, read_sources, unpack
 from components.prepare.split import Place, make_prompt, place_prompts, read_splits, write_splits
 
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
@@ -35,6 +35,12 @@ def prepare_data(config: PrepareConfig, data: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="kubealign-") as temporary:
         rows = _rows(sources, "preferences", config.preferences, Path(temporary))
         rows += _rows(sources, "instructions", config.instructions, Path(temporary))
+    for name, added in sources.added.items():
+        rows += read_lines(added_pairs(data, name, added))
+    if not any("chosen" in row for row in rows):
+        raise InputError(
+            "no preference pairs; name some in prepare.preferences, or bring your own: `kubealign data add`"
+        )
     prompts = [make_prompt(row["prompt"], row["lang"]) for row in rows]
     known = read_splits(data / "splits.lock")
     places, bridges = place_prompts(prompts, known, config.split.model_dump(), config.near_duplicate)
