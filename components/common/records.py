@@ -69,8 +69,17 @@ def iter_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a JSON-lines file, plain or gzip, one at a time with the number of their line; blank lines count.
 
     Raises:
-        InputError: no such file, not UTF-8, a gzip stream that is cut off, a line that is too long or no JSON object;
-            names file and line, and never shows text.
+        InputError: as `raw_lines` and `parse_line`.
+    """
+    for number, line in raw_lines(path):
+        yield number, parse_line(path, number, line)
+
+
+def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file of rows that are not blank, as they are, with their numbers.
+
+    Raises:
+        InputError: no such file, a gzip stream that is cut off, a line that is too long.
     """
     number = 0
     with _opened(path) as file:
@@ -86,15 +95,28 @@ def iter_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             number += 1
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
-            try:
-                row = orjson.loads(line)
-            except orjson.JSONDecodeError as error:
-                if not line.strip():
-                    continue
-                raise InputError(f"{path}:{number}: {_why_no_json(line, error)}") from error
-            if not isinstance(row, dict):
-                raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-            yield number, row
+            if len(line) > MAX_LINE_BYTES:
+                raise InputError(
+                    f"{path}:{number}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; expected one JSON object"
+                    " per line"
+                )
+            if line.strip():
+                yield number, line
+
+
+def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """The object of a line.
+
+    Raises:
+        InputError: not UTF-8, or no JSON object; names file and line, and never shows text.
+    """
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise InputError(f"{path}:{number}: {_why_no_json(line, error)}") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+    return row
 
 
 def read_lines(path: Path) -> list[Any]:
@@ -122,8 +144,6 @@ def _opened(path: Path) -> IO[bytes]:
 
 def _why_no_json(line: bytes, error: orjson.JSONDecodeError) -> str:
     """What is wrong with a line that could not be parsed, and what to do, without its text."""
-    if len(line) > MAX_LINE_BYTES:
-        return f"the line is longer than {MAX_LINE_BYTES >> 20} MiB; expected one JSON object per line"
     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line:
         return f"NUL byte or UTF-16 at byte {max(line.find(0), 0)} of the line; save the file as UTF-8"
     try:
