@@ -82,7 +82,7 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         InputError: no such file, a gzip stream that is cut off, a line that is too long.
     """
     number = 0
-    with _opened(path) as file:
+    with open_rows(path) as file:
         while True:
             try:
                 line = file.readline(MAX_LINE_BYTES + 1)
@@ -131,7 +131,7 @@ def read_lines(path: Path) -> list[Any]:
     return rows
 
 
-def _opened(path: Path) -> IO[bytes]:
+def open_rows(path: Path) -> IO[bytes]:
     """A file of rows, opened for reading; whether it is gzip is seen from its first bytes."""
     if not path.exists():
         raise InputError(f"{path}: not found; `dvc repro` makes the data, `dvc pull` fetches it")
