@@ -120,6 +120,7 @@ def unpack(sources: Sources, member: Member, downloads: Path, out: Path) -> None
         InputError: the package cannot be had, or a hash is not the pinned one.
     """
     name, package = member.package, sources.packages[member.package]
+    downloads.mkdir(parents=True, exist_ok=True)
     archive = downloads / package.file
     if not archive.exists():
         _download(name, package, downloads)
