@@ -19,6 +19,7 @@ LANGUAGES = ("en", "zh")
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 MAX_LINE_BYTES = 16 << 20
 """The longest line that is read: a row that is longer is a file of another kind, and would fill the memory."""
+SHOWN_CHARACTERS = 120
 GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -171,7 +172,13 @@ def read_rows(path: Path, kind: type[RowT]) -> list[RowT]:
 def schema_problem(error: ValidationError) -> str:
     """The first problem of a row, without its text: the field and what was expected."""
     first = error.errors(include_input=False, include_url=False)[0]
-    return f"'{'.'.join(map(str, first['loc']))}': {first['msg']}"
+    return f"'{shown('.'.join(map(str, first['loc'])))}': {first['msg']}"
+
+
+def shown(names: str) -> str:
+    """Names of a file's columns as a message may show them: on one line, and not too long."""
+    printable = "".join(character if character.isprintable() else "?" for character in names[:SHOWN_CHARACTERS])
+    return printable + ("…" if len(names) > SHOWN_CHARACTERS else "")
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from components.common.errors import InputError
 from components.common.files import sha256_file
-from components.common.records import LANGUAGES, Preference, iter_lines, open_rows, schema_problem, write_lines
+from components.common.records import LANGUAGES, Preference, iter_lines, open_rows, schema_problem, shown, write_lines
 from components.prepare.formats import FORMATS, RowProblem, convert, detect, language_of
 from components.prepare.sources import PAIRS, Added
 
@@ -150,7 +150,7 @@ def _format(path: Path, start: list[Located]) -> str:
     if names:
         seen = " and ".join(f"{name} ({found[name]})" for name in sorted(names))
         raise InputError(f"{path}: its rows look like more than one format: {seen}; split the file, or {known}")
-    keys = ", ".join(sorted(start[0][1])[:8])
+    keys = shown(", ".join(sorted(start[0][1])[:8]))
     raise InputError(f"{start[0][0]}: of no known format (its columns: {keys}); {known}")
 
 
