@@ -85,7 +85,8 @@ def add(
 def _stage(data: Path, staged: Path, config: Config, files: list[Path], facts: Facts) -> Preview:
     sources = read_sources(data / "sources.lock")
     named = _named(files, facts, sources)
-    if not (data / "preferences").is_dir():
+    first = not (config.prepare.preferences or sources.added)
+    if not first and not (data / "preferences").is_dir():
         raise InputError(f"{data}/preferences: not found; `make data` (dvc repro) makes it, `dvc pull` fetches it")
     (staged / ADDED).mkdir(parents=True)
     for file in LOCK_FILES:

@@ -107,7 +107,7 @@ def log(root: Path, commit: str, path: str) -> list[dict[str, Any]]:
 
 def _entries(folder: Path) -> dict[str, list[Entry]]:
     found: dict[str, list[Entry]] = {}
-    for split in SPLITS:
+    for split in SPLITS if folder.is_dir() else ():
         for _, row in iter_lines(folder / f"{split}.jsonl"):
             lang, source = str(row.get("lang")), str(row.get("source"))
             entry = Entry(lang, source, hash(orjson.dumps(row.get("prompt"))), hash((split, orjson.dumps(row))))

@@ -70,6 +70,7 @@ class S3:
     endpoint: str
     bucket: str
     environment: dict[str, str]
+    process: "subprocess.Popen[bytes]"
 
 
 @contextmanager
@@ -85,5 +86,5 @@ def s3_server(folder: Path, port: int = 0) -> Iterator[S3]:
     words += [f"-{name}.port={free_port()}" for name in ("master", "volume", "filer")]
     folder.mkdir(parents=True, exist_ok=True)
     more = {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
-    with server(words, environment, folder / "weed.log", endpoint):
-        yield S3(endpoint, "kubealign", keys | more)
+    with server(words, environment, folder / "weed.log", endpoint) as process:
+        yield S3(endpoint, "kubealign", keys | more, process)

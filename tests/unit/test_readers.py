@@ -97,22 +97,19 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
     max_leaves=8,
 )
-keys = st.sampled_from(
-    [
-        "prompt",
-        "chosen",
-        "rejected",
-        "conversations",
-        "instruction",
-        "input",
-        "system",
-        "history",
-        "completions",
-        "lang",
-        "license",
-        "source",
-    ]
+COLUMNS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "conversations",
+    "instruction",
+    "input",
+    "system",
+    "history",
+    "lang",
+    "source",
 )
+keys = st.sampled_from([*COLUMNS, "completions", "license"])
 messages = st.lists(
     st.fixed_dictionaries(
         {},
