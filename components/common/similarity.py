@@ -80,6 +80,13 @@ def join_sketches(parts: Sequence[Sketches]) -> Sketches:
     )
 
 
+def select_sketches(sketches: Sketches, wanted: NDArray[np.bool_]) -> Sketches:
+    """The sketches of some texts, in their order."""
+    sizes = np.diff(sketches.offsets)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[wanted])])
+    return Sketches(sketches.shingles[np.repeat(wanted, sizes)], offsets, sketches.bands[wanted])
+
+
 def near_groups(sketches: Sketches, threshold: float) -> I64:
     """For each text the number of the first text of its group; texts that are similar, or linked by such, are a group.
 
@@ -179,7 +186,7 @@ def _bands(shingles: U32, starts: I64) -> U32:
 
 @cache
 def _permutations() -> tuple[U32, U32]:
-    """Odd multipliers and increments, one of each per row of the signature; fixed for ever, as groups are remembered."""
+    """An odd multiplier and an increment per row of the signature; fixed for ever, as groups are remembered."""
     numbers = np.frombuffer(hashlib.shake_256(b"kubealign").digest(8 * BANDS * ROWS), "<u4").astype(np.uint32)
     multipliers, increments = numbers.reshape(2, -1)
     return multipliers | np.uint32(1), increments
@@ -202,7 +209,9 @@ def _shingles(texts: Texts, characters: bool) -> tuple[I64, U64]:
         joint = _mix(joint * np.uint32(0x9E3779B1) + units[inside + further])
     short = np.flatnonzero(counts < SHINGLE)
     whole = [int(prompt_key(texts[i])[:8], 16) for i in short]
-    return np.concatenate([owners[inside], short]), np.concatenate([joint, np.array(whole, np.uint32)]).astype(np.uint64)
+    return np.concatenate([owners[inside], short]), np.concatenate([joint, np.array(whole, np.uint32)]).astype(
+        np.uint64
+    )
 
 
 def _words(texts: Texts) -> tuple[U32, I64]:
