@@ -1,7 +1,8 @@
-"""How a version of the preference data is distributed, remembered from version to version in data/statistics.json.
+"""How a version of the preference data is distributed, and how far that is from the version before.
 
-The file is a list of versions, oldest first, each named by the digest of its files; a version is added when it is made
-for the first time. So what was before a version never changes, and every git revision knows it.
+`prepare` remembers the versions in data/statistics.json, oldest first; a version is added when it is made for the first
+time, so what was before a version never changes. It puts the distribution of the version before beside the rows, where
+it travels with them and belongs to their digest.
 """
 
 from collections import Counter
@@ -11,9 +12,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from components.common.errors import InputError
-from components.common.files import folder_digest, read_json, write_json
+from components.common.files import read_json, write_json
 
 STATISTICS = "statistics.json"
+"""File of data/ with the distribution of every version."""
+PREVIOUS = "previous.json"
+"""File of data/preferences with the distribution of the version before; the first version has none."""
 LENGTHS = ("prompt_characters", "chosen_characters", "rejected_characters")
 MEASURES = ("language", "source", *LENGTHS)
 
@@ -55,36 +59,23 @@ def step(characters: int) -> str:
 def distance(now: Distribution, before: Distribution, measure: str) -> float:
     """Total variation distance: the share of the rows that would have to change places to make both the same."""
     one, other = getattr(now, measure), getattr(before, measure)
-    return sum(abs(one[name] / now.rows - other[name] / before.rows) for name in one.keys() | other.keys()) / 2
+    moved = sum(abs(one[name] / now.rows - other[name] / before.rows) for name in one.keys() | other.keys())
+    return float(moved) / 2
 
 
-def read_versions(path: Path) -> list[Version]:
-    """The remembered versions; none when there is no file.
+def remember(path: Path, digest: str, distribution: Distribution) -> Distribution | None:
+    """Add a version to the remembered ones, unless it is there; returns the distribution of the version before it.
 
     Raises:
-        InputError: it is not such a list.
+        InputError: the file is no list of versions.
     """
-    if not path.exists():
-        return []
     try:
-        return TypeAdapter(list[Version]).validate_python(read_json(path))
+        versions = TypeAdapter(list[Version]).validate_python(read_json(path) if path.exists() else [])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; `git checkout` it") from error
-
-
-def remember(path: Path, preferences: Path, distribution: Distribution) -> None:
-    """Add the data of a folder to the remembered versions, unless it is there."""
-    versions = read_versions(path)
-    name = folder_digest(preferences)
-    if all(version.digest != name for version in versions):
-        versions.append(Version(digest=name, distribution=distribution))
+    place = next((place for place, version in enumerate(versions) if version.digest == digest), len(versions))
+    if place == len(versions):
+        versions.append(Version(digest=digest, distribution=distribution))
     write_json(path, [version.model_dump() for version in versions])
-
-
-def version_before(path: Path, preferences: Path) -> Version | None:
-    """The version that came before the data of a folder, the last one for data that is new; None when there is none."""
-    name = folder_digest(preferences)
-    versions = read_versions(path)
-    place = next((place for place, version in enumerate(versions) if version.digest == name), len(versions))
-    return versions[place - 1] if place else None
+    return versions[place - 1].distribution if place else None

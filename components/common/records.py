@@ -2,7 +2,7 @@
 
 import codecs
 import gzip
-import json
+import hashlib
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,13 +12,14 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from components.common.errors import InputError
-from components.common.files import digest, replacing
+from components.common.files import replacing
 
 SPLITS = ("train", "validation", "test")
 LANGUAGES = ("en", "zh")
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 MAX_LINE_BYTES = 16 << 20
 """The longest line that is read: a row that is longer is a file of another kind, and would fill the memory."""
+MAX_DEPTH = 100
 SHOWN_CHARACTERS = 120
 GZIP_MAGIC = b"\x1f\x8b"
 
@@ -63,7 +64,13 @@ RowT = TypeVar("RowT", bound=Row)
 
 def content_id(prompt: list[dict[str, str]], *answers: str) -> str:
     """16 hexadecimal digits that name a row by what it says."""
-    return digest([prompt, *answers])[:16]
+    text = orjson.dumps([prompt, *answers], option=orjson.OPT_SORT_KEYS)
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def line_of(row: Any) -> bytes:
+    """A row as a line of a file; keys keep their order, so equal rows give equal bytes."""
+    return orjson.dumps(row) + b"\n"
 
 
 def iter_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -117,7 +124,20 @@ def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
         raise InputError(f"{path}:{number}: {_why_no_json(line, error)}") from error
     if not isinstance(row, dict):
         raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+    if line.count(b"[") + line.count(b"{") > MAX_DEPTH and is_too_deep(row):
+        raise InputError(f"{path}:{number}: nested more than {MAX_DEPTH} levels deep; a row is a flat object")
     return row
+
+
+def is_too_deep(value: Any) -> bool:
+    """Whether a JSON value is nested deeper than what this project writes can be."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [entry.values() if isinstance(entry, dict) else entry for entry in level]
+        level = [entry for entries in inner for entry in entries if isinstance(entry, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def read_lines(path: Path) -> list[Any]:
@@ -182,8 +202,7 @@ def shown(names: str) -> str:
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Write JSON lines to a file that appears whole; keys keep their order, so equal rows give equal bytes."""
-    with replacing(path) as aside, aside.open("w", encoding="utf-8", newline="\n") as file:
+    """Write JSON lines to a file that appears whole."""
+    with replacing(path) as aside, aside.open("wb") as file:
         for row in rows:
-            value = row.model_dump() if isinstance(row, BaseModel) else row
-            file.write(json.dumps(value, ensure_ascii=False) + "\n")
+            file.write(line_of(row.model_dump() if isinstance(row, BaseModel) else row))

@@ -87,6 +87,17 @@ def select_sketches(sketches: Sketches, wanted: NDArray[np.bool_]) -> Sketches:
     return Sketches(sketches.shingles[np.repeat(wanted, sizes)], offsets, sketches.bands[wanted])
 
 
+def reorder_sketches(sketches: Sketches, order: NDArray[np.intp]) -> Sketches:
+    """The sketches of texts in another order."""
+    parts = []
+    for start in range(0, len(order), VERIFY_CHUNK):
+        items = order[start : start + VERIFY_CHUNK]
+        values = (_keyed(sketches, items) & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+        counts = np.diff(sketches.offsets)[items]
+        parts.append(Sketches(values, np.concatenate([[0], np.cumsum(counts)]), sketches.bands[items]))
+    return join_sketches(parts)
+
+
 def near_groups(sketches: Sketches, threshold: float) -> I64:
     """For each text the number of the first text of its group; texts that are similar, or linked by such, are a group.
 
@@ -163,7 +174,8 @@ def _sketch_chunk(texts: Texts, langs: Sequence[str]) -> Sketches:
         if len(where):
             owners, hashes = _shingles([texts[i] for i in where], characters)
             keys.append(where[owners].astype(np.uint64) << np.uint64(32) | hashes)
-    keys_sorted = np.unique(np.concatenate(keys))
+    keys_sorted = np.sort(np.concatenate(keys))
+    keys_sorted = keys_sorted[np.concatenate([[True], keys_sorted[1:] != keys_sorted[:-1]])]
     counts = np.bincount((keys_sorted >> np.uint64(32)).astype(np.int64), minlength=len(texts))
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
     shingles = (keys_sorted & np.uint64(0xFFFFFFFF)).astype(np.uint32)

@@ -113,9 +113,10 @@ def _bias_section(summaries: Summary) -> str:
         for part in summaries["preferences"]["bias"]
     ]
     return (
-        "<h2>What something trivial tells</h2><p>An answer that can be told by its length, or by opening as a refusal or"
-        " an AI disclaimer, teaches just that. An accuracy of 0.5 is chance; pairs of equal length, and pairs with no or"
-        " two refusals, are left out of the shares and count as chance in the accuracies.</p>" + table_html(head, lines)
+        "<h2>What something trivial tells</h2><p>An answer that can be told by its length, or by opening as a refusal"
+        " or an AI disclaimer, teaches just that. An accuracy of 0.5 is chance; pairs of equal length, and pairs with"
+        " no or two refusals, are left out of the shares and count as chance in the accuracies.</p>"
+        + table_html(head, lines)
     )
 
 
@@ -136,8 +137,8 @@ def _checks_section(summaries: Summary) -> str:
         failed = [by_name[name][check["name"]]["failed"] if check["name"] in by_name[name] else "" for name in KINDS]
         lines.append([check["name"], check["severity"], *failed])
     return (
-        "<h2>All checks of rows</h2><p>error: the row is quarantined; stop: the run fails as well; warn: it is said here."
-        f" {html.escape(_listed_sentence(summaries))}</p>" + table_html(["check", "severity", *KINDS], lines)
+        "<h2>All checks of rows</h2><p>error: the row is quarantined; stop: the run fails as well; warn: it is said"
+        f" here. {html.escape(_listed_sentence(summaries))}</p>" + table_html(["check", "severity", *KINDS], lines)
     )
 
 

@@ -15,10 +15,10 @@ EMAIL = re.compile(
     r"(?<![\w.%+-])[A-Za-z0-9._%+-]{1,64}@(?!example\.)[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,4}\.[A-Za-z]{2,24}"
 )
 PHONE = re.compile(
-    r"(?<![0-9A-Za-z.])(?:(?:\+?86[ -]?)?1[3-9][0-9][ -]?[0-9]{4}[ -]?[0-9]{4}"  # Chinese mobile
+    r"(?<![0-9A-Za-z.-])(?:(?:\+?86[ -]?)?1[3-9][0-9][ -]?[0-9]{4}[ -]?[0-9]{4}"  # Chinese mobile
     r"|0[0-9]{2,3}-[0-9]{7,8}"  # Chinese land line
     r"|\+[1-9][0-9]{0,2}(?:[ .-]?\(?[0-9]{1,4}\)?){2,5}"  # international
-    r"|(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}[ .-])[2-9][0-9]{2}[ .-][0-9]{4})(?![0-9A-Za-z])"  # North American
+    r"|(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}[ .-])[2-9][0-9]{2}[ .-][0-9]{4})(?![0-9A-Za-z-])"  # North American
 )
 PHONE_DIGITS = range(10, 16)
 IDENTITY_CARD = re.compile(
@@ -35,8 +35,9 @@ IPV6 = re.compile(r"(?<![0-9A-Za-z:])[0-9A-Fa-f]{1,4}:(?:[0-9A-Fa-f]{0,4}:){1,6}
 
 NUMBER = re.compile(r"[0-9][0-9 .()-]{5,}[0-9]")
 """Every phone, card and IPv4 address holds such a run; few texts do."""
-TOKEN = re.compile(r"[\w+/=.:-]{20}|PRIVATE KEY|PuTTY-|://|xox|eyJ", re.ASCII)
-"""Every credential that the plugins know holds one of these."""
+TOKEN = re.compile(r"(?<![\w+/=.:-])[\w+/=.:-]{20}", re.ASCII)
+MARKS = ("PRIVATE KEY", "PuTTY-", "://", "xox", "XOX", "eyJ")
+"""Every credential that the plugins know holds one of these, or such a token."""
 PLUGINS = (
     "AWSKeyDetector",
     "AzureStorageKeyDetector",
@@ -77,7 +78,7 @@ def kinds_in(text: str) -> list[str]:
             found.append("ip_address")
     if "ip_address" not in found and ":" in text and any(_is_public_address(m[0]) for m in IPV6.finditer(text)):
         found.append("ip_address")
-    if TOKEN.search(text) and _has_credential(text):
+    if (TOKEN.search(text) or any(mark in text for mark in MARKS)) and _has_credential(text):
         found.append("credential")
     return found
 

@@ -38,11 +38,13 @@ SENTENCE_END = tuple(".!?…。！？\"'”’)）]】}`*:：;；>|")
 SHORTEST_CUT = 16
 """Characters below which an answer is no cut one: `yes` and `yes, because` are two answers."""
 REFUSAL = re.compile(
-    r"\W*(?:(?:i'?m|i am) (?:very |so |really )?(?:sorry|afraid|unable|not able)|(?:i )?apologi[sz]e|sorry\b|my apologies"
-    r"|i (?:can(?:not|'?t)|do ?n[o']t (?:have|think i can)|won'?t)\b|unfortunately,? i|as an? (?:\w+ ){0,2}(?:ai|language model)\b"
+    r"\W*(?:(?:i'?m|i am) (?:very |so |really )?(?:sorry|afraid|unable|not able)|(?:i )?apologi[sz]e|my apologies"
+    r"|sorry\b|i (?:can(?:not|'?t)|do ?n[o']t (?:have|think i can)|won'?t)\b|unfortunately,? i\b"
+    r"|as an? (?:\w+ ){0,2}(?:ai|language model)\b"
     r"|(?:i'?m|i am) (?:just |only )?an? (?:\w+ )?(?:ai|language model|artificial intelligence)\b"
-    r"|(?:非常|很|十分)?(?:抱歉|对不起|遗憾)|作为(?:一个|一名|一款)?(?:大型|大)?(?:人工智能|ai|语言模型|智能助手)|我(?:是一个|是一名|只是一个)?"
-    r"(?:ai|人工智能|语言模型)|我(?:无法|不能|没有办法))"
+    r"|(?:非常|很|十分)?(?:抱歉|对不起|遗憾)"
+    r"|作为(?:一个|一名|一款)?(?:大型|大)?(?:人工智能|ai|语言模型|智能助手)"
+    r"|我(?:是一个|是一名|只是一个)?(?:ai|人工智能|语言模型)|我(?:无法|不能|没有办法))"
 )
 REFUSAL_WITHIN = 120
 

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from components.common import tracking
 from components.common.config import ModelConfig, ValidateConfig
-from components.common.distribution import MEASURES, STATISTICS, Distribution, distance, step, version_before
+from components.common.distribution import MEASURES, PREVIOUS, Distribution, distance, step
 from components.common.errors import DataStop, InputError
-from components.common.files import replacing_folder, write_json, write_manifest, write_text
+from components.common.files import read_json, replacing_folder, write_json, write_manifest, write_text
 from components.common.records import SPLITS, parse_line, raw_lines, schema_problem
 from components.validate.bias import ALL, Bias, find_bias, statistics
 from components.validate.checks import KINDS, TOO_LONG, Check, row_checks, statistic_checks, with_severities
@@ -46,7 +46,8 @@ def run_validate(
         model: the length limit.
         dataset: folder with preferences/ and instructions/, from fetch.
         base_model: model folder, for its tokenizer.
-        clean_out: gets the good rows, quarantine.jsonl and validation.json.
+        clean_out: gets the good rows, quarantine.jsonl, warnings.jsonl (where rows stand that a check warns of, not
+            what they say) and validation.json.
         html_out: gets the report as a page.
         markdown_out: gets it as Markdown.
 
@@ -77,7 +78,8 @@ def run_validate(
             for measure, value in (drift or {}).items()
         ]
         _mark_failing(lines, suite, overall)
-        aside = {name: _set_aside(checks[name], failed[name]) for name in sets}
+        aside = {name: _reasons(checks[name], failed[name], ("stop", "error")) for name in sets}
+        warned = {name: _reasons(checks[name], failed[name], ("warn",)) for name in sets}
         summaries: Summary = {
             name: _summary(checks[name], failed[name], aside[name], sets[name], sides[name]) for name in sets
         }
@@ -85,6 +87,7 @@ def run_validate(
         summaries["preferences"]["statistics"] = _statistics_summary(lines, overall, drift, listed)
         with replacing_folder(clean_out) as folder:
             _write_rows(dataset, folder, aside)
+            _write_warnings(folder / "warnings.jsonl", warned, sets, sides)
             write_json(folder / "validation.json", summaries)
             write_manifest(folder)
         write_text(html_out, html_page(summaries))
@@ -136,9 +139,10 @@ def _scan(
 
 def _drift(dataset: Path, found: Found) -> dict[str, float] | None:
     """Distance of each measure from the version before; None when the data set knows of no version before."""
-    before = version_before(dataset / STATISTICS, dataset / "preferences")
-    if before is None:
+    path = dataset / "preferences" / PREVIOUS
+    if not path.is_file():
         return None
+    before = Distribution.model_validate(read_json(path))
     columns, names = found.columns, found.names
     counts: dict[str, dict[str, int]] = {}
     for measure, column in zip(MEASURES[:2], ("lang", "source"), strict=True):
@@ -152,7 +156,7 @@ def _drift(dataset: Path, found: Found) -> dict[str, float] | None:
             steps[step(length)] = steps.get(step(length), 0) + number
         counts[measure] = steps
     now = Distribution.model_validate({"rows": len(columns["line"])} | counts)
-    return {measure: distance(now, before.distribution, measure) for measure in MEASURES}
+    return {measure: distance(now, before, measure) for measure in MEASURES}
 
 
 def _mark_failing(lines: list[dict[str, Any]], suite: Suite, checks: list[Check]) -> None:
@@ -167,11 +171,11 @@ def _mark_failing(lines: list[dict[str, Any]], suite: Suite, checks: list[Check]
             line["fails"] = number in failing
 
 
-def _set_aside(checks: list[Check], failed: Failed) -> dict[int, list[str]]:
-    """The reasons of every row that is quarantined."""
+def _reasons(checks: list[Check], failed: Failed, severities: tuple[str, ...]) -> dict[int, list[str]]:
+    """For every row that fails a check of such a severity, the names of those checks."""
     reasons: dict[int, list[str]] = {}
     for check in checks:
-        if check.severity != "warn":
+        if check.severity in severities:
             for row in failed[check.name].tolist():
                 reasons.setdefault(row, []).append(check.name)
     return reasons
@@ -256,6 +260,17 @@ def _write_rows(dataset: Path, out: Path, aside: dict[str, dict[int, list[str]]]
                         if "schema" in entry["reasons"]:
                             entry["detail"] = _schema_problem(kind, value)
                         quarantine.write(orjson.dumps(entry | {"row": value}) + b"\n")
+
+
+def _write_warnings(
+    path: Path, warned: dict[str, dict[int, list[str]]], sets: dict[str, Found], sides: dict[str, NDArray[np.uint8]]
+) -> None:
+    """Where every row stands that a check warns of, in the data set as it came."""
+    with path.open("wb") as file:
+        for name, rows in warned.items():
+            for row in sorted(rows):
+                place = {"split": SPLITS[sides[name][row]], "line": int(sets[name].columns["line"][row])}
+                file.write(orjson.dumps({"data_set": name} | place | {"checks": rows[row]}) + b"\n")
 
 
 def _schema_problem(kind: Any, value: Summary) -> str:

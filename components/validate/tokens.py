@@ -5,6 +5,7 @@ the limit fits, and answers that differ as text differ as tokens; only the other
 """
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from components.common.chat import REFUSALS, encode, encode_many
 from components.common.records import Message
 
+PROBE = "\u241f"
+"""A character that no template writes by itself."""
 BATCH = 256
 """Rows that are rendered and tokenised at once; a few MB of ids."""
 
@@ -31,6 +34,8 @@ class TokenCounter:
         self.max_length = max_length
         encode(tokenizer, [Message(role="user", content="Why?")], "Because.")
         self.lossless = _is_byte_level(tokenizer)
+        special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, special)))
         self._overhead = cache(self._find_overhead)
 
     def count(
@@ -75,19 +80,26 @@ class TokenCounter:
         return size + overhead
 
     def _find_overhead(self, roles: tuple[str, ...]) -> int | None:
-        """Bytes that the template adds to the texts of a conversation; None where it refuses the roles, or repeats a
-        text, so that the size of the whole does not follow from the sizes of the texts.
+        """Tokens at most that the template adds to the bytes of a conversation; None where it refuses the roles, or
+        repeats a text, so that the size of the whole does not follow from the sizes of the texts.
+
+        Special tokens cut the text before anything is merged. So a piece between two of them that holds no text of the
+        row is counted exactly, and of the others every byte counts.
         """
-        sizes = []
+        found = []
         for length in (1, 33):
-            prompt = [{"role": role, "content": "x" * length} for role in roles]
-            whole = [*prompt, {"role": "assistant", "content": "x" * length}]
+            probe = PROBE * length
+            whole = [{"role": role, "content": probe} for role in (*roles, "assistant")]
             try:
                 text: str = self.tokenizer.apply_chat_template(whole, tokenize=False)
             except REFUSALS:
                 return None
-            sizes.append(_size(text) - length * len(whole))
-        return sizes[0] if sizes[0] == sizes[1] else None
+            pieces = self.special.split(text)
+            fixed = [piece for piece in pieces if piece and PROBE not in piece]
+            size = len(pieces) - 1 + sum(_size(piece) for piece in pieces if PROBE in piece)
+            size += sum(len(self.tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in fixed)
+            found.append(size - _size(probe) * len(whole))
+        return found[0] if found[0] == found[1] else None
 
 
 def _size(text: str) -> int:
