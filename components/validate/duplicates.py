@@ -61,8 +61,7 @@ def mark_rows(kind: type[Row], found: Found) -> dict[str, Flag]:
         "repeated_prompt": _seen_before(columns["key"]) & ~repeated & 1,
     }
     if kind is Preference:
-        swapped = np.isin(columns["content"], columns["swapped"]).astype(np.uint8)
-        flags["contradiction"] = swapped & (1 - columns["same_answer"])
+        flags["contradiction"] = _is_swapped(columns["content"], columns["swapped"]) & (1 - columns["same_answer"])
     return flags
 
 
@@ -135,6 +134,11 @@ def _is_later_variant(label: NDArray[np.int64], keys: NDArray[np.uint64]) -> Fla
     """Rows whose prompt is another than the first of their label."""
     _, first, inverse = np.unique(label, return_index=True, return_inverse=True)
     return (keys != keys[first][inverse]).astype(np.uint8)
+
+
+def _is_swapped(contents: NDArray[np.uint64], swapped: NDArray[np.uint64]) -> Flag:
+    """Rows that another row is, with chosen and rejected swapped."""
+    return np.isin(contents, swapped).astype(np.uint8)
 
 
 def _seen_before(values: NDArray[np.uint64]) -> Flag:

@@ -34,6 +34,7 @@ LARGE = 64 << 20
 MAX_PROCESSES = 4
 BROKEN = ("\ufffd", "\x00")
 ROLES = re.compile(r"(system )?user( assistant user)*")
+SAID = re.compile(r"\S")
 SENTENCE_END = tuple(".!?…。！？\"'”’)）]】}`*:：;；>|")
 SHORTEST_CUT = 16
 """Characters below which an answer is no cut one: `yes` and `yes, because` are two answers."""
@@ -177,7 +178,6 @@ class _Chunk:
         self.scan = scan
         self.counter = counter
         self.answers = ("chosen", "rejected") if scan.kind is Preference else ("response",)
-        self.is_valid = scan.kind.__pydantic_validator__.validate_python
 
     def read(self, path: Path, lines: list[tuple[int, bytes]]) -> Found:
         n = len(lines)
@@ -194,9 +194,11 @@ class _Chunk:
             prompts.append(prompt)
             answers.append(answer)
             texts.append(self._judge(row, value, prompt, answer))
-        tokens, same = self.counter.count(prompts, answers)
-        self.numbers["n_tokens"][:] = tokens
-        self.flags["same_tokens"][:] = same & (1 - self.flags["same_answer"])
+        # What is no conversation has no tokens; a template may do anything with it.
+        whole = np.flatnonzero((self.flags["schema"] | self.flags["turns"]) == 0)
+        tokens, same = self.counter.count([prompts[row] for row in whole], [answers[row] for row in whole])
+        self.numbers["n_tokens"][whole] = tokens
+        self.flags["same_tokens"][whole] = same & (1 - self.flags["same_answer"][whole])
         codes = {name: {value: i for i, value in enumerate(sorted(set(names[name])))} for name in NAMES}
         named = {name: np.array([codes[name][value] for value in names[name]], np.int16) for name in NAMES}
         sketches = sketch(texts, names["lang"])
@@ -205,9 +207,7 @@ class _Chunk:
 
     def _texts(self, row: int, value: dict[str, Any]) -> tuple[list[dict[str, str]], tuple[str, ...]]:
         """The conversation and the answers; what is no text is taken as written out, and the schema check says so."""
-        try:
-            self.is_valid(value)
-        except ValidationError:
+        if not fits(self.scan.kind, value):
             self.flags["schema"][row] = 1
             turns = value.get("prompt")
             found = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
@@ -228,7 +228,7 @@ class _Chunk:
         flags["turns"][row] = ROLES.fullmatch(roles) is None
         flags["characters"][row] = any(mark in whole for mark in BROKEN)
         flags["language"][row] = lang not in LANGUAGES
-        flags["license"][row] = not str(value.get("license") or "").strip()
+        flags["license"][row] = SAID.search(str(value.get("license") or "")) is None
         for kind in kinds_in(whole):
             flags[kind][row] = 1
         if lang in LANGUAGES:
@@ -244,13 +244,27 @@ class _Chunk:
             flags[("refusal_first", "refusal_second")[place]][row] = REFUSAL.match(opening) is not None
         if len(said) > 1:
             first, second = said
-            flags["same_answer"][row] = first == second
-            flags["truncated_answer"][row] = first != second and _is_cut(*sorted(said, key=len))
+            flags["same_answer"][row] = is_same(first, second)
+            flags["truncated_answer"][row] = first != second and is_cut(*sorted(said, key=len))
             numbers["swapped"][row] = _hash("\0".join([roles, asked, second, first]))
         return lowered
 
 
-def _is_cut(short: str, long: str) -> bool:
+def fits(kind: type[Row], value: dict[str, Any]) -> bool:
+    """Whether a row has the fields and types of its kind."""
+    try:
+        kind.__pydantic_validator__.validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def is_same(first: str, second: str) -> bool:
+    """Whether two normalised answers say the same."""
+    return first == second
+
+
+def is_cut(short: str, long: str) -> bool:
     """Whether the shorter text is the beginning of the longer one and ends inside a sentence."""
     return len(short) >= SHORTEST_CUT and long.startswith(short) and not short.endswith(SENTENCE_END)
 

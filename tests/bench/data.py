@@ -1,9 +1,9 @@
 """Prepare and validate a million preference pairs with planted defects: seconds, memory, recall and precision.
 
-`make bench-data`, or `python tests/bench/data.py --rows 100000`. The pairs are random walks over the words (English) and
-characters (Chinese) of the real ones, so that their statistics are real and their texts new. Each class of defect is
-planted in a known share of the rows, which carry its name in `source`; nothing looks at that. Prepare and validate run
-in processes of their own on at most two cores, with params.yaml as it is; the memory of the whole process tree is
+`make bench-data`, or `python tests/bench/data.py --rows 100000`. The pairs are random walks over the words (English)
+and characters (Chinese) of the real ones, so that their statistics are real and their texts new. Each class of defect
+is planted in a known share of the rows, which carry its name in `source`; nothing looks at that. Prepare and validate
+run in a process tree of their own on at most two cores, with params.yaml as it is but for the sources; its memory is
 sampled. It prints and writes build/bench/data.json.
 """
 
@@ -14,6 +14,7 @@ import os
 import platform
 import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ import psutil
 
 from components.common.config import load_config
 from components.common.errors import DataStop
-from components.common.files import sha256_file, write_json
+from components.common.files import read_json, sha256_file, write_json
 from components.common.records import SPLITS, iter_lines
 from components.validate.privacy import is_identity_card, is_payment_card
 
@@ -61,7 +63,7 @@ class Language:
                 if row["lang"] == lang:
                     pattern = r"[a-z]+" if lang == "en" else r"[\u4e00-\u9fff]"
                     units = re.findall(pattern, (row["chosen"] + row["rejected"]).lower())
-                    for one, other in zip(units, units[1:], strict=False):
+                    for one, other in pairwise(units):
                         following.setdefault(one, []).append(other)
         starts = list(following)
         self.sentences = [self._sentence(following, starts, rng) for _ in range(SENTENCES)]
@@ -81,9 +83,9 @@ class Language:
 
 
 def pair(language: Language, rng: random.Random, name: str = "clean") -> Row:
-    """A pair of the usual length: a prompt of one to three sentences, answers of one to four, every twentieth longer."""
+    """A pair of usual length: a prompt of two or three sentences, answers of one to four, every twentieth longer."""
     return {
-        "prompt": [{"role": "user", "content": language.text(rng, 1 + int(rng.random() * 3))}],
+        "prompt": [{"role": "user", "content": language.text(rng, 2 + int(rng.random() * 2))}],
         "chosen": language.text(rng, length(rng)),
         "rejected": language.text(rng, length(rng)),
         "lang": language.lang,
@@ -94,7 +96,7 @@ def pair(language: Language, rng: random.Random, name: str = "clean") -> Row:
 
 def length(rng: random.Random) -> int:
     """Sentences of an answer."""
-    return 1 + int(rng.random() * 4) + (int(rng.expovariate(0.25)) if rng.random() < 0.05 else 0)
+    return 1 + int(rng.random() * 4) + (min(8, int(rng.expovariate(0.25))) if rng.random() < 0.05 else 0)
 
 
 # ---- planted defects: each makes of a good row one or more rows, the last of which must be found
@@ -140,6 +142,12 @@ def near_variant(rng: random.Random, row: Row) -> Row:
     return row | {"prompt": [{"role": "user", "content": varied}]}
 
 
+def cut_off(rng: random.Random, row: Row) -> Row:
+    """A row whose rejected answer is the first part of the chosen one."""
+    whole = row["chosen"] + " " + row["rejected"]
+    return row | {"chosen": whole, "rejected": whole[: max(20, len(whole) * 2 // 3)].rstrip(".。 ")}
+
+
 def phone(rng: random.Random, row: Row) -> str:
     chinese = f"1{rng.choice('3456789')}{digits(rng, 9)}"
     american = f"({rng.choice('23456789')}{digits(rng, 2)}) {rng.choice('23456789')}{digits(rng, 2)}-{digits(rng, 4)}"
@@ -148,7 +156,8 @@ def phone(rng: random.Random, row: Row) -> str:
 
 def identity_card(rng: random.Random) -> str:
     def make() -> str:
-        return f"11010119{70 + rng.randrange(30)}0{1 + rng.randrange(9)}1{rng.randrange(10)}{digits(rng, 3)}{rng.choice('0123456789X')}"
+        birthday = f"19{70 + rng.randrange(30)}0{1 + rng.randrange(9)}1{rng.randrange(10)}"
+        return f"110101{birthday}{digits(rng, 3)}{rng.choice('0123456789X')}"
 
     return with_check(make, is_identity_card)
 
@@ -171,10 +180,10 @@ SINGLE: dict[str, Make] = {
     "language": lambda rng, row: row | {"lang": "fr"},
     "license": lambda rng, row: row | {"license": ""},
     "same_answer": lambda rng, row: row | {"rejected": row["chosen"].replace(" ", "  ") + "\n"},
-    "truncated_answer": lambda rng, row: (
-        row | {"rejected": row["chosen"][: len(row["chosen"]) * 2 // 3].rstrip(".。 ")}
+    "truncated_answer": cut_off,
+    "too_long": lambda rng, row: (
+        row | {"chosen": " ".join([row["chosen"]] * (9000 // len(row["chosen"].encode()) + 1))}
     ),
-    "too_long": lambda rng, row: row | {"chosen": " ".join([row["chosen"]] * 40)},
     "email": lambda rng, row: inside(row, f"{letters(rng, 7).lower()}@{letters(rng, 5).lower()}.org"),
     "phone": lambda rng, row: inside(row, phone(rng, row)),
     "identity_card": lambda rng, row: inside(row, identity_card(rng)),
@@ -192,10 +201,11 @@ OTHER = ["other_language", "contaminated", "contaminated_near"]
 EXPECTED = {
     "repeated_prompt": {"repeated_prompt", "contradiction"},
     "contradiction": {"contradiction", "contradiction first"},
-    "schema": {"language", "license"},
     "contaminated": {"contaminated", "contaminated_near"},
 }
 """Checks that more than the rows of their own name must fail; the first of a contradiction is as bad as the second."""
+ALLOWED = {"repeated_prompt": {"contaminated"}, "near_duplicate": {"contaminated", "contaminated_near"}}
+"""Rows that fail a check by the way, and rightly: the listed prompts are planted again and again."""
 
 
 def rows(n: int, seed: int, listed: list[Row]) -> Iterator[Row]:
@@ -274,24 +284,34 @@ def child(project: Path) -> None:
 
 
 def measured(project: Path) -> dict[str, Any]:
-    """Run the child and sample the memory of its process tree; what the processes share is counted once."""
+    """Run the child and sample the memory of its process tree; what its processes share is counted once.
+
+    `cpu_seconds` are of the whole tree: with other work on the machine `seconds` may be much more than half of it.
+    """
     environment = os.environ | {"KUBEALIGN_HOME": str(project / "home"), "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, str(Path(__file__).resolve()), "--child", str(project)]
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:CORES]))
     peak = 0
+    before = _cpu_seconds()
     started = time.monotonic()
-    with subprocess.Popen(command, env=environment, cwd=ROOT) as running:
-        os.sched_setaffinity(running.pid, sorted(os.sched_getaffinity(0))[:CORES])
+    with subprocess.Popen(["taskset", "-c", cores, *command], env=environment, cwd=ROOT) as running:
         tree = psutil.Process(running.pid)
         while running.poll() is None:
             peak = max(peak, _memory(tree))
-            time.sleep(0.1)
+            time.sleep(0.2)
     if running.returncode:
         raise SystemExit(f"the run failed with exit code {running.returncode}")
     return {
         "seconds": time.monotonic() - started,
+        "cpu_seconds": _cpu_seconds() - before,
         "peak_mib": peak / 2**20,
-        "parts": json.loads((project / "seconds.json").read_text()),
+        "parts": read_json(project / "seconds.json"),
     }
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _memory(tree: psutil.Process) -> int:
@@ -332,7 +352,9 @@ def score(project: Path, planted: dict[str, int]) -> dict[str, dict[str, float]]
         there = sum(planted[part] for part in expected)
         right = sum(flagged.get(name, Counter())[part] for part in expected)
         every = sum(flagged.get(name, Counter()).values())
-        scores[name] = {"planted": there, "flagged": every, "recall": right / there, "precision": right / max(1, every)}
+        rightly = right + sum(flagged.get(name, Counter())[part] for part in ALLOWED.get(name, ()))
+        precision = rightly / max(1, every)
+        scores[name] = {"planted": there, "flagged": every, "recall": right / there, "precision": precision}
     return scores
 
 
@@ -355,7 +377,11 @@ def main() -> None:
         result |= {"classes": score(project, planted), "cores": CORES, "python": platform.python_version()}
         result["params"] = hashlib.sha256((ROOT / "params.yaml").read_bytes()).hexdigest()
     write_json(OUT, result)
-    print(json.dumps({key: result[key] for key in ("rows", "seconds", "parts", "peak_mib")}, indent=1))
+    print(
+        json.dumps(
+            {key: result[key] for key in ("rows", "bytes", "seconds", "cpu_seconds", "parts", "peak_mib")}, indent=1
+        )
+    )
     for name, found in result["classes"].items():
         print(f"{name:18} planted {found['planted']:6} recall {found['recall']:.4f} precision {found['precision']:.4f}")
 
