@@ -70,6 +70,7 @@ class S3:
     endpoint: str
     bucket: str
     environment: dict[str, str]
+    process: "subprocess.Popen[bytes]"
 
 
 @contextmanager
@@ -85,9 +86,9 @@ def s3_server(folder: Path, port: int = 0) -> Iterator[S3]:
     words += [f"-{name}.port={free_port()}" for name in ("master", "volume", "filer")]
     folder.mkdir(parents=True, exist_ok=True)
     more = {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
-    with server(words, environment, folder / "weed.log", endpoint):
+    with server(words, environment, folder / "weed.log", endpoint) as process:
         _await_bucket(endpoint, "kubealign", keys)
-        yield S3(endpoint, "kubealign", keys | more)
+        yield S3(endpoint, "kubealign", keys | more, process)
 
 
 def _await_bucket(endpoint: str, bucket: str, keys: dict[str, str]) -> None:

@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from components.common.errors import InputError
 from components.common.files import sha256_file
 from components.common.records import Message
 
 TEMPLATES = Path(__file__).parent / "templates"
+REFUSALS = (KeyError, TypeError, ValueError, AttributeError, TemplateError)
+CHANGES_PROMPT = "the chat template renders the prompt differently once an answer follows; choose another one"
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -70,13 +74,49 @@ def encode(tokenizer: Any, prompt: Sequence[Message], answer: str) -> tuple[list
     before = _render(tokenizer, prompt, answer=None)
     whole = _render(tokenizer, prompt, answer)
     if not whole.startswith(before):
-        raise InputError("the chat template renders the prompt differently once an answer follows; choose another one")
-    completion = _ids(tokenizer, whole[len(before) :])
-    end = tokenizer.eos_token_id
-    if end not in completion:
-        raise InputError(f"the chat template does not end an answer with {tokenizer.eos_token!r}; choose another one")
-    last = len(completion) - 1 - completion[::-1].index(end)
-    return _ids(tokenizer, before), completion[: last + 1]
+        raise InputError(CHANGES_PROMPT)
+    return _ids(tokenizer, before), _until_end(tokenizer, _ids(tokenizer, whole[len(before) :]))
+
+
+def encode_many(
+    tokenizer: Any, prompts: Sequence[list[dict[str, str]]], answers: Sequence[Sequence[str]]
+) -> list[tuple[list[int], list[list[int]]] | None]:
+    """As `encode` for many rows at once: the ids of each prompt, and of each answer that may follow it.
+
+    Args:
+        tokenizer: of the model.
+        prompts: conversations as plain messages.
+        answers: of each conversation.
+
+    Returns:
+        for each row prompt ids and completion ids; None for a conversation that the template refuses.
+
+    Raises:
+        InputError: as `encode`.
+    """
+    befores = _render_many(tokenizer, prompts, True)
+    good = [row for row, before in enumerate(befores) if before is not None]
+    owners = [row for row in good for _ in answers[row]]
+    asked = [[*prompts[row], {"role": "assistant", "content": answer}] for row in good for answer in answers[row]]
+    wholes = _render_many(tokenizer, asked, False)
+    refused = {row for row, whole in zip(owners, wholes, strict=True) if whole is None}
+    texts = [befores[row] or "" for row in good]
+    for row, whole in zip(owners, wholes, strict=True):
+        before = befores[row] or ""
+        if whole is not None and not whole.startswith(before):
+            raise InputError(CHANGES_PROMPT)
+        texts.append("" if whole is None else whole[len(before) :])
+    if not texts:
+        return [None] * len(prompts)
+    ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    found: list[tuple[list[int], list[list[int]]] | None] = [None] * len(prompts)
+    for row, before in zip(good, ids, strict=False):
+        found[row] = None if row in refused else (before, [])
+    for row, completion in zip(owners, ids[len(good) :], strict=True):
+        kept = found[row]
+        if kept is not None:
+            kept[1].append(_until_end(tokenizer, completion))
+    return found
 
 
 def encode_conversation(
@@ -129,3 +169,28 @@ def _render(tokenizer: Any, prompt: Sequence[Message], answer: str | None) -> st
 def _ids(tokenizer: Any, text: str) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def _until_end(tokenizer: Any, completion: list[int]) -> list[int]:
+    end = tokenizer.eos_token_id
+    if end not in completion:
+        raise InputError(f"the chat template does not end an answer with {tokenizer.eos_token!r}; choose another one")
+    last = len(completion) - 1 - completion[::-1].index(end)
+    return completion[: last + 1]
+
+
+def _render_many(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], generate: bool) -> list[str | None]:
+    """Conversations as text; None where the template refuses one, for the order of its roles or a field it lacks."""
+    if not conversations:
+        return []
+    try:
+        texts: list[str | None] = tokenizer.apply_chat_template(
+            list(conversations), tokenize=False, add_generation_prompt=generate
+        )
+        return texts
+    except REFUSALS:
+        if len(conversations) == 1:
+            return [None]
+        half = len(conversations) // 2
+        parts = (conversations[:half], conversations[half:])
+        return [text for part in parts for text in _render_many(tokenizer, part, generate)]

@@ -177,7 +177,8 @@ def _data(counts: Values) -> str:
             words = ", ".join(f"{lang} {n}" for lang, n in sorted(languages.items()))
             rows.append([name, split, sum(languages.values()), words])
     lost = "; ".join(
-        f"{name}: {summary['quarantined']} of {summary['rows']} rows quarantined, {summary['dropped']} too long"
+        f"{name}: {summary['quarantined']} of {summary['rows']} rows quarantined, {summary['too_long']} of them"
+        " only for their length"
         for name, summary in counts.items()
     )
     return table_html(["data set", "split", "rows", "languages"], rows) + f'<p class="soft">{html.escape(lost)}.</p>'

@@ -1,73 +1,31 @@
 """Which prompts are one group, and on which side of the split a group stands; remembered in data/splits.lock.
 
-Prompts whose shingles overlap by at least a given Jaccard similarity are one group (MinHash-LSH finds the candidates,
-the exact similarity decides). A known group keeps its side for ever; a new group's side comes from its hash; new
-prompts that would join groups of different sides are bridges and belong nowhere.
+Prompts whose shingles overlap by at least a given Jaccard similarity are one group (components/common/similarity.py). A
+known group keeps its side for ever; a new group's side comes from its hash; new prompts that would join groups of
+different sides are bridges and belong nowhere.
 """
 
 import hashlib
-import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasketch import MinHash, MinHashLSH
+import numpy as np
 
 from components.common.errors import InputError
-from components.common.files import write_text
+from components.common.files import replacing
 from components.common.records import SPLITS
+from components.common.similarity import Sketches, near_groups, reorder_sketches
 
-SHINGLE = 3
-PERMUTATIONS = 128
 HEADER = "# prompt, group and side of the split; written by `dvc repro`, never edited: a side once given is kept\n"
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt's normalised text, with its language, as what is grouped."""
-
-    key: str
-    text: str
-    lang: str
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a prompt stands: its group, and the side of the split."""
 
     group: str
     side: str
-
-
-def make_prompt(messages: Sequence[Mapping[str, str]], lang: str) -> Prompt:
-    """Normalise a conversation: Unicode NFKC, lower case, single spaces; its key is the hash of that."""
-    joined = "\n".join(str(message["content"]) for message in messages)
-    text = " ".join(unicodedata.normalize("NFKC", joined).lower().split())
-    return Prompt(hashlib.sha256(text.encode()).hexdigest()[:16], text, lang)
-
-
-def shingles(prompt: Prompt) -> frozenset[str]:
-    """Runs of three words in English, of three characters in Chinese; the whole text when it is shorter."""
-    units: Sequence[str] = prompt.text.replace(" ", "") if prompt.lang == "zh" else re.findall(r"\w+", prompt.text)
-    joint = "" if prompt.lang == "zh" else " "
-    runs = [joint.join(units[i : i + SHINGLE]) for i in range(len(units) - SHINGLE + 1)]
-    return frozenset(runs or [prompt.text])
-
-
-def similar_pairs(prompts: Sequence[Prompt], threshold: float) -> list[tuple[int, int]]:
-    """Index pairs of prompts whose shingle sets have a Jaccard similarity of at least `threshold`."""
-    sets = [shingles(prompt) for prompt in prompts]
-    index = MinHashLSH(threshold=max(0.0, threshold - 0.1), num_perm=PERMUTATIONS)
-    pairs = []
-    for number, items in enumerate(sets):
-        sketch = MinHash(num_perm=PERMUTATIONS)
-        sketch.update_batch([item.encode() for item in sorted(items)])
-        for other in index.query(sketch):
-            if len(items & sets[other]) >= threshold * len(items | sets[other]):
-                pairs.append((other, number))
-        index.insert(number, sketch)
-    return pairs
 
 
 def hashed_side(group: str, shares: Mapping[str, float]) -> str:
@@ -82,12 +40,13 @@ def hashed_side(group: str, shares: Mapping[str, float]) -> str:
 
 
 def place_prompts(
-    prompts: Sequence[Prompt], known: Mapping[str, Place], shares: Mapping[str, float], threshold: float
+    keys: Sequence[str], sketches: Sketches, known: Mapping[str, Place], shares: Mapping[str, float], threshold: float
 ) -> tuple[dict[str, Place], dict[str, str]]:
     """Give every prompt its group and side.
 
     Args:
-        prompts: any order, repeats allowed.
+        keys: of the prompts, in any order, each once.
+        sketches: of the prompts, in the same order.
         known: what splits.lock remembers, by prompt key.
         shares: share of the groups for each side.
         threshold: Jaccard similarity from which prompts are one group.
@@ -95,34 +54,24 @@ def place_prompts(
     Returns:
         the place of each prompt key, and for each bridge the reason why it has none.
     """
-    unique = sorted({prompt.key: prompt for prompt in prompts}.values(), key=lambda prompt: prompt.key)
-    parent = list(range(len(unique)))
-
-    def root(item: int) -> int:
-        while parent[item] != item:
-            parent[item] = parent[parent[item]]
-            item = parent[item]
-        return item
-
-    for first, second in similar_pairs(unique, threshold):
-        low, high = sorted((root(first), root(second)))
-        parent[high] = low
+    order = np.argsort(np.array(keys, dtype="S16"))
     clusters: dict[int, list[str]] = {}
-    for number, prompt in enumerate(unique):
-        clusters.setdefault(root(number), []).append(prompt.key)
+    for number, label in zip(order, near_groups(reorder_sketches(sketches, order), threshold).tolist(), strict=True):
+        clusters.setdefault(label, []).append(keys[number])
     places: dict[str, Place] = {}
     bridges: dict[str, str] = {}
-    for keys in clusters.values():
-        old = {key: known[key] for key in keys if key in known}
+    for members in clusters.values():
+        old = {key: known[key] for key in members if key in known}
         sides = sorted({place.side for place in old.values()})
-        group = min(place.group for place in old.values()) if old else keys[0]
-        for key in keys:
+        group = min(place.group for place in old.values()) if old else members[0]
+        new = Place(group, sides[0] if sides else hashed_side(group, shares))
+        for key in members:
             if key in old:
                 places[key] = old[key]
             elif len(sides) > 1:
                 bridges[key] = f"its prompt is nearly the same as prompts on both the {' and the '.join(sides)} side"
             else:
-                places[key] = Place(group, sides[0] if sides else hashed_side(group, shares))
+                places[key] = new
     return places, bridges
 
 
@@ -147,5 +96,7 @@ def read_splits(path: Path) -> dict[str, Place]:
 
 def write_splits(path: Path, places: Mapping[str, Place]) -> None:
     """Write splits.lock, sorted, so that a diff shows just what is new."""
-    lines = (f"{key}\t{place.group}\t{place.side}\n" for key, place in sorted(places.items()))
-    write_text(path, HEADER + "".join(lines))
+    with replacing(path) as aside, aside.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(HEADER)
+        for key, place in sorted(places.items(), key=lambda entry: entry[0]):
+            file.write(f"{key}\t{place.group}\t{place.side}\n")

@@ -5,24 +5,38 @@ Run: `dvc repro`, or one part of it by `python -m components prepare`.
 
 import gc
 import json
+import shutil
 import tempfile
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from components.common import tracking
 from components.common.config import PrepareConfig
+from components.common.distribution import PREVIOUS, STATISTICS, Distribution, remember
 from components.common.errors import InputError
-from components.common.files import replacing_folder
-from components.common.records import SPLITS, content_id, write_lines
-from components.prepare.sources import Member, Sources, read_sources, unpack
-from components.prepare.split import Place, make_prompt, place_prompts, read_splits, write_splits
+from components.common.files import folder_digest, replacing, replacing_folder, write_json
+from components.common.records import SPLITS, content_id, iter_lines, line_of
+from components.common.similarity import Sketches, join_sketches, prompt_key, prompt_text, sketch
+from components.prepare.formats import RowProblem, convert
+from components.prepare.sources import Member, Sources, added_pairs, read_sources, unpack
+from components.prepare.split import Place, place_prompts, read_splits, write_splits
 
-ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 RawRow = dict[str, Any]
+DECONTAMINATE = "decontaminate.jsonl"
+"""Prompts that must not appear in the data; it travels with the rows, and `validate` looks for them."""
+SKETCH_CHUNK = 8192
+SAY_EVERY = 100_000
 
 
 def prepare_data(config: PrepareConfig, data: Path) -> None:
-    """Write data/preferences, data/instructions, data/quarantine.jsonl and data/splits.lock.
+    """Write data/preferences, data/instructions, data/quarantine.jsonl, data/splits.lock and data/statistics.json.
 
     Args:
         config: which sources, how to split.
@@ -32,70 +46,150 @@ def prepare_data(config: PrepareConfig, data: Path) -> None:
         InputError: an unknown source, a download or a hash that is wrong, a file of another shape.
     """
     sources = read_sources(data / "sources.lock")
-    with tempfile.TemporaryDirectory(prefix="kubealign-") as temporary:
-        rows = _rows(sources, "preferences", config.preferences, Path(temporary))
-        rows += _rows(sources, "instructions", config.instructions, Path(temporary))
-    prompts = [make_prompt(row["prompt"], row["lang"]) for row in rows]
+    packaged = _rows(sources, "preferences", config.preferences) + _rows(sources, "instructions", config.instructions)
+    added = [added_pairs(data, name, entry) for name, entry in sources.added.items()]
+    if not any("chosen" in row for row in packaged) and not added:
+        raise InputError(
+            "no preference pairs; name some in prepare.preferences, or bring your own: `kubealign data add`"
+        )
+
+    def rows() -> Iterator[RawRow]:
+        """All rows; those of added sources are read anew each time, so that they need no memory."""
+        yield from packaged
+        for path in added:
+            for _, row in iter_lines(path):
+                yield row
+
+    keys, unique, sketches = _sketched(rows())
     known = read_splits(data / "splits.lock")
-    places, bridges = place_prompts(prompts, known, config.split.model_dump(), config.near_duplicate)
-    sides: dict[str, list[RawRow]] = {side: [] for side in SPLITS}
-    quarantine: list[RawRow] = []
-    for row, prompt in zip(rows, prompts, strict=True):
-        if prompt.key in bridges:
-            quarantine.append({"reason": f"bridge: {bridges[prompt.key]}", "row": row})
-        else:
-            place = places[prompt.key]
-            sides[place.side].append(_placed(row, place))
-    with replacing_folder(data / "preferences") as folder:
-        for side, found in sides.items():
-            write_lines(folder / f"{side}.jsonl", (row for row in found if "chosen" in row))
-    with replacing_folder(data / "instructions") as folder:
-        for side, found in sides.items():
-            write_lines(folder / f"{side}.jsonl", _instructions(found))
-    write_lines(data / "quarantine.jsonl", quarantine)
+    places, bridges = place_prompts(unique, sketches, known, config.split.model_dump(), config.near_duplicate)
+    del unique, sketches
+    distribution = Distribution()
+    with (
+        replacing_folder(data / "preferences") as preferences,
+        replacing_folder(data / "instructions") as instructions,
+        replacing(data / "quarantine.jsonl") as quarantine,
+    ):
+        writer = _Writer(preferences, instructions, quarantine)
+        with writer:
+            for number, (key, row) in enumerate(zip(keys.tolist(), rows(), strict=True), start=1):
+                name = f"{key:016x}"
+                if name in bridges:
+                    writer.set_aside(row, bridges[name])
+                else:
+                    writer.write(row, places[name])
+                    if "chosen" in row:
+                        distribution.add(row)
+                _say(number, len(keys), "written")
+        listed = data / DECONTAMINATE
+        if listed.exists():
+            shutil.copyfile(listed, preferences / DECONTAMINATE)
+        before = remember(data / STATISTICS, folder_digest(preferences), distribution)
+        if before is not None:
+            write_json(preferences / PREVIOUS, before.model_dump())
     write_splits(data / "splits.lock", known | places)
-    counts = ", ".join(f"{side} {sum('chosen' in row for row in found)}" for side, found in sides.items())
-    print(f"preference pairs: {counts}; quarantined {len(quarantine)}", flush=True)
+    counts = ", ".join(f"{side} {writer.pairs[side]}" for side in SPLITS)
+    print(f"preference pairs: {counts}; quarantined {writer.quarantined}", flush=True)
 
 
-def _placed(row: RawRow, place: Place) -> RawRow:
-    answers = [row[key] for key in ("chosen", "rejected", "response") if key in row]
-    return {"id": content_id(row["prompt"], *answers), "group": place.group, **row}
+def _sketched(rows: Iterable[RawRow]) -> tuple[NDArray[np.uint64], list[str], Sketches]:
+    """The key of every row's prompt; and each key once, with the sketch of its prompt.
+
+    Sketches are made by a second thread: numpy leaves the interpreter to the first one meanwhile.
+    """
+    keys = array("Q")
+    unique: dict[int, None] = {}
+    texts, langs = [], []
+    futures = []
+    with ThreadPoolExecutor(1) as thread:
+        for number, row in enumerate(rows, start=1):
+            text = prompt_text(row["prompt"])
+            key = int(prompt_key(text), 16)
+            keys.append(key)
+            if key not in unique:
+                unique[key] = None
+                texts.append(text)
+                langs.append(str(row["lang"]))
+            if len(texts) == SKETCH_CHUNK:
+                futures.append(thread.submit(sketch, texts, langs))
+                texts, langs = [], []
+            if number % SAY_EVERY == 0:
+                print(f"{number} rows read", flush=True)
+        parts = [future.result() for future in futures] + ([sketch(texts, langs)] if texts else [])
+    return np.array(keys, np.uint64), [f"{key:016x}" for key in unique], join_sketches(parts)
 
 
-def _instructions(rows: Iterable[RawRow]) -> list[RawRow]:
-    """Each row as a prompt with the answer to learn: of a pair the chosen one; an example that repeats stands once."""
-    unique: dict[str, RawRow] = {}
-    for row in rows:
-        response = row["chosen"] if "chosen" in row else row["response"]
+class _Writer:
+    """The files of the data sets, open for writing: every row goes to the side of its prompt, in the order it comes."""
+
+    def __init__(self, preferences: Path, instructions: Path, quarantine: Path) -> None:
+        self.pairs = dict.fromkeys(SPLITS, 0)
+        self.quarantined = 0
+        self._files = ExitStack()
+        self._seen: set[int] = set()
+        self._preferences = {side: self._open(preferences / f"{side}.jsonl") for side in SPLITS}
+        self._instructions = {side: self._open(instructions / f"{side}.jsonl") for side in SPLITS}
+        self._quarantine = self._open(quarantine)
+
+    def _open(self, path: Path) -> IO[bytes]:
+        return self._files.enter_context(path.open("wb", buffering=1 << 20))
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._files.close()
+
+    def write(self, row: RawRow, place: Place) -> None:
+        """Write a row, and what it teaches as an instruction; an instruction that repeats stands once."""
+        answers = [row[key] for key in ("chosen", "rejected", "response") if key in row]
+        if "chosen" in row:
+            placed = {"id": content_id(row["prompt"], *answers), "group": place.group, **row}
+            self._preferences[place.side].write(line_of(placed))
+            self.pairs[place.side] += 1
+        response = answers[0]
         identity = content_id(row["prompt"], response)
-        kept = {key: row[key] for key in ("group", "prompt", "lang", "source", "license")}
-        unique.setdefault(identity, {"id": identity, **kept, "response": response})
-    return list(unique.values())
+        number = int(identity, 16)
+        if number not in self._seen:
+            self._seen.add(number)
+            kept = {key: row[key] for key in ("prompt", "lang", "source", "license")}
+            line = {"id": identity, "group": place.group, **kept, "response": response}
+            self._instructions[place.side].write(line_of(line))
+
+    def set_aside(self, row: RawRow, reason: str) -> None:
+        """Put a row that belongs nowhere into quarantine."""
+        self._quarantine.write(line_of({"reason": f"bridge: {reason}", "row": row}))
+        self.quarantined += 1
 
 
-def _rows(sources: Sources, kind: str, names: list[str], downloads: Path) -> list[RawRow]:
+def _say(done: int, total: int, what: str) -> None:
+    if done % SAY_EVERY == 0:
+        print(f"{done}/{total} rows {what}", flush=True)
+
+
+def _rows(sources: Sources, kind: str, names: list[str]) -> list[RawRow]:
     available: dict[str, Member] = getattr(sources, kind)
     rows: list[RawRow] = []
     for name in names:
         if name not in available:
             raise InputError(f"prepare.{kind}: {name} is not in data/sources.lock; expected {', '.join(available)}")
         member = available[name]
-        file = downloads / f"{name}.json"
-        unpack(sources, member, downloads, file)
-        entries = json.loads(file.read_text(encoding="utf-8"))
-        convert = _pair if kind == "preferences" else _instruction
+        with tempfile.TemporaryDirectory(prefix="kubealign-") as temporary:
+            file = Path(temporary) / "rows.json"
+            unpack(sources, member, tracking.home() / "downloads", file)
+            entries = json.loads(file.read_text(encoding="utf-8"))
+        made = _pair if kind == "preferences" else _instruction
         facts = {"lang": member.lang, "source": name, "license": member.license}
         try:
-            rows += [convert(entry) | facts for entry in entries]
-        except (KeyError, TypeError) as error:
+            rows += [made(entry) | facts for entry in entries]
+        except (KeyError, TypeError, RowProblem) as error:
             raise InputError(f"{member.member}: an entry has another shape than expected: {error!r}") from error
     return rows
 
 
 def _pair(entry: RawRow) -> RawRow:
-    prompt = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in entry["conversations"]]
-    return {"prompt": prompt, "chosen": entry["chosen"]["value"], "rejected": entry["rejected"]["value"]}
+    prompt, chosen, rejected = convert(entry, "sharegpt")[0]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _instruction(entry: RawRow) -> RawRow:
@@ -115,7 +209,7 @@ def prepare_base_model(data: Path) -> None:
     sources = read_sources(data / "sources.lock")
     with tempfile.TemporaryDirectory(prefix="kubealign-") as temporary:
         file = Path(temporary) / "model.gguf"
-        unpack(sources, sources.model, Path(temporary), file)
+        unpack(sources, sources.model, tracking.home() / "downloads", file)
         print("converting to safetensors, about 20 s", flush=True)
         tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=file.name, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(

@@ -12,7 +12,7 @@ from components.common.config import DataConfig, ModelConfig, RegisterConfig
 from components.common.files import digest
 from components.common.identity import code_digest, git_commit
 from components.resolve.base import resolve_base
-from components.resolve.data import resolve_data
+from components.resolve.data import data_folders, resolve_data
 
 CHAMPION = "champion"
 
@@ -56,10 +56,14 @@ def run_resolve(
     Raises:
         InputError: a name that means nothing.
     """
-    with tracking.stage_run(
-        "resolve", {"data_repo": tracking.without_credentials(data.repo), "data_revision": data.revision}
-    ) as run:
-        version = resolve_data(data.repo, data.revision)
+    named = {
+        "data_repo": tracking.without_credentials(data.repo),
+        "data_revision": data.revision,
+        "data_path": data.path,
+    }
+    with tracking.stage_run("resolve", named) as run:
+        preferences, instructions = data_folders(data.path)
+        version = resolve_data(data.repo, data.revision, (preferences, instructions))
         base = resolve_base(model, data)
         code = {stage: code_digest(stage) for stage in ("fetch", "validate", "sft", "dpo", "evaluate")}
         template = template_digest(model.template)
@@ -68,8 +72,8 @@ def run_resolve(
         lineage = digest([version.digests, base.digest, trained_by, config])[:32]
         facts = Resolved(
             data_commit=version.commit,
-            preferences_digest=version.digests["data/preferences"],
-            instructions_digest=version.digests["data/instructions"],
+            preferences_digest=version.digests[preferences],
+            instructions_digest=version.digests[instructions],
             base_reference=base.reference,
             base_digest=base.digest,
             git_commit=git_commit(),

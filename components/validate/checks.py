@@ -1,187 +1,122 @@
-"""The checks of a data set: one Great Expectations suite, each check with a name, a severity and advice.
+"""The checks of a data set: each with a name, a severity and a sentence that tells what to do.
 
-Severity `error`: the row is quarantined. Severity `drop`: the row is fine but of no use to this run (too long).
+Severity `error`: the row is quarantined. `stop`: the row is quarantined and the run fails. `warn`: the report says so.
+The section `validate` of params.yaml can change a check's severity.
 """
 
-import re
-import unicodedata
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import pandas as pd
-from pydantic import ValidationError
+from components.common.config import ValidateConfig
+from components.common.errors import InputError
+from components.common.records import LANGUAGES, Instruction, Preference, Row
 
-from components.common.errors import KubealignError
-from components.common.records import LANGUAGES, Instruction, Preference, Row, schema_problem
-
-REPLACEMENT = "[\ufffd\x00]"
+Severity = Literal["error", "stop", "warn"]
+TOO_LONG = "too_long"
+KINDS: dict[str, type[Row]] = {"preferences": Preference, "instructions": Instruction}
+"""The data sets by folder name."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """An expectation on a column of the table that `make_table` builds."""
-
-    name: str
-    severity: Literal["error", "drop"]
-    expectation: str
-    arguments: dict[str, Any]
-    advice: str
-
-
-def suite(kind: type[Row], max_length: int) -> list[Check]:
-    """The checks for preferences or instructions."""
-
-    def not_null(name: str, column: str, advice: str) -> Check:
-        return Check(name, "error", "ExpectColumnValuesToBeNull", {"column": column}, advice)
-
-    answers = ("chosen", "rejected") if kind is Preference else ("response",)
-    checks = [
-        not_null("schema", "schema_problem", "give the row the fields, types and roles of data/README.md"),
-        not_null("turns", "turn_problem", "let turns alternate and end with the user; a system message comes first"),
-        not_null("repeated", "repeated", "keep one copy of the row"),
-        not_null("split_leak", "leak", "a prompt group stands on two sides of the split; run `dvc repro`"),
-        Check(
-            "language",
-            "error",
-            "ExpectColumnValuesToBeInSet",
-            {"column": "lang", "value_set": list(LANGUAGES)},
-            f"set lang to one of {', '.join(LANGUAGES)}",
-        ),
-    ]
-    checks += [
-        Check(
-            f"{column}_characters",
-            "error",
-            "ExpectColumnValuesToNotMatchRegex",
-            {"column": column, "regex": REPLACEMENT},
-            "the text was decoded with the wrong encoding; take it from its source again",
-        )
-        for column in ("prompt_text", *answers)
-    ]
-    if kind is Preference:
-        columns = {"column_list": ["chosen_normal", "rejected_normal"], "ignore_row_if": "any_value_is_missing"}
-        checks.append(
-            Check(
-                "same_answer",
-                "error",
-                "ExpectSelectColumnValuesToBeUniqueWithinRecord",
-                columns,
-                "chosen and rejected say the same; the pair teaches nothing",
-            )
-        )
-    checks.append(
-        Check(
-            "too_long",
-            "drop",
-            "ExpectColumnValuesToBeBetween",
-            {"column": "n_tokens", "max_value": max_length},
-            "raise model.max_length to use it; nothing is ever cut",
-        )
-    )
-    return checks
-
-
-def make_table(
-    rows: list[dict[str, Any]],
-    splits: list[str],
-    kind: type[Row],
-    n_tokens: list[int | None],
-    sides: dict[str, set[str]],
-) -> pd.DataFrame:
-    """One line per row, in their order, with the columns that the checks look at.
+    """A Great Expectations expectation on a table of numbers, one line per row or per statistic.
 
     Args:
-        rows: raw objects of the JSON-lines files.
-        splits: the side that each row stands on.
-        kind: the schema.
-        n_tokens: tokens of prompt and longest answer; None where the schema does not hold.
-        sides: the sides that each prompt group stands on, in any data set.
+        name: of the check, and reason in quarantine.jsonl.
+        severity: what a failure means.
+        advice: what to do.
+        expectation: class of great_expectations.expectations.
+        arguments: of the expectation.
     """
-    answers = ("chosen", "rejected") if kind is Preference else ("response",)
-    seen: set[str] = set()
-    lines = []
-    for number, (row, split, tokens) in enumerate(zip(rows, splits, n_tokens, strict=True)):
-        identity = str(row.get("id"))
-        group_sides = sides[str(row.get("group"))]
-        line: dict[str, Any] = {
-            "number": number,
-            "lang": str(row.get("lang")),
-            "schema_problem": _schema_problem(row, kind),
-            "turn_problem": _turn_problem(row.get("prompt")),
-            "repeated": identity if identity in seen else None,
-            "leak": ", ".join(sorted(group_sides)) if len(group_sides) > 1 and split != "test" else None,
-            "prompt_text": _prompt_text(row.get("prompt")),
-            "n_tokens": tokens,
-        }
-        for column in answers:
-            line[column] = str(row.get(column))
-            line[f"{column}_normal"] = normal(str(row.get(column)))
-        seen.add(identity)
-        lines.append(line)
-    table = pd.DataFrame(lines)
-    # A column without any value would be typed as numbers, which no text check takes.
-    text = [column for column in table.columns if column not in ("number", "n_tokens")]
-    return table.astype(dict.fromkeys(text, object))
+
+    name: str
+    severity: Severity
+    advice: str
+    expectation: str
+    arguments: Mapping[str, Any]
 
 
-def run_suite(table: pd.DataFrame, checks: list[Check]) -> dict[str, list[int]]:
-    """The row numbers that fail each check.
+def row_checks(kind: type[Row], max_length: int) -> list[Check]:
+    """The checks of rows; each looks at one column."""
+
+    def none(name: str, severity: Severity, advice: str) -> Check:
+        return Check(name, severity, advice, "ExpectColumnValuesToBeBetween", {"column": name, "max_value": 0})
+
+    pairs = kind is Preference
+    checks = [
+        none("schema", "error", "give the row the fields and types of data/README.md; no text may be empty"),
+        none("turns", "error", "let turns alternate and end with the user; a system message comes first"),
+        none("characters", "error", "the text was decoded with the wrong encoding; take it from its source again"),
+        none("language", "error", f"set lang to one of {', '.join(LANGUAGES)}"),
+        none("license", "error", "say under which terms the row may be used; do not train on what nobody may use"),
+        none("repeated", "error", "the row stands there before; keep one copy"),
+        none("repeated_id", "error", "two rows have the same id; `dvc repro` gives ids by content"),
+        none("split_leak", "stop", "the prompt, or a near-duplicate, is on two sides of the split; run `dvc repro`"),
+        none("contaminated", "error", "the prompt is on the decontamination list; leave the row out of its source"),
+        none("other_language", "error", "the text is in another language than `lang` says; correct one of them"),
+        none("email", "warn", "an e-mail address: replace it by a placeholder unless it is meant to be public"),
+        none("phone", "warn", "a telephone number: replace it by a placeholder unless it is meant to be public"),
+        none("ip_address", "warn", "an address of the internet: replace it by one for documentation, 192.0.2.1"),
+        none("identity_card", "error", "a Chinese identity-card number with a right checksum: take the person out"),
+        none("payment_card", "error", "a payment-card number with a right checksum: replace it by a placeholder"),
+        none("credential", "error", "a key or token: revoke it where it is valid, then replace it by a placeholder"),
+        none("repeated_prompt", "warn", "the prompt stands there before: its rows count several times in training"),
+        none("near_duplicate", "warn", "the prompt is nearly the same as another; keep one if they ask the same"),
+    ]
+    if pairs:
+        checks += [
+            none("same_answer", "error", "chosen and rejected say the same; the pair teaches nothing"),
+            none("same_tokens", "error", "chosen and rejected are the same to the model's tokenizer; check model.base"),
+            none("truncated_answer", "error", "one answer is the other, cut off; take it from its source again"),
+            none("contradiction", "error", "another pair prefers the other answer; decide which is better, keep one"),
+        ]
+    longest = {"column": "n_tokens", "max_value": max_length}
+    advice = "raise model.max_length to use it; nothing is ever cut"
+    return [*checks, Check(TOO_LONG, "error", advice, "ExpectColumnValuesToBeBetween", longest)]
+
+
+def statistic_checks() -> list[Check]:
+    """The checks of a data set as a whole; each looks at the lines with its name in a table of values and limits."""
+    within = {"column_A": "limit", "column_B": "value", "or_equal": True}
+    expectation = "ExpectColumnPairValuesAToBeGreaterThanB"
+    return [
+        Check(
+            "length_shortcut",
+            "warn",
+            "length alone tells the chosen answer: the model would learn to write longer or shorter; balance the pairs,"
+            " or use a length-normalised dpo.loss (sigmoid_norm, simpo)",
+            expectation,
+            within,
+        ),
+        Check(
+            "refusal_shortcut",
+            "warn",
+            "refusals and AI disclaimers alone tell the chosen answer: the model would learn when to refuse, not what"
+            " is better; look at those pairs",
+            expectation,
+            within,
+        ),
+        Check(
+            "drift",
+            "warn",
+            "the data is distributed otherwise than in the version before; if that was not meant, see `kubealign data"
+            " diff`",
+            expectation,
+            within,
+        ),
+    ]
+
+
+def with_severities(checks: list[Check], config: ValidateConfig) -> list[Check]:
+    """The checks as severe as the configuration wants them.
 
     Raises:
-        KubealignError: an expectation could not be evaluated; that is never the data's fault.
+        InputError: the configuration names a check that does not exist.
     """
-    import great_expectations as gx
-    import great_expectations.expectations as gxe
-
-    context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = {"globally": False}
-    batch = (
-        context.data_sources.add_pandas("pandas")
-        .add_dataframe_asset("rows")
-        .add_batch_definition_whole_dataframe("all")
-        .get_batch({"dataframe": table})
-    )
-    expectations = [getattr(gxe, check.expectation)(**check.arguments) for check in checks]
-    result_format = {"result_format": "COMPLETE", "unexpected_index_column_names": ["number"]}
-    failed: dict[str, list[int]] = {}
-    for check, expectation in zip(checks, expectations, strict=True):
-        result = batch.validate(expectation, result_format=result_format)
-        exceptions = _exceptions(result.exception_info)
-        if exceptions:
-            raise KubealignError(f"check {check.name} could not be evaluated: {exceptions[0]}")
-        failed[check.name] = [entry["number"] for entry in result.result.get("unexpected_index_list") or []]
-    return failed
-
-
-def normal(text: str) -> str:
-    """Unicode NFKC with single spaces, so that differences nobody sees do not count."""
-    return " ".join(unicodedata.normalize("NFKC", text).split())
-
-
-def _exceptions(info: Any) -> list[str]:
-    entries = [info] if "raised_exception" in info else list(info.values())
-    return [str(entry["exception_message"]) for entry in entries if entry.get("raised_exception")]
-
-
-def _schema_problem(row: dict[str, Any], kind: type[Row]) -> str | None:
-    try:
-        kind.model_validate(row)
-    except ValidationError as error:
-        return schema_problem(error)
-    return None
-
-
-def _turn_problem(prompt: Any) -> str | None:
-    if not isinstance(prompt, list) or not all(isinstance(turn, dict) for turn in prompt):
-        return None  # the schema check says so
-    roles = [turn.get("role") for turn in prompt]
-    expected = r"(system )?user( assistant user)*"
-    return None if re.fullmatch(expected, " ".join(map(str, roles))) else " ".join(map(str, roles))
-
-
-def _prompt_text(prompt: Any) -> str:
-    return "\n".join(str(turn.get("content")) for turn in prompt if isinstance(turn, dict)) if prompt else ""
-
-
-KINDS: dict[str, type[Row]] = {"preferences": Preference, "instructions": Instruction}
-"""The data sets by folder name."""
+    known = {check.name for kind in KINDS.values() for check in row_checks(kind, 1)}
+    known |= {check.name for check in statistic_checks()}
+    for name in config.severity:
+        if name not in known:
+            raise InputError(f"validate.severity: {name} is no check; expected one of {', '.join(sorted(known))}")
+    return [replace(check, severity=config.severity.get(check.name, check.severity)) for check in checks]

@@ -1,21 +1,33 @@
-"""Check both data sets, set bad rows aside with their reasons, and stop the run when too much is bad."""
+"""Check both data sets, set bad rows aside with their reasons, and stop the run when too much is bad.
 
-from collections import Counter
+Every row is read twice: once for its columns of numbers (scan.py), once to be written to where it belongs.
+"""
+
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from components.common import tracking
-from components.common.chat import encode, load_tokenizer
 from components.common.config import ModelConfig, ValidateConfig
+from components.common.distribution import MEASURES, PREVIOUS, Distribution, distance, step
 from components.common.errors import DataStop, InputError
-from components.common.files import replacing_folder, write_json, write_manifest, write_text
-from components.common.records import SPLITS, Message, Preference, Row, read_lines, write_lines
-from components.common.report import page, table_html
-from components.validate.checks import KINDS, Check, make_table, run_suite, suite
+from components.common.files import read_json, replacing_folder, write_json, write_manifest, write_text
+from components.common.records import SPLITS, parse_line, raw_lines, schema_problem
+from components.validate.bias import ALL, Bias, find_bias, statistics
+from components.validate.checks import KINDS, TOO_LONG, Check, row_checks, statistic_checks, with_severities
+from components.validate.duplicates import Listed, mark_prompts, mark_rows, read_listed
+from components.validate.page import every_check, html_page, markdown_page
+from components.validate.scan import Found, Scan, join_found, processes_for, scan_file
+from components.validate.suite import Suite
 
 Summary = dict[str, Any]
+Failed = dict[str, NDArray[np.int64]]
+SHOWN_PLACES = 20
+"""Lines that the report names for a check; quarantine.jsonl has all."""
 
 
 def run_validate(
@@ -30,142 +42,286 @@ def run_validate(
     """Validate a data set.
 
     Args:
-        config: when to stop.
+        config: the thresholds, and when to stop.
         model: the length limit.
         dataset: folder with preferences/ and instructions/, from fetch.
         base_model: model folder, for its tokenizer.
-        clean_out: gets the good rows, quarantine.jsonl, dropped.jsonl and validation.json.
+        clean_out: gets the good rows, quarantine.jsonl, warnings.jsonl (where rows stand that a check warns of, not
+            what they say) and validation.json.
         html_out: gets the report as a page.
         markdown_out: gets it as Markdown.
 
     Returns:
-        id of the MLflow run, and the counts as metrics.
+        id of the MLflow run, and the counts and shares as metrics.
 
     Raises:
-        DataStop: too many bad rows, or too few good ones. The reports are written first.
+        DataStop: a check with severity `stop` fails, there are too many bad rows, or too few good ones. The reports are
+            written first.
         InputError: a file that is not JSON lines.
     """
     params = config.model_dump() | {"max_length": model.max_length}
     with tracking.stage_run("validate", params) as run:
-        tokenizer = load_tokenizer(base_model)
-        summaries: dict[str, Summary] = {}
-        aside_rows: dict[str, list[dict[str, Any]]] = {"quarantine": [], "dropped": []}
-        sets = {name: _read_set(dataset / name) for name in KINDS}
-        sides: dict[str, set[str]] = {}
-        for rows, splits in sets.values():
-            for row, split in zip(rows, splits, strict=True):
-                sides.setdefault(str(row.get("group")), set()).add(split)
+        checks = {name: with_severities(row_checks(kind, model.max_length), config) for name, kind in KINDS.items()}
+        overall = with_severities(statistic_checks(), config)
+        listed = _read_list(config, dataset)
+        sets, sides = _scan(config, model, dataset, base_model, run)
+        suite = Suite()
+        flags = mark_prompts(sets, sides, listed, config.near_duplicate)
+        failed = {
+            name: suite.failing(found.columns | flags[name] | mark_rows(KINDS[name], found), checks[name])
+            for name, found in sets.items()
+        }
+        bias = find_bias(sets["preferences"], sets["preferences"].columns["schema"] == 0)
+        drift = _drift(dataset, sets["preferences"])
+        lines = statistics(bias, config.max_shortcut) + [
+            {"name": "drift", "part": measure, "value": value, "limit": config.max_drift}
+            for measure, value in (drift or {}).items()
+        ]
+        _mark_failing(lines, suite, overall)
+        aside = {name: _reasons(checks[name], failed[name], ("stop", "error")) for name in sets}
+        warned = {name: _reasons(checks[name], failed[name], ("warn",)) for name in sets}
+        summaries: Summary = {
+            name: _summary(checks[name], failed[name], aside[name], sets[name], sides[name]) for name in sets
+        }
+        summaries["preferences"]["bias"] = [_as_json(part) for part in bias]
+        summaries["preferences"]["statistics"] = _statistics_summary(lines, overall, drift, listed)
         with replacing_folder(clean_out) as folder:
-            for name, kind in KINDS.items():
-                found = (*sets[name], sides)
-                summaries[name] = _validate_set(name, kind, model, found, tokenizer, folder, aside_rows, run)
-            write_lines(folder / "quarantine.jsonl", aside_rows["quarantine"])
-            write_lines(folder / "dropped.jsonl", aside_rows["dropped"])
+            _write_rows(dataset, folder, aside)
+            _write_warnings(folder / "warnings.jsonl", warned, sets, sides)
             write_json(folder / "validation.json", summaries)
             write_manifest(folder)
-        write_text(html_out, _html(summaries))
-        write_text(markdown_out, _markdown(summaries))
-        metrics = {
-            f"{name}_{what}": float(summary[what])
-            for name, summary in summaries.items()
-            for what in ("rows", "clean", "quarantined", "dropped")
-        }
+        write_text(html_out, html_page(summaries))
+        write_text(markdown_out, markdown_page(summaries))
+        metrics = _metrics(summaries, bias)
         run.log_metrics([(0, metrics)])
-        run.log_artifact(clean_out / "validation.json")
-        for name, summary in summaries.items():
-            run.say(
-                f"{name}: {summary['rows']} rows = {summary['clean']} clean + {summary['quarantined']} quarantined"
-                f" + {summary['dropped']} longer than {model.max_length} tokens"
-            )
+        for path in (clean_out / "validation.json", html_out):
+            run.log_artifact(path)
+        for name in KINDS:
+            run.say(f"{name}: {summaries[name]['rows']} rows = {_counts(summaries[name], model.max_length)}")
         _stop_when_bad(config, summaries)
         return run.run_id, metrics
 
 
-def _read_set(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """All rows of a data set, and the side that each stands on."""
-    rows: list[dict[str, Any]] = []
-    splits: list[str] = []
-    for split in SPLITS:
-        found = read_lines(folder / f"{split}.jsonl")
-        rows += found
-        splits += [split] * len(found)
-    return rows, splits
+def _read_list(config: ValidateConfig, dataset: Path) -> Listed | None:
+    path = dataset / "preferences" / config.decontaminate
+    return read_listed(path) if config.decontaminate and path.is_file() else None
 
 
-def _validate_set(
-    name: str,
-    kind: type[Row],
-    model: ModelConfig,
-    found: tuple[list[dict[str, Any]], list[str], dict[str, set[str]]],
-    tokenizer: Any,
-    out: Path,
-    aside_rows: dict[str, list[dict[str, Any]]],
-    run: tracking.StageRun,
-) -> Summary:
-    rows, splits, sides = found
-    n_tokens = []
-    for number, row in enumerate(rows, start=1):
-        n_tokens.append(_count_tokens(row, kind, tokenizer))
-        run.progress(number, len(rows), counting_tokens_of=name)
-    checks = suite(kind, model.max_length)
-    failed = run_suite(make_table(rows, splits, kind, n_tokens, sides), checks)
+def _scan(
+    config: ValidateConfig, model: ModelConfig, dataset: Path, base_model: Path, run: tracking.StageRun
+) -> tuple[dict[str, Found], dict[str, NDArray[np.uint8]]]:
+    """Each data set as columns, and the side of every row as its position in SPLITS."""
+    paths = {name: [dataset / name / f"{split}.jsonl" for split in SPLITS] for name in KINDS}
+    every = [path for of_set in paths.values() for path in of_set]
+    total = max(1, sum(path.stat().st_size for path in every if path.is_file()) >> 10)
+    pool = processes_for(every)
+    done = 0
+    sets, sides = {}, {}
+    try:
+        for name, kind in KINDS.items():
+            scan = Scan(kind, base_model, model.max_length, config.language_confidence)
+            parts, side = [], []
+            for position, path in enumerate(paths[name]):
+                before = len(parts)
+                for part in scan_file(scan, path, pool):
+                    parts.append(part)
+                    side.append(np.full(len(part.columns["line"]), position, np.uint8))
+                    done += part.size
+                    run.progress(min(total, (done >> 10) + 1), total, reading=name, unit="KiB")
+                if len(parts) == before:
+                    raise InputError(f"{path}: no rows; expected at least one")
+            sets[name], sides[name] = join_found(parts), np.concatenate(side)
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+    return sets, sides
+
+
+def _drift(dataset: Path, found: Found) -> dict[str, float] | None:
+    """Distance of each measure from the version before; None when the data set knows of no version before."""
+    path = dataset / "preferences" / PREVIOUS
+    if not path.is_file():
+        return None
+    before = Distribution.model_validate(read_json(path))
+    columns, names = found.columns, found.names
+    counts: dict[str, dict[str, int]] = {}
+    for measure, column in zip(MEASURES[:2], ("lang", "source"), strict=True):
+        counts[measure] = dict(zip(names[column], np.bincount(columns[column]).tolist(), strict=False))
+    for measure, column in zip(
+        MEASURES[2:], ("prompt_characters", "first_characters", "second_characters"), strict=True
+    ):
+        lengths, numbers = np.unique(columns[column], return_counts=True)
+        steps: dict[str, int] = {}
+        for length, number in zip(lengths.tolist(), numbers.tolist(), strict=True):
+            steps[step(length)] = steps.get(step(length), 0) + number
+        counts[measure] = steps
+    now = Distribution.model_validate({"rows": len(columns["line"])} | counts)
+    return {measure: distance(now, before, measure) for measure in MEASURES}
+
+
+def _mark_failing(lines: list[dict[str, Any]], suite: Suite, checks: list[Check]) -> None:
+    """Add to each line whether its check fails."""
+    for check in checks:
+        own = [line for line in lines if line["name"] == check.name]
+        if not own:
+            continue
+        table = {"value": [line["value"] for line in own], "limit": [line["limit"] for line in own]}
+        failing = set(suite.failing(table, [check])[check.name].tolist())
+        for number, line in enumerate(own):
+            line["fails"] = number in failing
+
+
+def _reasons(checks: list[Check], failed: Failed, severities: tuple[str, ...]) -> dict[int, list[str]]:
+    """For every row that fails a check of such a severity, the names of those checks."""
     reasons: dict[int, list[str]] = {}
     for check in checks:
-        if check.severity == "error":
-            for number in failed[check.name]:
-                reasons.setdefault(number, []).append(check.name)
-    dropped = {number for number in failed["too_long"] if number not in reasons}
-    for number in sorted(reasons):
-        entry = {"data_set": name, "split": splits[number], "reasons": reasons[number], "row": rows[number]}
-        aside_rows["quarantine"].append(entry)
-    for number in sorted(dropped):
-        entry = {"data_set": name, "split": splits[number], "reasons": ["too_long"], "id": rows[number]["id"]}
-        aside_rows["dropped"].append(entry)
-    kept = [number for number in range(len(rows)) if number not in reasons and number not in dropped]
-    for split in SPLITS:
-        write_lines(out / name / f"{split}.jsonl", (rows[number] for number in kept if splits[number] == split))
-    return _summary(rows, splits, kept, reasons, dropped, checks, failed)
-
-
-def _count_tokens(row: dict[str, Any], kind: type[Row], tokenizer: Any) -> int | None:
-    """Tokens of the prompt and its longest answer; None when the row has no such thing."""
-    answers = ("chosen", "rejected") if kind is Preference else ("response",)
-    try:
-        prompt = [Message.model_validate(turn) for turn in row["prompt"]]
-        lengths = [sum(map(len, encode(tokenizer, prompt, str(row[answer])))) for answer in answers]
-    except (KeyError, TypeError, ValueError, TemplateError):
-        return None
-    return max(lengths)
+        if check.severity in severities:
+            for row in failed[check.name].tolist():
+                reasons.setdefault(row, []).append(check.name)
+    return reasons
 
 
 def _summary(
-    rows: list[dict[str, Any]],
-    splits: list[str],
-    kept: list[int],
-    reasons: dict[int, list[str]],
-    dropped: set[int],
-    checks: list[Check],
-    failed: dict[str, list[int]],
+    checks: list[Check], failed: Failed, aside: dict[int, list[str]], found: Found, side: NDArray[np.uint8]
 ) -> Summary:
+    rows = len(side)
+    kept = np.ones(rows, bool)
+    kept[list(aside)] = False
+    langs = found.columns["lang"]
+    counts = {
+        split: {
+            name: int((kept & (side == position) & (langs == code)).sum())
+            for code, name in enumerate(found.names["lang"])
+        }
+        for position, split in enumerate(SPLITS)
+    }
     return {
-        "rows": len(rows),
-        "clean": len(kept),
-        "quarantined": len(reasons),
-        "dropped": len(dropped),
-        "splits": {split: Counter(str(rows[i].get("lang")) for i in kept if splits[i] == split) for split in SPLITS},
+        "rows": rows,
+        "clean": rows - len(aside),
+        "quarantined": len(aside),
+        "too_long": sum(reasons == [TOO_LONG] for reasons in aside.values()),
+        "splits": {split: {name: n for name, n in of.items() if n} for split, of in counts.items()},
         "checks": [
-            {"name": c.name, "severity": c.severity, "failed": len(failed[c.name]), "advice": c.advice} for c in checks
+            {
+                "name": check.name,
+                "severity": check.severity,
+                "failed": len(failed[check.name]),
+                "advice": check.advice,
+                "places": [
+                    f"{SPLITS[side[row]]}.jsonl:{found.columns['line'][row]}"
+                    for row in failed[check.name][:SHOWN_PLACES].tolist()
+                ],
+            }
+            for check in checks
         ],
     }
 
 
-def _stop_when_bad(config: ValidateConfig, summaries: dict[str, Summary]) -> None:
-    for name, summary in summaries.items():
-        share = summary["quarantined"] / summary["rows"]
+def _as_json(part: Bias) -> Summary:
+    return vars(part) | {"longer_wins": part.longer_wins.as_json(), "refusal_loses": part.refusal_loses.as_json()}
+
+
+def _statistics_summary(
+    lines: list[dict[str, Any]], checks: list[Check], drift: dict[str, float] | None, listed: Listed | None
+) -> Summary:
+    return {
+        "lines": lines,
+        "checks": [
+            {
+                "name": check.name,
+                "severity": check.severity,
+                "failed": sum(line["fails"] for line in lines if line["name"] == check.name),
+                "advice": check.advice,
+                "places": [line["part"] for line in lines if line["name"] == check.name and line["fails"]],
+            }
+            for check in checks
+        ],
+        "drift_known": drift is not None,
+        "listed_prompts": None if listed is None else len(listed.keys),
+    }
+
+
+def _write_rows(dataset: Path, out: Path, aside: dict[str, dict[int, list[str]]]) -> None:
+    """Every row goes as it is to its file, or with its reasons to quarantine.jsonl."""
+    with (out / "quarantine.jsonl").open("wb") as quarantine:
+        for name, kind in KINDS.items():
+            (out / name).mkdir()
+            row = -1
+            for split in SPLITS:
+                path = dataset / name / f"{split}.jsonl"
+                with (out / name / path.name).open("wb") as clean:
+                    for number, line in raw_lines(path):
+                        row += 1
+                        if row not in aside[name]:
+                            clean.write(line if line.endswith(b"\n") else line + b"\n")
+                            continue
+                        value = parse_line(path, number, line)
+                        entry = {"data_set": name, "split": split, "line": number, "reasons": aside[name][row]}
+                        if "schema" in entry["reasons"]:
+                            entry["detail"] = _schema_problem(kind, value)
+                        quarantine.write(orjson.dumps(entry | {"row": value}) + b"\n")
+
+
+def _write_warnings(
+    path: Path, warned: dict[str, dict[int, list[str]]], sets: dict[str, Found], sides: dict[str, NDArray[np.uint8]]
+) -> None:
+    """Where every row stands that a check warns of, in the data set as it came."""
+    with path.open("wb") as file:
+        for name, rows in warned.items():
+            for row in sorted(rows):
+                place = {"split": SPLITS[sides[name][row]], "line": int(sets[name].columns["line"][row])}
+                file.write(orjson.dumps({"data_set": name} | place | {"checks": rows[row]}) + b"\n")
+
+
+def _schema_problem(kind: Any, value: Summary) -> str:
+    try:
+        kind.model_validate(value)
+    except ValidationError as error:
+        return schema_problem(error)
+    return ""
+
+
+def _metrics(summaries: Summary, bias: list[Bias]) -> dict[str, float]:
+    metrics = {
+        f"{name}_{what}": float(summaries[name][what])
+        for name in KINDS
+        for what in ("rows", "clean", "quarantined", "too_long")
+    }
+    metrics |= {
+        f"{name}_fail_{check['name']}": float(check["failed"])
+        for name in KINDS
+        for check in summaries[name]["checks"]
+        if check["failed"]
+    }
+    for part in bias:
+        if part.source == ALL and part.longer_wins.n:
+            metrics[f"longer_wins_{part.lang}"] = part.longer_wins.value
+    return metrics
+
+
+def _counts(summary: Summary, max_length: int) -> str:
+    return (
+        f"{summary['clean']} clean + {summary['quarantined']} quarantined"
+        f" ({summary['too_long']} of them only for being longer than {max_length} tokens)"
+    )
+
+
+def _stop_when_bad(config: ValidateConfig, summaries: Summary) -> None:
+    for name in KINDS:
+        for check in every_check(summaries[name]):
+            if check["severity"] == "stop" and check["failed"]:
+                raise DataStop(
+                    f"{name}: {check['failed']} fail `{check['name']}`: {check['advice']}; see the validation report"
+                )
+    for name in KINDS:
+        summary = summaries[name]
+        bad = summary["quarantined"] - summary["too_long"]
+        share = bad / summary["rows"]
         if share > config.max_quarantined:
-            worst = max((c for c in summary["checks"] if c["severity"] == "error"), key=lambda c: int(c["failed"]))
+            errors = [c for c in summary["checks"] if c["severity"] == "error" and c["name"] != TOO_LONG]
+            worst = max(errors, key=lambda c: int(c["failed"]))
             raise DataStop(
-                f"{name}: {summary['quarantined']} of {summary['rows']} rows are bad ({share:.1%}; validate"
+                f"{name}: {bad} of {summary['rows']} rows are bad ({share:.1%}; validate"
                 f".max_quarantined allows {config.max_quarantined:.1%}); most fail `{worst['name']}`"
                 f" ({worst['failed']}): {worst['advice']}; see the validation report"
             )
@@ -175,31 +331,3 @@ def _stop_when_bad(config: ValidateConfig, summaries: dict[str, Summary]) -> Non
                     f"{name}: {sum(languages.values())} usable rows in {split}, validate.min_rows asks for"
                     f" {config.min_rows}; add data or raise model.max_length"
                 )
-
-
-def _html(summaries: dict[str, Summary]) -> str:
-    body = []
-    for name, summary in summaries.items():
-        body.append(f"<h2>{name}</h2><p>{_sentence(summary)}</p>")
-        languages = sorted({language for counts in summary["splits"].values() for language in counts})
-        counts = [[split, *(found.get(lang, 0) for lang in languages)] for split, found in summary["splits"].items()]
-        body.append(table_html(["clean rows", *languages], counts))
-        lines = [[c["name"], c["severity"], c["failed"], c["advice"] if c["failed"] else ""] for c in summary["checks"]]
-        body.append(table_html(["check", "severity", "rows failing", "what to do"], lines))
-    return page("Data validation", "".join(body))
-
-
-def _markdown(summaries: dict[str, Summary]) -> str:
-    lines = ["# Data validation", ""]
-    for name, summary in summaries.items():
-        lines += [f"**{name}**: {_sentence(summary)}", "", "| check | severity | rows failing |", "|---|---|---:|"]
-        lines += [f"| {c['name']} | {c['severity']} | {c['failed']} |" for c in summary["checks"]]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _sentence(summary: Summary) -> str:
-    return (
-        f"{summary['rows']} rows: {summary['clean']} clean, {summary['quarantined']} quarantined,"
-        f" {summary['dropped']} dropped for their length."
-    )

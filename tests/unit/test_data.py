@@ -1,4 +1,4 @@
-"""Sources, splits, rows, chat templates and validation."""
+"""Sources, splits, rows and chat templates."""
 
 import json
 import shutil
@@ -9,14 +9,13 @@ import pytest
 import yaml
 
 from components.common.chat import choose_template, encode, load_tokenizer
-from components.common.config import PrepareConfig, ValidateConfig, load_config
-from components.common.errors import DataStop, InputError, KubealignError
+from components.common.config import PrepareConfig, load_config
+from components.common.errors import InputError
 from components.common.records import Message, Preference, content_id, read_lines, read_rows
+from components.common.similarity import prompt_key, prompt_text, sketch
 from components.prepare.sources import Package, Sources, read_sources, unpack
-from components.prepare.split import Place, make_prompt, place_prompts, read_splits, write_splits
+from components.prepare.split import Place, place_prompts, read_splits, write_splits
 from components.prepare.stage import prepare_data
-from components.validate import checks
-from components.validate.stage import run_validate
 from tests.conftest import ROOT
 
 SHARES = {"train": 0.45, "validation": 0.15, "test": 0.40}
@@ -86,46 +85,50 @@ def test_both_languages_are_on_every_side_and_no_group_is_on_two() -> None:
 # ---- splits
 
 
-def prompts(*texts: str, lang: str = "en") -> list[Any]:
-    return [make_prompt([{"role": "user", "content": text}], lang) for text in texts]
+def place(texts: list[str], known: dict[str, Place], lang: str = "en") -> tuple[list[Place | None], dict[str, str]]:
+    """The place of each text, None for a bridge; and the reasons of the bridges."""
+    asked = [prompt_text([{"role": "user", "content": text}]) for text in texts]
+    keys = [prompt_key(text) for text in asked]
+    places, bridges = place_prompts(keys, sketch(asked, [lang] * len(asked)), known, SHARES, 0.8)
+    return [places.get(key) for key in keys], bridges
+
+
+def key_of(text: str) -> str:
+    return prompt_key(prompt_text([{"role": "user", "content": text}]))
 
 
 def test_the_order_of_the_rows_does_not_matter() -> None:
-    some = prompts(*(f"question number {i} about {LONG[i : i + 40]}" for i in range(40)))
-    assert place_prompts(some, {}, SHARES, 0.8) == place_prompts(some[::-1], {}, SHARES, 0.8)
+    some = [f"question number {i} about {LONG[i : i + 40]}" for i in range(40)]
+    assert place(some, {})[0] == place(some[::-1], {})[0][::-1]
 
 
 def test_near_duplicates_are_one_group_in_both_languages() -> None:
-    english = prompts(LONG, LONG + " today", "something else entirely, with other words in it")
-    places, _ = place_prompts(english, {}, SHARES, 0.8)
-    assert places[english[0].key].group == places[english[1].key].group != places[english[2].key].group
+    (one, near, other), _ = place([LONG, LONG + " today", "something else entirely, with other words in it"], {})
+    assert one and near and other and one.group == near.group != other.group
     text = "请写一篇关于灯塔看守人在北方海岸发现瓶中信的短篇小说并描述他的心情"
-    chinese = prompts(text, text + "吧", "完全不同的另一个问题，关于天气和旅行", lang="zh")
-    places, _ = place_prompts(chinese, {}, SHARES, 0.8)
-    assert places[chinese[0].key].group == places[chinese[1].key].group != places[chinese[2].key].group
+    (one, near, other), _ = place([text, text + "吧", "完全不同的另一个问题，关于天气和旅行"], {}, "zh")
+    assert one and near and other and one.group == near.group != other.group
 
 
 def test_white_space_case_and_width_make_no_new_prompt() -> None:
-    first, second = prompts("Ｈello  World", "hello world")
-    assert first.key == second.key
+    assert key_of("Ｈello  World") == key_of("hello world")
 
 
 def test_a_known_side_is_kept_and_a_new_near_duplicate_joins_it() -> None:
-    old, new = prompts(LONG, LONG + " today")
     for side in SHARES:
-        places, bridges = place_prompts([old, new], {old.key: Place("feed", side)}, SHARES, 0.8)
+        places, bridges = place([LONG, LONG + " today"], {key_of(LONG): Place("feed", side)})
         assert not bridges
-        assert places[new.key] == Place("feed", side)
+        assert places[1] == Place("feed", side)
 
 
 def test_a_prompt_that_bridges_two_sides_is_quarantined_with_its_reason() -> None:
     words = LONG.split()
     left, right = " ".join(words[:-1]), " ".join(words[1:])
-    first, second, bridge = prompts(left, right, LONG)
-    known = {first.key: Place("a" * 16, "train"), second.key: Place("b" * 16, "test")}
-    places, bridges = place_prompts([first, second, bridge], known, SHARES, 0.8)
-    assert bridges == {bridge.key: "its prompt is nearly the same as prompts on both the test and the train side"}
-    assert bridge.key not in places and places[first.key].side == "train" and places[second.key].side == "test"
+    known = {key_of(left): Place("a" * 16, "train"), key_of(right): Place("b" * 16, "test")}
+    (first, second, bridge), bridges = place([left, right, LONG], known)
+    reason = "its prompt is nearly the same as prompts on both the test and the train side"
+    assert bridges == {key_of(LONG): reason}
+    assert bridge is None and first and first.side == "train" and second and second.side == "test"
 
 
 def test_splits_are_remembered_and_a_broken_line_is_named(tmp_path: Path) -> None:
@@ -198,110 +201,7 @@ def test_no_template_is_guessed() -> None:
         choose_template("chatlm", "own")
 
 
-# ---- validation
-
-GOOD = [pair(f"question {i}", f"a good answer {i}", f"a bad answer {i}") for i in range(12)]
-DEFECTS = {
-    "schema": pair("no licence", license=""),
-    "turns": pair("x", prompt=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]),
-    "repeated": GOOD[0],
-    "language": pair("which language", lang="fr"),
-    "chosen_characters": pair("broken", chosen="caf\ufffd"),
-    "same_answer": pair("same", chosen="the  same\tthing", rejected="the same thing"),
-    "too_long": pair("long", chosen="word " * 400),
-}
-
-
-def validate(folder: Path, base: Path, rows: list[dict[str, Any]], share: float = 0.9) -> dict[str, Any]:
-    model = load_config(ROOT / "params.yaml", ["model.max_length=256"]).model
-    for name in ("preferences", "instructions"):
-        (folder / "in" / name).mkdir(parents=True, exist_ok=True)
-        for split in ("train", "validation", "test"):
-            found = (
-                [dict(row) for row in rows]
-                if split == "train" and name == "preferences"
-                else [pair(f"{split} {name} {i}") for i in range(2)]
-            )
-            if name == "instructions":
-                found = [
-                    {k: v for k, v in row.items() if k not in ("chosen", "rejected")} | {"response": "yes"}
-                    for row in found
-                ]
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
-            (folder / "in" / name / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-    config = ValidateConfig(max_quarantined=share, min_rows=1)
-    out = folder / "out"
-    run_validate(config, model, folder / "in", base, out, folder / "report.html", folder / "report.md")
-    return {"summary": json.loads((out / "validation.json").read_text()), "out": out}
-
-
-def test_every_defect_is_found_with_its_reason_and_the_counts_add_up(tiny_model: Path, tmp_path: Path) -> None:
-    found = validate(tmp_path, tiny_model, [*GOOD, *DEFECTS.values()])
-    quarantine = [json.loads(line) for line in (found["out"] / "quarantine.jsonl").read_text().splitlines()]
-    dropped = [json.loads(line) for line in (found["out"] / "dropped.jsonl").read_text().splitlines()]
-    reasons = sorted(reason for entry in quarantine for reason in entry["reasons"])
-    assert reasons == sorted(["schema", "turns", "repeated", "language", "schema", "chosen_characters", "same_answer"])
-    assert [entry["reasons"] for entry in dropped] == [["too_long"]]
-    summary = found["summary"]["preferences"]
-    assert (summary["rows"], summary["clean"], summary["quarantined"], summary["dropped"]) == (23, 16, 6, 1)
-    clean = sum(
-        len(read_lines(found["out"] / "preferences" / f"{split}.jsonl")) for split in ("train", "validation", "test")
-    )
-    assert summary["rows"] == clean + len(quarantine) + len(dropped)
-    page = (tmp_path / "report.html").read_text()
-    assert "same_answer" in page and "http" not in page.split("</style>")[1]
-
-
-@pytest.mark.parametrize("defect", ["turns", "repeated", "chosen_characters", "same_answer", "too_long"])
-def test_a_check_that_is_switched_off_misses_its_defect(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defect: str
-) -> None:
-    real = checks.suite
-
-    def without(*arguments: Any) -> list[checks.Check]:
-        # A check that nothing fails takes the place of the one that is switched off.
-        harmless = {"column": "number", "max_value": 10**9}
-        return [
-            checks.Check(c.name, c.severity, "ExpectColumnValuesToBeBetween", harmless, "") if c.name == defect else c
-            for c in real(*arguments)
-        ]
-
-    monkeypatch.setattr("components.validate.stage.suite", without)
-    summary = validate(tmp_path, tiny_model, [*GOOD, DEFECTS[defect]])["summary"]["preferences"]
-    assert summary["quarantined"] == summary["dropped"] == 0
-
-
-def test_a_group_on_two_sides_is_a_leak(tiny_model: Path, tmp_path: Path) -> None:
-    leak = pair("test preferences 0", chosen="another yes")
-    found = validate(tmp_path, tiny_model, [*GOOD, leak])
-    entry = json.loads((found["out"] / "quarantine.jsonl").read_text())
-    assert entry["reasons"] == ["split_leak"] and entry["split"] == "train"
-
-
-def test_an_instruction_of_a_held_out_prompt_is_a_leak(tiny_model: Path, tmp_path: Path) -> None:
-    held_out = pair("train instructions 0")  # its prompt is a training instruction in `validate`
-    validate(tmp_path, tiny_model, GOOD)
-    (tmp_path / "in" / "preferences" / "test.jsonl").write_text(json.dumps(held_out) + "\n")
-    model = load_config(ROOT / "params.yaml", ["model.max_length=256"]).model
-    reports = (tmp_path / "report.html", tmp_path / "report.md")
-    config = ValidateConfig(max_quarantined=0.9, min_rows=1)
-    run_validate(config, model, tmp_path / "in", tiny_model, tmp_path / "again", *reports)
-    entry = json.loads((tmp_path / "again" / "quarantine.jsonl").read_text())
-    assert entry["data_set"] == "instructions" and entry["reasons"] == ["split_leak"]
-
-
-def test_too_many_bad_rows_stop_the_run_and_say_why(tiny_model: Path, tmp_path: Path) -> None:
-    bad = [pair(f"same {i}", "equal", "equal") for i in range(6)]
-    with pytest.raises(DataStop, match=r"preferences: 6 of 22 rows are bad \(27.3%.*most fail `same_answer` \(6\)"):
-        validate(tmp_path, tiny_model, [*GOOD, *bad], share=0.2)
-    assert "same_answer" in (tmp_path / "report.html").read_text(), "the report is written before the run stops"
-
-
-def test_an_engine_error_is_not_reported_as_bad_data() -> None:
-    table = checks.make_table([GOOD[0]], ["train"], Preference, [5], {GOOD[0]["group"]: {"train"}})
-    broken = checks.Check("broken", "error", "ExpectColumnValuesToBeNull", {"column": "no_such_column"}, "")
-    with pytest.raises(KubealignError, match="check broken could not be evaluated"):
-        checks.run_suite(table, [broken])
+# ---- the lock file
 
 
 def test_sources_lock_pins_every_package_and_file_by_hash() -> None:

@@ -152,7 +152,7 @@ def test_the_report_is_self_contained_escaped_and_follows_its_input() -> None:
     }
     metrics = {"reward_margin": 0.1, "reward_accuracy": 0.5, "chosen_reward": 0.0, "rejected_reward": -0.1}
     steps = [{"step": i, "loss": 0.7 - i / 10, "metrics": metrics} for i in range(3)]
-    counts = {"preferences": {"rows": 9, "quarantined": 1, "dropped": 2, "splits": {"train": {"en": 4, "zh": 2}}}}
+    counts = {"preferences": {"rows": 9, "quarantined": 3, "too_long": 2, "splits": {"train": {"en": 4, "zh": 2}}}}
     judged = verdict(found)
     page = report(found, judged, {"sft": steps, "dpo": steps}, counts)
     assert "<script" not in page and "&lt;script&gt;" in page and "你好" in page

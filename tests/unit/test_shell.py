@@ -24,10 +24,11 @@ from components.common.config import (
 from components.common.errors import InputError, KubealignError
 from components.common.files import replacing, replacing_folder, verify_manifest, write_json, write_manifest
 from components.resolve.base import resolve_base
-from components.resolve.data import resolve_data
+from components.resolve.data import data_folders, resolve_data
 from tests.conftest import ROOT
 
 PARAMS = ROOT / "params.yaml"
+DATA = data_folders("data")
 
 
 @pytest.mark.parametrize(
@@ -173,28 +174,28 @@ def data_repo(tmp_path: Path) -> Path:
 def test_a_revision_is_the_commit_that_gave_the_data_its_content(data_repo: Path) -> None:
     second, head = git(data_repo, "rev-parse", "v2"), git(data_repo, "rev-parse", "HEAD")
     assert second != head
-    now, then = resolve_data(str(data_repo), "HEAD"), resolve_data(str(data_repo), "v1")
+    now, then = resolve_data(str(data_repo), "HEAD", DATA), resolve_data(str(data_repo), "v1", DATA)
     assert now.commit == second and then.commit == git(data_repo, "rev-parse", "v1")
     assert now.digests != then.digests
 
 
 def test_the_workspace_has_dvcs_own_digest_and_follows_every_change(data_repo: Path) -> None:
-    committed, workspace = resolve_data(str(data_repo), "HEAD"), resolve_data(str(data_repo), "workspace")
+    committed, workspace = resolve_data(str(data_repo), "HEAD", DATA), resolve_data(str(data_repo), "workspace", DATA)
     assert workspace.digests == committed.digests and workspace.commit == "workspace"
     (data_repo / "data" / "preferences" / "rows.jsonl").write_text("changed\n")
-    changed = resolve_data(str(data_repo), "workspace").digests
+    changed = resolve_data(str(data_repo), "workspace", DATA).digests
     assert changed["data/preferences"] != committed.digests["data/preferences"]
     assert changed["data/instructions"] == committed.digests["data/instructions"]
 
 
 def test_data_that_is_not_there_is_a_clear_error(data_repo: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data.revision=nowhere.*expected a git repository with DVC data"):
-        resolve_data(str(data_repo), "nowhere")
+        resolve_data(str(data_repo), "nowhere", DATA)
     with pytest.raises(InputError, match=r"data.revision=workspace needs a local repository"):
-        resolve_data("https://example.org/repo.git", "workspace")
+        resolve_data("https://example.org/repo.git", "workspace", DATA)
     shutil.rmtree(data_repo / "data" / "preferences")
     with pytest.raises(InputError, match=r"data/preferences: not found or empty; `make data`"):
-        resolve_data(str(data_repo), "workspace")
+        resolve_data(str(data_repo), "workspace", DATA)
 
 
 # ---- code

@@ -1,0 +1,128 @@
+"""Personal data and secrets in a text, by kind; what is found is never returned, only which kind it is.
+
+Numbers that have a checksum are checked by it; credentials are found by detect-secrets, with those of its plugins that
+know a provider's format (its entropy and keyword plugins take ordinary prose for secrets).
+"""
+
+import ipaddress
+import re
+from functools import cache
+from typing import Any
+
+KINDS = ("email", "phone", "identity_card", "payment_card", "ip_address", "credential")
+
+EMAIL = re.compile(
+    r"(?<![\w.%+-])[A-Za-z0-9._%+-]{1,64}@(?!example\.)[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,4}\.[A-Za-z]{2,24}"
+)
+PHONE = re.compile(
+    r"(?<![0-9A-Za-z.-])(?:(?:\+?86[ -]?)?1[3-9][0-9][ -]?[0-9]{4}[ -]?[0-9]{4}"  # Chinese mobile
+    r"|0[0-9]{2,3}-[0-9]{7,8}"  # Chinese land line
+    r"|\+[1-9][0-9]{0,2}(?:[ .-]?\(?[0-9]{1,4}\)?){2,5}"  # international
+    r"|(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}[ .-])[2-9][0-9]{2}[ .-][0-9]{4})(?![0-9A-Za-z-])"  # North American
+)
+PHONE_DIGITS = range(10, 16)
+IDENTITY_CARD = re.compile(
+    r"(?<![0-9A-Za-z])[1-9][0-9]{5}(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])[0-9]{3}[0-9Xx](?![0-9A-Za-z])"
+)
+IDENTITY_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
+PAYMENT_CARD = re.compile(r"(?<![0-9A-Za-z.-])[2-6][0-9]{3}(?:[ -]?[0-9]){11,15}(?![0-9A-Za-z])")
+ISSUER = re.compile(
+    r"4(?:[0-9]{15}|[0-9]{18})|5[1-5][0-9]{14}|2[2-7][0-9]{14}|3[47][0-9]{13}|35[0-9]{14}"
+    r"|6(?:011|5[0-9]{2})[0-9]{12}|62[0-9]{14,17}"
+)
+IPV4 = re.compile(r"(?<![0-9A-Za-z.])[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?![0-9A-Za-z]|\.[0-9])")
+IPV6 = re.compile(r"(?<![0-9A-Za-z:])[0-9A-Fa-f]{1,4}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{1,4}(?![0-9A-Za-z:])")
+
+NUMBER = re.compile(r"[0-9][0-9 .()-]{5,}[0-9]")
+"""Every phone, card and IPv4 address holds such a run; few texts do."""
+TOKEN = re.compile(r"(?<![\w+/=.:-])[\w+/=.:-]{20}", re.ASCII)
+MARKS = ("PRIVATE KEY", "PuTTY-", "://", "xox", "XOX", "eyJ")
+"""Every credential that the plugins know holds one of these, or such a token."""
+PLUGINS = (
+    "AWSKeyDetector",
+    "AzureStorageKeyDetector",
+    "BasicAuthDetector",
+    "DiscordBotTokenDetector",
+    "GitHubTokenDetector",
+    "GitLabTokenDetector",
+    "JwtTokenDetector",
+    "MailchimpDetector",
+    "NpmDetector",
+    "OpenAIDetector",
+    "PrivateKeyDetector",
+    "PypiTokenDetector",
+    "SendGridDetector",
+    "SlackDetector",
+    "SquareOAuthDetector",
+    "StripeDetector",
+    "TelegramBotTokenDetector",
+    "TwilioKeyDetector",
+)
+PIECE, OVERLAP = 8192, 512
+"""Characters that a plugin sees at once: some of its patterns take a time that grows with the square of the text."""
+
+
+def kinds_in(text: str) -> list[str]:
+    """The kinds of personal data and secrets in a text."""
+    found = []
+    if "@" in text and EMAIL.search(text):
+        found.append("email")
+    if NUMBER.search(text):
+        if any(_is_phone(match[0]) for match in PHONE.finditer(text)):
+            found.append("phone")
+        if any(is_identity_card(match[0]) for match in IDENTITY_CARD.finditer(text)):
+            found.append("identity_card")
+        if any(is_payment_card(match[0]) for match in PAYMENT_CARD.finditer(text)):
+            found.append("payment_card")
+        if any(_is_public_address(match[0]) for match in IPV4.finditer(text)):
+            found.append("ip_address")
+    if "ip_address" not in found and ":" in text and any(_is_public_address(m[0]) for m in IPV6.finditer(text)):
+        found.append("ip_address")
+    if (TOKEN.search(text) or any(mark in text for mark in MARKS)) and _has_credential(text):
+        found.append("credential")
+    return found
+
+
+def is_identity_card(number: str) -> bool:
+    """Whether the last character of a Chinese identity-card number fits the others (GB 11643, ISO 7064 MOD 11-2)."""
+    total = sum(weight * int(digit) for weight, digit in zip(IDENTITY_WEIGHTS, number, strict=False))
+    return "10X98765432"[total % 11] == number[-1].upper()
+
+
+def is_payment_card(number: str) -> bool:
+    """Whether a number has the length and beginning of an issuer's cards and a right check digit (Luhn)."""
+    digits = re.sub(r"[ -]", "", number)
+    if not ISSUER.fullmatch(digits):
+        return False
+    doubled = [sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2]]
+    return (sum(doubled) + sum(map(int, digits[-1::-2]))) % 10 == 0
+
+
+def _is_phone(number: str) -> bool:
+    return sum(character.isdigit() for character in number) in PHONE_DIGITS
+
+
+def _is_public_address(text: str) -> bool:
+    """Whether it is an address of the internet; those of private networks and of documentation name nobody."""
+    try:
+        return ipaddress.ip_address(text).is_global
+    except ValueError:
+        return False
+
+
+def _has_credential(text: str) -> bool:
+    pieces = [text[start : start + PIECE + OVERLAP] for start in range(0, len(text), PIECE)]
+    return any(True for piece in pieces for plugin in _plugins() for _ in plugin.analyze_string(piece))
+
+
+@cache
+def _plugins() -> list[Any]:
+    import importlib
+    import pkgutil
+
+    from detect_secrets import plugins
+
+    names = [f"{plugins.__name__}.{found.name}" for found in pkgutil.iter_modules(plugins.__path__)]
+    modules = [importlib.import_module(name) for name in names]
+    known = {name: getattr(module, name) for module in modules for name in PLUGINS if hasattr(module, name)}
+    return [known[name]() for name in PLUGINS]

@@ -1,0 +1,274 @@
+"""What the checks need to know of a row by itself, as columns of numbers: the text itself is not kept.
+
+A million rows are about 200 MB of columns. They are read in chunks, by as many processes as there are cores when the
+file is large.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import re
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from components.common.chat import load_tokenizer
+from components.common.records import LANGUAGES, Preference, Row, parse_line, raw_lines
+from components.common.similarity import Sketches, join_sketches, normal, prompt_key, sketch
+from components.validate.language import is_in_another_language
+from components.validate.privacy import KINDS, kinds_in
+from components.validate.tokens import TokenCounter
+
+CHUNK = 2048
+LARGE = 64 << 20
+"""Bytes from which further processes are worth their start (three seconds each)."""
+MAX_PROCESSES = 4
+BROKEN = ("\ufffd", "\x00")
+ROLES = re.compile(r"(system )?user( assistant user)*")
+SAID = re.compile(r"\S")
+SENTENCE_END = tuple(".!?…。！？\"'”’)）]】}`*:：;；>|")
+SHORTEST_CUT = 16
+"""Characters below which an answer is no cut one: `yes` and `yes, because` are two answers."""
+REFUSAL = re.compile(
+    r"\W*(?:(?:i'?m|i am) (?:very |so |really )?(?:sorry|afraid|unable|not able)|(?:i )?apologi[sz]e|my apologies"
+    r"|sorry\b|i (?:can(?:not|'?t)|do ?n[o']t (?:have|think i can)|won'?t)\b|unfortunately,? i\b"
+    r"|as an? (?:\w+ ){0,2}(?:ai|language model)\b"
+    r"|(?:i'?m|i am) (?:just |only )?an? (?:\w+ )?(?:ai|language model|artificial intelligence)\b"
+    r"|(?:非常|很|十分)?(?:抱歉|对不起|遗憾)"
+    r"|作为(?:一个|一名|一款)?(?:大型|大)?(?:人工智能|ai|语言模型|智能助手)"
+    r"|我(?:是一个|是一名|只是一个)?(?:ai|人工智能|语言模型)|我(?:无法|不能|没有办法))"
+)
+REFUSAL_WITHIN = 120
+
+FLAGS = (
+    "schema",
+    "turns",
+    "characters",
+    "language",
+    "license",
+    "same_answer",
+    "truncated_answer",
+    "same_tokens",
+    "other_language",
+    *KINDS,
+    "refusal_first",
+    "refusal_second",
+)
+NUMBERS = {
+    "line": np.int32,
+    "n_tokens": np.int32,
+    "prompt_characters": np.int32,
+    "first_characters": np.int32,
+    "second_characters": np.int32,
+    "id": np.uint64,
+    "group": np.uint64,
+    "key": np.uint64,
+    "content": np.uint64,
+    "swapped": np.uint64,
+}
+NAMES = ("lang", "source")
+Columns = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Rows as columns: `FLAGS` as 0 and 1, `NUMBERS`, `NAMES` as positions in `names`; with the sketch of each prompt.
+
+    `size` is the bytes of the lines.
+    """
+
+    columns: Columns
+    names: dict[str, list[str]]
+    sketches: Sketches
+    size: int
+
+
+@dataclass(frozen=True)
+class Scan:
+    """How rows are read.
+
+    Args:
+        kind: their schema.
+        base_model: folder with the tokenizer.
+        max_length: tokens that a row may have.
+        language_confidence: probability from which another language is believed.
+    """
+
+    kind: type[Row]
+    base_model: Path
+    max_length: int
+    language_confidence: float
+
+
+def scan_file(scan: Scan, path: Path, pool: ProcessPoolExecutor | None) -> Iterator[Found]:
+    """Read a file of rows in chunks, in its order.
+
+    Raises:
+        InputError: a line that is no JSON object.
+    """
+    lines = raw_lines(path)
+    chunks = iter(lambda: list(islice(lines, CHUNK)), [])
+    if pool is None:
+        yield from (scan_lines(scan, path, chunk) for chunk in chunks)
+        return
+    waiting: deque[Future[Found]] = deque()
+    for chunk in chunks:
+        waiting.append(pool.submit(scan_lines, scan, path, chunk))
+        if len(waiting) > 2 * MAX_PROCESSES:
+            yield waiting.popleft().result()
+    yield from (future.result() for future in waiting)
+
+
+def processes_for(paths: Iterable[Path]) -> ProcessPoolExecutor | None:
+    """Processes to read files with, or none when one does it faster."""
+    cores = min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
+    if cores < 2 or sum(path.stat().st_size for path in paths if path.is_file()) < LARGE:
+        return None
+    return ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """A process of the pool whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def join_found(parts: Sequence[Found]) -> Found:
+    """Chunks one after another."""
+    names: dict[str, list[str]] = {}
+    columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in (*FLAGS, *NUMBERS)}
+    for column in NAMES:
+        positions = {name: i for i, name in enumerate(sorted({name for part in parts for name in part.names[column]}))}
+        names[column] = list(positions)
+        codes = [np.array([positions[name] for name in part.names[column]], np.int16) for part in parts]
+        columns[column] = np.concatenate([code[part.columns[column]] for code, part in zip(codes, parts, strict=True)])
+    sketches = join_sketches([part.sketches for part in parts])
+    return Found(columns, names, sketches, sum(part.size for part in parts))
+
+
+_counters: dict[tuple[Path, int], TokenCounter] = {}
+"""The token counter of this process, which is slow to make."""
+
+
+def scan_lines(scan: Scan, path: Path, lines: list[tuple[int, bytes]]) -> Found:
+    """The columns of some lines of a file."""
+    place = (scan.base_model, scan.max_length)
+    if place not in _counters:
+        _counters[place] = TokenCounter(load_tokenizer(scan.base_model), scan.max_length)
+    return _Chunk(scan, _counters[place]).read(path, lines)
+
+
+class _Chunk:
+    def __init__(self, scan: Scan, counter: TokenCounter) -> None:
+        self.scan = scan
+        self.counter = counter
+        self.answers = ("chosen", "rejected") if scan.kind is Preference else ("response",)
+
+    def read(self, path: Path, lines: list[tuple[int, bytes]]) -> Found:
+        n = len(lines)
+        self.flags = {name: np.zeros(n, np.uint8) for name in FLAGS}
+        self.numbers: Columns = {name: np.zeros(n, kind) for name, kind in NUMBERS.items()}
+        names: dict[str, list[str]] = {name: [] for name in NAMES}
+        prompts, answers, texts = [], [], []
+        for row, (number, line) in enumerate(lines):
+            value = parse_line(path, number, line)
+            self.numbers["line"][row] = number
+            for name in NAMES:
+                names[name].append(str(value.get(name)))
+            prompt, answer = self._texts(row, value)
+            prompts.append(prompt)
+            answers.append(answer)
+            texts.append(self._judge(row, value, prompt, answer))
+        # What is no conversation has no tokens; a template may do anything with it.
+        whole = np.flatnonzero((self.flags["schema"] | self.flags["turns"]) == 0)
+        tokens, same = self.counter.count([prompts[row] for row in whole], [answers[row] for row in whole])
+        self.numbers["n_tokens"][whole] = tokens
+        self.flags["same_tokens"][whole] = same & (1 - self.flags["same_answer"][whole])
+        codes = {name: {value: i for i, value in enumerate(sorted(set(names[name])))} for name in NAMES}
+        named = {name: np.array([codes[name][value] for value in names[name]], np.int16) for name in NAMES}
+        sketches = sketch(texts, names["lang"])
+        size = sum(len(line) for _, line in lines)
+        return Found(self.flags | self.numbers | named, {name: list(codes[name]) for name in NAMES}, sketches, size)
+
+    def _texts(self, row: int, value: dict[str, Any]) -> tuple[list[dict[str, str]], tuple[str, ...]]:
+        """The conversation and the answers; what is no text is taken as written out, and the schema check says so."""
+        if not fits(self.scan.kind, value):
+            self.flags["schema"][row] = 1
+            turns = value.get("prompt")
+            found = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+            prompt = [{"role": str(turn.get("role")), "content": str(turn.get("content", ""))} for turn in found]
+            return prompt, tuple([str(value.get(name) or "") for name in self.answers])
+        return value["prompt"], tuple([value[name] for name in self.answers])
+
+    def _judge(self, row: int, value: dict[str, Any], prompt: list[dict[str, str]], answers: tuple[str, ...]) -> str:
+        """Set the row's flags and numbers; returns the prompt as it is compared."""
+        flags, numbers = self.flags, self.numbers
+        roles = " ".join([turn["role"] for turn in prompt])
+        asked = normal("\n".join([turn["content"] for turn in prompt]))
+        said = [normal(answer) for answer in answers]
+        whole = "\n".join([asked, *said])
+        lowered = asked.lower()
+        lower_said = [answer[: REFUSAL_WITHIN + 40].lower() for answer in said]
+        lang = str(value.get("lang"))
+        flags["turns"][row] = ROLES.fullmatch(roles) is None
+        flags["characters"][row] = any(mark in whole for mark in BROKEN)
+        flags["language"][row] = lang not in LANGUAGES
+        flags["license"][row] = SAID.search(str(value.get("license") or "")) is None
+        for kind in kinds_in(whole):
+            flags[kind][row] = 1
+        if lang in LANGUAGES:
+            texts = [lowered, *lower_said]
+            flags["other_language"][row] = is_in_another_language(lang, texts, self.scan.language_confidence)
+        numbers["prompt_characters"][row] = sum([len(turn["content"]) for turn in prompt])
+        numbers["id"][row] = _hash(str(value.get("id")))
+        numbers["group"][row] = _hash(str(value.get("group")))
+        numbers["key"][row] = int(prompt_key(lowered), 16)
+        numbers["content"][row] = _hash("\0".join([roles, asked, *said]))
+        for place, (text, opening) in enumerate(zip(answers, lower_said, strict=True)):
+            numbers[("first_characters", "second_characters")[place]][row] = len(text)
+            flags[("refusal_first", "refusal_second")[place]][row] = REFUSAL.match(opening) is not None
+        if len(said) > 1:
+            first, second = said
+            flags["same_answer"][row] = is_same(first, second)
+            flags["truncated_answer"][row] = first != second and is_cut(*sorted(said, key=len))
+            numbers["swapped"][row] = _hash("\0".join([roles, asked, second, first]))
+        return lowered
+
+
+def fits(kind: type[Row], value: dict[str, Any]) -> bool:
+    """Whether a row has the fields and types of its kind."""
+    try:
+        kind.__pydantic_validator__.validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def is_same(first: str, second: str) -> bool:
+    """Whether two normalised answers say the same."""
+    return first == second
+
+
+def is_cut(short: str, long: str) -> bool:
+    """Whether the shorter text is the beginning of the longer one and ends inside a sentence."""
+    return len(short) >= SHORTEST_CUT and long.startswith(short) and not short.endswith(SENTENCE_END)
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

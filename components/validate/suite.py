@@ -1,0 +1,63 @@
+"""Great Expectations evaluates the checks, on tables of numbers."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from components.common.errors import KubealignError
+from components.validate.checks import Check
+
+NUMBER = "number"
+
+
+class Suite:
+    """A Great Expectations context without files, with one way to put tables in."""
+
+    def __init__(self) -> None:
+        import great_expectations as gx
+
+        context = gx.get_context(mode="ephemeral")
+        context.variables.progress_bars = {"globally": False}
+        asset = context.data_sources.add_pandas("pandas").add_dataframe_asset("rows")
+        self.batches = asset.add_batch_definition_whole_dataframe("all")
+
+    def failing(self, columns: dict[str, Any], checks: list[Check]) -> dict[str, NDArray[np.int64]]:
+        """The lines of a table that fail each check.
+
+        Args:
+            columns: numbers, one array or list per column; a value that is not a number, NaN, fails nothing.
+            checks: whose expectations name these columns.
+
+        Raises:
+            KubealignError: an expectation could not be evaluated; that is never the data's fault.
+        """
+        import great_expectations.expectations as gxe
+
+        table = pd.DataFrame(columns, copy=False)
+        table[NUMBER] = np.arange(len(table), dtype=np.int32)
+        batch = self.batches.get_batch({"dataframe": table})
+        # GE repeats tested values and line numbers in its results; only the lines are asked for, and not as a query.
+        form = {
+            "result_format": "COMPLETE",
+            "unexpected_index_column_names": [NUMBER],
+            "return_unexpected_index_query": False,
+            "partial_unexpected_count": 0,
+        }
+        failed = {}
+        for check in checks:
+            result = batch.validate(getattr(gxe, check.expectation)(**check.arguments), result_format=form)
+            exceptions = _exceptions(result.exception_info)
+            if exceptions:
+                raise KubealignError(f"check {check.name} could not be evaluated: {exceptions[0]}")
+            entries = result.result.get("unexpected_index_list") or []
+            if result.success == bool(entries):
+                raise KubealignError(f"check {check.name} could not be evaluated: Great Expectations named no lines")
+            failed[check.name] = np.array([entry[NUMBER] for entry in entries], np.int64)
+        return failed
+
+
+def _exceptions(info: Any) -> list[str]:
+    entries = [info] if "raised_exception" in info else list(info.values())
+    return [str(entry["exception_message"]) for entry in entries if entry.get("raised_exception")]

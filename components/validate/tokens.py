@@ -1,0 +1,123 @@
+"""How many tokens a row has, and whether its answers still differ as tokens; most rows are decided without counting.
+
+A byte-level BPE tokenizer makes at most one token of a byte and loses nothing. So a row whose bytes are no more than
+the limit fits, and answers that differ as text differ as tokens; only the others are tokenised.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from components.common.chat import REFUSALS, encode, encode_many
+from components.common.records import Message
+
+PROBE = "\u241f"
+"""A character that no template writes by itself."""
+BATCH = 256
+"""Rows that are rendered and tokenised at once; a few MB of ids."""
+
+
+class TokenCounter:
+    """Counts the tokens of rows with a model's tokenizer and chat template.
+
+    Raises:
+        InputError: the template does not do for training; `encode` says why.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        encode(tokenizer, [Message(role="user", content="Why?")], "Because.")
+        self.lossless = _is_byte_level(tokenizer)
+        special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, special)))
+        self._overhead = cache(self._find_overhead)
+
+    def count(
+        self, prompts: Sequence[list[dict[str, str]]], answers: Sequence[tuple[str, ...]]
+    ) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """Tokens of each row's prompt and longest answer, and whether its two answers are the same tokens.
+
+        Returns:
+            [n] tokens: exact, or an upper bound that is within `max_length`; -1 where the template refuses the row.
+            [n] 1 where the answers are the same.
+        """
+        tokens = np.full(len(prompts), -1, np.int32)
+        same = np.zeros(len(prompts), np.uint8)
+        open_rows = []
+        for row, (prompt, texts) in enumerate(zip(prompts, answers, strict=True)):
+            bound = self._bound(prompt, texts)
+            if bound is not None and bound <= self.max_length and len(set(texts)) == len(texts):
+                tokens[row] = bound
+            else:
+                open_rows.append(row)
+        for start in range(0, len(open_rows), BATCH):
+            batch = open_rows[start : start + BATCH]
+            found = encode_many(self.tokenizer, [prompts[row] for row in batch], [answers[row] for row in batch])
+            for row, ids in zip(batch, found, strict=True):
+                if ids is not None:
+                    before, completions = ids
+                    tokens[row] = len(before) + max(map(len, completions))
+                    same[row] = len(completions) > 1 and completions[0] == completions[1]
+        return tokens, same
+
+    def _bound(self, prompt: list[dict[str, str]], answers: tuple[str, ...]) -> int | None:
+        if not self.lossless:
+            return None
+        overhead = self._overhead(tuple([turn["role"] for turn in prompt]))
+        if overhead is None:
+            return None
+        texts = [turn["content"] for turn in prompt] + [max(answers, key=len)]
+        size = sum(map(len, texts))
+        if size > self.max_length:
+            return size
+        size = sum([_size(turn["content"]) for turn in prompt]) + max([_size(answer) for answer in answers])
+        return size + overhead
+
+    def _find_overhead(self, roles: tuple[str, ...]) -> int | None:
+        """Tokens at most that the template adds to the bytes of a conversation; None where it refuses the roles, or
+        repeats a text, so that the size of the whole does not follow from the sizes of the texts.
+
+        Special tokens cut the text before anything is merged. So a piece between two of them that holds no text of the
+        row is counted exactly, and of the others every byte counts.
+        """
+        found = []
+        for length in (1, 33):
+            probe = PROBE * length
+            whole = [{"role": role, "content": probe} for role in (*roles, "assistant")]
+            try:
+                text: str = self.tokenizer.apply_chat_template(whole, tokenize=False)
+            except REFUSALS:
+                return None
+            pieces = self.special.split(text)
+            fixed = [piece for piece in pieces if piece and PROBE not in piece]
+            size = len(pieces) - 1 + sum(_size(piece) for piece in pieces if PROBE in piece)
+            size += sum(len(self.tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in fixed)
+            found.append(size - _size(probe) * len(whole))
+        return found[0] if found[0] == found[1] else None
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    """Whether a tokenizer is a BPE on bytes that changes no text before it splits it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return False
+    parts = json.loads(backend.to_str())
+    splitter = parts["pre_tokenizer"] or {}
+    splitters = splitter.get("pretokenizers", [splitter])
+    levels = [part for part in splitters if part.get("type") == "ByteLevel"]
+    return (
+        parts["model"]["type"] == "BPE"
+        and parts["normalizer"] is None
+        and len(levels) == 1
+        and not levels[0]["add_prefix_space"]
+    )
