@@ -219,21 +219,54 @@ class EvaluateConfig(Section):
 class GateConfig(Section):
     """What a model must show before it may become the champion."""
 
-    alpha: float = Field(gt=0, lt=0.5, description="level of the one-sided test against the incumbent")
-    margin: float = Field(ge=0, description="improvement of the preference log-loss (nats) that must be exceeded")
-    min_pairs: int = Field(ge=1, description="held-out pairs below which there is no verdict")
-    max_language_regression: float = Field(
-        ge=0,
-        description="nats; a language fails the gate when its log-loss is worse by more than this beyond doubt,"
-        " which is with the whole interval",
+    test: Literal["superiority", "non-inferiority"] = Field(
+        description="superiority: better than the incumbent by more than margin; non-inferiority: worse by less than it"
     )
+    alpha: float = Field(
+        gt=0,
+        lt=0.5,
+        description="chance of any wrong promotion over all decisions on one test set; the k-th of them gets the level"
+        " alpha / (k (k + 1))",
+    )
+    margin: float = Field(ge=0, description="of the test, nats of preference log-loss")
+    min_pairs: int = Field(ge=1, description="held-out pairs below which there is no promotion")
+    max_own_loss: Positive = Field(
+        description="nats; DPO loss with the policy's own beta and reference must be below it; a policy that learnt"
+        " nothing has ln 2 = 0.6931"
+    )
+    max_kl: Positive = Field(description="nats per answer; KL from the SFT model on the policy's own samples")
+    min_length_ratio: float = Field(ge=0, description="tokens of the policy's answers over those of the SFT model")
+    max_length_ratio: Positive = Field(description="the same, from above")
+    max_repetition_increase: Probability = Field(
+        description="by how much more the policy's greedy answers may repeat themselves than the incumbent's"
+    )
+    max_language_regression: float = Field(
+        ge=0, description="nats; a language fails the gate on evidence that its log-loss is worse by more than this"
+    )
+    language_alpha: float = Field(
+        gt=0, lt=0.5, description="level of those tests together; each language gets an equal share"
+    )
+    clean_data: bool = Field(description="whether the data must be what a commit records (dvc.lock), not edited since")
+
+    def threshold(self) -> float:
+        """The improvement, nats, that the primary test must show to be exceeded."""
+        return self.margin if self.test == "superiority" else -self.margin
+
+    @model_validator(mode="after")
+    def _margin_is_stated(self) -> "GateConfig":
+        if self.test == "non-inferiority" and self.margin == 0:
+            raise ValueError("non-inferiority needs a margin above 0: how much worse is still good enough")
+        return self
 
 
 class RegisterConfig(Section):
-    """The name in the MLflow registry."""
+    """The name in the MLflow registry, and what is stored there."""
 
     name: str = Field(pattern=r"^[^/:@\s]+$", description="registered model")
     promote: bool = Field(description="whether a passed gate makes the model the champion")
+    format: Literal["merged", "adapter"] = Field(
+        description="merged: whole weights in fp32; adapter: the LoRA adapter, and the base model by reference and hash"
+    )
 
 
 class StepResources(Section):
