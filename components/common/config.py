@@ -310,6 +310,10 @@ class ClusterConfig(Section):
     mlflow_uri: str = Field(
         pattern=r"^(https?://[^@\s]+)?$", description="MLflow server; needed for the kubeflow target"
     )
+    ui_url: str = Field(
+        pattern=r"^(https?://[^@\s]+)?$",
+        description="Kubeflow UI, for links from model versions to runs; empty for none",
+    )
     mlflow_secret: str = Field(description="secret with keys `username` and `password` for MLflow; empty for none")
     s3_endpoint: str = Field(pattern=r"^(https?://[^@\s]+)?$", description="S3-compatible store; empty for AWS's own")
     s3_secret: str = Field(description="secret with keys `access_key` and `secret_key`; empty for none")

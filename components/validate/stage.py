@@ -152,11 +152,20 @@ def _summary(
         "clean": len(kept),
         "quarantined": len(reasons),
         "dropped": len(dropped),
+        "sources": _sources([rows[i] for i in kept]),
         "splits": {split: Counter(str(rows[i].get("lang")) for i in kept if splits[i] == split) for split in SPLITS},
         "checks": [
             {"name": c.name, "severity": c.severity, "failed": len(failed[c.name]), "advice": c.advice} for c in checks
         ],
     }
+
+
+def _sources(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Licence and number of the clean rows of every source; several licences of one are all named."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        found.setdefault(row["source"], []).append(row["license"])
+    return {name: {"license": ", ".join(sorted(set(all_))), "rows": len(all_)} for name, all_ in sorted(found.items())}
 
 
 def _stop_when_bad(config: ValidateConfig, summaries: dict[str, Summary]) -> None:
