@@ -49,6 +49,7 @@ def staged(sources: Sources, kind: str, card: str, base_reference: str) -> Itera
         (folder / "settings.yaml").write_text(sources.settings, encoding="utf-8")
         made = {"card": folder / CARD, "settings": folder / "settings.yaml"}
         made |= {"environment": policy / ENVIRONMENT, "fingerprint": policy / FINGERPRINT}
+        made |= {"training": policy / "training.json"}
         made |= {"evaluation": sources.evaluation / "evaluation.json", "verdict": sources.evaluation / "verdict.json"}
         if (policy / "adapter").is_dir():
             made["adapter"] = policy / "adapter"
