@@ -211,9 +211,9 @@ class EvaluateConfig(Section):
 
     bootstrap: int = Field(ge=1000, description="resamples of the prompt groups for every interval and test")
     confidence: float = Field(gt=0.5, lt=1, description="of the intervals, 0.95 for 95 %")
-    seed: int = Field(ge=0, description="of the bootstrap")
-    answers: int = Field(ge=0, description="held-out prompts per language that are answered side by side")
-    max_new_tokens: int = Field(ge=1, description="length limit of those answers")
+    seed: int = Field(ge=0, description="of the bootstrap and of the sampled answers")
+    answers: int = Field(ge=0, description="held-out prompts per language that every model answers; 0 for none")
+    max_new_tokens: int = Field(ge=1, description="tokens at which those answers are cut")
 
 
 class GateConfig(Section):

@@ -51,13 +51,15 @@ class ModelResults(TypedDict):
     sources: dict[str, Metrics]
     lengths: dict[str, Metrics]
     own: Metrics | None
-    """With its own beta against its own reference: loss, reward_accuracy, reward_margin, chosen_reward,
-    rejected_reward; None for a model without beta, and for an incumbent whose reference is not known."""
+    """With its own beta against its own reference, as its training loss defines rewards (per token for some): loss,
+    reward_accuracy, reward_margin, chosen_reward, rejected_reward, brier; None for a model without beta, and for an
+    incumbent whose reference is not known."""
     auc: Estimate
-    reliability: list[dict[str, float]]
-    """Bins of the reliability plot: predicted, observed, low, high, n."""
+    reliability: dict[str, list[dict[str, float]]]
+    """Bins of the reliability plot (predicted, observed, low, high, n) with the `fitted` scale, and where there is a
+    beta with the `own` one."""
     generation: Generation | None
-    """None when evaluate.prompts is 0."""
+    """None when evaluate.answers is 0."""
 
 
 class McNemar(TypedDict):
@@ -75,9 +77,12 @@ class Comparison(TypedDict):
     """Mean preference log-loss of the rival minus the policy's: the primary difference."""
     threshold: float
     p_value: float
-    """One-sided, of "the improvement is at most `threshold`"; a share of resamples, at least 1 / (bootstrap + 1)."""
+    """One-sided, of "the improvement is at most `threshold`": a share of resamples, at least 1 / (bootstrap + 1); the
+    larger of the percentile's and the bootstrap-t's."""
     distribution: list[float]
     """Quantiles 0.001, 0.002 … 0.999 of the resampled improvement."""
+    regression_p: dict[str, float]
+    """Per language, one-sided, of "the policy is worse by at most gate.max_language_regression"."""
     by_language: Metrics
     by_source: Metrics
     by_length: Metrics
@@ -118,7 +123,7 @@ class Results(TypedDict):
     """Of the policy's margin: fpr, tpr, threshold."""
     findings: list[Finding]
     held_out: list[dict[str, Any]]
-    """Per test pair: id, group, lang, source, length, and margin of every model."""
+    """Per test pair: id, group, lang, source, length (tokens of the longer answer), margins of every model."""
     answers: list[dict[str, Any]]
     policy_digest: str
     facts: dict[str, str]
