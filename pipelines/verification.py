@@ -145,16 +145,19 @@ def reproduce(version: Any, project: Path, out: Path | None) -> Iterator[str]:
         yield "warning   the data was not what a commit records; compare the digests above"
     with tempfile.TemporaryDirectory() as scratch:
         source = f"models:/{version.name}/{version.version}/artifacts"
-        for name in ("environment.txt", "settings.yaml"):
-            mlflow.artifacts.download_artifacts(artifact_uri=f"{source}/{name}", dst_path=scratch)
-        yield from _packages(Path(scratch, "environment.txt").read_text(encoding="utf-8"))
-        settings = yaml.safe_load(Path(scratch, "settings.yaml").read_text(encoding="utf-8"))
+        recorded, settings = (
+            Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{source}/{name}", dst_path=scratch)).read_text(
+                "utf-8"
+            )
+            for name in ("environment.txt", "settings.yaml")
+        )
+        yield from _packages(recorded)
         if out is None:
             yield "to check it out: the same command with --out FOLDER"
             return
         _check_out(project, commit, out)
-        _write_params(out, settings, project, tags["data_commit"])
-        write_text(out / "environment.txt", Path(scratch, "environment.txt").read_text(encoding="utf-8"))
+        _write_params(out, yaml.safe_load(settings), project, tags["data_commit"])
+        write_text(out / "environment.txt", recorded)
     yield f"checked out to {out}, with the settings of that run in {PARAMS} and its packages in environment.txt; then:"
     yield f"  cd {out} && make data && .venv/bin/kubealign run"
 

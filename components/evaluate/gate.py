@@ -139,7 +139,7 @@ def _generation(results: Results, rival: str, rival_name: str, config: GateConfi
 def _limit(name: str, found: Estimate | None, lowest: float | None, highest: float, meaning: str) -> Rule:
     expected = f"at most {highest:g}" if lowest is None else f"from {lowest:g} to {highest:g}"
     if found is None:
-        return _not_applicable(name, expected, "no answers were generated (evaluate.prompts is 0)")
+        return _not_applicable(name, expected, "no answers were generated (evaluate.answers is 0)")
     ok = found["value"] <= highest and (lowest is None or found["value"] >= lowest)
     sentence = f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}] {meaning}"
     return _rule(name, ok, found["value"], expected, sentence)
@@ -148,7 +148,7 @@ def _limit(name: str, found: Estimate | None, lowest: float | None, highest: flo
 def _repetition(policy: Generation | None, other: Generation | None, rival: str, config: GateConfig) -> Rule:
     expected = f"at most {config.max_repetition_increase:g} more"
     if policy is None or other is None:
-        return _not_applicable("repetition", expected, "no answers were generated (evaluate.prompts is 0)")
+        return _not_applicable("repetition", expected, "no answers were generated (evaluate.answers is 0)")
     mine, theirs = policy["greedy"]["repetition"]["value"], other["greedy"]["repetition"]["value"]
     sentence = f"{mine:.3f} of the greedy answers' text repeats itself, {theirs:.3f} with {rival}"
     return _rule("repetition", mine - theirs <= config.max_repetition_increase, mine - theirs, expected, sentence)

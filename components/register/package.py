@@ -2,6 +2,7 @@
 from; and how it gets into MLflow.
 """
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -83,11 +84,12 @@ def log_version(
             pip_requirements=requirements,
         )
     ensure_registered_model(run.client, name)
+    stored = run.client.get_logged_model(logged.model_id).artifact_location
     made = run.client.create_model_version(
         name,
         logged.model_uri,
         run_id=run.run_id,
-        tags=tags | {"kubealign.manifest": _manifest(logged.model_uri, artifacts)},
+        tags=tags | {"kubealign.manifest": _manifest(stored, artifacts)},
         model_id=logged.model_id,
     )
     return str(made.version)
@@ -144,20 +146,18 @@ def requirements(policy: Path, kind: str) -> list[str]:
     return [f"{name}=={version}" for name, version in wanted.items()]
 
 
-def _manifest(model_uri: str, artifacts: dict[str, str]) -> str:
+def _manifest(stored: str, artifacts: dict[str, str]) -> str:
     """sha256 of every file of the version, as JSON: ours as they were given, MLflow's as they were stored."""
-    import json
-
     import mlflow
 
     hashes = {f"{CODE.name}": sha256_file(CODE)}
-    for path in map(Path, artifacts.values()):
-        found = file_hashes(path) if path.is_dir() else {"": sha256_file(path)}
-        hashes |= {f"artifacts/{path.name}/{name}".rstrip("/"): value for name, value in found.items()}
+    for given in map(Path, artifacts.values()):
+        found = file_hashes(given) if given.is_dir() else {"": sha256_file(given)}
+        hashes |= {f"artifacts/{given.name}/{name}".rstrip("/"): value for name, value in found.items()}
     with tempfile.TemporaryDirectory() as scratch:
         for name in LOADED_BY_PATH:
-            stored = mlflow.artifacts.download_artifacts(artifact_uri=f"{model_uri}/{name}", dst_path=scratch)
-            hashes[name] = sha256_file(Path(stored))
+            path = mlflow.artifacts.download_artifacts(artifact_uri=f"{stored}/{name}", dst_path=scratch)
+            hashes[name] = sha256_file(Path(path))
     return json.dumps(hashes, sort_keys=True)
 
 

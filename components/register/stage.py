@@ -77,7 +77,7 @@ def run_register(
         KubealignError: the verdict is about another model or does not follow from its numbers, a file changed since it
             was written, or MLflow does not do its part.
     """
-    with tracking.stage_run("register", config.model_dump() | asdict(lineage)) as run, _kept(judged.policy):
+    with _kept(judged.policy), tracking.stage_run("register", config.model_dump() | asdict(lineage)) as run:
         verdict, found = check_verdict(judged, gate, lineage)
         version = _version(run, config, lineage, stage_runs, judged, verdict, found)
         decided = _decide(run, config, version, verdict, lineage)

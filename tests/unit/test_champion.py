@@ -15,8 +15,11 @@ from components.common.audit import Audit, next_use
 from components.common.errors import InputError, KubealignError
 from components.register import champion
 from components.register.champion import ROLLED_BACK, ChampionChanged, champion_alias, promote, rollback, settle
+from tests.component_kit import empty_mlflow, own_home
 from tests.conftest import ROOT
 from tests.services import mlflow_server
+
+__all__ = ["empty_mlflow", "own_home"]  # an MLflow with its tables made, which takes two seconds
 
 NAME = "m"
 
