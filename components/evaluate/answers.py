@@ -26,7 +26,7 @@ from components.evaluate.results import Estimate, Generation, Metrics
 from components.evaluate.statistics import Floats, GroupBootstrap
 from components.training.models import PackedModel, plain_attention
 
-BATCH_PROMPTS = 16
+BATCH_PROMPTS = 8
 REPEATED_TOKENS = 4
 HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
 LATIN_WORD = re.compile(r"[A-Za-z]+")

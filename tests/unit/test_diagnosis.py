@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from components.evaluate.diagnosis import diagnose
-from tests.unit.conftest import Stages
 
 LN2 = math.log(2)
 STEPS = 60
@@ -101,13 +100,3 @@ def test_too_low_and_too_high_a_learning_rate_get_different_advice() -> None:
     low = diagnose(history(loss=lambda done: LN2, **still), evaluation())[0]
     high = diagnose(history(loss=lambda done: LN2 + done, **still), evaluation())[0]
     assert "too low" in low["advice"] and "too high" in high["advice"]
-
-
-def test_really_trained_with_bad_settings_they_are_recognised_too(stages: Stages) -> None:
-    def found(name: str, *sets: str) -> set[str]:
-        return {finding["name"] for finding in stages.align(name, "evaluate.answers=0", *sets)["findings"]}
-
-    assert found("still", "dpo.lr=1e-30", "dpo.epochs=1") == {"no learning"}
-    # Answers that begin with one of two words are told apart at once.
-    assert "accuracy of 1.0 too early" in found("leak", "dpo.epochs=8")
-    assert "KL blow-up" in found("far", "dpo.lr=0.3", "dpo.epochs=8", "dpo.beta=1")

@@ -386,5 +386,5 @@ def test_the_report_is_self_contained_escaped_and_follows_its_input() -> None:
 
 
 def test_the_report_of_a_long_training_and_many_pairs_stays_small() -> None:
-    page, _ = page_of(results(1.0, 0.5, n=1000), steps=5000)
+    page, _ = page_of(results(1.0, 0.5, n=400), steps=5000)
     assert len(page.encode()) < 1_000_000
