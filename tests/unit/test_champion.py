@@ -29,13 +29,13 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(champion, "SETTLES_AFTER_S", 0.01)
 
 
-def with_versions(client: Any, n: int) -> Any:
+def with_versions(client: Any, n: int, name: str = NAME) -> Any:
     """A registered model with so many versions of nothing."""
     run = client.create_run(tracking.experiment_id(client))
     client.log_text(run.info.run_id, "nothing", "model/nothing.txt")
-    client.create_registered_model(NAME)
+    client.create_registered_model(name)
     for _ in range(n):
-        client.create_model_version(NAME, f"runs:/{run.info.run_id}/model", run_id=run.info.run_id)
+        client.create_model_version(name, f"runs:/{run.info.run_id}/model", run_id=run.info.run_id)
     return client
 
 

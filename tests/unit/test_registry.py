@@ -29,7 +29,7 @@ from components.register.stage import Judged, Lineage, run_register
 from pipelines.cli import app
 from tests.component_kit import Chain, empty_mlflow, own_home
 from tests.conftest import ROOT
-from tests.services import ADMIN, faulty_proxy, mlflow_server, mlflow_server_with_users
+from tests.services import ADMIN, faulty_proxy, mlflow_server_with_users
 from tests.unit.test_champion import with_versions
 
 __all__ = ["empty_mlflow", "own_home"]  # an MLflow with its tables made, which takes two seconds
@@ -340,13 +340,15 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with mlflow_server(tmp_path_factory.mktemp("server")) as address:
+    """With SQLite and users (basic-auth)."""
+    with mlflow_server_with_users(tmp_path_factory.mktemp("server")) as address:
         yield address
 
 
 def test_mlflow_on_a_bad_day_is_asked_again_and_then_the_model_is_kept_and_the_next_run_finishes(
     chain: Chain, tmp_path: Path, server: str, quick_retries: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    log_in(monkeypatch, *ADMIN)
     with faulty_proxy(server) as proxy:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.address)
         shop = Shop(chain, tmp_path)
@@ -387,25 +389,24 @@ def post(address: str, path: str, **body: Any) -> Any:
 
 
 def test_a_user_without_the_right_is_told_what_it_takes(
-    tmp_path: Path, quick_retries: None, monkeypatch: pytest.MonkeyPatch
+    server: str, quick_retries: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with mlflow_server_with_users(tmp_path / "server") as address:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        log_in(monkeypatch, *ADMIN)
-        client = with_versions(tracking.client(), 2)
-        promote(client, "m", "1", "gate", "", expected="")
-        post(address, "users/create", username="reader", password="reads-only-things")  # noqa: S106
-        log_in(monkeypatch, "reader", "reads-only-things")
-        assert "gate" in named("history").output, "reading is allowed"
-        refused = named("promote", "2", "--force", "--reason", "x")
-        said = tracking.explain_mlflow(refused.exception)  # as `main` says it
-        assert refused.exit_code and "does not let reader do this" in said and "EDIT on the experiment" in said
-        with pytest.raises(MlflowException) as stop, tracking.stage_run("register", {}):
-            pass
-        assert "does not let reader" in tracking.explain_mlflow(stop.value)
-        assert champion_alias(client, "m") == "1"
-        log_in(monkeypatch, "reader", "wrong")
-        assert "does not let reader" in tracking.explain_mlflow(named("history").exception)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    log_in(monkeypatch, *ADMIN)
+    client = with_versions(tracking.client(), 2, "theirs")
+    promote(client, "theirs", "1", "gate", "", expected="")
+    post(server, "users/create", username="reader", password="reads-only-things")  # noqa: S106
+    log_in(monkeypatch, "reader", "reads-only-things")
+    assert "gate" in cli("history", "--name", "theirs").output, "reading is allowed"
+    refused = cli("promote", "2", "--force", "--reason", "x", "--name", "theirs")
+    said = tracking.explain_mlflow(refused.exception)  # as `main` says it
+    assert refused.exit_code and "does not let reader do this" in said and "EDIT on the experiment" in said
+    with pytest.raises(MlflowException) as stop, tracking.stage_run("register", {}):
+        pass
+    assert "does not let reader" in tracking.explain_mlflow(stop.value)
+    assert champion_alias(client, "theirs") == "1"
+    log_in(monkeypatch, "reader", "wrong")
+    assert "does not let reader" in tracking.explain_mlflow(cli("history", "--name", "theirs").exception)
 
 
 def log_in(monkeypatch: pytest.MonkeyPatch, user: str, password: str) -> None:
@@ -425,7 +426,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
 @pytest.mark.long
-def test_weights_over_100_mb_are_not_held_in_memory_on_their_way_to_a_server(tmp_path: Path, server: str) -> None:
+def test_weights_over_100_mb_are_not_held_in_memory_on_their_way_to_a_server(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_in(monkeypatch, *ADMIN)
     peaks = []
     for size_mb in (1, 400):
         model = tmp_path / f"{size_mb}" / "model"
