@@ -41,6 +41,10 @@ test: data ## ruff, mypy and all tests of the normal tier
 bench: data ## the training engine against TRL: time, memory, differences; half an hour
 	TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1 python tests/bench/training.py $(ARGS)
 
+.PHONY: gate-demo
+gate-demo: data ## a better, an equal, a worse and a lucky model before the gate, then rollback and verify; an hour
+	TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1 python tests/bench/gate_demo.py $(ARGS)
+
 .PHONY: test-long
 test-long: data ## the full counts: kills, races, failures
 	pytest -m long $(PYTEST_ARGS)

@@ -91,13 +91,15 @@ def evaluate(
     policy: Annotated[Path, typer.Option(help="Folder that dpo wrote.")],
     out: Out,
     incumbent: Annotated[str, typer.Option(help="models:/name/version to beat; the SFT model without.")] = "",
+    test_use: Annotated[int, typer.Option(min=1, help="Number of this decision on the same test set.")] = 1,
+    data_clean: Annotated[bool, typer.Option(help="Whether a commit records just this data.")] = False,
     params: Params = Path(PARAMS),
 ) -> None:
     """Judge a policy on the held-out pairs; OUT gets the numbers, the verdict and the report."""
     from components.evaluate.stage import Inputs, run_evaluate
 
     config = load_config(params)
-    inputs = Inputs(dataset, base, sft_model, policy, incumbent)
+    inputs = Inputs(dataset, base, sft_model, policy, incumbent, test_use, data_clean)
     reports = (out / "report.html", out / "report.md")
     run_evaluate(config.evaluate, config.gate, config.model, inputs, {"base_model": config.model.base}, out, *reports)
 

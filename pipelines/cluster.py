@@ -77,6 +77,8 @@ def pod_template(cluster: ClusterConfig) -> str:
 def _environment(task: Any, cluster: ClusterConfig) -> None:
     task.set_env_variable("MLFLOW_TRACKING_URI", cluster.mlflow_uri)
     kubernetes.use_field_path_as_env(task, "KUBEALIGN_KFP_RUN", RUN_LABEL)
+    if cluster.ui_url:
+        task.set_env_variable("KUBEALIGN_KFP_URL", cluster.ui_url)
     if cluster.s3_endpoint:
         task.set_env_variable("AWS_ENDPOINT_URL", cluster.s3_endpoint)
     for secret, keys in (

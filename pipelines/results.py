@@ -85,6 +85,8 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
     lines = [
         f"verdict   {words}",
         f"          {result['verdict']['sentence']}",
+        f"decision  {result['decided']['sentence']}; number {result['verdict']['test_use']} on this test set, tested at"
+        f" {result['verdict']['level']:.2g}",
         f"model     {result['model_uri']}  ({', '.join(result['aliases']) or 'no alias'})",
         f"report    {result['report']}",
         "MLflow    kubealign ui",

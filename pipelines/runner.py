@@ -240,7 +240,18 @@ def _end(child: subprocess.Popen[str]) -> None:
 
 
 def _close_runs(client: Any, run_id: str, status: str) -> None:
-    """End the parent run, and the stage runs that a kill left open."""
+    """End the parent run, and the stage runs that a kill left open.
+
+    After a failure MLflow may be what failed; then the runs stay open, and the step's own message is what counts.
+    """
+    try:
+        _end_runs(client, run_id, status)
+    except Exception as error:
+        if status == "FINISHED" or not tracking.is_mlflow_failure(error):
+            raise
+
+
+def _end_runs(client: Any, run_id: str, status: str) -> None:
     client.set_terminated(run_id, status)
     experiment = client.get_run(run_id).info.experiment_id
     query = f"tags.`mlflow.parentRunId` = '{run_id}' AND attributes.status = 'RUNNING'"

@@ -96,6 +96,7 @@ def runs(own_home: Path) -> dict[str, str]:
     """A run for every stage before register, in the test's own MLflow."""
     client = tracking.client()
     run_id = client.create_run(tracking.experiment_id(client)).info.run_id
+    client.log_text(run_id, (ROOT / "params.yaml").read_text(encoding="utf-8"), tracking.SETTINGS)
     return {f"{stage}_run": run_id for stage in ("resolve", "fetch", "validate", "sft", "dpo", "evaluate")}
 
 

@@ -1,16 +1,19 @@
 """Real servers that tests start for themselves, on 127.0.0.1 and free ports, and end again."""
 
+import http.client
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 STARTS_WITHIN_S = 60
@@ -52,15 +55,87 @@ def _await(health: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
+def mlflow_server(folder: Path, *more: str, **environment: str) -> Iterator[str]:
     """A real MLflow server with SQLite and a folder of artifacts; gives its address."""
     address = f"http://127.0.0.1:{free_port()}"
     words = [str(Path(sys.executable).with_name("mlflow")), "server", "--host", "127.0.0.1", "--workers", "1"]
     words += ["--port", address.rpartition(":")[2], "--backend-store-uri", f"sqlite:///{folder}/server.db"]
-    words += ["--artifacts-destination", str(folder / "artifacts")]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    words += ["--artifacts-destination", str(folder / "artifacts"), *more]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | environment
     with server(words, environment, folder / "mlflow.log", f"{address}/health"):
         yield address
+
+
+ADMIN = ("admin", "a-password-for-tests")
+
+
+@contextmanager
+def mlflow_server_with_users(folder: Path) -> Iterator[str]:
+    """The same with basic-auth: ADMIN may everything, other users read what is not theirs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "auth.ini"
+    config.write_text(
+        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{folder}/auth.db\n"
+        f"admin_username = {ADMIN[0]}\nadmin_password = {ADMIN[1]}\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    secrets = {"MLFLOW_AUTH_CONFIG_PATH": str(config), "MLFLOW_FLASK_SERVER_SECRET_KEY": "only-for-tests"}
+    with mlflow_server(folder, "--app-name", "basic-auth", **secrets) as address:
+        yield address
+
+
+@dataclass
+class Faulty:
+    """A proxy before a server. `fails` says of a request (method, path) how it goes wrong: `500`, `close`, or not."""
+
+    address: str
+    fails: Callable[[str, str], str] = lambda method, path: ""
+    seen: list[tuple[str, str]] = field(default_factory=list)
+
+
+@contextmanager
+def faulty_proxy(target: str) -> Iterator[Faulty]:
+    """Put a proxy that fails on demand before a server."""
+    host = target.removeprefix("http://")
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *words: object) -> None:
+            """Nothing."""
+
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            path = self.path.partition("?")[0]
+            proxy.seen.append((self.command, path))
+            fault = proxy.fails(self.command, path)
+            if fault == "close":
+                self.close_connection = True
+                return
+            if fault:
+                status, content, kind = int(fault), b'{"error_code": "INTERNAL_ERROR"}', "application/json"
+            else:
+                upstream = http.client.HTTPConnection(host)
+                headers = {name: value for name, value in self.headers.items() if name != "Host"}
+                upstream.request(self.command, self.path, body, headers)
+                response = upstream.getresponse()
+                status, content = response.status, response.read()
+                kind = response.headers.get("Content-Type", "application/octet-stream")
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
+
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    proxy = Faulty(f"http://127.0.0.1:{listener.server_port}")
+    thread = threading.Thread(target=listener.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield proxy
+    finally:
+        listener.shutdown()
+        listener.server_close()
 
 
 @dataclass(frozen=True)

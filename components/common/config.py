@@ -244,29 +244,62 @@ class EvaluateConfig(Section):
 
     bootstrap: int = Field(ge=1000, description="resamples of the prompt groups for every interval and test")
     confidence: float = Field(gt=0.5, lt=1, description="of the intervals, 0.95 for 95 %")
-    seed: int = Field(ge=0, description="of the bootstrap")
-    answers: int = Field(ge=0, description="held-out prompts per language that are answered side by side")
-    max_new_tokens: int = Field(ge=1, description="length limit of those answers")
+    seed: int = Field(ge=0, description="of the bootstrap and of the sampled answers")
+    answers: int = Field(ge=0, description="held-out prompts per language that every model answers; 0 for none")
+    max_new_tokens: int = Field(ge=1, description="tokens at which those answers are cut")
 
 
 class GateConfig(Section):
     """What a model must show before it may become the champion."""
 
-    alpha: float = Field(gt=0, lt=0.5, description="level of the one-sided test against the incumbent")
-    margin: float = Field(ge=0, description="improvement of the preference log-loss (nats) that must be exceeded")
-    min_pairs: int = Field(ge=1, description="held-out pairs below which there is no verdict")
-    max_language_regression: float = Field(
-        ge=0,
-        description="nats; a language fails the gate when its log-loss is worse by more than this beyond doubt,"
-        " which is with the whole interval",
+    test: Literal["superiority", "non-inferiority"] = Field(
+        description="superiority: better than the incumbent by more than margin; non-inferiority: worse by less than it"
     )
+    alpha: float = Field(
+        gt=0,
+        lt=0.5,
+        description="chance of any wrong promotion over all decisions on one test set; the k-th of them gets the level"
+        " alpha / (k (k + 1))",
+    )
+    margin: float = Field(ge=0, description="of the test, nats of preference log-loss")
+    min_pairs: int = Field(ge=1, description="held-out pairs below which there is no promotion")
+    max_own_loss: Positive = Field(
+        description="nats; DPO loss with the policy's own beta and reference must be below it; a policy that learnt"
+        " nothing has ln 2 = 0.6931"
+    )
+    max_kl: Positive = Field(description="nats per answer; KL from the SFT model on the policy's own samples")
+    min_length_ratio: float = Field(ge=0, description="tokens of the policy's answers over those of the SFT model")
+    max_length_ratio: Positive = Field(description="the same, from above")
+    max_repetition_increase: Probability = Field(
+        description="by how much more the policy's greedy answers may repeat themselves than the incumbent's"
+    )
+    max_language_regression: float = Field(
+        ge=0, description="nats; a language fails the gate on evidence that its log-loss is worse by more than this"
+    )
+    language_alpha: float = Field(
+        gt=0, lt=0.5, description="level of those tests together; each language gets an equal share"
+    )
+    clean_data: bool = Field(description="whether the data must be what a commit records (dvc.lock), not edited since")
+
+    def threshold(self) -> float:
+        """The improvement, nats, that the primary test must show to be exceeded."""
+        return self.margin if self.test == "superiority" else -self.margin
+
+    @model_validator(mode="after")
+    def _margin_is_stated(self) -> "GateConfig":
+        if self.test == "non-inferiority" and self.margin == 0:
+            raise ValueError("non-inferiority needs a margin above 0: how much worse is still good enough")
+        return self
 
 
 class RegisterConfig(Section):
-    """The name in the MLflow registry."""
+    """The name in the MLflow registry, and what is stored there."""
 
     name: str = Field(pattern=r"^[^/:@\s]+$", description="registered model")
     promote: bool = Field(description="whether a passed gate makes the model the champion")
+    format: Literal["merged", "adapter"] = Field(
+        description="merged: whole weights in fp32; adapter: the LoRA adapter, and the base model by reference and hash"
+    )
 
 
 class StepResources(Section):
@@ -309,6 +342,10 @@ class ClusterConfig(Section):
     run_as_user: int = Field(ge=1, description="user id of every step")
     mlflow_uri: str = Field(
         pattern=r"^(https?://[^@\s]+)?$", description="MLflow server; needed for the kubeflow target"
+    )
+    ui_url: str = Field(
+        pattern=r"^(https?://[^@\s]+)?$",
+        description="Kubeflow UI, for links from model versions to runs; empty for none",
     )
     mlflow_secret: str = Field(description="secret with keys `username` and `password` for MLflow; empty for none")
     s3_endpoint: str = Field(pattern=r"^(https?://[^@\s]+)?$", description="S3-compatible store; empty for AWS's own")

@@ -43,6 +43,12 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def environment() -> str:
+    """Every installed distribution as a line `name==version`, sorted: what a run was made with, and pip reads."""
+    found = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
+    return "".join(f"{name}=={version}\n" for name, version in sorted(found.items()))
+
+
 def imported_modules(start: str) -> dict[str, Path]:
     """Every module of the package `components` that `start` imports, directly or not, wherever the import stands."""
     found: dict[str, Path] = {}
@@ -89,5 +95,5 @@ def _module_file(name: str) -> Path | None:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    kinds = (".html", ".jinja", ".css")
+    kinds = (".html", ".jinja", ".css", ".js")
     return sorted(path for path in folder.rglob("*") if path.suffix in kinds)

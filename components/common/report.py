@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: one style, tables and plots; nothing is loaded from elsewhere."""
+"""Self-contained HTML pages: one style, sortable tables and plots; nothing is loaded from elsewhere."""
 
 import html
 import io
@@ -6,29 +6,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-STYLE = Path(__file__).with_name("page.css")
+STYLE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
+MAX_POINTS = 400
 INK, FIRST, SECOND, THIRD = "#111112", "#2563eb", "#d97706", "#059669"
 """Plot colours; INK is replaced by the page's text colour, so that plots follow light and dark."""
 
 
 def page(title: str, body: str) -> str:
     """A whole HTML page around `body`, which is HTML already."""
-    style = STYLE.read_text(encoding="utf-8")
+    style, script = STYLE.read_text(encoding="utf-8"), SCRIPT.read_text(encoding="utf-8")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{style}</style></head>\n<body><main><h1>{html.escape(title)}</h1>{body}</main></body></html>\n"
+        f"<style>{style}</style></head>\n<body><main><h1>{html.escape(title)}</h1>{body}</main>"
+        f"<script>{script}</script></body></html>\n"
     )
 
 
 def table_html(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table; every cell is escaped, numbers stand to the right."""
+    """A table that sorts by a click on a title; every cell is escaped, numbers stand to the right."""
 
     def cell(value: Any) -> str:
         side = ' class="number"' if isinstance(value, int | float) else ""
         return f"<td{side}>{html.escape(str(value))}</td>"
 
-    titles = "".join(f"<th>{html.escape(title)}</th>" for title in head)
+    titles = "".join(f'<th scope="col">{html.escape(title)}</th>' for title in head)
     lines = "".join(f"<tr>{''.join(cell(value) for value in row)}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
 
@@ -50,6 +52,12 @@ def new_plot(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
         spine.set_color(INK)
         spine.set_visible(side in ("left", "bottom"))
     return figure, axes
+
+
+def thinned(values: Sequence[Any]) -> list[Any]:
+    """At most MAX_POINTS of the values, evenly spaced, the first and the last among them: a page must stay small."""
+    n = min(MAX_POINTS, len(values))
+    return [values[round(index * (len(values) - 1) / max(1, n - 1))] for index in range(n)]
 
 
 def plot_html(figure: Any, caption: str) -> str:

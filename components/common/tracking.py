@@ -28,6 +28,8 @@ KFP_RUN_VARIABLE = "KUBEALIGN_KFP_RUN"
 """Environment variable with the id of the run on Kubeflow, whose parent run in MLflow carries it as a tag."""
 EXPERIMENT = "kubealign"
 LAST_STAGE = "register"
+SETTINGS = "settings.yaml"
+"""Artifact of resolve's run: every setting of the pipeline run, as sections of params.yaml."""
 PROGRESS_EVERY_S = 1.0
 
 
@@ -196,12 +198,58 @@ def stage_run(name: str, params: Mapping[str, Any]) -> Iterator[StageRun]:
     try:
         yield run
         status = "FINISHED"
+    except Exception as error:
+        # Each further request to an MLflow that does not answer would be retried for minutes.
+        if any(is_unreachable(cause) for cause in causes(error)):
+            status = ""
+        raise
     finally:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        run.log_metrics([(0, {"seconds": time.monotonic() - started, "peak_memory_mib": peak})])
-        mlflow_client.set_terminated(run.run_id, status)
-        if os.environ.get(KFP_RUN_VARIABLE) and (status == "FAILED" or name == LAST_STAGE):
-            mlflow_client.set_terminated(parent_run(), status)
+        if status:
+            _end_run(run, name, status, time.monotonic() - started)
+
+
+def _end_run(run: StageRun, name: str, status: str, seconds: float) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    run.log_metrics([(0, {"seconds": seconds, "peak_memory_mib": peak})])
+    run.client.set_terminated(run.run_id, status)
+    if os.environ.get(KFP_RUN_VARIABLE) and (status == "FAILED" or name == LAST_STAGE):
+        run.client.set_terminated(parent_run(), status)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def is_mlflow_failure(error: BaseException) -> bool:
+    """Whether MLflow or the way to it failed, rather than we."""
+    return type(error).__module__.startswith(("mlflow.", "sqlalchemy.", "requests.", "urllib3."))
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether MLflow does not answer, or answers that it cannot serve now."""
+    if type(error).__module__.startswith(("requests.", "urllib3.")):
+        return True
+    text = str(error)
+    return is_mlflow_failure(error) and (
+        "Max retries exceeded" in text or "too many 5" in text or "failed with exception" in text
+    )
+
+
+def explain_mlflow(error: BaseException) -> str:
+    """A sentence for the failures of MLflow that a person can mend."""
+    where = without_credentials(tracking_uri())
+    said = without_credentials(one_line(str(error)))[:300]
+    status = getattr(error, "get_http_status_code", lambda: 0)()
+    if status in (401, 403):
+        user = os.environ.get("MLFLOW_TRACKING_USERNAME") or "nobody (MLFLOW_TRACKING_USERNAME is not set)"
+        return (
+            f"MLflow at {where} does not let {user} do this ({said}); to write runs it takes EDIT on the experiment, to"
+            " register and promote EDIT on the registered model, and their owner or an administrator grants it"
+        )
+    return f"MLflow at {where}: {said}"
 
 
 def _begin_on_kubeflow(mlflow_client: Any, stage: str) -> None:
@@ -236,7 +284,8 @@ def boundary(name: str) -> Iterator[None]:
     except Exception as error:
         print(without_credentials(traceback.format_exc()))
         message = without_credentials(one_line(str(error)))
-        print(f"[error:1] {name} {type(error).__name__}: {message}", flush=True)
+        said = explain_mlflow(error) if is_mlflow_failure(error) else f"{type(error).__name__}: {message}"
+        print(f"[error:1] {name} {said}", flush=True)
         sys.exit(1)
     print(f"[stage] {name} finished", flush=True)
 

@@ -13,8 +13,8 @@ from components.common import tracking
 from components.common.chat import load_tokenizer
 from components.common.config import DpoConfig, ModelConfig
 from components.common.errors import TrainingStop
-from components.common.files import UNSEALED, verify_manifest, write_json, write_manifest
-from components.common.identity import versions
+from components.common.files import UNSEALED, verify_manifest, write_json, write_manifest, write_text
+from components.common.identity import environment, versions
 from components.common.records import Preference, read_rows
 from components.common.scoring import Scores, score, weights_digest
 from components.common.training_stage import (
@@ -35,13 +35,15 @@ from components.training.models import (
     PackedModel,
     activate,
     concatenate_adapters,
+    fingerprint,
+    load_plain,
     merge,
     save_adapter,
     save_model,
 )
 from components.training.packing import Pack
 
-MADE_WITH = ("torch", "transformers", "accelerate", "safetensors")
+MADE_WITH = ("torch", "transformers", "peft", "accelerate", "safetensors")
 """Libraries whose versions the model is known to load with; the registry names them."""
 REFERENCE_FREE = ("simpo", "orpo")
 PER_TOKEN = ("ipo", "sigmoid_norm", "simpo", "orpo")
@@ -63,7 +65,8 @@ def run_dpo(
         base_model: model folder, from fetch.
         sft_model: folder that sft wrote.
         out: gets the shipped adapter (`adapter/`: SFT and DPO as one; not after full fine-tuning), the whole model
-            (`model/`, fp32, with tokenizer and template), the steps (`history.jsonl`), training.json and a manifest.
+            (`model/`, fp32, with tokenizer and template), some of its logits (fingerprint.json), the installed packages
+            (environment.txt), the steps (`history.jsonl`), training.json and a manifest.
 
     Returns:
         id of the MLflow run, and loss, margin, accuracy and rewards on the validation pairs.
@@ -86,7 +89,16 @@ def run_dpo(
         elif config.reference == "cached":
             content = weights_digest(base_digest, sft_model)
             logps = {
-                split: score(run, policy, content, found, f"reference_{split}", look_in=sft_model / UNSEALED)
+                split: score(
+                    run,
+                    lambda: policy,
+                    model,
+                    content,
+                    found,
+                    f"reference_{split}",
+                    as_trained=True,
+                    look_in=sft_model / UNSEALED,
+                ).sums()
                 for split, found in examples.items()
             }
             check_reference(policy, examples["train"], logps["train"])
@@ -110,6 +122,8 @@ def run_dpo(
                 _write_policy(folder, policy, model, base_model, base_digest, tokenizer)
                 write_history(folder / "history.jsonl", records)
                 facts = {"beta": config.beta, "loss": config.loss, "base_digest": base_digest, "sft_digest": sft_digest}
+                # The reference is these ranks of the shipped adapter.
+                facts["reference_rank"] = policy.lm.peft_config[SFT_ADAPTER].r if model.tuning == "lora" else 0
                 write_json(folder / "training.json", metrics | facts | {"libraries": versions(MADE_WITH)})
                 write_manifest(folder)
         run.log_metrics([(len(records), metrics)])
@@ -254,6 +268,9 @@ def _write_policy(
         save_adapter(policy.lm, SHIPPED_ADAPTER, folder / "adapter", f"sha256:{base_digest}")
         merge(base_model, folder / "adapter", folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    if tracking.is_main_process():
+        write_json(folder / "fingerprint.json", fingerprint(load_plain(folder / "model")))
+        write_text(folder / "environment.txt", environment())
 
 
 def _show(record: StepRecord) -> dict[str, str]:

@@ -11,6 +11,8 @@ def evaluate(
     gate_section: str,
     model_section: str,
     incumbent: str,
+    test_use: int,
+    data_clean: bool,
     data_commit: str,
     preferences_digest: str,
     config: str,
@@ -33,6 +35,8 @@ def evaluate(
         gate_section: section `gate` as JSON.
         model_section: section `model` as JSON, without its base.
         incumbent: the champion to beat as models:/name/version; empty for the SFT model.
+        test_use: number of this decision among those on the same test set, from 1.
+        data_clean: whether the data is what a commit records.
         data_commit: commit of the data, for the report.
         preferences_digest: digest of the pairs, for the report.
         config: digest of all settings, for the report.
@@ -71,7 +75,15 @@ def evaluate(
             section(EvaluateConfig, evaluate_section),
             section(GateConfig, gate_section),
             section(ModelConfig, model_section, base=facts["base_model"]),
-            Inputs(Path(dataset.path), Path(base.path), Path(sft_model.path), Path(policy.path), incumbent),
+            Inputs(
+                Path(dataset.path),
+                Path(base.path),
+                Path(sft_model.path),
+                Path(policy.path),
+                incumbent,
+                test_use,
+                data_clean,
+            ),
             facts,
             Path(evaluation.path),
             Path(report.path),

@@ -2,46 +2,44 @@
 
 A model's implicit reward is measured against one common frozen reference, the base model: log pi(y|x) - log base(y|x),
 in nats. Models differ in how large their rewards are (beta, epochs), so each gets one scale, fitted on the validation
-pairs, before held-out pairs are scored (DESIGN, decision 7).
+pairs, before held-out pairs are scored (DESIGN, decision 7). That scale is itself uncertain: every resample of the test
+pairs comes with a resample of the validation pairs and the scale that fits it.
 
-Shapes: P pairs, G prompt groups, B bootstrap resamples.
+Shapes: P pairs, G prompt groups, B bootstrap resamples, K slices (masks over pairs), M metrics.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
+from scipy.special import expit
+from scipy.stats import binomtest
+
+from components.evaluate.results import Estimate, McNemar, Metrics
 
 Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 SCALE_BOUNDS = (1e-4, 1e2)
-"""Per nat of log-ratio margin; a model without information ends at the lower bound, where its loss is ln 2."""
-RESAMPLE_BLOCK = 1000
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over `n` pairs with its confidence interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def as_dict(self) -> dict[str, float | int]:
-        """As plain values for JSON."""
-        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
-
-    def text(self, digits: int = 3) -> str:
-        """`0.612 [0.570, 0.655]`."""
-        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+"""Times the typical margin; a model without information ends at the lower bound, where its loss is ln 2."""
+SCALE_HALVINGS = 24
+RESAMPLE_BLOCK = 500
+DISTRIBUTION_POINTS = np.arange(1, 1000) / 1000
+CURVE_POINTS = 500
+"""Points of a ROC that are kept, so that reports and Kubeflow's message stay small."""
 
 
 def log_loss(margins_P: Floats, scale: float = 1.0) -> Floats:
     """Preference log-loss of each pair, -log sigmoid(scale * margin), nats; ln 2 is a coin toss."""
     return np.logaddexp(0.0, -scale * margins_P)
+
+
+def brier(margins_P: Floats, scale: float = 1.0) -> Floats:
+    """Brier score of each pair, (1 - sigmoid(scale * margin))^2; 1/4 is a coin toss.
+
+    The probability is that of the chosen answer being the chosen one, so that the outcome is always 1.
+    """
+    return expit(-scale * margins_P) ** 2
 
 
 def accuracy(margins_P: Floats) -> Floats:
@@ -50,60 +48,162 @@ def accuracy(margins_P: Floats) -> Floats:
 
 
 def fit_scale(margins_P: Floats) -> float:
-    """The scale above 0 with the lowest mean log-loss; multiplying all margins by c divides it by c.
+    """The scale above 0 that fits the margins best; multiplying all margins by c divides it by c."""
+    return float(fit_scales(margins_P, np.ones((1, len(margins_P))))[0])
 
-    The search is over the logarithm, around the inverse of the typical margin, so it does not depend on units.
+
+def fit_scales(margins_P: Floats, weights_BP: Floats) -> Floats:
+    """The best scale of each weighting of the pairs, [B]: lowest mean log-loss with smoothed targets.
+
+    n pairs count as (n + 1) / (n + 2) right answers, so that margins which are all on the right side do not ask for an
+    infinite scale. Source: Platt, "Probabilistic outputs for support vector machines" (1999), section 2.2. The slope of
+    the loss rises with the scale, so halving an interval (of its logarithm) finds where it is 0.
     """
     unit = float(np.sqrt(np.mean(margins_P**2)))
+    n_B = weights_BP.sum(axis=1)
     if unit == 0.0:
-        return 1.0
-    low, high = (math.log(bound) for bound in SCALE_BOUNDS)
-    found = minimize_scalar(
-        lambda exponent: float(log_loss(margins_P / unit, math.exp(exponent)).mean()),
-        bounds=(low, high),
-        method="bounded",
-        options={"xatol": 1e-6},
-    )
-    return math.exp(found.x) / unit
+        return np.ones_like(n_B)
+    relative_P = margins_P / unit
+    target_B1 = ((n_B + 1.0) / (n_B + 2.0))[:, None]
+    low_B, high_B = (np.full_like(n_B, math.log(bound)) for bound in SCALE_BOUNDS)
+    for _ in range(SCALE_HALVINGS):
+        middle_B = 0.5 * (low_B + high_B)
+        excess_BP = expit(np.exp(middle_B)[:, None] * relative_P) - target_B1
+        too_high_B = (weights_BP * excess_BP) @ relative_P > 0.0
+        low_B, high_B = np.where(too_high_B, low_B, middle_B), np.where(too_high_B, middle_B, high_B)
+    return np.exp(0.5 * (low_B + high_B)) / unit
 
 
 class GroupBootstrap:
     """Resamples of whole prompt groups, the same for everything that is computed with it, hence paired."""
 
-    def __init__(self, groups: list[str], resamples: int, confidence: float, seed: int) -> None:
-        _, self._group_P = np.unique(np.asarray(groups), return_inverse=True)
-        self._n_groups = int(self._group_P.max()) + 1
-        self._resamples, self._confidence, self._seed = resamples, confidence, seed
+    def __init__(self, groups: Sequence[str], resamples: int, confidence: float, seed: int) -> None:
+        names, self._group_P = np.unique(np.asarray(groups), return_inverse=True)
+        self.n_groups = len(names)
+        self.resamples, self._confidence, self._seed = resamples, confidence, seed
 
-    def means(self, values_P: Floats, mask_P: NDArray[np.bool_] | None = None) -> Floats:
-        """Mean of the values in each resample, float64 [B]; with a mask, of the pairs it names."""
-        weight = np.ones_like(values_P) if mask_P is None else mask_P.astype(np.float64)
-        sums_G = np.bincount(self._group_P, values_P * weight, self._n_groups)
-        counts_G = np.bincount(self._group_P, weight, self._n_groups)
+    def weights(self) -> Iterator[Floats]:
+        """How often each pair is in each resample, float64 [at most RESAMPLE_BLOCK, P] at a time; always the same."""
+        for counts_BG in self._counts():
+            yield counts_BG[:, self._group_P]
+
+    def _counts(self) -> Iterator[Floats]:
+        """How often each group is in each resample, float64 [at most RESAMPLE_BLOCK, G] at a time."""
         rng = np.random.default_rng(self._seed)
-        blocks = []
-        for first in range(0, self._resamples, RESAMPLE_BLOCK):
-            n = min(RESAMPLE_BLOCK, self._resamples - first)
-            drawn_BG = rng.integers(0, self._n_groups, size=(n, self._n_groups))
-            counts_B = counts_G[drawn_BG].sum(axis=1)
-            blocks.append(sums_G[drawn_BG].sum(axis=1) / np.where(counts_B > 0, counts_B, np.nan))
-        return np.concatenate(blocks)
+        for first in range(0, self.resamples, RESAMPLE_BLOCK):
+            n = min(RESAMPLE_BLOCK, self.resamples - first)
+            counts_BG = rng.multinomial(self.n_groups, np.full(self.n_groups, 1.0 / self.n_groups), size=n)
+            yield counts_BG.astype(np.float64)
 
-    def estimate(self, values_P: Floats, mask_P: NDArray[np.bool_] | None = None) -> Estimate:
-        """Mean with percentile interval."""
-        means_B = self.means(values_P, mask_P)
-        tail = (1.0 - self._confidence) / 2.0
-        low, high = np.nanquantile(means_B, [tail, 1.0 - tail])
-        picked = values_P if mask_P is None else values_P[mask_P]
-        return Estimate(float(picked.mean()), float(low), float(high), len(picked))
+    def studentized_p(self, gain_PE: Floats, threshold: float) -> Floats:
+        """One-sided p-values of "the mean gain is at most `threshold`" by the bootstrap-t, one per column, [E].
 
-    def superiority_p(self, improvement_P: Floats, margin: float) -> float:
-        """One-sided p-value of "the mean improvement is at most `margin`": the share of resamples that say so.
-
-        A model that equals its incumbent has p = 1, since every resample says so.
+        The share of resamples whose t-statistic, about the sample's own mean, reaches the sample's about the threshold.
+        Losses are skewed, and the tails of skewed means are where a percentile is too sure: with 100 pairs it may let
+        twice as many wrong promotions through as it says. Source: Hall, Annals of Statistics 16 (1988), pp. 927-953.
         """
-        means_B = self.means(improvement_P)
-        return float((1 + np.count_nonzero(means_B <= margin)) / (1 + len(means_B)))
+        size_G = np.bincount(self._group_P, minlength=self.n_groups).astype(np.float64)
+        sum_GE = np.zeros((self.n_groups, gain_PE.shape[1]))
+        np.add.at(sum_GE, self._group_P, gain_PE)
+        mean_E = sum_GE.sum(axis=0) / size_G.sum()
+        error_E = np.sqrt(((sum_GE - mean_E * size_G[:, None]) ** 2).sum(axis=0)) / size_G.sum()
+        reached_E = np.zeros(gain_PE.shape[1])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t_E = (mean_E - threshold) / error_E
+            for counts_BG in self._counts():
+                n_B1 = (counts_BG @ size_G)[:, None]
+                mean_BE = counts_BG @ sum_GE / n_B1
+                square_BE = counts_BG @ sum_GE**2 - 2.0 * mean_BE * (counts_BG @ (sum_GE * size_G[:, None]))
+                square_BE += mean_BE**2 * (counts_BG @ size_G**2)[:, None]
+                t_BE = (mean_BE - mean_E) * n_B1 / np.sqrt(np.maximum(square_BE, 0.0))
+                # A resample without spread says nothing, and counts against the policy.
+                reached_E += (~(t_BE < t_E)).sum(axis=0)
+        return (1.0 + reached_E) / (1.0 + self.resamples)
+
+    def sums(self, values_PM: Floats) -> Floats:
+        """Sum of each column over each resample, [B, M]."""
+        return np.concatenate([weights_BP @ values_PM for weights_BP in self.weights()])
+
+    def scales(self, margins_P: Floats) -> Floats:
+        """The scale that fits each resample of these pairs, [B]."""
+        return np.concatenate([fit_scales(margins_P, weights_BP) for weights_BP in self.weights()])
+
+    def scaled_sums(self, margins_P: Floats, scales_B: Floats, masks_PK: Floats) -> tuple[Floats, Floats]:
+        """Sums of log-loss and Brier score over each resample, which has a scale of its own, and slice: [B, K] each."""
+        losses, squares, first = [], [], 0
+        for weights_BP in self.weights():
+            scale_B1 = scales_B[first : first + len(weights_BP), None]
+            losses.append((weights_BP * np.logaddexp(0.0, -scale_B1 * margins_P)) @ masks_PK)
+            squares.append((weights_BP * expit(-scale_B1 * margins_P) ** 2) @ masks_PK)
+            first += len(weights_BP)
+        return np.concatenate(losses), np.concatenate(squares)
+
+    def interval(self, value: float, values_B: Floats, n: int) -> Estimate:
+        """An estimate with the percentile interval of its resampled values; resamples without a value do not count."""
+        tail = (1.0 - self._confidence) / 2.0
+        known_B = values_B[np.isfinite(values_B)]
+        low, high = np.quantile(known_B, [tail, 1.0 - tail]) if len(known_B) else (value, value)
+        return {"value": float(value), "low": float(low), "high": float(high), "n": n}
+
+    def estimate(self, values_P: Floats, mask_P: Mask | None = None) -> Estimate:
+        """Mean with its interval; with a mask, of the pairs it names."""
+        return self.ratio(values_P, np.ones_like(values_P), mask_P)
+
+    def ratio(self, values_P: Floats, weights_P: Floats, mask_P: Mask | None = None) -> Estimate:
+        """Sum of the values over the sum of the weights, with its interval."""
+        masks = {"": np.ones(len(values_P), dtype=bool) if mask_P is None else mask_P}
+        return self.table({"": (values_P, weights_P)}, masks)[""][""]
+
+    def table(self, columns: Mapping[str, tuple[Floats, Floats]], masks: Mapping[str, Mask]) -> dict[str, Metrics]:
+        """Ratios as of `ratio` for each slice and column: {slice: {column: estimate}}; of no weight there is none."""
+        pairs = [(slice_, name) for slice_ in masks for name in columns]
+        above_PC = np.stack([columns[name][0] * masks[slice_] for slice_, name in pairs], axis=1)
+        below_PC = np.stack([columns[name][1] * masks[slice_] for slice_, name in pairs], axis=1)
+        ratios_BC = _divide(self.sums(above_PC), self.sums(below_PC))
+        values_C = _divide(above_PC.sum(axis=0), below_PC.sum(axis=0))
+        found: dict[str, Metrics] = {slice_: {} for slice_ in masks}
+        for number, (slice_, name) in enumerate(pairs):
+            if math.isnan(values_C[number]):
+                continue
+            n = int(masks[slice_].sum())
+            found[slice_][name] = self.interval(float(values_C[number]), ratios_BC[:, number], n)
+        return found
+
+    def auc(self, margins_P: Floats) -> Estimate:
+        """Area under `roc` with its interval: the share of ordered pairs i, j with margin i above minus margin j."""
+        order = np.argsort(margins_P, kind="stable")
+        ordered_P = margins_P[order]
+        below, up_to = (np.searchsorted(ordered_P, -ordered_P, side=side) for side in ("left", "right"))
+
+        def areas(weights_BP: Floats) -> Floats:
+            weights_BP = weights_BP[:, order]
+            total_B1 = weights_BP.sum(axis=1, keepdims=True)
+            before_BP = np.concatenate([np.zeros_like(total_B1), weights_BP.cumsum(axis=1)], axis=1)
+            beaten_BP = total_B1 - 0.5 * (before_BP[:, below] + before_BP[:, up_to])
+            return (weights_BP * beaten_BP).sum(axis=1) / total_B1[:, 0] ** 2
+
+        values_B = np.concatenate([areas(weights_BP) for weights_BP in self.weights()])
+        return self.interval(float(areas(np.ones((1, len(margins_P))))[0]), values_B, len(margins_P))
+
+
+def superiority_p(improvement_B: Floats, threshold: float) -> float:
+    """One-sided p-value of "the improvement is at most `threshold`": the share of resamples that say so.
+
+    A model that equals its incumbent has p = 1 at the threshold 0, since every resample says so.
+    """
+    return float((1 + np.count_nonzero(improvement_B <= threshold)) / (1 + len(improvement_B)))
+
+
+def mcnemar(policy_P: Floats, rival_P: Floats) -> McNemar:
+    """McNemar's exact test on which of two models has its margins on the right side: binomial, two-sided.
+
+    Source: McNemar, Psychometrika 12 (1947). It takes pairs as independent, which pairs of one prompt group are not.
+    """
+    policy_only = int(np.count_nonzero((policy_P > 0) & (rival_P < 0)))
+    rival_only = int(np.count_nonzero((policy_P < 0) & (rival_P > 0)))
+    n = policy_only + rival_only
+    p_value = float(binomtest(policy_only, n, 0.5).pvalue) if n else 1.0
+    return {"policy_only": policy_only, "rival_only": rival_only, "p_value": p_value}
 
 
 def roc(margins_P: Floats) -> dict[str, list[float]]:
@@ -119,33 +219,35 @@ def roc(margins_P: Floats) -> dict[str, list[float]]:
     true_rate = np.append(0.0, np.cumsum(labels)[last] / labels.sum())
     false_rate = np.append(0.0, np.cumsum(1 - labels)[last] / (1 - labels).sum())
     thresholds = np.append(scores[0] + 1.0, scores[last])
-    return {"fpr": false_rate.tolist(), "tpr": true_rate.tolist(), "threshold": thresholds.tolist()}
+    kept = np.unique(np.linspace(0, len(thresholds) - 1, min(CURVE_POINTS, len(thresholds))).astype(int))
+    curve = {"fpr": false_rate, "tpr": true_rate, "threshold": thresholds}
+    return {name: values[kept].tolist() for name, values in curve.items()}
 
 
-def area_under(curve: dict[str, list[float]]) -> float:
-    """Area under a ROC by the trapezoid rule."""
-    return float(np.trapezoid(curve["tpr"], curve["fpr"]))
-
-
-def describe(
-    bootstrap: GroupBootstrap,
-    margins_P: Floats,
-    chosen_P: Floats,
-    rejected_P: Floats,
-    scale: float,
-    mask_P: NDArray[np.bool_] | None = None,
-) -> dict[str, Any]:
-    """The held-out metrics of one model, each with its interval.
+def reliability(bootstrap: GroupBootstrap, margins_P: Floats, scale: float, bins: int = 5) -> list[dict[str, float]]:
+    """Reliability of the probabilities sigmoid(scale * |margin|) of the answer that the model prefers, lowest first.
 
     Args:
-        margins_P, chosen_P, rejected_P: rewards against the common base, nats.
-        scale: from `fit_scale` on the validation pairs.
+        margins_P: rewards of chosen minus rejected.
+        scale: factor on them.
+        bins: of equally many pairs each; equal probabilities stay together.
+
+    Returns:
+        for each bin the mean predicted probability, the observed share of right preferences with its interval, n.
     """
-    metrics = {
-        "preference_log_loss": log_loss(margins_P, scale),
-        "reward_accuracy": accuracy(margins_P),
-        "reward_margin": margins_P,
-        "chosen_reward": chosen_P,
-        "rejected_reward": rejected_P,
-    }
-    return {name: bootstrap.estimate(values, mask_P).as_dict() for name, values in metrics.items()}
+    predicted_P, right_P = expit(scale * np.abs(margins_P)), accuracy(margins_P)
+    edges = np.unique(np.quantile(predicted_P, np.linspace(0.0, 1.0, bins + 1)))
+    bin_P = np.clip(np.searchsorted(edges, predicted_P, side="right") - 1, 0, max(0, len(edges) - 2))
+    masks = {str(number): bin_P == number for number in np.unique(bin_P)}
+    found = []
+    for name, observed in bootstrap.table({"right": (right_P, np.ones_like(right_P))}, masks).items():
+        right = observed["right"]
+        predicted = float(predicted_P[masks[name]].mean())
+        bounds = {"low": right["low"], "high": right["high"], "n": float(right["n"])}
+        found.append({"predicted": predicted, "observed": right["value"]} | bounds)
+    return found
+
+
+def _divide(above: Floats, below: Floats) -> Floats:
+    quotient: Floats = np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
+    return quotient

@@ -1,21 +1,25 @@
-"""Put the judged model into the MLflow registry with its lineage, and move the aliases as the verdict says.
+"""Put the judged model into the MLflow registry with its lineage, and decide by the verdict whether it is champion.
 
-Never cached; run again it finds the version that it made before.
+Never cached; run again it finds the version that it made before, and completes what was interrupted.
 """
 
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from components.common import tracking
-from components.common.config import RegisterConfig
+from components.common.audit import CHALLENGER, Audit
+from components.common.config import GateConfig, RegisterConfig
 from components.common.errors import KubealignError
-from components.common.files import digest, read_json, sha256_file, verify_manifest, write_json
-from components.common.identity import versions
-from components.resolve.stage import CHAMPION
+from components.common.files import read_json, sha256_file, verify_manifest, write_json
+from components.evaluate.gate import Circumstances, judge
+from components.register import package
+from components.register.card import model_card
+from components.register.champion import ROLLED_BACK, ChampionChanged, champion_alias, promote, settle
 
-CHALLENGER = "challenger"
-CODE = Path(__file__).with_name("chat_model.py")
+KFP_URL_VARIABLE = "KUBEALIGN_KFP_URL"
+"""Environment variable with the address of the Kubeflow UI, from cluster.ui_url."""
 
 
 @dataclass(frozen=True)
@@ -25,66 +29,61 @@ class Lineage:
     data_commit: str
     preferences_digest: str
     instructions_digest: str
+    data_clean: bool
+    test_set: str
     git_commit: str
     base_reference: str
     base_digest: str
     config: str
     lineage: str
     incumbent: str
+    decision: str
+    test_use: int
+
+    def tags(self) -> dict[str, str]:
+        """As text: true and false in lower case, numbers as digits."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Folders of earlier steps: the aligned model, its base model, its evaluation, the clean data; and the report."""
+
+    policy: Path
+    base: Path
+    evaluation: Path
+    dataset: Path
+    report: Path
 
 
 def run_register(
-    config: RegisterConfig,
-    lineage: Lineage,
-    stage_runs: dict[str, str],
-    policy: Path,
-    evaluation: Path,
-    report: Path,
-    out: Path,
+    config: RegisterConfig, gate: GateConfig, lineage: Lineage, stage_runs: dict[str, str], judged: Judged, out: Path
 ) -> dict[str, Any]:
     """Register a model.
 
     Args:
-        config: the registered model's name, and whether a passed gate promotes.
+        config: the registered model's name and format, and whether a passed gate promotes.
+        gate: the rules that the verdict must follow from.
         lineage: for the version's tags.
         stage_runs: MLflow run of every stage; a cached one belongs to an earlier pipeline run.
-        policy: folder from dpo.
-        evaluation: folder from evaluate, with the verdict on that very policy.
-        report: the HTML report.
+        judged: the model and everything about it.
         out: JSON file that gets the result.
 
     Returns:
-        the result: version, aliases, verdict, metrics, lineage, and seconds and memory per stage.
+        the result: version, aliases, verdict, what was decided, metrics, lineage, seconds and memory per stage.
 
     Raises:
-        KubealignError: the verdict is about another model, or a file changed since it was written.
+        KubealignError: the verdict is about another model or does not follow from its numbers, a file changed since it
+            was written, or MLflow does not do its part.
     """
-    with tracking.stage_run("register", config.model_dump() | asdict(lineage)) as run:
-        policy_digest = verify_manifest(policy)
-        verdict = read_json(evaluation / "verdict.json")
-        if verdict["policy_digest"] != policy_digest:
-            judged = verdict["policy_digest"][:12]
-            raise KubealignError(f"the verdict is about policy {judged}, this is {policy_digest[:12]}; evaluate it")
-        files = read_json(policy / "manifest.json")
-        weights = {name: value for name, value in files.items() if name.startswith(("model/", "adapter/"))}
-        model_digest = digest([weights, sha256_file(CODE)])
-        tags = {f"kubealign.{key}": value for key, value in asdict(lineage).items()} | {
-            "kubealign.base_content": read_json(policy / "training.json")["base_digest"],
-            "kubealign.model": model_digest,
-            "kubealign.verdict": verdict["verdict"],
-        }
-        version = _existing(run.client, config.name, model_digest)
-        if version:
-            # The same weights, judged anew: the tags tell of the newest judgement, and still which run made them.
-            run.say(f"these weights are {config.name} version {version} already")
-            for key, value in tags.items():
-                run.client.set_model_version_tag(config.name, version, key, value)
-        else:
-            made_by = {"kubealign.run": tracking.parent_run() or run.run_id}
-            version = _log_model(run, config.name, policy, tags | made_by)
-        _move_aliases(run, config, version, verdict, lineage.incumbent)
+    with _kept(judged.policy), tracking.stage_run("register", config.model_dump() | asdict(lineage)) as run:
+        verdict, found = check_verdict(judged, gate, lineage)
+        version = _version(run, config, lineage, stage_runs, judged, verdict, found)
+        decided = _decide(run, config, version, verdict, lineage)
+        run.client.set_model_version_tag(config.name, version, "kubealign.decided", decided["state"])
         aliases = sorted(run.client.get_model_version(config.name, version).aliases)
-        found = read_json(evaluation / "evaluation.json")
+        shown = ("passed", "verdict", "sentence", "incumbent", "test_use", "level", "rules")
         result = {
             "run_id": tracking.parent_run() or run.run_id,
             "model": config.name,
@@ -92,7 +91,8 @@ def run_register(
             "model_uri": f"models:/{config.name}/{version}",
             "aliases": aliases,
             "promote": config.promote,
-            "verdict": {key: verdict[key] for key in ("passed", "verdict", "sentence", "incumbent", "rules")},
+            "verdict": {key: verdict[key] for key in shown},
+            "decided": decided,
             **asdict(lineage),
             "metrics": {name: values["overall"] for name, values in found["models"].items()},
             "languages": {name: values["languages"] for name, values in found["models"].items()},
@@ -101,85 +101,160 @@ def run_register(
             "stages": _stages(run.client, stage_runs),
         }
         write_json(out, result)
-        _tell_parent(run, result, stage_runs, report)
-        run.say(f"{config.name} version {version}: {', '.join(aliases) or 'no alias'}")
+        _tell_parent(run, result, stage_runs, judged.report)
+        run.say(f"{config.name} version {version}: {', '.join(aliases) or 'no alias'}; {decided['sentence']}")
         return result
 
 
-def _existing(client: Any, name: str, model_digest: str) -> str:
-    from mlflow.exceptions import MlflowException
+def check_verdict(judged: Judged, gate: GateConfig, lineage: Lineage) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The verdict and its evaluation, if they belong to this very policy and the verdict follows from the numbers.
 
+    Raises:
+        KubealignError: they do not, or a file of the policy changed since it was written.
+    """
+    policy_digest = verify_manifest(judged.policy)
+    verdict = read_json(judged.evaluation / "verdict.json")
+    found = read_json(judged.evaluation / "evaluation.json")
+    for name, about in (("verdict", verdict["policy_digest"]), ("evaluation", found["policy_digest"])):
+        if about != policy_digest:
+            raise KubealignError(f"the {name} is about policy {about[:12]}, this is {policy_digest[:12]}; evaluate it")
+    again = judge(found, Circumstances(lineage.incumbent, lineage.test_use, lineage.data_clean), gate)
+    differing = sorted(key for key in again if verdict.get(key) != again[key])
+    if differing:
+        raise KubealignError(
+            f"{judged.evaluation / 'verdict.json'}: {', '.join(differing)} do not follow from evaluation.json and the"
+            " gate of this run; evaluate the model again"
+        )
+    return verdict, found
+
+
+def _version(
+    run: tracking.StageRun,
+    config: RegisterConfig,
+    lineage: Lineage,
+    stage_runs: dict[str, str],
+    judged: Judged,
+    verdict: dict[str, Any],
+    found: dict[str, Any],
+) -> str:
+    """The version of these weights, made if need be, with the tags of this judgement."""
+    model_digest = package.content_digest(judged.policy, config.format)
+    tags = {f"kubealign.{key}": value for key, value in lineage.tags().items()} | {
+        "kubealign.base_content": read_json(judged.policy / "training.json")["base_digest"],
+        "kubealign.git_dirty": str(lineage.git_commit.endswith("-dirty")).lower(),
+        "kubealign.model": model_digest,
+        "kubealign.format": config.format,
+        "kubealign.verdict": verdict["verdict"],
+        "kubealign.passed": str(verdict["passed"]).lower(),
+        "kubealign.verdict_digest": sha256_file(judged.evaluation / "verdict.json"),
+        "kubealign.environment": sha256_file(judged.policy / package.ENVIRONMENT),
+        **_kubeflow(),
+    }
+    version = package.find_version(run.client, config.name, "kubealign.model", model_digest)
+    if version:
+        # The same weights, judged anew: the tags tell of the newest judgement, and still which run made them.
+        run.say(f"these weights are {config.name} version {version} already")
+        for key, value in tags.items():
+            run.client.set_model_version_tag(config.name, version, key, value)
+        return version
+    base = ""
+    if config.format == "adapter":
+        base = package.register_base(run, config.name, judged.base, tags["kubealign.base_content"])
+        tags["kubealign.base_version"] = base
+    counts = read_json(judged.dataset / "validation.json")
+    card = model_card(config.name, lineage.tags(), verdict, found, counts)
+    sources = package.Sources(judged.policy, judged.base, judged.evaluation, _settings(stage_runs))
+    tags["kubealign.run"] = tracking.parent_run() or run.run_id
+    with package.staged(sources, config.format, card, base) as artifacts:
+        return package.log_version(
+            run, config.name, artifacts, package.requirements(judged.policy, config.format), tags
+        )
+
+
+def _decide(
+    run: tracking.StageRun, config: RegisterConfig, version: str, verdict: dict[str, Any], lineage: Lineage
+) -> dict[str, str]:
+    """Count the decision, and make the version champion if it passed against the champion that there is now.
+
+    Returns:
+        `state` (`promoted`, `champion already`, `not passed`, `not asked`, `rolled back` or `superseded`), `sentence`.
+    """
+    client, name = run.client, config.name
+    client.set_registered_model_alias(name, CHALLENGER, version)
+    audit = Audit.open(client, name)
+    if not audit.claim_decision(lineage.test_set, lineage.test_use, lineage.decision):
+        return _superseded(f"another run made decision {lineage.test_use} on this test set meanwhile")
+    client.set_registered_model_tag(name, f"kubealign.test_uses.{lineage.test_set}", str(lineage.test_use))
+    client.set_registered_model_tag(name, "kubealign.audit_run", audit.run_id)
+    settle(audit)
+    against = _against_promotion(client, config, version, verdict)
+    if against:
+        return against
     try:
-        client.get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return ""
-    query = f"name = '{name}' AND tags.`kubealign.model` = '{model_digest}'"
-    versions = sorted((int(found.version) for found in client.search_model_versions(query)), reverse=True)
-    return str(versions[0]) if versions else ""
+        promote(client, name, version, "gate", verdict["sentence"], lineage.incumbent.rpartition("/")[2], run.run_id)
+    except ChampionChanged as error:
+        return _superseded(str(error))
+    return {"state": "promoted", "sentence": f"promoted: {verdict['verdict']}"}
 
 
-def _log_model(run: tracking.StageRun, name: str, policy: Path, tags: dict[str, str]) -> str:
+def _against_promotion(
+    client: Any, config: RegisterConfig, version: str, verdict: dict[str, Any]
+) -> dict[str, str] | None:
+    """Why the version does not become champion, as far as that does not depend on others; None when it may."""
+    if champion_alias(client, config.name) == version:
+        return {"state": "champion already", "sentence": "it is the champion already"}
+    if not verdict["passed"]:
+        return {"state": "not passed", "sentence": f"not promoted: {verdict['verdict']}"}
+    if not config.promote:
+        return {"state": "not asked", "sentence": "not promoted, as register.promote is off"}
+    rolled_back = client.get_model_version(config.name, version).tags.get(ROLLED_BACK)
+    if rolled_back:
+        return {
+            "state": "rolled back",
+            "sentence": f"not promoted: it was champion and was rolled back ({rolled_back}); `kubealign promote"
+            f" {version} --force --reason …` overrules that",
+        }
+    return None
+
+
+def _superseded(why: str) -> dict[str, str]:
+    return {"state": "superseded", "sentence": f"not decided: {why}; run again, only the evaluation is repeated"}
+
+
+class _kept:  # noqa: N801 - reads as the context manager it is
+    """When MLflow fails for good (its client has retried with back-off by then): say that nothing is lost, and what
+    finishes the job.
+    """
+
+    def __init__(self, policy: Path) -> None:
+        self.policy = policy
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is not None and tracking.is_mlflow_failure(error):
+            raise KubealignError(
+                f"{tracking.explain_mlflow(error)}. Nothing is lost: the model is kept in {self.policy}, and its"
+                " evaluation beside it; when MLflow answers again, the same `kubealign run` (on Kubeflow: a retry of"
+                " this step, or the same submit) finishes the job, with every step before it from the cache"
+            ) from error
+
+
+def _kubeflow() -> dict[str, str]:
+    run = os.environ.get(tracking.KFP_RUN_VARIABLE, "")
+    address = os.environ.get(KFP_URL_VARIABLE, "")
+    tags = {"kubealign.kfp_run": run} if run else {}
+    if run and address:
+        tags["kubealign.kfp_url"] = f"{address.rstrip('/')}/#/runs/details/{run}"
+    return tags
+
+
+def _settings(stage_runs: dict[str, str]) -> str:
+    """All settings of the run, which resolve wrote down."""
     import mlflow
-    from mlflow.models import ModelSignature
-    from mlflow.types.schema import Array, ColSpec, DataType, Object, ParamSchema, ParamSpec, Property, Schema
 
-    message = Object([Property("role", DataType.string), Property("content", DataType.string)])
-    signature = ModelSignature(
-        inputs=Schema([ColSpec(Array(message), "messages")]),
-        outputs=Schema([ColSpec(DataType.string)]),
-        params=ParamSchema(
-            [
-                ParamSpec("max_new_tokens", DataType.long, 256),
-                ParamSpec("temperature", DataType.double, 0.0),
-                ParamSpec("seed", DataType.long, 0),
-            ]
-        ),
-    )
-    with mlflow.start_run(run_id=run.run_id):
-        logged = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=str(CODE),
-            artifacts={kind: str(policy / kind) for kind in ("model", "adapter") if (policy / kind).is_dir()},
-            signature=signature,
-            pip_requirements=_requirements(policy),
-        )
-    try:
-        run.client.create_registered_model(name)
-    except mlflow.exceptions.MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    made = run.client.create_model_version(
-        name, logged.model_uri, run_id=run.run_id, tags=tags, model_id=logged.model_id
-    )
-    return str(made.version)
-
-
-def _requirements(policy: Path) -> list[str]:
-    """What an environment needs to load the registered model; this project is not among it."""
-    wanted = {"mlflow": versions(["mlflow-skinny"])["mlflow-skinny"], **versions(["pandas"])}
-    wanted |= read_json(policy / "training.json")["libraries"]
-    return [f"{name}=={version}" for name, version in wanted.items()]
-
-
-def _move_aliases(
-    run: tracking.StageRun, config: RegisterConfig, version: str, verdict: dict[str, Any], incumbent: str
-) -> None:
-    """The version becomes challenger, and champion if it passed against the champion that there is now."""
-    if CHAMPION in run.client.get_model_version(config.name, version).aliases:
-        return
-    run.client.set_registered_model_alias(config.name, CHALLENGER, version)
-    if not (verdict["passed"] and config.promote):
-        return
-    champion = run.client.get_registered_model(config.name).aliases.get(CHAMPION)
-    if champion and str(champion) != incumbent.rpartition("/")[2]:
-        run.say(
-            f"not promoted: version {champion} became champion meanwhile, and this one was judged against"
-            f" {incumbent or 'the SFT model'}; run again"
-        )
-        return
-    run.client.set_registered_model_alias(config.name, CHAMPION, version)
+    return str(mlflow.artifacts.load_text(f"runs:/{stage_runs['resolve']}/{tracking.SETTINGS}"))
 
 
 def _stages(client: Any, stage_runs: dict[str, str]) -> dict[str, Any]:
@@ -203,6 +278,11 @@ def _tell_parent(run: tracking.StageRun, result: dict[str, Any], stage_runs: dic
     for stage, found in result["stages"].items():
         if found["cached"]:
             run.client.set_tag(parent, f"kubealign.cached.{stage}", stage_runs[stage])
-    tags = {"version": result["model_uri"], "verdict": result["verdict"]["verdict"], "lineage": result["lineage"]}
+    tags = {
+        "version": result["model_uri"],
+        "verdict": result["verdict"]["verdict"],
+        "decided": result["decided"]["state"],
+        "lineage": result["lineage"],
+    }
     for key, value in tags.items():
         run.client.set_tag(parent, f"kubealign.{key}", value)

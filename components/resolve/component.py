@@ -32,6 +32,8 @@ def resolve(
         ("data_commit", str),
         ("preferences_digest", str),
         ("instructions_digest", str),
+        ("data_clean", bool),
+        ("test_set", str),
         ("base_reference", str),
         ("base_digest", str),
         ("git_commit", str),
@@ -44,6 +46,8 @@ def resolve(
         ("config", str),
         ("lineage", str),
         ("incumbent", str),
+        ("decision", str),
+        ("test_use", int),
         ("run_id", str),
     ],
 ):
@@ -72,6 +76,8 @@ def resolve(
         data_commit: commit of the data, or `workspace`.
         preferences_digest: DVC digest of the preference pairs.
         instructions_digest: DVC digest of the instructions.
+        data_clean: whether a commit records just this data.
+        test_set: md5 of the test side's pairs.
         base_reference: definite name of the base model.
         base_digest: its digest.
         git_commit: commit of the code.
@@ -84,13 +90,27 @@ def resolve(
         config: digest of all settings, those of the judgement too.
         lineage: key of everything that decides the weights.
         incumbent: the champion to beat as models:/name/version; empty before the first one.
+        decision: key of what will be asked of the test set.
+        test_use: its number among the decisions on this test set, from 1.
         run_id: id of the MLflow run.
     """
+    import json
+
     from components.common.config import DataConfig, ModelConfig, RegisterConfig, section
     from components.common.tracking import boundary
     from components.resolve.stage import run_resolve
 
     with boundary("resolve"):
+        settings = {
+            "data": json.loads(data_section) | {"revision": data_revision},
+            "model": json.loads(model_section) | {"base": base_model},
+            "validate": json.loads(validate_section),
+            "sft": json.loads(sft_section) | {"epochs": sft_epochs, "lr": sft_lr},
+            "dpo": json.loads(dpo_section) | {"epochs": dpo_epochs, "lr": dpo_lr, "beta": dpo_beta, "loss": dpo_loss},
+            "evaluate": json.loads(evaluate_section),
+            "gate": json.loads(gate_section),
+            "register": json.loads(register_section) | {"promote": promote},
+        }
         training: list[str | float] = [validate_section, sft_section, sft_epochs, sft_lr]
         training += [dpo_section, dpo_epochs, dpo_lr, dpo_beta, dpo_loss]
         return run_resolve(
@@ -99,4 +119,5 @@ def resolve(
             section(RegisterConfig, register_section, promote=promote),
             training,
             [evaluate_section, gate_section],
+            settings,
         )

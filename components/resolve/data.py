@@ -1,5 +1,6 @@
-"""Which data a revision means: its commit and the DVC digests of the folders."""
+"""Which data a revision means: its commit, the DVC digests of the folders, and whether a commit records just that."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,10 +20,16 @@ Outs = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class DataVersion:
-    """A version of the data set; digests are DVC's md5 of a folder, `<32 hex digits>.dir`."""
+    """A version of the data set; digests are DVC's md5 of a folder, `<32 hex digits>.dir`.
+
+    `test_set` is the md5 of the test side's pairs, empty where none were asked for; `clean` says that a commit records
+    just these folders.
+    """
 
     commit: str
     digests: dict[str, str]
+    test_set: str
+    clean: bool
 
 
 def data_folders(path: str) -> Folders:
@@ -75,7 +82,8 @@ def resolve_data(repo: str, revision: str, folders: Folders) -> DataVersion:
                 f"data.revision=workspace needs a local repository, and data.repo is {repo}; name a branch"
             )
         root = Path(repo).resolve()
-        return DataVersion(WORKSPACE, {folder: workspace_digest(root, folder) for folder in folders})
+        digests = {folder: workspace_digest(root, folder) for folder in folders}
+        return DataVersion(WORKSPACE, digests, _workspace_test_set(root, folders), _is_committed(root, digests))
     with opened(repo, revision) as fs:
         digests = {}
         for folder in folders:
@@ -83,8 +91,41 @@ def resolve_data(repo: str, revision: str, folders: Folders) -> DataVersion:
                 digests[folder] = str(fs.info(folder)["dvc_info"]["md5"])
             except (FileNotFoundError, KeyError) as error:
                 raise InputError(f"{repo}@{revision}: {folder} is not a DVC-tracked folder there") from error
+        test_file = _test_file(folders)
+        test_set = str(fs.info(test_file)["dvc_info"]["md5"]) if test_file else ""
         commit = fs.repo.scm.resolve_rev(revision)
-        return DataVersion(_commit_of(Path(fs.repo.scm.root_dir), commit, digests), digests)
+        return DataVersion(_commit_of(Path(fs.repo.scm.root_dir), commit, digests), digests, test_set, clean=True)
+
+
+def _test_file(folders: Folders) -> str:
+    """The held-out pairs, when their folder is among these."""
+    found = (folder for folder in folders if PurePosixPath(folder).name == DATA_SETS[0])
+    return next((f"{folder}/test.jsonl" for folder in found), "")
+
+
+def _workspace_test_set(root: Path, folders: Folders) -> str:
+    test_file = _test_file(folders)
+    if not test_file:
+        return ""
+    try:
+        with (root / test_file).open("rb") as file:
+            # As DVC names the file, so that a commit and the workspace mean the same test set.
+            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    except FileNotFoundError as error:
+        raise InputError(f"{root / test_file}: not found; `make data` (dvc repro) makes it") from error
+
+
+def _is_committed(root: Path, digests: dict[str, str]) -> bool:
+    """Whether the commit that is checked out records these digests, in dvc.lock or in a .dvc file."""
+    from dulwich.errors import NotGitRepository
+    from dulwich.repo import Repo
+
+    try:
+        with Repo.discover(str(root)) as repo:
+            recorded = _recorded(repo, repo[repo.head()], tuple(digests))
+    except (NotGitRepository, KeyError):
+        return False
+    return all(recorded.get(folder, {}).get("md5") == md5 for folder, md5 in digests.items())
 
 
 class opened:  # noqa: N801 - reads as the context manager it is: `with opened(repo, revision) as fs`

@@ -4,28 +4,34 @@ Never cached. Every later task takes what it depends on from here as parameters,
 stale result (DESIGN, decision 2).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import yaml
 
 from components.common import tracking
+from components.common.audit import Audit, next_use
 from components.common.chat import template_digest
 from components.common.config import DataConfig, ModelConfig, RegisterConfig
+from components.common.errors import InputError
 from components.common.files import digest
 from components.common.identity import code_digest, git_commit
+from components.register.champion import champion_alias, settle
 from components.resolve.base import resolve_base
 from components.resolve.data import data_folders, resolve_data
-
-CHAMPION = "champion"
 
 
 class Resolved(NamedTuple):
     """The facts of a run. Digests of folders are DVC's, the others are sha256.
 
     `lineage` is the key of everything that decides the weights; `config` of all settings, those of the judgement too.
+    `decision` is the key of what will be asked of the test set, and `test_use` its number among all that were asked.
     """
 
     data_commit: str
     preferences_digest: str
     instructions_digest: str
+    data_clean: bool
+    test_set: str
     base_reference: str
     base_digest: str
     git_commit: str
@@ -38,11 +44,18 @@ class Resolved(NamedTuple):
     config: str
     lineage: str
     incumbent: str
+    decision: str
+    test_use: int
     run_id: str
 
 
 def run_resolve(
-    data: DataConfig, model: ModelConfig, register: RegisterConfig, training: list[str | float], judging: list[str]
+    data: DataConfig,
+    model: ModelConfig,
+    register: RegisterConfig,
+    training: list[str | float],
+    judging: list[str],
+    settings: dict[str, Any],
 ) -> Resolved:
     """Resolve a run's names.
 
@@ -52,10 +65,13 @@ def run_resolve(
         register: the registered model whose champion is the incumbent.
         training: every other setting that decides what is trained.
         judging: the settings of evaluate and gate.
+        settings: all sections, as they can be run again.
 
     Raises:
-        InputError: a name that means nothing.
+        InputError: a name that means nothing, or a format that the model cannot be stored in.
     """
+    if register.format == "adapter" and model.tuning == "full":
+        raise InputError("register.format=adapter: full fine-tuning makes no adapter; set register.format=merged")
     named = {
         "data_repo": tracking.without_credentials(data.repo),
         "data_revision": data.revision,
@@ -70,10 +86,14 @@ def run_resolve(
         config = [template, model.how(), model.max_length, *training]
         trained_by = {stage: value for stage, value in code.items() if stage != "evaluate"}
         lineage = digest([version.digests, base.digest, trained_by, config])[:32]
+        incumbent = _incumbent(run, register.name, lineage)
+        decision = digest([lineage, incumbent, judging])[:32]
         facts = Resolved(
             data_commit=version.commit,
             preferences_digest=version.digests[preferences],
             instructions_digest=version.digests[instructions],
+            data_clean=version.clean,
+            test_set=version.test_set,
             base_reference=base.reference,
             base_digest=base.digest,
             git_commit=git_commit(),
@@ -81,27 +101,37 @@ def run_resolve(
             template_digest=template,
             config=digest([config, judging])[:32],
             lineage=lineage,
-            incumbent=_incumbent(register.name, lineage),
+            incumbent=incumbent,
+            decision=decision,
+            test_use=_test_use(run.client, register.name, version.test_set, decision),
             run_id=run.run_id,
         )
         run.log_params(facts._asdict())
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        run.client.log_text(run.run_id, tracking.without_credentials(text), tracking.SETTINGS)
         run.say(f"data {version.commit[:12]}, base model {base.reference}, incumbent {facts.incumbent or 'none'}")
+        if facts.test_use > 1:
+            run.say(f"this will be decision {facts.test_use} on the test set; the gate's level follows")
         return facts
 
 
-def _incumbent(name: str, lineage: str) -> str:
+def _incumbent(run: tracking.StageRun, name: str, lineage: str) -> str:
     """The version to beat, as models:/name/version, or nothing before the first champion.
 
     When the champion is what this very lineage once made, the run repeats that one, and so has the same incumbent.
     """
-    from mlflow.exceptions import MlflowException
+    audit = Audit.find(run.client, name)
+    if audit:
+        settle(audit)
+    version = champion_alias(run.client, name)
+    if not version:
+        return ""
+    tags = run.client.get_model_version(name, version).tags
+    if tags.get("kubealign.lineage") == lineage:
+        return str(tags.get("kubealign.incumbent", ""))
+    return f"models:/{name}/{version}"
 
-    try:
-        champion = tracking.client().get_model_version_by_alias(name, CHAMPION)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return ""
-        raise
-    if champion.tags.get("kubealign.lineage") == lineage:
-        return str(champion.tags.get("kubealign.incumbent", ""))
-    return f"models:/{name}/{champion.version}"
+
+def _test_use(client: Any, name: str, test_set: str, decision: str) -> int:
+    audit = Audit.find(client, name)
+    return next_use(audit.decisions(test_set), decision) if audit else 1

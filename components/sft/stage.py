@@ -68,20 +68,28 @@ def run_sft(
                 write_json(folder / "training.json", metrics | {"base_digest": base_digest})
                 write_manifest(folder)
                 if config.reference_logps:
-                    _score_pairs(run, lm, dataset, tokenizer, base_digest, folder)
+                    _score_pairs(run, lm, model, dataset, tokenizer, base_digest, folder)
         run.log_metrics([(len(records), metrics)])
         run.say(f"validation loss {before:.4f} before, {after:.4f} after, nats per token")
         return run.run_id, metrics
 
 
 def _score_pairs(
-    run: tracking.StageRun, lm: PackedModel, dataset: Path, tokenizer: Any, base_digest: str, folder: Path
+    run: tracking.StageRun,
+    lm: PackedModel,
+    model: ModelConfig,
+    dataset: Path,
+    tokenizer: Any,
+    base_digest: str,
+    folder: Path,
 ) -> None:
     """Put the reference log-probs of the pairs beside the model, where dpo finds them on any machine."""
     content = broadcast_object_list([weights_digest(base_digest, folder) if tracking.is_main_process() else None])[0]
     for split in ("train", "validation"):
         rows = read_rows(dataset / "preferences" / f"{split}.jsonl", Preference)
-        score(run, lm, str(content), pair_examples(tokenizer, rows), f"reference_{split}", write_to=folder / UNSEALED)
+        examples = pair_examples(tokenizer, rows)
+        place = folder / UNSEALED
+        score(run, lambda: lm, model, str(content), examples, f"reference_{split}", as_trained=True, write_to=place)
 
 
 def objective(

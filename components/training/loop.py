@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from components.common.errors import TrainingStop
 from components.common.files import write_json
-from components.training import checkpoints, objectives
+from components.training import checkpoints
 from components.training.models import PackedModel, is_sharded, trainable_state
 from components.training.packing import Example, Pack, fill_packs, pack, plan_steps, share_out
 from components.training.processes import accelerator as make_accelerator
@@ -314,13 +314,13 @@ def _not_finite(what: str, number: int, data: TrainingSet, indices: Sequence[int
 
 
 @torch.no_grad()
-def sequence_logps(
+def completion_logps(
     model: PackedModel, examples: Sequence[Example], progress: Callable[[int], None] | None = None
-) -> list[list[float]]:
-    """Summed log-probability of every completion of every example, nats; each example is a pack of its own.
+) -> list[list[Tensor]]:
+    """Log-probability of each token of every completion of every example, nats: fp32 [tokens] on the CPU.
 
-    So a value never depends on what else is in the data. The model is in eval mode meanwhile. Several processes share
-    the examples out, and all of them get all values.
+    Each example is a pack of its own, so a value never depends on what else is in the data. The model is in eval mode
+    meanwhile. Several processes share the examples out, and all of them get all values.
 
     Args:
         progress: called with the number of examples done.
@@ -328,20 +328,25 @@ def sequence_logps(
     was_training = model.training
     model.eval()
     state = processes()
-    values: dict[int, list[float]] = {}
+    values: dict[int, list[Tensor]] = {}
     # Everyone does equally many, see `passes`; a repeated example gives the same value again.
     count = -(-len(examples) // state.num_processes)
     for done in range(count):
         index = min(done * state.num_processes + state.process_index, len(examples) - 1)
         batch = pack([examples[index]]).to(model.device)
-        sums = objectives.sequence_logps(model(batch).double(), batch.sequence_N, batch.n_sequences)
-        values[index] = sums.tolist()
+        sizes = torch.bincount(batch.sequence_N, minlength=batch.n_sequences).tolist()
+        values[index] = list(model(batch).cpu().split(sizes))
         if progress:
             progress(min((done + 1) * state.num_processes, len(examples)))
     model.train(was_training)
-    every: list[dict[int, list[float]]] = gather_object([values])
+    every: list[dict[int, list[Tensor]]] = gather_object([values])
     merged = {index: found for part in every for index, found in part.items()}
     return [merged[index] for index in range(len(examples))]
+
+
+def sequence_logps(model: PackedModel, examples: Sequence[Example]) -> list[list[float]]:
+    """Summed log-probability of every completion of every example, nats; see `completion_logps`."""
+    return [[float(logps.double().sum()) for logps in found] for found in completion_logps(model, examples)]
 
 
 @torch.no_grad()

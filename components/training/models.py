@@ -251,12 +251,41 @@ def concatenate_adapters(model: PeftModel) -> None:
     )
 
 
+@torch.no_grad()
+def keep_first_ranks(model: nn.Module, name: str, rank: int) -> None:
+    """Let only the first ranks of an adapter act: of the shipped one, those that were the SFT adapter's."""
+    for parameter_name, parameter in model.named_parameters():
+        if f".lora_B.{name}." in parameter_name:
+            parameter[:, rank:] = 0.0
+
+
 def merge(base: Path, adapter: Path, out: Path) -> None:
     """Write base + adapter as one plain model folder in fp32, which keeps the logits to rounding."""
     lm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True, use_safetensors=True)
     merged = PeftModel.from_pretrained(lm, adapter, local_files_only=True).merge_and_unload(safe_merge=True)
     with replacing_folder(out) as aside:
         merged.save_pretrained(aside, safe_serialization=True)
+
+
+@torch.no_grad()
+def fingerprint(lm: nn.Module) -> dict[str, list[float]]:
+    """Some logits of a causal LM on fixed tokens, in its own precision, by which a loaded model is known again.
+
+    Returns:
+        `tokens` [16], and `logits` [64] after the last of them, at entries spread over the vocabulary.
+    """
+    vocabulary = lm.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    tokens = [(11 + 997 * number) % vocabulary for number in range(16)]
+    logits_V = lm(torch.tensor([tokens]), use_cache=False).logits[0, -1].float()
+    picked = torch.linspace(0, len(logits_V) - 1, 64).long()
+    return {"tokens": tokens, "logits": logits_V[picked].tolist()}
+
+
+def load_plain(folder: Path) -> PreTrainedModel:
+    """A model folder as anybody loads it, in fp32."""
+    options = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    return model
 
 
 def shard(model: PackedModel) -> None:

@@ -75,7 +75,7 @@ NUMBERS = {
     "content": np.uint64,
     "swapped": np.uint64,
 }
-NAMES = ("lang", "source")
+NAMES = ("lang", "source", "license")
 Columns = dict[str, NDArray[Any]]
 
 
@@ -155,7 +155,7 @@ def join_found(parts: Sequence[Found]) -> Found:
     for column in NAMES:
         positions = {name: i for i, name in enumerate(sorted({name for part in parts for name in part.names[column]}))}
         names[column] = list(positions)
-        codes = [np.array([positions[name] for name in part.names[column]], np.int16) for part in parts]
+        codes = [np.array([positions[name] for name in part.names[column]], np.int32) for part in parts]
         columns[column] = np.concatenate([code[part.columns[column]] for code, part in zip(codes, parts, strict=True)])
     sketches = join_sketches([part.sketches for part in parts])
     return Found(columns, names, sketches, sum(part.size for part in parts))

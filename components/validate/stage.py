@@ -201,6 +201,7 @@ def _summary(
         "quarantined": len(aside),
         "too_long": sum(reasons == [TOO_LONG] for reasons in aside.values()),
         "splits": {split: {name: n for name, n in of.items() if n} for split, of in counts.items()},
+        "sources": _sources(found, kept),
         "checks": [
             {
                 "name": check.name,
@@ -215,6 +216,18 @@ def _summary(
             for check in checks
         ],
     }
+
+
+def _sources(found: Found, kept: NDArray[np.bool_]) -> dict[str, dict[str, Any]]:
+    """Licence and number of the clean rows of every source; several licences of one are all named."""
+    pairs = np.stack([found.columns["source"], found.columns["license"]], axis=1)[kept]
+    each, counts = np.unique(pairs, axis=0, return_counts=True)
+    sources: dict[str, dict[str, Any]] = {}
+    for (source, license_), n in zip(each.tolist(), counts.tolist(), strict=True):
+        entry = sources.setdefault(found.names["source"][source], {"license": [], "rows": 0})
+        entry["license"].append(found.names["license"][license_])
+        entry["rows"] += n
+    return {name: {"license": ", ".join(sorted(entry["license"])), "rows": entry["rows"]} for name, entry in sources.items()}
 
 
 def _as_json(part: Bias) -> Summary:

@@ -18,7 +18,7 @@ START, END = "<!-- generated: component -->", "<!-- /generated -->"
 
 Row = tuple[str, str, str]
 """Name, type and meaning of an input or output."""
-RETURNED = {"String": "str", "Float": "float", "Boolean": "bool"}
+RETURNED = {"String": "str", "Float": "float", "Boolean": "bool", "Integer": "int"}
 
 
 def load_component(stage: str) -> Any:

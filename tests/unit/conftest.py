@@ -76,14 +76,19 @@ class Stages:
             run_sft(config.sft, config.model, self.folder / "clean", self.base, out)
         return out
 
-    def align(self, name: str, *sets: str) -> dict[str, Any]:
+    def align(self, name: str, *sets: str, incumbent: str = "") -> dict[str, Any]:
+        config = load_config(ROOT / "params.yaml", [*SETTINGS, *sets])
+        out = self.folder / name / "policy"
+        run_dpo(config.dpo, config.model, self.folder / "clean", self.base, self.folder / "sft", out)
+        return self.judge(name, *sets, incumbent=incumbent)
+
+    def judge(self, name: str, *sets: str, incumbent: str = "") -> dict[str, Any]:
+        """Evaluate the policy that was aligned under a name."""
         config = load_config(ROOT / "params.yaml", [*SETTINGS, *sets])
         out = self.folder / name
-        run_dpo(config.dpo, config.model, self.folder / "clean", self.base, self.folder / "sft", out / "policy")
-        inputs = Inputs(self.folder / "clean", self.base, self.folder / "sft", out / "policy", "")
+        inputs = Inputs(self.folder / "clean", self.base, self.folder / "sft", out / "policy", incumbent, 1, True)
         reports = (out / "report.html", out / "report.md")
-        found = run_evaluate(config.evaluate, config.gate, config.model, inputs, {}, out / "evaluation", *reports)[1]
-        return found
+        return run_evaluate(config.evaluate, config.gate, config.model, inputs, {}, out / "evaluation", *reports)[1]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 
 def test_it_writes_numbers_verdict_and_report_on_that_very_policy(chain: Chain, tmp_path: Path) -> None:
     models = {"base": chain.base, "sft_model": chain.sft_model, "policy": chain.policy}
-    _, made = call(evaluate, tmp_path, dataset=chain.clean, incumbent="", **models)
+    _, made = call(evaluate, tmp_path, dataset=chain.clean, incumbent="", test_use=1, data_clean=True, **models)
     found = read_json(tmp_path / "evaluation" / "evaluation.json")
     verdict = read_json(tmp_path / "evaluation" / "verdict.json")
     assert verdict["policy_digest"] == verify_manifest(chain.policy)
@@ -29,5 +29,5 @@ def test_it_writes_numbers_verdict_and_report_on_that_very_policy(chain: Chain, 
 def test_a_level_that_is_no_level_is_refused(chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gate = load_config(ROOT / "params.yaml").gate.model_dump() | {"alpha": 5.0}
     models = {"base": chain.base, "sft_model": chain.sft_model, "policy": chain.policy}
-    wrong = {"gate_section": json.dumps(gate), "dataset": chain.clean, **models}
+    wrong = {"test_use": 1, "data_clean": True, "gate_section": json.dumps(gate), "dataset": chain.clean, **models}
     assert_refused("alpha: input should be less than 0.5, found 5", capsys, evaluate, tmp_path, **wrong)

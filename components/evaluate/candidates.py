@@ -1,0 +1,149 @@
+"""The models that are judged: how each is opened, what names its content, and what it was trained from.
+
+An incumbent comes from the registry as it was registered. Its own reference, the SFT model of its time, is the first
+ranks of its adapter (DESIGN, decision 5: the shipped adapter is the two concatenated by rank), so it needs no file of
+its own; after full fine-tuning it is known only while the SFT model is still the same.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from components.common import tracking
+from components.common.chat import load_tokenizer
+from components.common.config import ModelConfig
+from components.common.errors import InputError
+from components.common.files import digest, read_json, sha256_file, verify_manifest
+from components.common.scoring import adapted_digest, weights_digest, whole_digest
+from components.common.training_stage import open_model, open_tuned
+from components.training.models import PackedModel, keep_first_ranks
+
+INCUMBENT_REFERENCE = "incumbent's reference"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What evaluate reads: folders of earlier steps, the incumbent's URI (empty before the first champion), and what
+    the gate asks of the data.
+    """
+
+    dataset: Path
+    base_model: Path
+    sft_model: Path
+    policy: Path
+    incumbent: str
+    test_use: int
+    """Number of this decision among those on the same test set, from 1."""
+    data_clean: bool
+    """Whether the data is what a commit records."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to score.
+
+    Args:
+        name: `base`, `sft`, `policy`, `incumbent`, or the incumbent's reference.
+        content: hash that names its weights.
+        tokenizer: its own.
+        open: loads it.
+        reference: name of the candidate that it was trained from; empty for none or not known.
+        beta: of its preference training; None without one, or where it is not known.
+        loss: likewise.
+    """
+
+    name: str
+    content: str
+    tokenizer: Any
+    open: Callable[[], PackedModel]
+    reference: str = ""
+    beta: float | None = None
+    loss: str = ""
+
+
+def find_candidates(run: tracking.StageRun, model: ModelConfig, inputs: Inputs) -> list[Candidate]:
+    """All of them, each before its reference, so that what a model samples is there when its reference is opened.
+
+    Raises:
+        InputError: a file changed since it was written, or the incumbent cannot be loaded.
+    """
+    base_digest = verify_manifest(inputs.base_model)
+    sft_digest, _ = verify_manifest(inputs.sft_model), verify_manifest(inputs.policy)
+    tokenizer = load_tokenizer(inputs.base_model)
+
+    def tuned(name: str, folder: Path, **trained: Any) -> Candidate:
+        opens = partial(open_tuned, run, inputs.base_model, folder, model, name)
+        return Candidate(name, weights_digest(base_digest, folder), tokenizer, opens, **trained)
+
+    training = read_json(inputs.policy / "training.json")
+    policy = tuned("policy", inputs.policy, reference="sft", beta=training["beta"], loss=training["loss"])
+    sft = tuned("sft", inputs.sft_model, reference="base")
+    opens = partial(open_model, run, inputs.base_model, model, trains=False)
+    base = Candidate("base", base_digest, tokenizer, opens)
+    if not inputs.incumbent:
+        return [policy, sft, base]
+    return [*_incumbent(run, model, inputs, base_digest, sft_digest), policy, sft, base]
+
+
+def _incumbent(
+    run: tracking.StageRun, model: ModelConfig, inputs: Inputs, base_digest: str, sft_digest: str
+) -> list[Candidate]:
+    """The incumbent, and its reference where that is not the SFT model."""
+    folder = _download(inputs.incumbent)
+    training = read_json(folder / "training.json") if (folder / "training.json").is_file() else {}
+    trained = {"beta": training.get("beta"), "loss": training.get("loss", "")}
+    same_sft = training.get("sft_digest") == sft_digest and training.get("base_digest") == base_digest
+    named = _base_of(folder / "adapter").removeprefix("sha256:")
+    if named != base_digest and (folder / "model" / "config.json").is_file():
+        opens = partial(open_model, run, folder / "model", model, trains=False)
+        tokenizer, content = load_tokenizer(folder / "model"), whole_digest(folder / "model")
+        return [Candidate("incumbent", content, tokenizer, opens, "sft" if same_sft else "", **trained)]
+    base = inputs.base_model if named == base_digest else _base_in_registry(inputs.incumbent, folder)
+    opens = partial(open_tuned, run, base, folder, model, "incumbent")
+    content, tokenizer = adapted_digest(named, folder / "adapter"), load_tokenizer(base)
+    rank = training.get("reference_rank", 0)
+    reference = "sft" if same_sft else INCUMBENT_REFERENCE if rank else ""
+    incumbent = Candidate("incumbent", content, tokenizer, opens, reference, **trained)
+    if reference != INCUMBENT_REFERENCE:
+        return [incumbent]
+
+    def open_reference() -> PackedModel:
+        opened = opens()
+        keep_first_ranks(opened.lm, "incumbent", rank)
+        return opened
+
+    return [incumbent, Candidate(reference, digest([content, "first ranks", rank]), tokenizer, open_reference)]
+
+
+def _download(uri: str) -> Path:
+    folder = _fetch(uri, f"incumbent {uri}") / "artifacts"
+    if not (folder / "model" / "config.json").is_file() and not (folder / "adapter").is_dir():
+        raise InputError(f"incumbent {uri} holds no model that this project registered; move the champion alias")
+    return folder
+
+
+def _base_in_registry(incumbent: str, folder: Path) -> Path:
+    """The base model of an incumbent that was registered as an adapter of another base than ours."""
+    named = read_json(folder / "base.json")
+    base = _fetch(named["reference"], f"the base model {named['reference']} of incumbent {incumbent}")
+    if any(sha256_file(base / name) != wanted for name, wanted in named["files"].items()):
+        raise InputError(f"incumbent {incumbent}: the files of its base model {named['reference']} changed")
+    return base
+
+
+def _fetch(uri: str, what: str) -> Path:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    tracking.client()
+    try:
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+    except (MlflowException, OSError) as error:
+        raise InputError(f"{what} cannot be downloaded: {tracking.one_line(str(error))}") from error
+
+
+def _base_of(adapter: Path) -> str:
+    file = adapter / "adapter_config.json"
+    return str(read_json(file).get("base_model_name_or_path")) if file.exists() else ""

@@ -1,0 +1,307 @@
+"""Every held-out number, from log-probabilities alone: the models one by one, and the policy against its rivals.
+
+Shapes: P test pairs, B bootstrap resamples, K slices of the test pairs; chosen comes before rejected.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from components.common.config import EvaluateConfig
+from components.common.records import LANGUAGES, Preference
+from components.common.scoring import TokenLogps
+from components.evaluate.results import Comparison, Estimate, Metrics
+from components.evaluate.statistics import (
+    DISTRIBUTION_POINTS,
+    Floats,
+    GroupBootstrap,
+    Mask,
+    accuracy,
+    brier,
+    fit_scale,
+    log_loss,
+    mcnemar,
+    reliability,
+    roc,
+    superiority_p,
+)
+
+Rows = dict[str, list[Preference]]
+SIDES = ("validation", "test")
+SLICES = {"languages": "by_language", "sources": "by_source", "lengths": "by_length"}
+"""Name of a kind of slice in a model's results, and in a comparison's."""
+PER_TOKEN_LOSSES = ("ipo", "sigmoid_norm", "simpo", "orpo")
+REFERENCE_FREE_LOSSES = ("simpo", "orpo")
+POWER_Z = 1.645 + 0.842
+"""Standard normal quantiles of a one-sided test at 5 % with 80 % power."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model's log-probs of both sides, and how it was trained.
+
+    `reference` has those of the test pairs under the model's reference; `beta` and `loss` are of its preference
+    training. None where there is none, or where it is not known.
+    """
+
+    sides: Mapping[str, TokenLogps]
+    reference: TokenLogps | None = None
+    beta: float | None = None
+    loss: str = ""
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A model's results, and what comparisons need: margin and loss of each pair, loss of each resample and slice."""
+
+    margins_P: Floats
+    loss_P: Floats
+    loss_BK: Floats
+    results: dict[str, Any]
+
+
+def compare(
+    config: EvaluateConfig, threshold: float, regression: float, rows: Rows, scored: Mapping[str, Scored]
+) -> dict[str, Any]:
+    """Results as of results.Results, but for answers, findings and facts.
+
+    Args:
+        config: bootstrap settings.
+        threshold: improvement that the test asks the policy to exceed, nats; below 0 for non-inferiority.
+        regression: by how much a language may be worse, nats.
+        rows: validation and test pairs.
+        scored: for `base`, `sft`, `policy` and perhaps `incumbent`.
+    """
+    test = rows["test"]
+    settings = (config.bootstrap, config.confidence)
+    bootstrap = GroupBootstrap([row.group for row in test], *settings, config.seed)
+    calibration = GroupBootstrap([row.group for row in rows["validation"]], *settings, config.seed + 1)
+    lengths_P = scored["base"].sides["test"].lengths_EC.max(axis=1)
+    masks = slices(test, lengths_P)
+    base = {side: scored["base"].sides[side].sums() for side in SIDES}
+    judged = {name: _judge(bootstrap, calibration, masks, test, found, base) for name, found in scored.items()}
+    policy = judged["policy"]
+    comparisons = {
+        rival: _compare(bootstrap, (threshold, regression), masks, policy, judged[rival], rival)
+        for rival in ("sft", "incumbent")
+        if rival in judged
+    }
+    return {
+        "pairs": {side: len(rows[side]) for side in SIDES},
+        "groups": {"validation": calibration.n_groups, "test": bootstrap.n_groups},
+        "confidence": config.confidence,
+        "bootstrap": config.bootstrap,
+        "seed": config.seed,
+        "beta": scored["policy"].beta,
+        "loss": scored["policy"].loss,
+        "models": {name: found.results for name, found in judged.items()},
+        "comparisons": comparisons,
+        "own": policy.results["own"],
+        "roc": roc(policy.margins_P),
+        "held_out": [
+            {"id": row.id, "group": row.group, "lang": row.lang, "source": row.source, "length": int(length)}
+            | {"margins": {name: float(found.margins_P[number]) for name, found in judged.items()}}
+            for number, (row, length) in enumerate(zip(test, lengths_P, strict=True))
+        ],
+    }
+
+
+def slices(rows: Sequence[Preference], lengths_P: Any) -> dict[str, Mask]:
+    """The test pairs as a whole and in parts, as masks [P] by `overall` and `kind/part`, empty parts left out.
+
+    Args:
+        rows: P pairs.
+        lengths_P: tokens of the longer answer of each; three buckets hold about a third of the pairs each.
+    """
+    masks = {"overall": np.ones(len(rows), dtype=bool)}
+    masks |= {f"languages/{lang}": np.array([row.lang == lang for row in rows]) for lang in LANGUAGES}
+    for source in sorted({row.source for row in rows}):
+        masks[f"sources/{source}"] = np.array([row.source == source for row in rows])
+    low, high = (int(edge) for edge in np.quantile(lengths_P, [1 / 3, 2 / 3]))
+    masks[f"lengths/up to {low} tokens"] = lengths_P <= low
+    masks[f"lengths/{low + 1} to {high} tokens"] = (lengths_P > low) & (lengths_P <= high)
+    masks[f"lengths/over {high} tokens"] = lengths_P > high
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def _judge(
+    bootstrap: GroupBootstrap,
+    calibration: GroupBootstrap,
+    masks: Mapping[str, Mask],
+    rows: Sequence[Preference],
+    scored: Scored,
+    base: Mapping[str, Floats],
+) -> _Judged:
+    rewards = {side: scored.sides[side].sums() - base[side] for side in SIDES}
+    gaps = {side: rewards[side][:, 0] - rewards[side][:, 1] for side in SIDES}
+    scale = fit_scale(gaps["validation"])
+    masks_PK = np.stack(list(masks.values()), axis=1).astype(np.float64)
+    counts_BK = bootstrap.sums(masks_PK)
+    scales_B = calibration.scales(gaps["validation"])
+    loss_BK, brier_BK = bootstrap.scaled_sums(gaps["test"], scales_B, masks_PK)
+    with np.errstate(invalid="ignore"):  # a resample may hold no pair of a slice
+        loss_BK, brier_BK = loss_BK / counts_BK, brier_BK / counts_BK
+    loss_P, brier_P = log_loss(gaps["test"], scale), brier(gaps["test"], scale)
+    table = bootstrap.table(_columns(scored, rows, rewards["test"]), masks)
+    for number, (name, mask) in enumerate(masks.items()):
+        n = int(mask.sum())
+        loss = bootstrap.interval(loss_P[mask].mean(), loss_BK[:, number], n)
+        table[name] = {"preference_log_loss": loss} | table[name]
+        table[name]["brier"] = bootstrap.interval(brier_P[mask].mean(), brier_BK[:, number], n)
+    own_P2 = own_rewards(scored)
+    plots = {"fitted": reliability(bootstrap, gaps["test"], scale)}
+    if own_P2 is not None:
+        plots["own"] = reliability(bootstrap, own_P2[:, 0] - own_P2[:, 1], 1.0)
+    results = {"scale": scale, "overall": table["overall"]}
+    results |= {kind: _of_kind(kind, table) for kind in SLICES}
+    results |= {"own": None if own_P2 is None else _own(bootstrap, own_P2)}
+    results |= {"auc": bootstrap.auc(gaps["test"]), "reliability": plots}
+    return _Judged(gaps["test"], loss_P, loss_BK, results)
+
+
+def _of_kind(kind: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.partition("/")[2]: values for name, values in found.items() if name.startswith(f"{kind}/")}
+
+
+def _columns(scored: Scored, rows: Sequence[Preference], rewards_P2: Floats) -> dict[str, tuple[Floats, Floats]]:
+    """Values and weights of each pair, for the metrics that are ratios of sums."""
+    test = scored.sides["test"]
+    logps_P2 = test.sums()
+    per_token_P2 = logps_P2 / test.lengths_EC
+    margins_P = rewards_P2[:, 0] - rewards_P2[:, 1]
+    one_P = np.ones(len(rows))
+    bytes_P = np.array([float(len(row.chosen.encode())) for row in rows])
+    columns = {
+        "reward_accuracy": (accuracy(margins_P), one_P),
+        "reward_margin": (margins_P, one_P),
+        "chosen_reward": (rewards_P2[:, 0], one_P),
+        "rejected_reward": (rewards_P2[:, 1], one_P),
+        "raw_accuracy": (accuracy(logps_P2[:, 0] - logps_P2[:, 1]), one_P),
+        "raw_accuracy_per_token": (accuracy(per_token_P2[:, 0] - per_token_P2[:, 1]), one_P),
+        "bits_per_byte": (-logps_P2[:, 0] / math.log(2), bytes_P),
+    }
+    if scored.reference is not None:
+        change_P2 = logps_P2 - scored.reference.sums()
+        columns["chosen_logp_change"] = (change_P2[:, 0], one_P)
+        columns["divergence"] = (divergence(test, scored.reference).mean(axis=1), one_P)
+    return columns
+
+
+def divergence(model: TokenLogps, reference: TokenLogps) -> Floats:
+    """How far a model has moved from its reference on given answers, nats per answer [E, C].
+
+    Half the squared log-ratio of each token, summed: the estimator k2 of KL(model || reference) in J. Schulman,
+    "Approximating KL divergence" (http://joschu.net/blog/kl-approx.html, 2020). The answers are the data's and not the
+    model's, so it is a measure of distance rather than an estimate of that KL; see `sampled_kl` for one.
+    """
+    ratio_N = model.values_N.astype(np.float64) - reference.values_N
+    return model.sums_of(0.5 * ratio_N**2)
+
+
+def sampled_kl(model: TokenLogps, reference: TokenLogps) -> Floats:
+    """KL(model || reference) of whole answers that the model itself sampled, nats per answer [E].
+
+    (r - 1) - log r with r = reference / model for each token, summed: the estimator k3 of J. Schulman's note, which
+    has the expectation of the KL and is never negative. Answers are cut at the limit of their length.
+    """
+    log_r_N = reference.values_N.astype(np.float64) - model.values_N
+    found: Floats = model.sums_of(np.expm1(log_r_N) - log_r_N)[:, 0]
+    return found
+
+
+def own_rewards(scored: Scored) -> Floats | None:
+    """Rewards of chosen and rejected as the model's own training defines them, [P, 2]; None if that is not known."""
+    reference_free = scored.loss in REFERENCE_FREE_LOSSES
+    if scored.beta is None or (scored.reference is None and not reference_free):
+        return None
+    test = scored.sides["test"]
+    ratios_P2 = test.sums()
+    if scored.reference is not None and not reference_free:
+        ratios_P2 = ratios_P2 - scored.reference.sums()
+    if scored.loss in PER_TOKEN_LOSSES:
+        ratios_P2 = ratios_P2 / test.lengths_EC
+    return scored.beta * ratios_P2
+
+
+def _own(bootstrap: GroupBootstrap, rewards_P2: Floats) -> Metrics:
+    margins_P = rewards_P2[:, 0] - rewards_P2[:, 1]
+    columns = {"loss": log_loss(margins_P), "reward_accuracy": accuracy(margins_P), "reward_margin": margins_P}
+    columns |= {"chosen_reward": rewards_P2[:, 0], "rejected_reward": rewards_P2[:, 1], "brier": brier(margins_P)}
+    return {name: bootstrap.estimate(values) for name, values in columns.items()}
+
+
+def _compare(
+    bootstrap: GroupBootstrap,
+    limits: tuple[float, float],
+    masks: Mapping[str, Mask],
+    policy: _Judged,
+    rival: _Judged,
+    name: str,
+) -> Comparison:
+    threshold, regression = limits
+    gain_P, gain_BK = rival.loss_P - policy.loss_P, rival.loss_BK - policy.loss_BK
+    gains: dict[str, Estimate] = {
+        part: bootstrap.interval(gain_P[mask].mean(), gain_BK[:, number], int(mask.sum()))
+        for number, (part, mask) in enumerate(masks.items())
+    }
+    found: dict[str, Any] = {
+        "improvement": gains["overall"],
+        "threshold": threshold,
+        # Each of the two is blind to something: the percentile to skew, the bootstrap-t to the scale's uncertainty.
+        "p_value": max(
+            superiority_p(gain_BK[:, 0], threshold), float(bootstrap.studentized_p(gain_P[:, None], threshold)[0])
+        ),
+        "regression_p": {
+            part.partition("/")[2]: superiority_p(-gain_BK[np.isfinite(gain_BK[:, number]), number], regression)
+            for number, part in enumerate(masks)
+            if part.startswith("languages/")
+        },
+        "distribution": np.quantile(gain_BK[:, 0], DISTRIBUTION_POINTS).tolist(),
+        "accuracy": bootstrap.estimate(accuracy(policy.margins_P) - accuracy(rival.margins_P)),
+        "mcnemar": mcnemar(policy.margins_P, rival.margins_P),
+    }
+    found |= {key: _of_kind(kind, gains) for kind, key in SLICES.items()}
+    error = float(np.std(gain_BK[:, 0]))
+    return Comparison(**found, words=words(found, error, bootstrap.n_groups, name))
+
+
+RIVALS = {"sft": "the SFT model", "incumbent": "the incumbent champion"}
+
+
+def words(found: Mapping[str, Any], error: float, n_groups: int, rival: str) -> str:
+    """What the evidence supports, also when it supports nothing.
+
+    Args:
+        found: a comparison without its words.
+        error: standard error of the improvement, nats.
+        n_groups: prompt groups of the test pairs.
+        rival: `sft` or `incumbent`.
+    """
+    gain, low, high = (found["improvement"][key] for key in ("value", "low", "high"))
+    pairs, who = found["improvement"]["n"], RIVALS[rival]
+    where = f"on {pairs} held-out pairs of {n_groups} prompt groups"
+    interval = f"[{low:+.4f}, {high:+.4f}]"
+    if low == high == 0.0:
+        said = f"The policy and {who} score every pair alike {where}: there is nothing to tell them apart by."
+    elif low > 0.0:
+        said = f"The evidence supports that the policy is better than {who}: its log-loss is lower by {gain:.4f} nats"
+        said += f" {interval} {where}."
+    elif high < 0.0:
+        said = f"The evidence supports that the policy is worse than {who}: its log-loss is higher by {-gain:.4f} nats"
+        said += f" {interval} {where}."
+    else:
+        said = f"The evidence supports neither model: {where} the log-loss of the policy is"
+        said += f" {abs(gain):.4f} nats {'lower' if gain >= 0 else 'higher'} than that of {who}, and anything in"
+        said += f" {interval} agrees with them."
+        if gain > 0.0:
+            needed = math.ceil(pairs * (POWER_Z * error / gain) ** 2)
+            said += (
+                f" If the difference is real, about {max(needed, pairs + 1)} pairs would show it four times in five."
+            )
+    test = found["mcnemar"]
+    said += f" Of the pairs that only one of them ranks right, {test['policy_only']} are the policy's and"
+    said += f" {test['rival_only']} are the other's (McNemar's exact test, two-sided p = {test['p_value']:.3f})."
+    return said

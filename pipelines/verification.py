@@ -1,0 +1,201 @@
+"""Is a version what was registered, and how is it made again: its files, its logits, its origin."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from components.common.audit import Audit
+from components.common.config import PARAMS
+from components.common.errors import InputError, KubealignError
+from components.common.files import read_json, sha256_file, write_text
+from components.common.identity import environment
+
+TOLERANCE = 1e-3
+"""Largest difference of a logit, in fp32, between machines; another adapter or base differs by far more."""
+MLFLOWS_OWN = {"registered_model_meta"}
+"""Files that MLflow writes into a download."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was looked at, and what was found."""
+
+    name: str
+    outcome: Literal["pass", "warn", "fail"]
+    sentence: str
+
+
+def verify(client: Any, name: str, version: Any) -> list[Check]:
+    """Check a version against what was recorded when it was registered.
+
+    Args:
+        client: of MLflow.
+        name: the registered model.
+        version: MLflow's entity.
+
+    Raises:
+        KubealignError: the version was not registered by this project, or cannot be downloaded.
+    """
+    import mlflow
+
+    if "kubealign.manifest" not in version.tags:
+        raise KubealignError(f"{name} version {version.version} carries no manifest: kubealign did not register it")
+    checks = [_run(client, version), _audit(client, name)]
+    with tempfile.TemporaryDirectory() as scratch:
+        uri = f"models:/{name}/{version.version}"
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch))
+        files = _files(folder, json.loads(version.tags["kubealign.manifest"]))
+        checks.append(files)
+        # Nothing is loaded whose hash is wrong.
+        if files.outcome == "pass":
+            checks.append(_logits(folder))
+    return checks
+
+
+def _run(client: Any, version: Any) -> Check:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        stage = client.get_run(version.run_id).info.lifecycle_stage
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return Check("run", "warn", f"the run {version.run_id} that made it is gone")
+    if stage != "active":
+        return Check(
+            "run",
+            "warn",
+            f"the run {version.run_id} is marked deleted: `mlflow gc` would take the model with it; `mlflow runs"
+            f" restore --run-id {version.run_id}` brings it back",
+        )
+    return Check("run", "pass", f"run {version.run_id} is there")
+
+
+def _audit(client: Any, name: str) -> Check:
+    try:
+        audit = Audit.find(client, name)
+        reigns = audit.reigns() if audit else []
+    except KubealignError as error:
+        return Check("history", "warn", str(error))
+    return Check("history", "pass", f"{len(reigns)} champions so far")
+
+
+def _files(folder: Path, expected: dict[str, str]) -> Check:
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    found = {name: sha256_file(path) for name, path in paths.items() if name not in MLFLOWS_OWN}
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            return Check("files", "fail", f"{name} is missing")
+        if name not in expected:
+            return Check("files", "fail", f"{name} is not in the manifest")
+        if found[name] != expected[name]:
+            return Check(
+                "files", "fail", f"{name} changed: sha256 {found[name][:12]}, registered {expected[name][:12]}"
+            )
+    size = sum(path.stat().st_size for path in paths.values())
+    return Check("files", "pass", f"{len(found)} files, {size / 1e6:.0f} MB, have the registered sha256")
+
+
+def _logits(folder: Path) -> Check:
+    import mlflow
+    import torch
+
+    stored = read_json(folder / "artifacts" / "fingerprint.json")
+    model = mlflow.pyfunc.load_model(str(folder)).unwrap_python_model().model
+    with torch.no_grad():
+        logits_V = model(input_ids=torch.tensor([stored["tokens"]]), use_cache=False).logits[0, -1].float()
+    picked = torch.linspace(0, len(logits_V) - 1, len(stored["logits"])).long()
+    difference = float((logits_V[picked] - torch.tensor(stored["logits"])).abs().max())
+    outcome: Literal["pass", "fail"] = "pass" if difference <= TOLERANCE else "fail"
+    return Check("logits", outcome, f"loaded; differ by at most {difference:.1e} from those at registration")
+
+
+def reproduce(version: Any, project: Path, out: Path | None) -> Iterator[str]:
+    """What is needed to make a version again, line by line, and its checkout.
+
+    Args:
+        version: MLflow's entity.
+        project: this project's folder, whose git history holds the commit.
+        out: folder for the checkout; None to only say.
+
+    Raises:
+        InputError: `out` is there already, or the commit is not in the project's history.
+    """
+    import mlflow
+
+    tags = {key.removeprefix("kubealign."): value for key, value in version.tags.items()}
+    if "lineage" not in tags:
+        raise KubealignError(
+            f"{version.name} version {version.version} carries no lineage: kubealign did not register it"
+        )
+    commit = tags["git_commit"].removesuffix("-dirty")
+    yield f"code      commit {commit}"
+    digests = f"preferences {tags['preferences_digest']}, instructions {tags['instructions_digest']}"
+    yield f"data      {tags['data_commit']}: {digests}"
+    yield f"base      {tags['base_reference']}, digest {tags['base_digest']}"
+    yield f"lineage   {tags['lineage']}; a run that prints the same one repeats this version"
+    if tags["git_dirty"] == "true":
+        yield "warning   the code had changes that no commit holds; the run will have another lineage"
+    if tags["data_clean"] != "true":
+        yield "warning   the data was not what a commit records; compare the digests above"
+    with tempfile.TemporaryDirectory() as scratch:
+        source = f"models:/{version.name}/{version.version}/artifacts"
+        recorded, settings = (
+            Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{source}/{name}", dst_path=scratch)).read_text(
+                "utf-8"
+            )
+            for name in ("environment.txt", "settings.yaml")
+        )
+        yield from _packages(recorded)
+        if out is None:
+            yield "to check it out: the same command with --out FOLDER"
+            return
+        _check_out(project, commit, out)
+        _write_params(out, yaml.safe_load(settings), project, tags["data_commit"])
+        write_text(out / "environment.txt", recorded)
+    yield f"checked out to {out}, with the settings of that run in {PARAMS} and its packages in environment.txt; then:"
+    yield f"  cd {out} && make data && .venv/bin/kubealign run"
+
+
+def _packages(recorded: str) -> Iterator[str]:
+    then, now = (dict(line.split("==") for line in text.split()) for text in (recorded, environment()))
+    differing = [f"{name} {then[name]} (here {now.get(name, 'none')})" for name in then if now.get(name) != then[name]]
+    more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
+    yield f"packages  {len(then)}, " + (f"different here: {', '.join(differing[:8])}{more}" if differing else "as here")
+
+
+def _check_out(project: Path, commit: str, out: Path) -> None:
+    from dulwich import porcelain
+    from dulwich.errors import NotGitRepository
+    from dulwich.repo import Repo
+
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out}: not empty; name a folder that is not there yet")
+    try:
+        with Repo.discover(str(project)) as repo:
+            if commit.encode() not in repo.object_store:
+                raise InputError(f"commit {commit} is not in {repo.path}; fetch it from where the run was made")
+            root = repo.path
+    except NotGitRepository as error:
+        raise InputError(f"{project}: not a git repository; clone the project and run this there") from error
+    with Path("/dev/null").open("wb") as nowhere:
+        porcelain.clone(root, str(out), checkout=False, errstream=nowhere).close()
+        with Repo(str(out)) as made:
+            porcelain.reset(made, "hard", commit)
+
+
+def _write_params(out: Path, settings: dict[str, Any], project: Path, data_commit: str) -> None:
+    """The run's settings in params.yaml of the checkout; its own data repository is the checkout itself."""
+    path = out / PARAMS
+    raw = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if Path(settings["data"]["repo"]) == project:
+        settings["data"]["repo"] = "."
+    if data_commit != "workspace":
+        settings["data"]["revision"] = data_commit
+    text = yaml.safe_dump(raw | settings, sort_keys=False, allow_unicode=True)
+    write_text(path, f"# The settings of the run that is to be repeated.\n{text}")
