@@ -100,16 +100,20 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
 
 
 def _commit_of(root: Path, commit: str, digests: dict[str, str]) -> str:
-    """The oldest commit of an unbroken line back from `commit` in which dvc.lock gives the folders these digests."""
     from dulwich.repo import Repo
 
-    oldest = commit
     with Repo(str(root)) as repo:
-        for sha in _lock_changes(repo, commit):
-            recorded = _recorded(repo, sha)
-            if any(recorded.get(folder) != md5 for folder, md5 in digests.items()):
-                break
-            oldest = sha
+        return commit_with(repo, commit, digests)
+
+
+def commit_with(repo: Any, commit: str, digests: dict[str, str]) -> str:
+    """The oldest commit of an unbroken line back from `commit` in which dvc.lock gives the folders these digests."""
+    oldest = commit
+    for sha in _lock_changes(repo, commit):
+        recorded = _recorded(repo, sha)
+        if any(recorded.get(folder) != md5 for folder, md5 in digests.items()):
+            break
+        oldest = sha
     return oldest
 
 

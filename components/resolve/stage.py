@@ -7,12 +7,9 @@ stale result (DESIGN, decision 2).
 from typing import NamedTuple
 
 from components.common import tracking
-from components.common.chat import template_digest
 from components.common.config import DataConfig, ModelConfig, RegisterConfig
-from components.common.files import digest
-from components.common.identity import code_digest, git_commit
-from components.resolve.base import resolve_base
-from components.resolve.data import resolve_data
+from components.common.identity import git_commit
+from components.resolve.key import resolve_key
 
 CHAMPION = "champion"
 
@@ -59,13 +56,8 @@ def run_resolve(
     with tracking.stage_run(
         "resolve", {"data_repo": tracking.without_credentials(data.repo), "data_revision": data.revision}
     ) as run:
-        version = resolve_data(data.repo, data.revision)
-        base = resolve_base(model, data)
-        code = {stage: code_digest(stage) for stage in ("fetch", "validate", "sft", "dpo", "evaluate")}
-        template = template_digest(model.template)
-        config = [template, model.how(), model.max_length, *training]
-        trained_by = {stage: value for stage, value in code.items() if stage != "evaluate"}
-        lineage = digest([version.digests, base.digest, trained_by, config])[:32]
+        key = resolve_key(data, model, training, judging)
+        version, base, lineage = key.data, key.base, key.lineage
         facts = Resolved(
             data_commit=version.commit,
             preferences_digest=version.digests["data/preferences"],
@@ -73,9 +65,9 @@ def run_resolve(
             base_reference=base.reference,
             base_digest=base.digest,
             git_commit=git_commit(),
-            **{f"code_{stage}": value for stage, value in code.items()},
-            template_digest=template,
-            config=digest([config, judging])[:32],
+            **{f"code_{stage}": value for stage, value in key.code.items()},
+            template_digest=key.template,
+            config=key.config,
             lineage=lineage,
             incumbent=_incumbent(register.name, lineage),
             run_id=run.run_id,
