@@ -40,13 +40,13 @@ def fetch(out: Out, params: Params = Path(PARAMS)) -> None:
     """Resolve the configured data and base model and bring them to OUT/dataset and OUT/base."""
     from components.fetch.stage import run_fetch
     from components.resolve.base import resolve_base
-    from components.resolve.data import resolve_data
+    from components.resolve.data import data_folders, resolve_data
 
     config = load_config(params)
-    data = resolve_data(config.data.repo, config.data.revision)
+    version = resolve_data(config.data.repo, config.data.revision, data_folders(config.data.path))
+    data = config.data.model_copy(update={"revision": version.commit})
     base = resolve_base(config.model, config.data)
-    where = (out / "dataset", out / "base")
-    run_fetch(config.data.repo, data.commit, data.digests, config.model, base.reference, base.digest, *where)
+    run_fetch(data, version.digests, config.model, base.reference, base.digest, out / "dataset", out / "base")
 
 
 @app.command()

@@ -16,11 +16,12 @@ from rich.table import Table
 from components.common import tracking
 from components.common.config import PARAMS, Config, load_config
 from components.common.errors import InputError, KubealignError
-from pipelines import ci, remote
+from pipelines import ci, data, remote
 from pipelines.options import Overrides, Project, project_folder, run_config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(remote.app)
+app.add_typer(data.app, name="data")
 app.add_typer(ci.app, name="ci")
 console = Console()
 
@@ -29,7 +30,8 @@ PARTS = {
     "checkpoints": "training states that an interrupted run goes on from",
     "cache": "log-probabilities of models that have been scored",
     "runs": "logs and reports of runs",
-    "workspace": "scratch folder of the local runner",
+    "downloads": "packages of data/sources.lock, and what interrupted downloads have brought so far",
+    "workspace": "scratch folder of the local runner and of `data add`",
 }
 """What `kubealign clean` removes; the MLflow registry (mlflow.db, mlartifacts) is never touched."""
 

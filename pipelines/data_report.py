@@ -19,8 +19,7 @@ import yaml
 from components.common import tracking
 from components.common.config import PARAMS, Config, load_config
 from components.common.errors import InputError
-from components.common.records import SPLITS
-from components.resolve.data import DATA_FOLDERS, opened
+from pipelines.data_versions import KINDS, diff
 from pipelines.revisions import default_base, find_commit, is_own, opened_repository
 from pipelines.runner import QUIET, run_arguments
 
@@ -57,7 +56,7 @@ def data_report(root: Path, base: str, head: str) -> Report:
             raise InputError(f"data.repo={config.data.repo} is another repository: report on the data there")
     lines = [MARKER, f"## Data: `{first[:12]}` → `{last[:12]}`", ""]
     try:
-        lines += data_diff(root, first, last)
+        lines += _difference(config, root, first, last)
         accepted, found = _validation(root, config, last)
     except InputError as error:
         accepted, found = False, [f"**Refused**: {error}"]
@@ -65,33 +64,23 @@ def data_report(root: Path, base: str, head: str) -> Report:
     return Report("\n".join(lines) + "\n", accepted)
 
 
-def data_diff(root: Path, base: str, head: str) -> list[str]:
-    """Markdown lines: rows added and removed, by data set, side of the split and language."""
-    before, after = (_languages(root, commit) for commit in (base, head))
-    lines = ["| data set | side | language | rows | added | removed |", "|---|---|---|---:|---:|---:|"]
-    for place in sorted(before.keys() | after.keys()):
-        old, new = before.get(place, {}), after.get(place, {})
-        for language in sorted({*old.values(), *new.values()}):
-            had, has = ({name for name, lang in rows.items() if lang == language} for rows in (old, new))
-            cells = (*place, language, len(has), len(has - had), len(had - has))
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    return lines
+def _difference(config: Config, root: Path, base: str, head: str) -> list[str]:
+    """Markdown lines: rows added, removed and changed, by data set, language and source."""
+    data = config.data.model_copy(update={"repo": str(root)})
+    found = diff(data, base, head)
+    if not found:
+        return ["No row of the data changes."]
+    lines = ["| data set | language | source | added | removed | changed |", "|---|---|---|---:|---:|---:|"]
+    total: Counter[str] = Counter()
+    for place, counts in found.items():
+        total += counts
+        lines.append(f"| {' | '.join([*map(_word, place), *(str(counts[kind]) for kind in KINDS)])} |")
+    return [*lines, f"| all | | | {' | '.join(str(total[kind]) for kind in KINDS)} |"]
 
 
-def _languages(root: Path, commit: str) -> dict[tuple[str, str], dict[str, str]]:
-    """The language of every row by its id, for each data set and side."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    with opened(str(root), commit) as fs:
-        for folder in DATA_FOLDERS:
-            for split in SPLITS:
-                try:
-                    text = fs.read_text(f"{folder}/{split}.jsonl", encoding="utf-8", errors="replace")
-                except FileNotFoundError:
-                    continue
-                rows = [_object(line) for line in text.splitlines() if line.strip()]
-                known = {str(row.get("id", number)): row for number, row in enumerate(rows)}
-                found[Path(folder).name, split] = {name: _language(row) for name, row in known.items()}
-    return found
+def _word(text: str) -> str:
+    """A word that the data gives, if it is one: a report must not show, nor a table break at, what rows hold."""
+    return text if re.fullmatch(r"[\w.-]{1,60}", text) else "(other)"
 
 
 def _object(line: str) -> dict[str, Any]:
@@ -102,18 +91,13 @@ def _object(line: str) -> dict[str, Any]:
     return row if isinstance(row, dict) else {}
 
 
-def _language(row: dict[str, Any]) -> str:
-    language = str(row.get("lang"))
-    return language if re.fullmatch(r"[a-z]{2,3}", language) else "other"
-
-
 def _validation(root: Path, config: Config, commit: str) -> tuple[bool, list[str]]:
     """Fetch and validate the data of a commit, in processes and an MLflow of their own."""
     with TemporaryDirectory(prefix="kubealign-") as temporary:
         folder = Path(temporary)
         settled = run_arguments(config, root)
         sections = config.sections()
-        sections["data"] = {"repo": str(root), "revision": commit}
+        sections["data"] |= {"repo": str(root), "revision": commit}
         sections["model"] |= json.loads(settled["model_section"]) | {"base": settled["base_model"]}
         (folder / PARAMS).write_text(yaml.safe_dump(sections, allow_unicode=True), encoding="utf-8")
         common = ["--params", str(folder / PARAMS)]

@@ -14,7 +14,7 @@ from typing import Any
 from components.common.files import digest
 from components.common.identity import LOCK, code_parts
 from components.resolve.base import EMBEDDED
-from components.resolve.data import DATA_FOLDERS, EMBEDDED_MODEL
+from components.resolve.data import data_folders, embedded_model
 from pipelines.cluster import TRAIN_STEPS
 from pipelines.revisions import Revision, default_base, find_commit, is_own, opened_repository
 from pipelines.staleness import stale
@@ -175,18 +175,23 @@ def _data(revision: Revision) -> dict[str, Input]:
     repo, name = str(data.get("repo", "")), str(data.get("revision", ""))
     if not is_own(revision.repo, revision.folder, repo):
         return {"data.repo": Input(repo, repo, keyed=False), "data.revision": _name(name, len(name) == 40)}
-    digests = {folder: revision.outputs.get(folder, "") for folder in DATA_FOLDERS}
+    digests = {folder: revision.outputs.get(folder, "") for folder in data_folders(_data_path(revision))}
     commit = revision.data_commit(digests)
     return {folder: Input(value, value[:8] or "nothing") for folder, value in digests.items()} | {
         "the commit of the data": Input(commit, commit[:12], keyed=False)
     }
 
 
+def _data_path(revision: Revision) -> str:
+    return str((revision.params.get("data") or {}).get("path", "data"))
+
+
 def _base_model(revision: Revision) -> dict[str, Input]:
     """Base model and chat template: what is in git or DVC by content, anything else by name."""
     model = revision.params.get("model") or {}
     base, template = str(model.get("base", "")), str(model.get("template", ""))
-    own = revision.outputs.get(EMBEDDED_MODEL if base == EMBEDDED else base) or revision.below(base)
+    folder = embedded_model(_data_path(revision)) if base == EMBEDDED else base
+    own = revision.outputs.get(folder) or revision.below(folder)
     definite = bool(own) or base == EMBEDDED or (base.startswith("models:/") and "@" not in base)
     pinned = definite or bool(model.get("revision"))
     file = revision.files.get(template)

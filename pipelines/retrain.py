@@ -66,7 +66,7 @@ class Job:
 
     @property
     def order(self) -> outcome.Order:
-        return outcome.Order(self.commit, self.key, self.facts.data.digests["data/preferences"])
+        return outcome.Order(self.commit, self.key, next(iter(self.facts.data.digests.values())))
 
     def say(self, sentence: str) -> None:
         self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)

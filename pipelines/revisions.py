@@ -12,10 +12,9 @@ import yaml
 from components.common.config import PARAMS
 from components.common.errors import InputError
 from components.common.tracking import one_line
-from components.resolve.data import commit_with, is_url
+from components.resolve.data import LOCK, commit_of, is_url
 
 MAIN = ("origin/main", "main")
-LOCK = "dvc.lock"
 
 
 class Revision:
@@ -80,7 +79,7 @@ class Revision:
 
     def data_commit(self, digests: dict[str, str]) -> str:
         """The commit that `resolve` names as the version of the data."""
-        return commit_with(self.repo, self.sha, digests)
+        return commit_of(Path(self.repo.path), self.sha, digests)
 
     def below(self, folder: str) -> dict[str, str]:
         """The git hash of every file in a folder, or of the file itself."""

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from components.common.config import PARAMS
-from pipelines.revisions import LOCK, Revision
+from components.resolve.data import LOCK
+from pipelines.revisions import Revision
 
 
 def stale(revision: Revision, tree: Path) -> Iterator[str]:

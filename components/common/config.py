@@ -102,6 +102,11 @@ class DataConfig(Section):
             raise ValueError("a user or token in a URL would reach logs; leave it to git's credential helper")
         return repo
 
+    path: str = Field(
+        pattern=r"^(?!/)(?!.*\.\.)[^\\\s]+$",
+        description="folder of the repository that holds preferences/ and instructions/, and base_model/ for"
+        " model.base=embedded",
+    )
     revision: str = Field(
         min_length=1, description="branch, tag or commit; or `workspace`, the files of a local repository as they are"
     )
@@ -124,7 +129,10 @@ class SplitConfig(Section):
 class PrepareConfig(Section):
     """How `dvc repro` makes the canonical data."""
 
-    preferences: list[str] = Field(min_length=1, description="preference sources of data/sources.lock")
+    preferences: list[str] = Field(
+        description="packaged preference sources of data/sources.lock; what `kubealign data add` brought in is always"
+        " used"
+    )
     instructions: list[str] = Field(
         description="further instruction sources for SFT; the chosen answers of the pairs are always in."
         " alpaca_en_demo and alpaca_zh_demo forbid commercial use (CC BY-NC 4.0)"
@@ -136,8 +144,33 @@ class PrepareConfig(Section):
 class ValidateConfig(Section):
     """When data is too bad to train on."""
 
-    max_quarantined: Probability = Field(description="share of bad rows in a data set above which the run stops")
+    max_quarantined: Probability = Field(
+        description="share of bad rows in a data set above which the run stops; rows that are only too long do not count"
+    )
     min_rows: int = Field(ge=1, description="usable rows that each split needs")
+    near_duplicate: Probability = Field(description="Jaccard similarity of shingles from which two prompts are near")
+    language_confidence: Probability = Field(
+        description="probability from which the language that a text seems to be written in counts against `lang`"
+    )
+    max_shortcut: float = Field(
+        ge=0.5,
+        le=1,
+        description="accuracy from which a warning says that length alone, or refusals and AI disclaimers alone, tell"
+        " the chosen answer; 0.5 is chance",
+    )
+    max_drift: Probability = Field(
+        description="share of the rows that would have to change places to have the distribution of the data version"
+        " before, from which a warning says so"
+    )
+    decontaminate: str = Field(
+        pattern=r"^([^/\\\s]+\.jsonl)?$",
+        description="file of the preference data, beside train.jsonl, with prompts that must not appear, such as a"
+        " benchmark's; `dvc repro` copies data/decontaminate.jsonl there; empty for none",
+    )
+    severity: dict[str, Literal["error", "stop", "warn"]] = Field(
+        description="checks that are taken more or less seriously than the validate step's README says, such as"
+        " {email: error}; error: the row is quarantined, stop: the run fails, warn: the report says so"
+    )
 
 
 class OptimiserConfig(Section):

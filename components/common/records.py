@@ -1,10 +1,14 @@
 """What a row is (a preference pair or an instruction), and how JSON-lines files of rows are read and written."""
 
+import codecs
+import gzip
 import json
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import IO, Annotated, Any, Literal, TypeVar, cast
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from components.common.errors import InputError
@@ -13,6 +17,10 @@ from components.common.files import digest, replacing
 SPLITS = ("train", "validation", "test")
 LANGUAGES = ("en", "zh")
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+MAX_LINE_BYTES = 16 << 20
+"""The longest line that is read: a row that is longer is a file of another kind, and would fill the memory."""
+SHOWN_CHARACTERS = 120
+GZIP_MAGIC = b"\x1f\x8b"
 
 
 class Message(BaseModel):
@@ -58,32 +66,92 @@ def content_id(prompt: list[dict[str, str]], *answers: str) -> str:
     return digest([prompt, *answers])[:16]
 
 
+def iter_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON-lines file, plain or gzip, one at a time with the number of their line; blank lines count.
+
+    Raises:
+        InputError: as `raw_lines` and `parse_line`.
+    """
+    for number, line in raw_lines(path):
+        yield number, parse_line(path, number, line)
+
+
+def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file of rows that are not blank, as they are, with their numbers.
+
+    Raises:
+        InputError: no such file, a gzip stream that is cut off, a line that is too long.
+    """
+    number = 0
+    with open_rows(path) as file:
+        while True:
+            try:
+                line = file.readline(MAX_LINE_BYTES + 1)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise InputError(
+                    f"{path}:{number + 1}: the gzip stream is damaged or cut off here ({error}); copy the file again"
+                ) from error
+            if not line:
+                return
+            number += 1
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if len(line) > MAX_LINE_BYTES:
+                raise InputError(
+                    f"{path}:{number}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; expected one JSON object"
+                    " per line"
+                )
+            if line.strip():
+                yield number, line
+
+
+def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """The object of a line.
+
+    Raises:
+        InputError: not UTF-8, or no JSON object; names file and line, and never shows text.
+    """
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise InputError(f"{path}:{number}: {_why_no_json(line, error)}") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
 def read_lines(path: Path) -> list[Any]:
     """Read a JSON-lines file without looking at what its objects mean.
 
     Raises:
-        InputError: missing, empty, not UTF-8, or a line that is no JSON object; names file and line.
+        InputError: as `iter_lines`, or the file holds no row.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: not found; `dvc repro` makes the data, `dvc pull` fetches it") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}") from error
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: not valid JSON ({error}); expected one object per line") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-        rows.append(row)
+    rows = [row for _, row in iter_lines(path)]
     if not rows:
         raise InputError(f"{path}: no rows; expected at least one")
     return rows
+
+
+def open_rows(path: Path) -> IO[bytes]:
+    """A file of rows, opened for reading; whether it is gzip is seen from its first bytes."""
+    if not path.exists():
+        raise InputError(f"{path}: not found; `dvc repro` makes the data, `dvc pull` fetches it")
+    if not path.is_file():
+        raise InputError(f"{path}: {'a folder' if path.is_dir() else 'no regular file'}; expected a JSON-lines file")
+    with path.open("rb") as file:
+        start = file.read(2)
+    return cast(IO[bytes], gzip.open(path, "rb")) if start == GZIP_MAGIC else path.open("rb")
+
+
+def _why_no_json(line: bytes, error: orjson.JSONDecodeError) -> str:
+    """What is wrong with a line that could not be parsed, and what to do, without its text."""
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line:
+        return f"NUL byte or UTF-16 at byte {max(line.find(0), 0)} of the line; save the file as UTF-8"
+    try:
+        line.decode()
+    except UnicodeDecodeError as wrong:
+        return f"not UTF-8 at byte {wrong.start} of the line; save the file as UTF-8"
+    return f"not valid JSON ({error.msg} at column {error.colno}); expected one object per line"
 
 
 def read_rows(path: Path, kind: type[RowT]) -> list[RowT]:
@@ -104,7 +172,13 @@ def read_rows(path: Path, kind: type[RowT]) -> list[RowT]:
 def schema_problem(error: ValidationError) -> str:
     """The first problem of a row, without its text: the field and what was expected."""
     first = error.errors(include_input=False, include_url=False)[0]
-    return f"'{'.'.join(map(str, first['loc']))}': {first['msg']}"
+    return f"'{shown('.'.join(map(str, first['loc'])))}': {first['msg']}"
+
+
+def shown(names: str) -> str:
+    """Names of a file's columns as a message may show them: on one line, and not too long."""
+    printable = "".join(character if character.isprintable() else "?" for character in names[:SHOWN_CHARACTERS])
+    return printable + ("…" if len(names) > SHOWN_CHARACTERS else "")
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:

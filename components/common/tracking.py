@@ -6,6 +6,7 @@ Lines that the command line reads begin with a word in brackets, so that they al
 """
 
 import errno
+import json
 import os
 import re
 import resource
@@ -141,11 +142,11 @@ class StageRun:
         for first in range(0, len(entities), 1000):
             self.client.log_batch(self.run_id, metrics=entities[first : first + 1000])
 
-    def log_dataset(self, name: str, path: Path, digest: str, context: str) -> None:
-        """Record which data the stage read, by its DVC digest."""
+    def log_dataset(self, name: str, origin: Mapping[str, str], digest: str, context: str) -> None:
+        """Record which data the stage read: where it comes from, and its DVC digest."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        source = f'{{"uri": "{path.name}"}}'
+        source = json.dumps({"uri": origin["path"], **origin})
         dataset = Dataset(name=name, digest=digest[:36], source_type="local", source=source)
         tags = [InputTag("mlflow.data.context", context)]
         self.client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])

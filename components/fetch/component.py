@@ -42,14 +42,15 @@ def fetch(
     from components.common.config import DataConfig, ModelConfig, section
     from components.common.tracking import boundary
     from components.fetch.stage import run_fetch
+    from components.resolve.data import data_folders
 
     with boundary("fetch"):
-        digests = {"data/preferences": preferences_digest, "data/instructions": instructions_digest}
+        data = section(DataConfig, data_section, revision=data_commit)
+        digests = dict(zip(data_folders(data.path), (preferences_digest, instructions_digest), strict=True))
         dataset.metadata.update({"data_commit": data_commit, **digests})
         base.metadata.update({"reference": base_reference, "digest": base_digest})
         return run_fetch(
-            section(DataConfig, data_section, revision=data_commit).repo,
-            data_commit,
+            data,
             digests,
             section(ModelConfig, model_section, base=base_reference),
             base_reference,

@@ -1,23 +1,30 @@
 """Bring the resolved data and base model here as artifacts, checked against their digests."""
 
+import errno
+import hashlib
 import shutil
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 
 from components.common import tracking
 from components.common.chat import choose_template
-from components.common.config import ModelConfig
-from components.common.errors import InputError
-from components.common.files import folder_digest, read_json, replacing_folder, write_json, write_manifest
+from components.common.config import DataConfig, ModelConfig
+from components.common.errors import InputError, KubealignError
+from components.common.files import folder_digest, read_json, replacing, replacing_folder, write_json, write_manifest
 from components.resolve.base import EMBEDDED
-from components.resolve.data import DATA_FOLDERS, EMBEDDED_MODEL, WORKSPACE, opened, workspace_digest
+from components.resolve.data import WORKSPACE, embedded_model, opened, workspace_digest
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 """What a model folder may hold: weights in safetensors, configuration and tokenizer. Never pickles, never code."""
 
 
+DOWNLOADS = "downloads"
+"""Folder of the home folder with what an interrupted download has brought so far."""
+
+
 def run_fetch(
-    repo: str,
-    commit: str,
+    data: DataConfig,
     digests: dict[str, str],
     model: ModelConfig,
     base_reference: str,
@@ -28,8 +35,7 @@ def run_fetch(
     """Copy or download the data set and the base model.
 
     Args:
-        repo: path or URL of the data repository.
-        commit: commit of the data, or `workspace`.
+        data: the data repository; its revision is the commit that resolve found, or `workspace`.
         digests: expected DVC digest of each data folder.
         model: for the chat template.
         base_reference: definite name of the base model, from resolve.
@@ -41,19 +47,21 @@ def run_fetch(
         id of the MLflow run.
 
     Raises:
-        InputError: the data changed since it was resolved, or the model cannot be used.
+        InputError: the data changed since it was resolved or cannot be had, or the model cannot be used.
     """
-    params = {"data_commit": commit, "base_model": base_reference, "base_digest": base_digest} | {
+    params = {"data_commit": data.revision, "base_model": base_reference, "base_digest": base_digest} | {
         f"{Path(folder).name}_digest": value for folder, value in digests.items()
     }
     with tracking.stage_run("fetch", params) as run:
         with replacing_folder(dataset_out) as aside:
-            for folder in DATA_FOLDERS:
-                _copy_folder(repo, commit, folder, digests[folder], aside / Path(folder).name)
-        for folder in DATA_FOLDERS:
-            run.log_dataset(Path(folder).name, Path(folder), digests[folder], "alignment")
+            for folder, expected in digests.items():
+                _copy_folder(data, folder, expected, aside / Path(folder).name)
+        repo = tracking.without_credentials(data.repo)
+        for folder, found in digests.items():
+            source = {"repo": repo, "commit": data.revision, "path": folder}
+            run.log_dataset(Path(folder).name, source, found, "alignment")
         with replacing_folder(base_out) as aside:
-            _fetch_base(repo, base_reference, base_digest, aside)
+            _fetch_base(data, base_reference, base_digest, aside)
             _settle_model(model, aside)
             content = write_manifest(aside)
         run.log_params({"base_content": content})
@@ -61,25 +69,70 @@ def run_fetch(
         return run.run_id
 
 
-def _copy_folder(repo: str, commit: str, folder: str, expected: str, out: Path) -> None:
+def _copy_folder(data: DataConfig, folder: str, expected: str, out: Path) -> None:
     if out.exists():
         out.rmdir()
-    if commit == WORKSPACE:
-        _copy_files(Path(repo) / folder, out)
-        found = workspace_digest(Path(repo).resolve(), folder)
-        if found != expected:
-            raise InputError(f"{folder} changed while the run was starting; start it again")
+    if data.revision != WORKSPACE:
+        _download(data, folder, expected, out)
         return
-    with opened(repo, commit) as fs:
+    _copy_files(Path(data.repo) / folder, out)
+    if workspace_digest(Path(data.repo).resolve(), folder) != expected:
+        raise InputError(f"{folder} changed while the run was starting; start it again")
+
+
+def _download(data: DataConfig, folder: str, expected: str, out: Path) -> None:
+    """Bring a folder here file by file, each checked by its md5; an interrupted download goes on from the last file."""
+    kept = tracking.home() / DOWNLOADS / expected
+    with _remote(data, folder), opened(data.repo, data.revision) as fs:
         found = str(fs.info(folder)["dvc_info"]["md5"])
         if found != expected:
-            raise InputError(f"{repo}@{commit}: {folder} has digest {found}, expected {expected}")
-        try:
-            fs.get(folder, str(out), recursive=True)
-        except FileNotFoundError as error:
-            raise InputError(
-                f"{repo}@{commit}: the content of {folder} is neither in the DVC cache nor in a remote; `dvc push` it"
-            ) from error
+            raise InputError(f"{data.repo}@{data.revision}: {folder} has digest {found}, expected {expected}")
+        for path in sorted(fs.find(folder)):
+            name = PurePosixPath(path).relative_to(PurePosixPath("/") / folder if path.startswith("/") else folder)
+            md5 = str(fs.info(path)["dvc_info"]["md5"])
+            if not (kept / name).exists() or _md5(kept / name) != md5:
+                with replacing(kept / name) as aside:
+                    fs.get_file(path, str(aside))
+                    if _md5(aside) != md5:
+                        raise KubealignError(
+                            f"{data.repo}@{data.revision}: {path} has another content than its md5 {md5} says; the"
+                            " remote is damaged, push that file to it again"
+                        )
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(kept / name, out / name)
+    shutil.rmtree(kept, ignore_errors=True)
+
+
+@contextmanager
+def _remote(data: DataConfig, folder: str) -> Iterator[None]:
+    """Say in one sentence why the content of a folder cannot be had."""
+    from botocore.exceptions import BotoCoreError
+    from dvc.exceptions import DvcException
+
+    where = f"{tracking.without_credentials(data.repo)}@{data.revision}: the content of {folder}"
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(f"{where} is neither in the DVC cache nor in a remote; `dvc push` it") from error
+    except PermissionError as error:
+        if error.filename:  # of this machine: the error of a remote names no file
+            raise
+        raise InputError(
+            f"{where} may not be read from the DVC remote ({tracking.one_line(str(error))}); check the key"
+            " (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or cluster.s3_secret) and its rights"
+        ) from error
+    except (OSError, BotoCoreError, DvcException) as error:
+        if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
+            raise
+        raise KubealignError(
+            f"{where} cannot be had from the DVC remote: {tracking.one_line(str(error))}; what has arrived is kept,"
+            " the same run goes on from there"
+        ) from error
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _copy_files(source: Path, out: Path) -> None:
@@ -93,9 +146,10 @@ def _copy_files(source: Path, out: Path) -> None:
             shutil.copyfile(path, target)
 
 
-def _fetch_base(repo: str, reference: str, expected: str, out: Path) -> None:
+def _fetch_base(data: DataConfig, reference: str, expected: str, out: Path) -> None:
     if reference.startswith(f"{EMBEDDED}@"):
-        _copy_folder(repo, reference.partition("@")[2], EMBEDDED_MODEL, expected, out)
+        version = data.model_copy(update={"revision": reference.partition("@")[2]})
+        _copy_folder(version, embedded_model(data.path), expected, out)
     elif reference.startswith("models:/"):
         import mlflow
 

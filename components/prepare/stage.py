@@ -10,14 +10,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from components.common import tracking
 from components.common.config import PrepareConfig
 from components.common.errors import InputError
 from components.common.files import replacing_folder
-from components.common.records import SPLITS, content_id, write_lines
-from components.prepare.sources import Member, Sources, read_sources, unpack
+from components.common.records import SPLITS, content_id, read_lines, write_lines
+from components.prepare.formats import RowProblem, convert
+from components.prepare.sources import Member, Sources, added_pairs, read_sources, unpack
 from components.prepare.split import Place, make_prompt, place_prompts, read_splits, write_splits
 
-ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 RawRow = dict[str, Any]
 
 
@@ -32,9 +33,13 @@ def prepare_data(config: PrepareConfig, data: Path) -> None:
         InputError: an unknown source, a download or a hash that is wrong, a file of another shape.
     """
     sources = read_sources(data / "sources.lock")
-    with tempfile.TemporaryDirectory(prefix="kubealign-") as temporary:
-        rows = _rows(sources, "preferences", config.preferences, Path(temporary))
-        rows += _rows(sources, "instructions", config.instructions, Path(temporary))
+    rows = _rows(sources, "preferences", config.preferences) + _rows(sources, "instructions", config.instructions)
+    for name, added in sources.added.items():
+        rows += read_lines(added_pairs(data, name, added))
+    if not any("chosen" in row for row in rows):
+        raise InputError(
+            "no preference pairs; name some in prepare.preferences, or bring your own: `kubealign data add`"
+        )
     prompts = [make_prompt(row["prompt"], row["lang"]) for row in rows]
     known = read_splits(data / "splits.lock")
     places, bridges = place_prompts(prompts, known, config.split.model_dump(), config.near_duplicate)
@@ -74,28 +79,29 @@ def _instructions(rows: Iterable[RawRow]) -> list[RawRow]:
     return list(unique.values())
 
 
-def _rows(sources: Sources, kind: str, names: list[str], downloads: Path) -> list[RawRow]:
+def _rows(sources: Sources, kind: str, names: list[str]) -> list[RawRow]:
     available: dict[str, Member] = getattr(sources, kind)
     rows: list[RawRow] = []
     for name in names:
         if name not in available:
             raise InputError(f"prepare.{kind}: {name} is not in data/sources.lock; expected {', '.join(available)}")
         member = available[name]
-        file = downloads / f"{name}.json"
-        unpack(sources, member, downloads, file)
-        entries = json.loads(file.read_text(encoding="utf-8"))
-        convert = _pair if kind == "preferences" else _instruction
+        with tempfile.TemporaryDirectory(prefix="kubealign-") as temporary:
+            file = Path(temporary) / "rows.json"
+            unpack(sources, member, tracking.home() / "downloads", file)
+            entries = json.loads(file.read_text(encoding="utf-8"))
+        made = _pair if kind == "preferences" else _instruction
         facts = {"lang": member.lang, "source": name, "license": member.license}
         try:
-            rows += [convert(entry) | facts for entry in entries]
-        except (KeyError, TypeError) as error:
+            rows += [made(entry) | facts for entry in entries]
+        except (KeyError, TypeError, RowProblem) as error:
             raise InputError(f"{member.member}: an entry has another shape than expected: {error!r}") from error
     return rows
 
 
 def _pair(entry: RawRow) -> RawRow:
-    prompt = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in entry["conversations"]]
-    return {"prompt": prompt, "chosen": entry["chosen"]["value"], "rejected": entry["rejected"]["value"]}
+    prompt, chosen, rejected = convert(entry, "sharegpt")[0]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _instruction(entry: RawRow) -> RawRow:
@@ -115,7 +121,7 @@ def prepare_base_model(data: Path) -> None:
     sources = read_sources(data / "sources.lock")
     with tempfile.TemporaryDirectory(prefix="kubealign-") as temporary:
         file = Path(temporary) / "model.gguf"
-        unpack(sources, sources.model, Path(temporary), file)
+        unpack(sources, sources.model, tracking.home() / "downloads", file)
         print("converting to safetensors, about 20 s", flush=True)
         tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=file.name, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(

@@ -8,7 +8,7 @@ from components.common import tracking
 from components.common.config import DataConfig, ModelConfig
 from components.common.errors import InputError
 from components.common.files import digest, folder_digest
-from components.resolve.data import EMBEDDED_MODEL, resolve_data
+from components.resolve.data import embedded_model, resolve_data
 
 EMBEDDED = "embedded"
 
@@ -29,8 +29,9 @@ def resolve_base(model: ModelConfig, data: DataConfig) -> BaseModel:
     """
     base = model.base
     if base == EMBEDDED:
-        version = resolve_data(data.repo, data.revision, (EMBEDDED_MODEL,))
-        return BaseModel(f"{EMBEDDED}@{version.commit}", version.digests[EMBEDDED_MODEL])
+        folder = embedded_model(data.path)
+        version = resolve_data(data.repo, data.revision, (folder,))
+        return BaseModel(f"{EMBEDDED}@{version.commit}", version.digests[folder])
     if base.startswith("models:/"):
         return _registered(base)
     if base.startswith("s3://"):

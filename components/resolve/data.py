@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -10,8 +10,11 @@ import yaml
 from components.common.errors import InputError
 
 WORKSPACE = "workspace"
-DATA_FOLDERS = ("data/preferences", "data/instructions")
-EMBEDDED_MODEL = "data/base_model"
+DATA_SETS = ("preferences", "instructions")
+LOCK = "dvc.lock"
+Folders = tuple[str, ...]
+Outs = dict[str, dict[str, Any]]
+"""What DVC records of each folder: md5, size in bytes, number of files."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,16 @@ class DataVersion:
 
     commit: str
     digests: dict[str, str]
+
+
+def data_folders(path: str) -> Folders:
+    """The folders of both data sets in a repository whose data.path this is."""
+    return tuple((PurePosixPath(path) / name).as_posix() for name in DATA_SETS)
+
+
+def embedded_model(path: str) -> str:
+    """The folder of the embedded base model."""
+    return (PurePosixPath(path) / "base_model").as_posix()
 
 
 def is_url(repo: str) -> bool:
@@ -47,7 +60,7 @@ def workspace_digest(root: Path, folder: str) -> str:
     return str(tree.hash_info.value)
 
 
-def resolve_data(repo: str, revision: str, folders: tuple[str, ...] = DATA_FOLDERS) -> DataVersion:
+def resolve_data(repo: str, revision: str, folders: Folders) -> DataVersion:
     """The commit and digests that a repository and revision mean now.
 
     A revision resolves to the commit that gave the folders their present content, so that commits which leave the
@@ -71,7 +84,7 @@ def resolve_data(repo: str, revision: str, folders: tuple[str, ...] = DATA_FOLDE
             except (FileNotFoundError, KeyError) as error:
                 raise InputError(f"{repo}@{revision}: {folder} is not a DVC-tracked folder there") from error
         commit = fs.repo.scm.resolve_rev(revision)
-        return DataVersion(_commit_of(Path(fs.repo.scm.root_dir), commit, digests), digests)
+        return DataVersion(commit_of(Path(fs.repo.scm.root_dir), commit, digests), digests)
 
 
 class opened:  # noqa: N801 - reads as the context manager it is: `with opened(repo, revision) as fs`
@@ -99,36 +112,40 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
         self.fs.close()
 
 
-def _commit_of(root: Path, commit: str, digests: dict[str, str]) -> str:
+def history(root: Path, commit: str, folders: Folders) -> Iterator[tuple[Any, Outs]]:
+    """The commits that touched what DVC records, from `commit` back, each with what it records of the folders."""
     from dulwich.repo import Repo
 
+    files = [LOCK, *(f"{folder}.dvc" for folder in folders)]
     with Repo(str(root)) as repo:
-        return commit_with(repo, commit, digests)
+        for entry in repo.get_walker(include=[commit.encode()], paths=[file.encode() for file in files]):
+            yield entry.commit, _recorded(repo, entry.commit, folders)
 
 
-def commit_with(repo: Any, commit: str, digests: dict[str, str]) -> str:
-    """The oldest commit of an unbroken line back from `commit` in which dvc.lock gives the folders these digests."""
+def commit_of(root: Path, commit: str, digests: dict[str, str]) -> str:
+    """The oldest commit of an unbroken line back from `commit` in which DVC records these digests of the folders."""
     oldest = commit
-    for sha in _lock_changes(repo, commit):
-        recorded = _recorded(repo, sha)
-        if any(recorded.get(folder) != md5 for folder, md5 in digests.items()):
+    for found, outs in history(root, commit, tuple(digests)):
+        if any(outs.get(folder, {}).get("md5") != md5 for folder, md5 in digests.items()):
             break
-        oldest = sha
+        oldest = found.id.decode()
     return oldest
 
 
-def _lock_changes(repo: Any, commit: str) -> Iterator[str]:
-    for entry in repo.get_walker(include=[commit.encode()], paths=[b"dvc.lock"]):
-        yield entry.commit.id.decode()
+def _recorded(repo: Any, commit: Any, folders: Folders) -> Outs:
+    stages = (_yaml_at(repo, commit, LOCK).get("stages") or {}).values()
+    outs = {out["path"]: out for stage in stages for out in stage.get("outs", [])}
+    for folder in folders:
+        for out in _yaml_at(repo, commit, f"{folder}.dvc").get("outs", []):
+            outs[folder] = out
+    return {folder: outs[folder] for folder in folders if "md5" in outs.get(folder, {})}
 
 
-def _recorded(repo: Any, sha: str) -> dict[str, str]:
+def _yaml_at(repo: Any, commit: Any, path: str) -> dict[str, Any]:
     from dulwich.object_store import tree_lookup_path
 
     try:
-        _, blob = tree_lookup_path(repo.__getitem__, repo[sha.encode()].tree, b"dvc.lock")
+        _, blob = tree_lookup_path(repo.__getitem__, commit.tree, path.encode())
     except KeyError:
         return {}
-    lock = yaml.safe_load(repo[blob].data) or {}
-    outs = [out for stage in lock.get("stages", {}).values() for out in stage.get("outs", [])]
-    return {out["path"]: out["md5"] for out in outs if "md5" in out}
+    return yaml.safe_load(repo[blob].data) or {}

@@ -7,7 +7,7 @@ from components.common.config import DataConfig, ModelConfig
 from components.common.files import digest
 from components.common.identity import code_digest
 from components.resolve.base import BaseModel, resolve_base
-from components.resolve.data import DataVersion, resolve_data
+from components.resolve.data import DataVersion, data_folders, resolve_data
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def resolve_key(data: DataConfig, model: ModelConfig, training: list[str | float
     Raises:
         InputError: a name that means nothing.
     """
-    version = resolve_data(data.repo, data.revision)
+    version = resolve_data(data.repo, data.revision, data_folders(data.path))
     base = resolve_base(model, data)
     code = {stage: code_digest(stage) for stage in ("fetch", "validate", "sft", "dpo", "evaluate")}
     template = template_digest(model.template)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from components.common import tracking
 from components.common.config import DataConfig, ModelConfig, RegisterConfig
 from components.common.identity import git_commit
+from components.resolve.data import data_folders
 from components.resolve.key import resolve_key
 
 CHAMPION = "champion"
@@ -53,15 +54,19 @@ def run_resolve(
     Raises:
         InputError: a name that means nothing.
     """
-    with tracking.stage_run(
-        "resolve", {"data_repo": tracking.without_credentials(data.repo), "data_revision": data.revision}
-    ) as run:
+    named = {
+        "data_repo": tracking.without_credentials(data.repo),
+        "data_revision": data.revision,
+        "data_path": data.path,
+    }
+    with tracking.stage_run("resolve", named) as run:
         key = resolve_key(data, model, training, judging)
         version, base, lineage = key.data, key.base, key.lineage
+        preferences, instructions = data_folders(data.path)
         facts = Resolved(
             data_commit=version.commit,
-            preferences_digest=version.digests["data/preferences"],
-            instructions_digest=version.digests["data/instructions"],
+            preferences_digest=version.digests[preferences],
+            instructions_digest=version.digests[instructions],
             base_reference=base.reference,
             base_digest=base.digest,
             git_commit=git_commit(),

@@ -1,0 +1,48 @@
+"""Fuzz the readers of rows with atheris: `python tests/tools/fuzz_readers.py CORPUS -max_total_time=120`."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from components.common.errors import InputError
+from components.common.records import Preference, read_lines, read_rows
+from components.prepare.convert import Facts, convert_files
+from components.prepare.formats import FORMATS
+
+
+def read_everything(content: bytes, folder: Path) -> None:
+    """Read bytes with every reader; an error that is not meant for a person goes through."""
+    path = folder / "fuzzed.jsonl"
+    path.write_bytes(content)
+    for read in (read_lines, lambda file: read_rows(file, Preference)):
+        try:
+            read(path)
+        except InputError as error:
+            _assert_readable(error)
+    out = folder / "out"
+    out.mkdir(exist_ok=True)
+    for format_name in ("", *FORMATS):
+        try:
+            done, added = convert_files([path], Facts(format_name, "auto", "MIT", "fuzzed"), out, print)
+            assert added.rows == done.pairs == len(read_lines(out / "pairs.jsonl"))
+        except InputError as error:
+            _assert_readable(error)
+
+
+def _assert_readable(error: InputError) -> None:
+    message = str(error)
+    assert "fuzzed.jsonl" in message and "\n" not in message and len(message) < 1000, message[:2000]
+
+
+def main() -> None:
+    """The loop of the fuzzer; it ends the process."""
+    import atheris
+
+    with tempfile.TemporaryDirectory(prefix="kubealign-") as folder:
+        atheris.instrument_all()
+        atheris.Setup(sys.argv, lambda content: read_everything(content, Path(folder)))
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
