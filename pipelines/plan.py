@@ -109,7 +109,7 @@ def make_plan(root: Path, base: str, head: str, runner: str) -> Plan:
         changed = sorted({path for path, _ in _built_from(old) ^ _built_from(new)})
         steps, keyed = _compare(before, after)
         data = _data_row(old, new, errors)
-    images = Row("images", "build anew" if changed else "as they are", tuple(changed))
+    images = Row("images", "build anew" if changed else "as they are", tuple(_short(changed)))
     ends = Row("resolve", "runs", (NEVER_CACHED,)), Row("register", "runs", (NEVER_CACHED,))
     return Plan(first, last, (data, images, ends[0], *steps, ends[1]), keyed, bool(changed), errors)
 
@@ -173,13 +173,16 @@ def _data(revision: Revision) -> dict[str, Input]:
     """The data: of this repository as DVC recorded it, of another one by name."""
     data = revision.params.get("data") or {}
     repo, name = str(data.get("repo", "")), str(data.get("revision", ""))
+    where = {"data.repo": Input(repo, repo, keyed=False)}
     if not is_own(revision.repo, revision.folder, repo):
-        return {"data.repo": Input(repo, repo, keyed=False), "data.revision": _name(name, len(name) == 40)}
+        return where | {"data.revision": _name(name, len(name) == 40)}
     digests = {folder: revision.outputs.get(folder, "") for folder in data_folders(_data_path(revision))}
     commit = revision.data_commit(digests)
-    return {folder: Input(value, value[:8] or "nothing") for folder, value in digests.items()} | {
-        "the commit of the data": Input(commit, commit[:12], keyed=False)
-    }
+    return (
+        where
+        | {folder: Input(value, value[:8] or "nothing") for folder, value in digests.items()}
+        | {"the commit of the data": Input(commit, commit[:12], keyed=False)}
+    )
 
 
 def _data_path(revision: Revision) -> str:
@@ -227,13 +230,17 @@ def _compare(before: dict[str, dict[str, Input]], after: dict[str, dict[str, Inp
         reasons = [_reason(name, old.get(name), new.get(name)) for name in changed]
         reasons += [f"{name} {found.shown} may mean something new" for name, found in moving.items()]
         earlier = [row.step for row in rows if row.state != "cached"][-1:]
-        reasons = [*reasons[:REASONS], *([f"and {len(reasons) - REASONS} more"] if len(reasons) > REASONS else [])]
-        reasons += [f"after {name}" for name in earlier]
+        reasons = [*_short(reasons), *(f"after {name}" for name in earlier)]
         surely = any(found.certain for found in changed.values()) or any(row.state == "runs" for row in rows)
         state = "runs" if surely else "may run" if reasons else "cached"
         retrain = retrain or bool(moving) or any(found.keyed for found in changed.values())
         rows.append(Row(step, state, tuple(reasons)))
     return rows, retrain
+
+
+def _short(reasons: list[str]) -> list[str]:
+    more = len(reasons) - REASONS
+    return [*reasons[:REASONS], f"and {more} more"] if more > 0 else reasons
 
 
 def _reason(name: str, old: Input | None, new: Input | None) -> str:
@@ -251,7 +258,7 @@ def _reason(name: str, old: Input | None, new: Input | None) -> str:
 def _data_row(old: Revision, new: Revision, errors: tuple[str, ...]) -> Row:
     """The row of DVC's stages, which a person runs before committing."""
     if errors:
-        return Row("prepare", "stale", errors)
+        return Row("prepare", "stale", tuple(error.partition(": run ")[0] for error in errors))
     names = sorted(old.outputs.keys() | new.outputs.keys())
     changed = [name for name in names if old.outputs.get(name) != new.outputs.get(name)]
     shown = tuple(f"{name} {old.outputs.get(name, '')[:8]} → {new.outputs.get(name, '')[:8]}" for name in changed)

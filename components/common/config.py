@@ -103,7 +103,7 @@ class DataConfig(Section):
         return repo
 
     path: str = Field(
-        pattern=r"^(?!/)(?!.*\.\.)[^\\\s]+$",
+        pattern=r"^(\.|[\w-][\w.-]*(/[\w-][\w.-]*)*)$",
         description="folder of the repository that holds preferences/ and instructions/, and base_model/ for"
         " model.base=embedded",
     )
@@ -145,7 +145,7 @@ class ValidateConfig(Section):
     """When data is too bad to train on."""
 
     max_quarantined: Probability = Field(
-        description="share of bad rows in a data set above which the run stops; rows that are only too long do not count"
+        description="share of bad rows in a data set above which the run stops; those just too long do not count"
     )
     min_rows: int = Field(ge=1, description="usable rows that each split needs")
     near_duplicate: Probability = Field(description="Jaccard similarity of shingles from which two prompts are near")
