@@ -47,7 +47,7 @@ def plan_(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print it as Markdown.")] = False,
     outputs: Annotated[
-        Path | None, typer.Option(help="File that gets the lines `retrain=…` and `images=…`, such as $GITHUB_OUTPUT.")
+        Path | None, typer.Option(help="File that gets lines such as `retrain=true`: $GITHUB_OUTPUT.")
     ] = None,
     project: Project = None,
 ) -> None:
@@ -71,7 +71,7 @@ def plan_(
         console.print(plan.sentence(), markup=False, highlight=False, soft_wrap=True)
     if outputs:
         with outputs.open("a", encoding="utf-8") as file:
-            file.write(f"retrain={str(plan.retrain).lower()}\nimages={str(plan.images).lower()}\n")
+            file.writelines(f"{name}={str(value).lower()}\n" for name, value in plan.outputs().items())
     for error in plan.errors:
         print(f"error: {error}", file=sys.stderr)
     if plan.errors:
@@ -115,8 +115,26 @@ def retrain_(
 
 
 @app.command()
-def summary(out: Out = OUT) -> None:
+def cancel(out: Out = OUT, project: Project = None) -> None:
+    """End the run on Kubeflow that a stopped `ci retrain` may have left."""
+    from pipelines.retrain import cancel_left
+
+    for line in cancel_left(project_folder(project), out):
+        console.print(line, soft_wrap=True)
+
+
+@app.command()
+def summary(
+    version: Annotated[str, typer.Option(help="Of this model version instead, as the registry has it.")] = "",
+    out: Out = OUT,
+    project: Project = None,
+) -> None:
     """Print the outcome of the last `ci retrain` as Markdown."""
+    if version:
+        from pipelines.retrain import version_summary
+
+        print(version_summary(project_folder(project), version), end="")
+        return
     if not (out / "summary.md").is_file():
         raise InputError(f"{out / 'summary.md'}: not found; `kubealign ci retrain` writes it")
     print((out / "summary.md").read_text(encoding="utf-8"), end="")

@@ -55,7 +55,7 @@ def write_verdict(out: Path, order: Order, result: dict[str, Any], new: bool) ->
         **_facts(order),
     }
     write_json(out / "verdict.json", facts)
-    write_text(out / "summary.md", _markdown(order, result, new))
+    write_text(out / "summary.md", markdown(order, result, new))
     write_text(out / "report.html", Path(result["report"]).read_text(encoding="utf-8"))
     state = "failure" if verdict["verdict"] in AGAINST else "success"
     _status(out, order, state, f"{verdict['verdict']}: {_decided(result)}. {verdict['sentence']}")
@@ -79,7 +79,7 @@ def _facts(order: Order) -> dict[str, str]:
 
 def _facts_lines(order: Order) -> list[str]:
     facts = {"commit": order.commit, "cache key": order.key, "data": order.data}
-    lines = [f"- {name}: `{value}`" for name, value in facts.items()]
+    lines = [f"- {name}: `{value}`" for name, value in facts.items() if value]
     return [*lines, f"- [the run]({order.link})"] if order.link else lines
 
 
@@ -99,7 +99,8 @@ def _decided(result: dict[str, Any]) -> str:
     return "promoted" if "champion" in result["aliases"] else "not promoted"
 
 
-def _markdown(order: Order, result: dict[str, Any], new: bool) -> str:
+def markdown(order: Order, result: dict[str, Any], new: bool) -> str:
+    """The verdict for a person: every rule, those that failed first, and the numbers."""
     verdict = result["verdict"]
     lines = [MARKER, f"## Verdict: {verdict['verdict']} ({_decided(result)})", "", verdict["sentence"], ""]
     lines += ["| rule | outcome | found | expected |", "|---|---|---|---|"]

@@ -32,6 +32,8 @@ FACTS = ("data.repo", "data.revision", "model.base", "model.template")
 GRAPH = "pipelines/alignment.py"
 IMAGES = "components/common/images.py"
 BUILT_FROM = ("components", "pyproject.toml", LOCK)
+DATA_SECTIONS = ("data", "prepare", "validate")
+UNCHANGED = "as it was"
 NEVER_CACHED = "never cached: it looks up what is true now"
 REASONS = 4
 """Reasons that a row of the table names; the others are counted."""
@@ -64,20 +66,25 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What has to happen; `errors` is what the commit's author has to mend first."""
+    """What has to happen: `retrain`, build `images`, look at the `data`; `errors` is to be mended before."""
 
     base: str
     head: str
     rows: tuple[Row, ...]
     retrain: bool
     images: bool
+    data: bool
     errors: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
         steps = {row.step: {"state": row.state, "reasons": list(row.reasons)} for row in self.rows}
-        facts = {"base": self.base, "head": self.head, "retrain": self.retrain, "images": self.images}
-        return facts | {"steps": steps, "errors": list(self.errors)}
+        facts = {"base": self.base, "head": self.head, "steps": steps, "errors": list(self.errors)}
+        return facts | self.outputs()
+
+    def outputs(self) -> dict[str, bool]:
+        """What the jobs of a CI system go by."""
+        return {"retrain": self.retrain, "images": self.images, "data": self.data}
 
     def sentence(self) -> str:
         """The conclusion."""
@@ -108,10 +115,12 @@ def make_plan(root: Path, base: str, head: str, runner: str) -> Plan:
         errors = tuple(stale(new, trees[1]))
         changed = sorted({path for path, _ in _built_from(old) ^ _built_from(new)})
         steps, keyed = _compare(before, after)
-        data = _data_row(old, new, errors)
+        prepared = _data_row(old, new, errors)
+        touched = any(old.params.get(section) != new.params.get(section) for section in DATA_SECTIONS)
     images = Row("images", "build anew" if changed else "as they are", tuple(_short(changed)))
     ends = Row("resolve", "runs", (NEVER_CACHED,)), Row("register", "runs", (NEVER_CACHED,))
-    return Plan(first, last, (data, images, ends[0], *steps, ends[1]), keyed, bool(changed), errors)
+    rows = (prepared, images, ends[0], *steps, ends[1])
+    return Plan(first, last, rows, keyed, bool(changed), touched or prepared.state != UNCHANGED, errors)
 
 
 def _inputs(revision: Revision, tree: Path, runner: str) -> dict[str, dict[str, Input]]:
@@ -262,4 +271,4 @@ def _data_row(old: Revision, new: Revision, errors: tuple[str, ...]) -> Row:
     names = sorted(old.outputs.keys() | new.outputs.keys())
     changed = [name for name in names if old.outputs.get(name) != new.outputs.get(name)]
     shown = tuple(f"{name} {old.outputs.get(name, '')[:8]} → {new.outputs.get(name, '')[:8]}" for name in changed)
-    return Row("prepare", "done" if changed else "as it was", shown)
+    return Row("prepare", "done" if changed else UNCHANGED, shown)

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 from rich.console import Console
 
 from components.common import tracking
-from components.common.config import Config, pipeline_arguments
+from components.common.config import PARAMS, Config, load_config, pipeline_arguments
 from components.common.errors import InputError, KubealignError
 from components.common.files import digest, read_json, write_json
 from components.resolve.data import is_url
@@ -330,6 +330,42 @@ def _signals() -> Iterator[None]:
 def _restore(before: dict[signal.Signals, Any]) -> None:
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def cancel_left(root: Path, out: Path) -> list[str]:
+    """End the run that the state file in `out` names; nothing to do without one. Returns what was done, in sentences."""
+    file = out / STATE
+    if not file.is_file():
+        return ["no run is under way"]
+    state = read_json(file)
+    server = Server(load_config(root / PARAMS).cluster)
+    told = []
+    for run_id in [state["run_id"]] if state["run_id"] else server.under_way(state["name"]):
+        server.cancel(run_id)
+        told.append(f"{run_id}: is being canceled")
+    file.unlink()
+    return told
+
+
+def version_summary(root: Path, version: str) -> str:
+    """The verdict on a version of the configured model, as Markdown.
+
+    Raises:
+        InputError: there is no run that made or judged it.
+    """
+    client = tracking.client()
+    uri = f"models:/{load_config(root / PARAMS).register_.name}/{version}"
+    query = f"tags.`kubealign.version` = '{uri}'"
+    if not version.isdigit():
+        raise InputError(f"version {version!r}: expected a number, such as 3")
+    order = ["attributes.start_time DESC"]
+    found = client.search_runs([tracking.experiment_id(client)], query, order_by=order, max_results=1)
+    if not found:
+        where = tracking.without_credentials(tracking.tracking_uri())
+        raise InputError(f"{uri}: no run at {where} judged it")
+    result = load_result(found[0].info.run_id)
+    facts = outcome.Order(result["git_commit"], "", result["preferences_digest"])
+    return outcome.markdown(facts, result, new=True)
 
 
 def _cancel(job: Job, server: Server, state: dict[str, str]) -> None:

@@ -310,7 +310,7 @@ def test_the_command_prints_a_table_or_json_and_tells_the_next_job(
     words = ["ci", "plan", "--project", str(clone.root), "--base", clone.base, "--head", head]
     found = CliRunner().invoke(app, [*words, "--json", "--outputs", str(tmp_path / "outputs")])
     assert json.loads(found.stdout)["steps"]["dpo"] == {"state": "runs", "reasons": ["dpo.beta 0.1 → 0.3"]}
-    assert (tmp_path / "outputs").read_text() == "retrain=true\nimages=false\n"
+    assert (tmp_path / "outputs").read_text() == "retrain=true\nimages=false\ndata=false\n"
     assert "| dpo | runs | dpo.beta 0.1 → 0.3 |" in CliRunner().invoke(app, [*words, "--markdown"]).stdout
     assert "dpo.beta 0.1 → 0.3" in CliRunner().invoke(app, words).stdout
     stale = clone.commit(appended("data/sources.lock", "x: 1\n"))
