@@ -333,7 +333,7 @@ def _restore(before: dict[signal.Signals, Any]) -> None:
 
 
 def cancel_left(root: Path, out: Path) -> list[str]:
-    """End the run that the state file in `out` names; nothing to do without one. Returns what was done, in sentences."""
+    """End the run that the state file in `out` names, if there is one; returns what was done, in sentences."""
     file = out / STATE
     if not file.is_file():
         return ["no run is under way"]
