@@ -114,10 +114,8 @@ class Server:
         made = self._ask(lambda: self.client.create_experiment(self.cluster.experiment, namespace=self.namespace))
         return str(made.experiment_id)
 
-    def start(
-        self, name: str, version: tuple[str, str], parameters: dict[str, Any], caching: bool | None = None
-    ) -> str:
-        """Start a run; returns its id. `caching` overrules what the steps say of themselves."""
+    def start(self, name: str, version: tuple[str, str], parameters: dict[str, Any]) -> str:
+        """Start a run; returns its id."""
         experiment = self.experiment()
         started = self._ask(
             lambda: self.client.run_pipeline(
@@ -126,7 +124,6 @@ class Server:
                 params=parameters,
                 pipeline_id=version[0],
                 version_id=version[1],
-                enable_caching=caching,
                 service_account=self.cluster.service_account or None,
             )
         )
@@ -398,9 +395,7 @@ def _children(task: Any) -> list[str]:
     return [child.pod_name for child in task.child_tasks or [] if child.pod_name]
 
 
-def submit(
-    config: Config, server: Server, cron: str = "", name: str = "", caching: bool | None = None
-) -> tuple[str, str]:
+def submit(config: Config, server: Server, cron: str = "", name: str = "", caching: bool = True) -> tuple[str, str]:
     """Upload this commit's pipeline and start it with the configuration's values, or schedule it.
 
     The version is named by the git commit and by what was compiled: cluster settings may change without a commit.
@@ -410,14 +405,15 @@ def submit(
         server: where to.
         cron: times to run at; empty to run once, now.
         name: of the run; by default made of the data's revision and the version.
-        caching: overrules what the steps say of themselves.
+        caching: whether steps may be served from the cache. It is compiled in, since KFP's client drops it from the
+            request for a run of an uploaded version (kfp 2.17, _create_job_config).
 
     Returns:
         id of the run, or of the recurring run; and the version's name.
     """
     with TemporaryDirectory() as folder:
         package = Path(folder) / "alignment.yaml"
-        compile_pipeline(config, package, "kubeflow")
+        compile_pipeline(config, package, "kubeflow", caching)
         commit = git_commit()
         version = f"{commit[:12]}{'-dirty' if commit.endswith('-dirty') else ''}-{sha256_file(package)[:8]}"
         ids = server.upload(package, version)
@@ -425,4 +421,4 @@ def submit(
     parameters = pipeline_arguments(config)
     if cron:
         return server.schedule(name, ids, parameters, cron), version
-    return server.start(name, ids, parameters, caching), version
+    return server.start(name, ids, parameters), version

@@ -40,6 +40,8 @@ TRAINING = ("validate_section", "sft_section", "sft_epochs", "sft_lr")
 TRAINING += ("dpo_section", "dpo_epochs", "dpo_lr", "dpo_beta", "dpo_loss")
 JUDGING = ("evaluate_section", "gate_section")
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0
+CANCEL_WITHIN_S = 6.0
+"""CI systems end a job for good some seconds after they asked it to stop; GitHub Actions after ten."""
 T = TypeVar("T")
 
 
@@ -236,13 +238,12 @@ def _on_kubeflow(job: Job) -> tuple[str, str]:
         with _signals():
             if not state["run_id"]:
                 write_json(file, state)
-                state["run_id"] = _patiently(job, lambda: _adopt_or_start(job, server, state["name"]))
+                state["run_id"] = _patiently(job, job.patience_s, lambda: _adopt_or_start(job, server, state["name"]))
                 write_json(file, state)
             job.say(server.link(state["run_id"]))
             ended = server.wait(state["run_id"], _teller(job), job.timeout_s, job.patience_s)
     except Stopped:
         _cancel(job, server, state)
-        file.unlink(missing_ok=True)
         raise
     except (ServerTrouble, TimeIsUp) as error:
         if isinstance(error, ServerTrouble) and not error.passing:
@@ -272,14 +273,14 @@ def _adopt_or_start(job: Job, server: Server, name: str) -> str:
     if under_way:
         job.say(f"a run of this key is under way: {under_way[0]}")
         return under_way[0]
-    run_id, version = submit(job.config, server, name=name, caching=False if job.again else None)
+    run_id, version = submit(job.config, server, name=name, caching=not job.again)
     job.say(f"run {run_id} of version {version}")
     return run_id
 
 
-def _patiently(job: Job, call: Callable[[], T]) -> T:
+def _patiently(job: Job, patience_s: float, call: Callable[[], T]) -> T:
     """Call until the server answers, for a bounded time, with longer and longer pauses."""
-    deadline, delay_s = time.monotonic() + job.patience_s, FIRST_DELAY_S
+    deadline, delay_s = time.monotonic() + patience_s, FIRST_DELAY_S
     while True:
         try:
             return call()
@@ -311,7 +312,7 @@ def _signals() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         for each in numbers:
-            signal.signal(each, signal.SIG_IGN)
+            signal.signal(each, lambda *_: None)
         raise Stopped(number, "canceled")
 
     for number in numbers:
@@ -370,12 +371,18 @@ def version_summary(root: Path, version: str) -> str:
 
 def _cancel(job: Job, server: Server, state: dict[str, str]) -> None:
     """End the run, also one whose id was never heard."""
-    try:
+
+    def cancel() -> None:
         for run_id in [state["run_id"]] if state["run_id"] else server.under_way(state["name"]):
             server.cancel(run_id)
             job.say(f"{run_id}: is being canceled")
+
+    try:
+        _patiently(job, CANCEL_WITHIN_S, cancel)
     except ServerTrouble as error:
-        print(f"warning: the run could not be canceled: {error}; `kubealign cancel` does", file=sys.stderr)
+        print(f"warning: the run could not be canceled: {error}; `kubealign ci cancel` does", file=sys.stderr)
+    else:
+        (job.out / STATE).unlink(missing_ok=True)
 
 
 def _failure(server: Server, ended: RunState) -> str:

@@ -57,7 +57,7 @@ class GitHubStub:
         number = len(self.comments) + 1
         self.comments[number] = {"id": number, "issue": pull_request, "body": body, "foreign": foreign}
 
-    def route(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> tuple[int, Any]:
+    def route(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> tuple[int, Any]:  # noqa: PLR0911 - a route each
         """Status and answer of a request."""
         rest = path.removeprefix(f"/repos/{REPOSITORY}/")
         if method == "GET" and (found := re.fullmatch(r"issues/(\d+)/comments", rest)):
