@@ -117,7 +117,9 @@ def _validation(root: Path, config: Config, commit: str) -> tuple[bool, list[str
 def _step(folder: Path, *words: str) -> str:
     """Run a stage; returns its error message, or nothing."""
     own = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", tracking.HOME_VARIABLE: str(folder / "home")}
-    unwanted = (*tracking.PARENT_VARIABLES, tracking.KFP_RUN_VARIABLE, "MLFLOW_REGISTRY_URI")
+    if os.environ.get("MLFLOW_TRACKING_URI"):  # a base model may be in the team's registry; runs are not for it
+        own.setdefault("MLFLOW_REGISTRY_URI", os.environ.get("MLFLOW_REGISTRY_URI") or tracking.tracking_uri())
+    unwanted = (*tracking.PARENT_VARIABLES, tracking.KFP_RUN_VARIABLE)
     inherited = {name: value for name, value in os.environ.items() if name not in unwanted}
     done = subprocess.run(
         [sys.executable, "-P", "-m", "components", *words],

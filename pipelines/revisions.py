@@ -36,14 +36,14 @@ class Revision:
         self.files = {path.removeprefix(prefix): blob for path, blob in named if path.startswith(prefix)}
         """The git hash of every file, by its path in the project."""
 
-    def bytes(self, path: str) -> bytes:
+    def content(self, path: str) -> bytes:
         """A file's content; empty when there is no such file."""
         blob = self.files.get(path)
         return self.repo[blob.encode()].data if blob else b""
 
     def text(self, path: str) -> str:
         """A file's content as text; empty when there is no such file."""
-        return self.bytes(path).decode("utf-8", errors="replace")
+        return self.content(path).decode("utf-8", errors="replace")
 
     def yaml(self, path: str) -> dict[str, Any]:
         """A YAML file's content; empty when there is no such file.

@@ -63,7 +63,7 @@ def _value(values: Any, key: str) -> Any:
 def _md5(revision: Revision, tree: Path, name: str) -> str:
     """DVC's md5 of a file, or of a folder with `.dir` behind it; empty when it is not in git."""
     if name in revision.files:
-        return hashlib.md5(revision.bytes(name), usedforsecurity=False).hexdigest()
+        return hashlib.md5(revision.content(name), usedforsecurity=False).hexdigest()
     if not revision.below(name):
         return ""
     from dvc.fs import localfs

@@ -93,7 +93,9 @@ class Job:
             text=True,
             check=False,
         )
-        self.log += f"$ {step['run'].strip()}\n{done.stdout}{done.stderr}"
+        said = f"$ {step['run'].strip()}\n{done.stdout}{done.stderr}"
+        self.log += said
+        print(f"----- {said}", flush=True)
         return done.returncode == 0
 
     def _use(self, step: dict[str, Any]) -> None:
