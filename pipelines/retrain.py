@@ -28,16 +28,20 @@ from components.common.files import digest, read_json, write_json
 from components.resolve.data import is_url
 from components.resolve.key import Key, resolve_key
 from pipelines import notify, outcome
+from pipelines.alignment import NAME
 from pipelines.display import Display
-from pipelines.kubeflow import NAME, RunState, Server, ServerTrouble, TimeIsUp, submit
+from pipelines.kubeflow import RunState, Server, ServerTrouble, TimeIsUp, submit
 from pipelines.options import run_config
 from pipelines.results import load_result, show_result
 from pipelines.revisions import find_commit, is_own, opened_repository, origin
 from pipelines.runner import Stopped, run_arguments, run_pipeline
 
 STATE = "retrain.json"
-TRAINING = ("validate_section", "sft_section", "sft_epochs", "sft_lr")
-TRAINING += ("dpo_section", "dpo_epochs", "dpo_lr", "dpo_beta", "dpo_loss")
+TRAINING = (
+    "validate_section",
+    *("sft_section", "sft_epochs", "sft_lr"),
+    *("dpo_section", "dpo_epochs", "dpo_lr", "dpo_beta", "dpo_loss"),
+)
 JUDGING = ("evaluate_section", "gate_section")
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0
 CANCEL_WITHIN_S = 6.0
