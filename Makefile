@@ -35,7 +35,7 @@ test: data ## ruff, mypy and all tests of the normal tier
 	ruff format --check .
 	ruff check .
 	mypy
-	pytest -n $(TEST_JOBS) --dist loadfile -m "not long and not containers" $(PYTEST_ARGS)
+	pytest -n $(TEST_JOBS) --dist loadfile -m "not long and not containers and not ci" $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: data ## the training engine against TRL: time, memory, differences; half an hour
@@ -79,6 +79,10 @@ audit: setup ## the locked dependencies against the database of known vulnerabil
 .PHONY: test-containers
 test-containers: data ## the whole DAG in our images under a real engine
 	pytest -m "containers and not long" $(PYTEST_ARGS)
+
+.PHONY: ci-e2e
+ci-e2e: data ## the workflows' own commands, from a change of the data to a verdict, without any hosted CI
+	pytest -m ci -s tests/ci $(PYTEST_ARGS)
 
 .PHONY: data
 data: setup ## the embedded base model and data sets, by DVC

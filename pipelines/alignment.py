@@ -20,12 +20,13 @@ NAME = "alignment"
 DESCRIPTION = "Preference alignment: SFT, then DPO, judged on held-out pairs, registered."
 
 
-def build_pipeline(config: Config, target: str = "local") -> Callable[..., Any]:
+def build_pipeline(config: Config, target: str = "local", caching: bool = True) -> Callable[..., Any]:
     """The pipeline with the configuration's values as the defaults of its run form.
 
     Args:
         config: the whole configuration.
         target: `local` for KFP's local runners; `kubeflow` adds what the section `cluster` says of every step.
+        caching: whether a step that has run with the same inputs is served from the cache.
 
     Raises:
         InputError: a setting that the target cannot follow.
@@ -188,14 +189,16 @@ def build_pipeline(config: Config, target: str = "local") -> Callable[..., Any]:
             evaluation=judged.outputs["evaluation"],
             report=judged.outputs["report"],
         ).set_caching_options(enable_caching=False)
-        if in_cluster:
-            for task in (facts, fetched, checked, tuned, aligned, judged, registered):
+        for task in (facts, fetched, checked, tuned, aligned, judged, registered):
+            if in_cluster:
                 cluster.configure(task, config.cluster)
+            if not caching:
+                task.set_caching_options(enable_caching=False)
 
     pipeline: Callable[..., Any] = alignment
     return pipeline
 
 
-def compile_pipeline(config: Config, out: Path, target: str) -> None:
+def compile_pipeline(config: Config, out: Path, target: str, caching: bool = True) -> None:
     """Write the pipeline as IR YAML."""
-    compiler.Compiler().compile(build_pipeline(config, target), str(out))
+    compiler.Compiler().compile(build_pipeline(config, target, caching), str(out))

@@ -16,13 +16,14 @@ from rich.table import Table
 from components.common import tracking
 from components.common.config import PARAMS, Config, load_config
 from components.common.errors import InputError, KubealignError
-from pipelines import data, registry, remote
+from pipelines import ci, data, registry, remote
 from pipelines.options import Overrides, Project, project_folder, run_config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(remote.app)
 app.add_typer(data.app, name="data")
 app.add_typer(registry.app)
+app.add_typer(ci.app, name="ci")
 console = Console()
 
 PARTS = {

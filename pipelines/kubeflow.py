@@ -129,6 +129,11 @@ class Server:
         )
         return str(started.run_id)
 
+    def under_way(self, name: str) -> list[str]:
+        """Ids of the runs of this name that have not ended."""
+        found = self._ask(lambda: self.client.list_runs(filter=_named(name), namespace=self.namespace, page_size=100))
+        return [str(run.run_id) for run in found.runs or [] if str(run.state) not in ENDED]
+
     def schedule(self, name: str, version: tuple[str, str], parameters: dict[str, Any], cron: str) -> str:
         """Run at the times of a cron expression with six fields, seconds first; returns the recurring run's id."""
         experiment = self.experiment()
@@ -155,17 +160,22 @@ class Server:
         error = (run.error and run.error.message) or ""
         return RunState(run_id, str(run.display_name), str(run.state or "PENDING"), one_line(error), steps)
 
-    def wait(self, run_id: str, tell: Callable[[RunState], None], timeout_s: float) -> RunState:
+    def wait(
+        self, run_id: str, tell: Callable[[RunState], None], timeout_s: float, patience_s: float | None = None
+    ) -> RunState:
         """Poll a run until it has ended; KFP's own wait never returns for a cancelled one.
 
         Args:
             run_id: the run.
             tell: hears every state that differs from the one before.
             timeout_s: seconds to wait at most.
+            patience_s: seconds that the server may not answer; `PATIENCE_S` by default.
 
         Raises:
-            KubealignError: time is up, or the server has not answered for `PATIENCE_S`.
+            TimeIsUp: the run goes on.
+            ServerTrouble: the server has not answered for so long, or refuses.
         """
+        patience_s = PATIENCE_S if patience_s is None else patience_s
         started = answered = time.monotonic()
         last: RunState | None = None
         while True:
@@ -174,7 +184,7 @@ class Server:
                 answered = time.monotonic()
             except ServerTrouble as error:
                 now_s = time.monotonic()
-                if not error.passing or now_s - answered > PATIENCE_S or now_s - started > timeout_s:
+                if not error.passing or now_s - answered > patience_s or now_s - started > timeout_s:
                     raise
                 now = last or RunState(run_id, "", "PENDING", "", [])
             if now != last:
@@ -183,7 +193,7 @@ class Server:
             if now.state in ENDED:
                 return now
             if time.monotonic() - started > timeout_s:
-                raise KubealignError(
+                raise TimeIsUp(
                     f"run {run_id} is {now.state} after {timeout_s:.0f} s; it goes on: `kubealign wait {run_id}`"
                 )
             time.sleep(min(POLL_S, max(0.0, started + timeout_s - time.monotonic())))
@@ -229,6 +239,10 @@ class ServerTrouble(KubealignError):
     def __init__(self, message: str, passing: bool) -> None:
         super().__init__(message)
         self.passing = passing
+
+
+class TimeIsUp(KubealignError):
+    """A run has not ended in time; it goes on."""
 
 
 @contextlib.contextmanager
@@ -381,21 +395,29 @@ def _children(task: Any) -> list[str]:
     return [child.pod_name for child in task.child_tasks or [] if child.pod_name]
 
 
-def submit(config: Config, server: Server, cron: str = "") -> tuple[str, str]:
+def submit(config: Config, server: Server, cron: str = "", name: str = "", caching: bool = True) -> tuple[str, str]:
     """Upload this commit's pipeline and start it with the configuration's values, or schedule it.
 
     The version is named by the git commit and by what was compiled: cluster settings may change without a commit.
+
+    Args:
+        config: the whole configuration.
+        server: where to.
+        cron: times to run at; empty to run once, now.
+        name: of the run; by default made of the data's revision and the version.
+        caching: whether steps may be served from the cache. It is compiled in, since KFP's client drops it from the
+            request for a run of an uploaded version (kfp 2.17, _create_job_config).
 
     Returns:
         id of the run, or of the recurring run; and the version's name.
     """
     with TemporaryDirectory() as folder:
         package = Path(folder) / "alignment.yaml"
-        compile_pipeline(config, package, "kubeflow")
+        compile_pipeline(config, package, "kubeflow", caching)
         commit = git_commit()
         version = f"{commit[:12]}{'-dirty' if commit.endswith('-dirty') else ''}-{sha256_file(package)[:8]}"
         ids = server.upload(package, version)
-    name = f"{NAME} {config.data.revision} {version}"
+    name = name or f"{NAME} {config.data.revision} {version}"
     parameters = pipeline_arguments(config)
     if cron:
         return server.schedule(name, ids, parameters, cron), version

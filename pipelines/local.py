@@ -32,7 +32,8 @@ def end_containers_too(number: int = 0, frame: FrameType | None = None) -> None:
 
 
 def main() -> None:
-    """Run the pipeline described on standard input: {"project", "arguments", "home", "store", "runner"}."""
+    """Run the pipeline described on standard input: {"project", "arguments", "home", "store", "runner",
+    "caching"}."""
     signal.signal(signal.SIGTERM, end_group)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -59,7 +60,7 @@ def main() -> None:
         runner=runner,
         pipeline_root=str(home / "steps"),
         workspace_root=str(home / "workspace"),
-        enable_caching=True,
+        enable_caching=order["caching"],
         # A cached step names its run in MLflow, so the cache belongs to one MLflow store.
         cache_root=str(home / "steps" / f"cache-{digest(order['store'])[:12]}"),
     )

@@ -76,7 +76,7 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
         if name in result["metrics"]:
             found = result["metrics"][name]
             keys = ("preference_log_loss", "reward_accuracy", "reward_margin")
-            table.add_row(title, str(found["reward_accuracy"]["n"]), *(_text(found[key]) for key in keys))
+            table.add_row(title, str(found["reward_accuracy"]["n"]), *(estimate_text(found[key]) for key in keys))
     console.print(
         "Held-out pairs: preference log-loss (nats), reward accuracy, margin, with intervals", highlight=False
     )
@@ -95,5 +95,6 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _text(estimate: dict[str, float]) -> str:
+def estimate_text(estimate: dict[str, float]) -> str:
+    """An estimate with its interval."""
     return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"

@@ -60,8 +60,10 @@ class StepFailed(KubealignError):
 class Stopped(KubealignError):
     """The run was stopped by a signal."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__("stopped; the same command goes on from the last finished step and checkpoint")
+    def __init__(
+        self, number: int, message: str = "stopped; the same command goes on from the last finished step and checkpoint"
+    ) -> None:
+        super().__init__(message)
         self.exit_code = 128 + number
 
 
@@ -73,7 +75,7 @@ class Told:
     errors: list[tuple[str, str, int]] = field(default_factory=list)
 
 
-def run_pipeline(config: Config, project: Path, display: Display, runner: str) -> str:
+def run_pipeline(config: Config, project: Path, display: Display, runner: str, caching: bool = True) -> str:
     """Run the pipeline on this machine.
 
     Args:
@@ -81,6 +83,7 @@ def run_pipeline(config: Config, project: Path, display: Display, runner: str) -
         project: the folder with params.yaml; relative names in the configuration are relative to it.
         display: shows progress.
         runner: `subprocess` for steps in processes of this environment, `docker` for steps in our images.
+        caching: whether a step that has run with the same inputs is served from the cache.
 
     Returns:
         id of the parent run in MLflow.
@@ -89,13 +92,13 @@ def run_pipeline(config: Config, project: Path, display: Display, runner: str) -
         StepFailed: a step failed.
         Stopped: SIGINT or SIGTERM arrived; every child is gone.
     """
-    arguments = _arguments(config, project)
+    arguments = run_arguments(config, project)
     store = tracking.tracking_uri()
     with containers_for_a_run() if runner == "docker" else nullcontext():
-        return _run_pipeline(arguments, project, display, {"runner": runner, "store": store})
+        return _run_pipeline(arguments, project, display, {"runner": runner, "store": store, "caching": caching})
 
 
-def _run_pipeline(arguments: dict[str, Any], project: Path, display: Display, how: dict[str, str]) -> str:
+def _run_pipeline(arguments: dict[str, Any], project: Path, display: Display, how: dict[str, Any]) -> str:
     client = tracking.client()
     parent = client.create_run(
         tracking.experiment_id(client), tags={"kubealign.kind": "pipeline", "kubealign.git_commit": git_commit()}
@@ -166,7 +169,7 @@ def _run_child(order: dict[str, Any], run_id: str, display: Display) -> None:
         _fail(told, folder / "log.txt")
 
 
-def _arguments(config: Config, project: Path) -> dict[str, Any]:
+def run_arguments(config: Config, project: Path) -> dict[str, Any]:
     """The pipeline's arguments, with local paths made absolute."""
     arguments = pipeline_arguments(config)
     data = json.loads(arguments["data_section"])

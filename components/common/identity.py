@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
@@ -11,6 +12,7 @@ from pathlib import Path
 from components.common.files import digest, sha256_file
 
 PACKAGES = Path(__file__).resolve().parent.parent.parent
+LOCK = "requirements.lock"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "great-expectations", "mlflow-skinny", "kfp")
 """Libraries whose version is part of a stage's code."""
 
@@ -24,14 +26,36 @@ def code_digest(stage: str) -> str:
 
 
 def modules_digest(start: str) -> str:
-    """Digest of every module of ours that `start` reaches by imports, the templates and styles beside them, and the
-    versions of the libraries.
+    """Digest of what `code_parts` finds."""
+    return digest(list(code_parts(start, PACKAGES)))[:16]
+
+
+def code_parts(start: str, tree: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """What the code behind a module consists of.
+
+    Args:
+        start: a module of ours.
+        tree: the folder with the package `components` in it; another one than ours is read, never run.
+
+    Returns:
+        the hash of every module of ours that `start` reaches by imports and of the templates and styles beside them;
+        and the versions of the libraries: those installed with us, else those that the tree's requirements.lock names,
+        so that every image has the same ones, whichever of them it holds.
     """
-    modules = imported_modules(start)
+    modules = imported_modules(start, tree)
     files = {name: sha256_file(path) for name, path in modules.items()}
     others = [path for folder in {path.parent for path in modules.values()} for path in _data_files(folder)]
-    files |= {path.relative_to(PACKAGES).as_posix(): sha256_file(path) for path in others}
-    return digest([files, versions(LIBRARIES)])[:16]
+    files |= {path.relative_to(tree).as_posix(): sha256_file(path) for path in others}
+    return files, locked_versions(tree / LOCK) | (versions(LIBRARIES) if tree == PACKAGES else {})
+
+
+def locked_versions(lock: Path) -> dict[str, str]:
+    """The versions of LIBRARIES that a lock file names; none without the file."""
+    if not lock.is_file():
+        return {}
+    pins = re.findall(r"^([\w.-]+)==([^\s;+]+)", lock.read_text(encoding="utf-8"), re.MULTILINE)
+    found = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins}
+    return {name: found[name] for name in LIBRARIES if name in found}
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
@@ -49,22 +73,30 @@ def environment() -> str:
     return "".join(f"{name}=={version}\n" for name, version in sorted(found.items()))
 
 
-def imported_modules(start: str) -> dict[str, Path]:
+def imported_modules(start: str, tree: Path | None = None) -> dict[str, Path]:
     """Every module of the package `components` that `start` imports, directly or not, wherever the import stands."""
     found: dict[str, Path] = {}
     waiting = [start]
     while waiting:
         name = waiting.pop()
-        path = _module_file(name)
+        path = _module_file(name, tree or PACKAGES)
         if name in found or path is None:
             continue
         found[name] = path
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                waiting += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        waiting += _imports(path.read_text(encoding="utf-8"))
     return found
+
+
+@cache
+def _imports(source: str) -> list[str]:
+    """Every name that a module may import."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names
 
 
 @cache
@@ -86,10 +118,10 @@ def git_commit() -> str:
         return "unknown"
 
 
-def _module_file(name: str) -> Path | None:
+def _module_file(name: str, tree: Path) -> Path | None:
     if name.split(".", maxsplit=1)[0] != "components":
         return None
-    path = PACKAGES.joinpath(*name.split("."))
+    path = tree.joinpath(*name.split("."))
     candidates = (path.with_suffix(".py"), path / "__init__.py")
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 

@@ -94,7 +94,7 @@ def resolve_data(repo: str, revision: str, folders: Folders) -> DataVersion:
         test_file = _test_file(folders)
         test_set = str(fs.info(test_file)["dvc_info"]["md5"]) if test_file else ""
         commit = fs.repo.scm.resolve_rev(revision)
-        return DataVersion(_commit_of(Path(fs.repo.scm.root_dir), commit, digests), digests, test_set, clean=True)
+        return DataVersion(commit_of(Path(fs.repo.scm.root_dir), commit, digests), digests, test_set, clean=True)
 
 
 def _test_file(folders: Folders) -> str:
@@ -163,7 +163,7 @@ def history(root: Path, commit: str, folders: Folders) -> Iterator[tuple[Any, Ou
             yield entry.commit, _recorded(repo, entry.commit, folders)
 
 
-def _commit_of(root: Path, commit: str, digests: dict[str, str]) -> str:
+def commit_of(root: Path, commit: str, digests: dict[str, str]) -> str:
     """The oldest commit of an unbroken line back from `commit` in which DVC records these digests of the folders."""
     oldest = commit
     for found, outs in history(root, commit, tuple(digests)):

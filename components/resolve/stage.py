@@ -10,14 +10,13 @@ import yaml
 
 from components.common import tracking
 from components.common.audit import Audit, next_use
-from components.common.chat import template_digest
 from components.common.config import DataConfig, ModelConfig, RegisterConfig
 from components.common.errors import InputError
 from components.common.files import digest
-from components.common.identity import code_digest, git_commit
+from components.common.identity import git_commit
 from components.register.champion import champion_alias, settle
-from components.resolve.base import resolve_base
-from components.resolve.data import data_folders, resolve_data
+from components.resolve.data import data_folders
+from components.resolve.key import resolve_key
 
 
 class Resolved(NamedTuple):
@@ -78,14 +77,9 @@ def run_resolve(
         "data_path": data.path,
     }
     with tracking.stage_run("resolve", named) as run:
+        key = resolve_key(data, model, training, judging)
+        version, base, lineage = key.data, key.base, key.lineage
         preferences, instructions = data_folders(data.path)
-        version = resolve_data(data.repo, data.revision, (preferences, instructions))
-        base = resolve_base(model, data)
-        code = {stage: code_digest(stage) for stage in ("fetch", "validate", "sft", "dpo", "evaluate")}
-        template = template_digest(model.template)
-        config = [template, model.how(), model.max_length, *training]
-        trained_by = {stage: value for stage, value in code.items() if stage != "evaluate"}
-        lineage = digest([version.digests, base.digest, trained_by, config])[:32]
         incumbent = _incumbent(run, register.name, lineage)
         decision = digest([lineage, incumbent, judging])[:32]
         facts = Resolved(
@@ -97,9 +91,9 @@ def run_resolve(
             base_reference=base.reference,
             base_digest=base.digest,
             git_commit=git_commit(),
-            **{f"code_{stage}": value for stage, value in code.items()},
-            template_digest=template,
-            config=digest([config, judging])[:32],
+            **{f"code_{stage}": value for stage, value in key.code.items()},
+            template_digest=key.template,
+            config=key.config,
             lineage=lineage,
             incumbent=incumbent,
             decision=decision,

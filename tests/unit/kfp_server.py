@@ -274,6 +274,7 @@ class KfpServer:
             ("GET", f"{api}/pipelines/([^/]+)/versions", self._list_versions),
             ("GET", f"{api}/experiments", self._list_experiments),
             ("POST", f"{api}/experiments", self._create_experiment),
+            ("GET", f"{api}/runs", self._list_runs),
             ("POST", f"{api}/runs", self._create_run),
             ("GET", f"{api}/runs/([^/:]+)", self._get_run),
             ("POST", f"{api}/runs/([^/:]+):terminate", self._terminate),
@@ -416,6 +417,14 @@ class KfpServer:
         run_id = str(uuid.uuid4())
         self.runs[run_id] = Run(body, list(self.next_run.states), self.next_run.failed, self.next_run.log)
         return {"run_id": run_id, "display_name": body.display_name, "state": "PENDING"}
+
+    def _list_runs(self, request: Request) -> dict[str, Any]:
+        self._namespace(request.query.get("namespace", ""))
+        rows = {
+            run_id: {"run_id": run_id, "display_name": run.body.display_name, "state": run.states[0]}
+            for run_id, run in self.runs.items()
+        }
+        return {"runs": self._matching(request, rows)}
 
     def _run(self, run_id: str) -> Run:
         if run_id not in self.runs:

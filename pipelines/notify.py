@@ -1,0 +1,232 @@
+"""Telling others of a verdict: a signed webhook, a comment that is kept up to date on a pull request, a commit status.
+
+The webhook follows the Standard Webhooks specification (standardwebhooks.com, version 1.0): any of its libraries
+verifies it. GitHub's API is reached as in a job of GitHub Actions: GITHUB_TOKEN, GITHUB_REPOSITORY, GITHUB_API_URL.
+"""
+
+import base64
+import binascii
+import hashlib
+import hmac
+import http.client
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from components.common.errors import InputError, KubealignError
+
+URL, SECRET = "KUBEALIGN_WEBHOOK_URL", "KUBEALIGN_WEBHOOK_SECRET"
+TRIES = 5
+FIRST_DELAY_S = 1.0
+"""Before the second try; doubled before every further one."""
+ANSWER_S = 10.0
+PASSING = (408, 425, 429)
+"""Answers below 500 after which a later try may succeed."""
+MAX_COMMENT = 65_000
+"""GitHub takes 65536 characters."""
+MARKER = re.compile(r"<!-- kubealign:[\w-]+ -->")
+
+
+class Refused(KubealignError):
+    """A server's answer that is an error."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: what is signed or carries a token goes to the address that was configured."""
+
+    def redirect_request(self, *words: Any, **named: Any) -> None:
+        """Not followed."""
+
+
+_OPENER = urllib.request.build_opener(_Stay)
+
+
+def ask(method: str, url: str, body: bytes | None, headers: dict[str, str], shown: str, tries: int = TRIES) -> bytes:
+    """Make a request, again and again while the server fails or does not answer; returns the answer's body.
+
+    Args:
+        method: of HTTP.
+        url: the address, which may hold a secret.
+        body: what is sent.
+        headers: more of them.
+        shown: how an error names the server.
+        tries: how often; once for what must not happen twice.
+
+    Raises:
+        Refused: the server says no.
+        KubealignError: it failed so often.
+    """
+    delay_s, problem = FIRST_DELAY_S, ""
+    for number in range(tries):
+        if number:
+            time.sleep(delay_s)
+            delay_s *= 2
+        request = urllib.request.Request(url, body, headers, method=method)  # noqa: S310 - checked where it is read
+        try:
+            with _OPENER.open(request, timeout=ANSWER_S) as answer:
+                found: bytes = answer.read()
+                return found
+        except urllib.error.HTTPError as error:
+            problem = f"answered {error.code}"
+            if error.code < 500 and error.code not in PASSING:
+                said = " ".join(error.read(2000).decode(errors="replace").split())[:200]
+                raise Refused(f"{shown} {problem}: {said}", error.code) from None
+        except (OSError, http.client.HTTPException) as error:
+            problem = f"does not answer ({type(getattr(error, 'reason', error)).__name__})"
+    raise KubealignError(f"{shown} {problem}" + (f", {tries} times" if tries > 1 else ""))
+
+
+@dataclass(frozen=True, repr=False)
+class Webhook:
+    """Where verdicts and failures are told. Neither the address, which often is a secret, nor the key is ever shown."""
+
+    url: str
+    key: bytes
+
+    def send(self, kind: str, data: dict[str, Any]) -> None:
+        """Deliver an event.
+
+        Args:
+            kind: such as `retrain.verdict`.
+            data: what happened, as JSON values.
+
+        Raises:
+            KubealignError: it could not be delivered.
+        """
+        now = datetime.now(UTC)
+        event = {"type": kind, "timestamp": now.isoformat(timespec="seconds"), "data": data}
+        body = json.dumps(event, ensure_ascii=False).encode()
+        delivery, seconds = f"msg_{uuid.uuid4().hex}", str(int(now.timestamp()))
+        headers = {
+            "content-type": "application/json",
+            "user-agent": "kubealign",
+            "webhook-id": delivery,
+            "webhook-timestamp": seconds,
+            "webhook-signature": signature(self.key, delivery, seconds, body),
+        }
+        ask("POST", self.url, body, headers, f"the webhook at {urllib.parse.urlsplit(self.url).hostname}")
+
+
+def signature(key: bytes, delivery: str, seconds: str, body: bytes) -> str:
+    """The signature of a delivery: HMAC-SHA256 over its id, its time and its body (Standard Webhooks 1.0)."""
+    digest = hmac.new(key, f"{delivery}.{seconds}.".encode() + body, hashlib.sha256).digest()
+    return f"v1,{base64.b64encode(digest).decode()}"
+
+
+def webhook() -> Webhook | None:
+    """The webhook that the environment names, if any.
+
+    Raises:
+        InputError: the address or the secret cannot be used.
+    """
+    url, secret = os.environ.get(URL, ""), os.environ.get(SECRET, "")
+    if not url and not secret:
+        return None
+    parts = urllib.parse.urlsplit(url)
+    local = parts.hostname in ("127.0.0.1", "::1", "localhost")
+    if not parts.hostname or not (parts.scheme == "https" or (parts.scheme == "http" and local)):
+        raise InputError(f"{URL}: expected an https:// address (or http:// on this machine)")
+    if "@" in parts.netloc:
+        raise InputError(f"{URL}: a user or password in a URL would reach logs; the signature proves who sends")
+    try:
+        key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+    except binascii.Error:
+        key = b""
+    if not secret.startswith("whsec_") or not 24 <= len(key) <= 64:
+        raise InputError(
+            f"{SECRET}: expected `whsec_` and 24 to 64 random bytes in base64, such as from"
+            ' `echo "whsec_$(openssl rand -base64 32)"`'
+        )
+    return Webhook(url, key)
+
+
+class GitHub:
+    """A repository on GitHub, with the token of the job."""
+
+    def __init__(self) -> None:
+        self.api = os.environ.get("GITHUB_API_URL", "https://api.github.com").rstrip("/")
+        self.repository, self._token = os.environ.get("GITHUB_REPOSITORY", ""), os.environ.get("GITHUB_TOKEN", "")
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repository) or not self._token:
+            raise InputError("GITHUB_REPOSITORY (owner/name) and GITHUB_TOKEN are needed, as a job of GitHub has them")
+
+    def comment(self, text: str, pull_request: int) -> str:
+        """Put a comment on a pull request, or update the one that begins with the same marker; returns which it did.
+
+        Raises:
+            InputError: the text does not begin with a marker.
+            KubealignError: GitHub refuses or fails.
+        """
+        marker = MARKER.match(text)
+        if not marker:
+            raise InputError("the comment's first line is no marker such as <!-- kubealign:data -->")
+        if len(text) > MAX_COMMENT:
+            text = f"{text[:MAX_COMMENT]}\n\n(cut here: a comment holds no more)"
+        for number in range(TRIES):
+            old = self._with_marker(pull_request, marker[0])
+            if any(self._update(comment, text) for comment in old):
+                return "updated"
+            try:
+                self._ask("POST", f"issues/{pull_request}/comments", {"body": text}, tries=1)
+            except KubealignError as error:
+                # It may have been made all the same: look before the next try.
+                if isinstance(error, Refused) or number + 1 == TRIES:
+                    raise
+                time.sleep(FIRST_DELAY_S * 2**number)
+            else:
+                return "made"
+        raise AssertionError
+
+    def _with_marker(self, pull_request: int, marker: str) -> list[int]:
+        """Ids of the comments that begin with the marker."""
+        ids: list[int] = []
+        page, full = 1, True
+        while full:
+            found = self._ask("GET", f"issues/{pull_request}/comments?per_page=100&page={page}")
+            ids += [int(entry["id"]) for entry in found if str(entry.get("body", "")).startswith(marker)]
+            page, full = page + 1, len(found) == 100
+        return ids
+
+    def _update(self, comment: int, text: str) -> bool:
+        """Give a comment a new text; False when it is somebody else's, with our marker in it."""
+        try:
+            self._ask("PATCH", f"issues/comments/{comment}", {"body": text})
+        except Refused as error:
+            if error.status == 403:
+                return False
+            raise
+        return True
+
+    def pull_requests(self, commit: str) -> list[int]:
+        """Numbers of the pull requests that brought a commit."""
+        return [int(found["number"]) for found in self._ask("GET", f"commits/{commit}/pulls")]
+
+    def status(self, commit: str, status: dict[str, str]) -> None:
+        """Set a commit's status: `state`, `description`, `context`, perhaps `target_url`."""
+        self._ask("POST", f"statuses/{commit}", status)
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None, tries: int = TRIES) -> Any:
+        headers = {
+            "authorization": f"Bearer {self._token}",
+            "accept": "application/vnd.github+json",
+            "content-type": "application/json",
+            "user-agent": "kubealign",
+            "x-github-api-version": "2022-11-28",
+        }
+        data = None if body is None else json.dumps(body, ensure_ascii=False).encode()
+        answer = ask(method, f"{self.api}/repos/{self.repository}/{path}", data, headers, "GitHub", tries)
+        try:
+            return json.loads(answer)
+        except ValueError as error:
+            raise KubealignError(f"GitHub gave an answer that is no JSON; check GITHUB_API_URL ({error})") from error
