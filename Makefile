@@ -35,7 +35,7 @@ test: data ## ruff, mypy and all tests of the normal tier
 	ruff format --check .
 	ruff check .
 	mypy
-	pytest -n $(TEST_JOBS) --dist loadfile -m "not long and not containers and not ci" $(PYTEST_ARGS)
+	pytest -n $(TEST_JOBS) --dist loadfile -m "not long and not containers and not ci and not cluster" $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: data ## the training engine against TRL: time, memory, differences; half an hour
@@ -57,8 +57,8 @@ BUILD_ARGS ?=
 PIP_CONF ?=
 
 .PHONY: images
-images: setup ## the two container images that steps run in, and their bills of materials below build/
-	@for kind in data train; do \
+images: setup ## the container images of steps and MLflow, and their bills of materials below build/
+	@for kind in data train mlflow; do \
 	  image=$$(kubealign images $$kind); echo "building $$image"; \
 	  DOCKER_BUILDKIT=1 $(ENGINE) build -q -f components/Containerfile --target $$kind -t $$image \
 	    $$(kubealign images --build-args) --build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg TORCH_INDEX=$(TORCH_INDEX) \
@@ -83,6 +83,14 @@ test-containers: data ## the whole DAG in our images under a real engine
 .PHONY: ci-e2e
 ci-e2e: data ## the workflows' own commands, from a change of the data to a verdict, without any hosted CI
 	pytest -m ci -s tests/ci $(PYTEST_ARGS)
+
+.PHONY: check-manifests
+check-manifests: setup ## k8s/: built, then schemas, quantities, references and pod security
+	@python tests/tools/manifests.py
+
+.PHONY: test-cluster
+test-cluster: data ## MLflow as in k8s/ with a real PostgreSQL and S3: the pipeline, backup, restore, upgrade
+	pytest -m cluster $(PYTEST_ARGS)
 
 .PHONY: data
 data: setup ## the embedded base model and data sets, by DVC

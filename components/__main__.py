@@ -1,14 +1,17 @@
 """The door to the stages for DVC, `docker run` and Kubernetes: `python -P -m components <stage> --help`."""
 
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from components.common.config import PARAMS, load_config
+from components.common import places
+from components.common.config import PARAMS, load_config, load_section
 from components.common.errors import KubealignError
-from components.common.tracking import explain_os_error
+from components.common.tracking import explain_os_error, is_main_process
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -29,10 +32,21 @@ def prepare(project: Path = Path(), base_model: bool = False) -> None:
         prepare_data(load_config(project / PARAMS).prepare, project / "data")
 
 
-Params = Annotated[Path, typer.Option(help="The configuration file.")]
-DatasetIn = Annotated[Path, typer.Option(help="Folder with preferences/ and instructions/.")]
-BaseIn = Annotated[Path, typer.Option(help="Folder of the base model, as fetch writes it.")]
+SECRETS_VARIABLE = "KUBEALIGN_SECRETS"
+"""Environment variable with a folder of further ones, a file each: secrets that a pod gets as files."""
+
+Params = Annotated[Path, typer.Option(parser=places.local_copy, metavar="PLACE", help="The configuration file.")]
+DatasetIn = Annotated[
+    Path,
+    typer.Option(parser=places.local_copy, metavar="PLACE", help="Folder with preferences/ and instructions/."),
+]
+BaseIn = Annotated[
+    Path, typer.Option(parser=places.local_copy, metavar="PLACE", help="Folder of the base model, as fetch writes it.")
+]
+SftIn = Annotated[Path, typer.Option(parser=places.local_copy, metavar="PLACE", help="Folder that sft wrote.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
+OutPlace = Annotated[str, typer.Option(metavar="PLACE", help="Folder to write; a path or s3://bucket/prefix.")]
+Result = Annotated[str, typer.Option(metavar="PLACE", help="JSON file for the MLflow run's id and the metrics.")]
 
 
 @app.command()
@@ -60,34 +74,39 @@ def validate(dataset: DatasetIn, base: BaseIn, out: Out, params: Params = Path(P
 
 
 @app.command()
-def sft(dataset: DatasetIn, base: BaseIn, out: Out, params: Params = Path(PARAMS)) -> None:
+def sft(dataset: DatasetIn, base: BaseIn, out: OutPlace, params: Params = Path(PARAMS), result: Result = "") -> None:
     """Fine-tune the base model on the instructions of a validated data set."""
     from components.sft.stage import run_sft
 
-    config = load_config(params)
-    run_sft(config.sft, config.model, dataset, base, out)
+    config, model = load_section(params, "sft"), load_section(params, "model")
+    with places.output(out) as folder:
+        done = run_sft(config, model, dataset, base, folder)
+    _tell(result, *done)
 
 
 @app.command()
 def dpo(
     dataset: DatasetIn,
     base: BaseIn,
-    sft_model: Annotated[Path, typer.Option(help="Folder that sft wrote.")],
-    out: Out,
+    sft_model: SftIn,
+    out: OutPlace,
     params: Params = Path(PARAMS),
+    result: Result = "",
 ) -> None:
     """Align the SFT model to the preferences of a validated data set."""
     from components.dpo.stage import run_dpo
 
-    config = load_config(params)
-    run_dpo(config.dpo, config.model, dataset, base, sft_model, out)
+    config, model = load_section(params, "dpo"), load_section(params, "model")
+    with places.output(out) as folder:
+        done = run_dpo(config, model, dataset, base, sft_model, folder)
+    _tell(result, *done)
 
 
 @app.command()
 def evaluate(
     dataset: DatasetIn,
     base: BaseIn,
-    sft_model: Annotated[Path, typer.Option(help="Folder that sft wrote.")],
+    sft_model: SftIn,
     policy: Annotated[Path, typer.Option(help="Folder that dpo wrote.")],
     out: Out,
     incumbent: Annotated[str, typer.Option(help="models:/name/version to beat; the SFT model without.")] = "",
@@ -104,9 +123,24 @@ def evaluate(
     run_evaluate(config.evaluate, config.gate, config.model, inputs, {"base_model": config.model.base}, out, *reports)
 
 
+def _tell(result: str, run_id: str, metrics: dict[str, float]) -> None:
+    """Write what a stage gives besides its files, by the main process; last, so that it stands for a finished stage."""
+    if result and is_main_process():
+        places.write(result, json.dumps({"run_id": run_id, "metrics": metrics}))
+
+
+def read_secrets() -> None:
+    """Put the files of the folder that KUBEALIGN_SECRETS names into the environment, unless it has them."""
+    folder = os.environ.get(SECRETS_VARIABLE)
+    for file in Path(folder).iterdir() if folder else ():
+        if file.is_file() and not file.name.startswith("."):
+            os.environ.setdefault(file.name, file.read_text(encoding="utf-8").strip())
+
+
 def main() -> None:
     """Run a stage; what a person is meant to read is shown without a traceback."""
     try:
+        read_secrets()
         app()
     except KubealignError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -24,6 +24,8 @@ rm -rf "$packages"/torch/test "$packages"/torch/include "$packages"/torch/bin/*[
 if [ "$extra" = data ]; then
   modules="kfp.dsl.executor_main mlflow.pyfunc mlflow.artifacts dvc.api dvc.repo dvc_s3 s3fs boto3 great_expectations pandas
     transformers.models.auto.tokenization_auto transformers.models.llama.tokenization_llama jinja2 typer"
+elif [ "$extra" = server ]; then
+  modules="mlflow.cli mlflow.server.auth mlflow.server.fastapi_app mlflow.store.tracking.sqlalchemy_store uvicorn psycopg2 boto3"
 else
   modules="kfp.dsl.executor_main mlflow.artifacts boto3 torch transformers.models.auto.modeling_auto peft accelerate
     transformers.models.llama.modeling_llama transformers.generation.utils safetensors.torch matplotlib.figure scipy.stats

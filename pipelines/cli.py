@@ -107,18 +107,18 @@ def images(
         bool, typer.Option("--build-args", help="Print what `make images` tells the build about this code instead.")
     ] = False,
 ) -> None:
-    """Print the references of the images that steps run in; `make images` builds them."""
+    """Print the references of our images, for steps and for MLflow in a cluster; `make images` builds them."""
     from components.common.identity import git_commit
-    from components.common.images import DATA_IMAGE, TRAIN_IMAGE, VERSION
+    from components.common.images import DATA_IMAGE, MLFLOW_IMAGE, TRAIN_IMAGE, VERSION
     from pipelines.containers import code_in_images
 
     if build_args:
         facts = {"VERSION": VERSION, "REVISION": git_commit(), "CODE": code_in_images()}
         print(" ".join(f"--build-arg {name}={value}" for name, value in facts.items()))
         return
-    found = {"data": DATA_IMAGE, "train": TRAIN_IMAGE}
+    found = {"data": DATA_IMAGE, "train": TRAIN_IMAGE, "mlflow": MLFLOW_IMAGE}
     if kind and kind not in found:
-        raise InputError(f"images {kind}: expected data or train")
+        raise InputError(f"images {kind}: expected {', '.join(found)}")
     for image in [found[kind]] if kind else found.values():
         print(image)
 

@@ -9,14 +9,13 @@ from kfp import dsl, kubernetes
 from components.common.config import ClusterConfig, Config
 from components.common.errors import InputError
 from components.common.images import DATA_IMAGE, TRAIN_IMAGE
+from components.common.train_job import HOME, MLFLOW_KEYS, S3_KEYS, VARIABLE, labels
 
 TRAIN_STEPS = ("sft", "dpo", "evaluate")
-HOME = "/kubealign"
-"""Where the state volume is mounted, and KUBEALIGN_HOME of every step."""
+SEVERAL_NODES = ("sft", "dpo")
+"""Steps that `cluster.nodes` above 1 makes TrainJobs; the step itself then only starts and follows one."""
 RUN_LABEL = "metadata.labels['pipeline/runid']"
 """Kubeflow's label with the run's id, documented in kfp-kubernetes' README for use as an environment variable."""
-MLFLOW_KEYS = {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"}
-S3_KEYS = {"access_key": "AWS_ACCESS_KEY_ID", "secret_key": "AWS_SECRET_ACCESS_KEY"}
 GIT_KEYS = {"username": "GIT_USERNAME", "password": "GIT_PASSWORD"}
 
 
@@ -29,6 +28,11 @@ def check(config: Config) -> None:
     if not config.cluster.mlflow_uri:
         raise InputError(
             "cluster.mlflow_uri is empty: pods share no SQLite file; name your MLflow server, such as http://mlflow:5000"
+        )
+    if config.cluster.nodes > 1 and not config.cluster.state:
+        raise InputError(
+            f"cluster.nodes={config.cluster.nodes}, cluster.state is empty: data, model and checkpoints travel there;"
+            " set it to pvc:CLAIM (ReadWriteMany) or s3://bucket/prefix"
         )
     repo = config.data.repo
     if config.data.revision == "workspace" or "://" not in repo or repo.startswith("file:"):
@@ -45,23 +49,22 @@ def pipeline_config(cluster: ClusterConfig) -> dsl.PipelineConfig:
 
 def configure(task: Any, cluster: ClusterConfig) -> None:
     """Give a task its image, environment, resources, volumes and retries."""
-    trains = task.name in TRAIN_STEPS
+    follows = cluster.nodes > 1 and task.name in SEVERAL_NODES
+    trains = task.name in TRAIN_STEPS and not follows
     task.set_container_image((cluster.train_image or TRAIN_IMAGE) if trains else (cluster.data_image or DATA_IMAGE))
     kubernetes.set_image_pull_policy(task, cluster.pull_policy)
     if cluster.pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(cluster.pull_secrets))
     _environment(task, cluster)
+    if follows:
+        task.set_env_variable(VARIABLE, cluster.model_dump_json())
     _resources(task, cluster, trains)
     kubernetes.set_security_context(task, run_as_user=cluster.run_as_user, run_as_group=0, run_as_non_root=True)
     kubernetes.set_timeout(task, cluster.timeout_s)
-    for key, value in _labels(task.name, cluster).items():
+    for key, value in labels(task.name, cluster).items():
         kubernetes.add_pod_label(task, key, value)
     if cluster.retries:
         task.set_retry(cluster.retries, f"{cluster.backoff_s}s", 2.0, f"{max(3600, cluster.backoff_s)}s")
-
-
-def _labels(step: str, cluster: ClusterConfig) -> dict[str, str]:
-    return {"app.kubernetes.io/part-of": "kubealign", "app.kubernetes.io/component": step} | cluster.labels
 
 
 def pod_template(cluster: ClusterConfig) -> str:
@@ -71,7 +74,7 @@ def pod_template(cluster: ClusterConfig) -> str:
     labels, and `retry` when there may be retries.
     """
     retry = "retry-" if cluster.retries else ""
-    return f"metadata-0-{len(_labels('', cluster))}-{retry}system-container-impl"
+    return f"metadata-0-{len(labels('', cluster))}-{retry}system-container-impl"
 
 
 def _environment(task: Any, cluster: ClusterConfig) -> None:

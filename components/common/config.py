@@ -358,6 +358,15 @@ class ClusterConfig(Section):
     )
     data: StepResources
     train: TrainResources
+    nodes: int = Field(
+        ge=1,
+        description="machines that sft and dpo train on; above 1 a step starts a TrainJob of Kubeflow, each node with"
+        " the resources of `train`, and `state` has to be a bucket or a claim with ReadWriteMany",
+    )
+    runtime: str = Field(
+        pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$",
+        description="TrainingRuntime of those TrainJobs, from k8s/several-nodes",
+    )
     retries: int = Field(ge=0, description="times that a failed step is started again")
     backoff_s: int = Field(ge=0, description="seconds before the first retry; doubled for every further one")
     timeout_s: int = Field(ge=1, description="seconds after which a step's pod is ended")
@@ -414,6 +423,26 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     Raises:
         InputError: the file or an override is wrong; the message names the key and the nearest valid one.
     """
+    raw = _read(path)
+    for override in overrides or []:
+        _override(raw, override)
+    return validated(Config, raw, str(path))
+
+
+def load_section(path: Path, name: str) -> Any:
+    """One section of a configuration file, which need not have others.
+
+    Raises:
+        InputError: the file has no such section, or a value in it is wrong.
+    """
+    kind: Any = next(field.annotation for key, field in Config.model_fields.items() if name == (field.alias or key))
+    raw = _read(path)
+    if name not in raw:
+        raise InputError(f"{path}: no section {name}; add it")
+    return validated(kind, raw[name], f"{path}: {name}")
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -422,9 +451,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected sections ({', '.join(_keys(Config))}), found {type(raw).__name__}")
-    for override in overrides or []:
-        _override(raw, override)
-    return validated(Config, raw, str(path))
+    return raw
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

@@ -44,16 +44,20 @@ def dpo(
 
     from components.common.config import DpoConfig, ModelConfig, section
     from components.common.tracking import boundary, show_metrics
-    from components.dpo.stage import run_dpo
+    from components.common.train_job import run_on_nodes, several_nodes
 
     with boundary("dpo"):
-        run_id, values = run_dpo(
-            section(DpoConfig, dpo_section, epochs=epochs, lr=lr, beta=beta, loss=loss),
-            section(ModelConfig, model_section, base=base.metadata.get("reference", "base")),
-            Path(dataset.path),
-            Path(base.path),
-            Path(sft_model.path),
-            Path(policy.path),
-        )
+        config = section(DpoConfig, dpo_section, epochs=epochs, lr=lr, beta=beta, loss=loss)
+        model = section(ModelConfig, model_section, base=base.metadata.get("reference", "base"))
+        inputs = {"dataset": Path(dataset.path), "base": Path(base.path), "sft-model": Path(sft_model.path)}
+        cluster = several_nodes()
+        if cluster:
+            run_id, values = run_on_nodes(cluster, "dpo", config, model, inputs, Path(policy.path))
+        else:
+            from components.dpo.stage import run_dpo
+
+            run_id, values = run_dpo(
+                config, model, inputs["dataset"], inputs["base"], inputs["sft-model"], Path(policy.path)
+            )
         show_metrics(metrics, values)
         return run_id

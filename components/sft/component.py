@@ -38,15 +38,18 @@ def sft(
 
     from components.common.config import ModelConfig, SftConfig, section
     from components.common.tracking import boundary, show_metrics
-    from components.sft.stage import run_sft
+    from components.common.train_job import run_on_nodes, several_nodes
 
     with boundary("sft"):
-        run_id, values = run_sft(
-            section(SftConfig, sft_section, epochs=epochs, lr=lr),
-            section(ModelConfig, model_section, base=base.metadata.get("reference", "base")),
-            Path(dataset.path),
-            Path(base.path),
-            Path(sft_model.path),
-        )
+        config = section(SftConfig, sft_section, epochs=epochs, lr=lr)
+        model = section(ModelConfig, model_section, base=base.metadata.get("reference", "base"))
+        inputs = {"dataset": Path(dataset.path), "base": Path(base.path)}
+        cluster = several_nodes()
+        if cluster:
+            run_id, values = run_on_nodes(cluster, "sft", config, model, inputs, Path(sft_model.path))
+        else:
+            from components.sft.stage import run_sft
+
+            run_id, values = run_sft(config, model, inputs["dataset"], inputs["base"], Path(sft_model.path))
         show_metrics(metrics, values)
         return run_id

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast, broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from components.common.errors import KubealignError
 from components.common.files import read_json, replacing_folder, verify_manifest, write_json, write_manifest
+from components.training.processes import processes
 
 KEEP = 2
 """Checkpoints kept: the newest, and one to fall back on."""
@@ -52,11 +54,27 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 0) -> None:
 
 
 def load(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint of a step.
+    """The checkpoint of a step; all processes must ask, and the main one reads: further machines' disks lack it.
 
     Raises:
         KubealignError: it is not there, or a byte of it is wrong.
     """
+    found = _from_main_process(_load(folder, step) if _is_main_process() else None)
+    assert found is not None
+    return found
+
+
+def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint below `folder` whose hashes are right; all processes must ask.
+
+    Returns:
+        the checkpoint or None, and a sentence for each one that was passed over (in the main process).
+    """
+    found, passed_over = _load_newest(folder) if _is_main_process() else (None, [])
+    return _from_main_process(found), passed_over
+
+
+def _load(folder: Path, step: int) -> Checkpoint:
     path = _path(folder, step)
     verify_manifest(path)
     state = read_json(path / "state.json")
@@ -64,19 +82,40 @@ def load(folder: Path, step: int) -> Checkpoint:
     return Checkpoint(step=state["step"], history=state["history"], **tensors)
 
 
-def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint below `folder` whose hashes are right.
-
-    Returns:
-        the checkpoint or None, and a sentence for each one that was passed over.
-    """
+def _load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     passed_over: list[str] = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
-            return load(folder, int(path.name.removeprefix("step-"))), passed_over
+            return _load(folder, int(path.name.removeprefix("step-"))), passed_over
         except KubealignError as error:
             passed_over.append(f"checkpoint {path.name} is damaged and passed over: {error}")
     return None, passed_over
+
+
+def _is_main_process() -> bool:
+    main: bool = processes().is_main_process
+    return main
+
+
+def _from_main_process(found: Checkpoint | None) -> Checkpoint | None:
+    """The main process's checkpoint, in all processes; what the others give is not looked at."""
+    state = processes()
+    if state.num_processes == 1:
+        return found
+    told: list[Any] = [None]
+    if found:
+        shapes = {part: {key: (t.shape, t.dtype) for key, t in getattr(found, part).items()} for part in TENSORS}
+        told = [(found.step, found.history, shapes)]
+    told = broadcast_object_list(told)
+    if told[0] is None:
+        return None
+    step, history, shapes = told[0]
+    tensors: dict[str, dict[str, Tensor]] = {part: {} for part in TENSORS}
+    for part, entries in shapes.items():
+        for key, (shape, dtype) in entries.items():
+            own = getattr(found, part)[key] if found else torch.empty(shape, dtype=dtype)
+            tensors[part][key] = broadcast(own.to(state.device)).cpu()
+    return Checkpoint(step=step, history=history, **tensors)
 
 
 def _path(folder: Path, step: int) -> Path:
