@@ -227,7 +227,9 @@ def _sources(found: Found, kept: NDArray[np.bool_]) -> dict[str, dict[str, Any]]
         entry = sources.setdefault(found.names["source"][source], {"license": [], "rows": 0})
         entry["license"].append(found.names["license"][license_])
         entry["rows"] += n
-    return {name: {"license": ", ".join(sorted(entry["license"])), "rows": entry["rows"]} for name, entry in sources.items()}
+    return {
+        name: {"license": ", ".join(sorted(entry["license"])), "rows": entry["rows"]} for name, entry in sources.items()
+    }
 
 
 def _as_json(part: Bias) -> Summary:
