@@ -37,6 +37,10 @@ test: data ## ruff, mypy and all tests of the normal tier
 bench: data ## the training engine against TRL: time, memory, differences; half an hour
 	TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1 python tests/bench/training.py $(ARGS)
 
+.PHONY: bench-data
+bench-data: data ## prepare and validate a million pairs with planted defects: time, memory, recall and precision
+	python tests/bench/data.py $(ARGS)
+
 .PHONY: test-long
 test-long: data ## the full counts: kills, races, failures
 	pytest -m long $(PYTEST_ARGS)
