@@ -45,6 +45,10 @@ bench: data ## the training engine against TRL: time, memory, differences; half 
 gate-demo: data ## a better, an equal, a worse and a lucky model before the gate, then rollback and verify; an hour
 	TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1 python tests/bench/gate_demo.py $(ARGS)
 
+.PHONY: bench-data
+bench-data: data ## prepare and validate a million pairs with planted defects: time, memory, recall and precision
+	python tests/bench/data.py $(ARGS)
+
 .PHONY: test-long
 test-long: data ## the full counts: kills, races, failures
 	pytest -m long $(PYTEST_ARGS)

@@ -15,7 +15,16 @@ from pydantic import ValidationError
 
 from components.common.errors import InputError
 from components.common.files import sha256_file
-from components.common.records import LANGUAGES, Preference, iter_lines, open_rows, schema_problem, shown, write_lines
+from components.common.records import (
+    LANGUAGES,
+    Preference,
+    is_too_deep,
+    iter_lines,
+    open_rows,
+    schema_problem,
+    shown,
+    write_lines,
+)
 from components.prepare.formats import FORMATS, RowProblem, convert, detect, language_of
 from components.prepare.sources import PAIRS, Added
 
@@ -128,10 +137,10 @@ def _whole(pair: tuple[Any, str, str], row: dict[str, Any], facts: Facts, where:
 
 
 def guess_language(text: str) -> str:
-    """`zh` when the text's beginning has at least as many Han characters as words in Latin letters, else `en`."""
+    """`zh` when the text's beginning has more Han characters than words in Latin letters, else `en`."""
     start = text[:LANGUAGE_FROM]
     han = len(HAN.findall(start))
-    return "zh" if han and han >= len(WORD.findall(start)) else "en"
+    return "zh" if han > len(WORD.findall(start)) else "en"
 
 
 def _said(row: dict[str, Any], *keys: str) -> str:
@@ -172,6 +181,6 @@ def _entries(path: Path) -> Iterator[Located]:
     except orjson.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from error
     for number, entry in enumerate(entries, start=1):
-        if not isinstance(entry, dict):
-            raise InputError(f"{path}: entry {number}: expected a JSON object, found {type(entry).__name__}")
+        if not isinstance(entry, dict) or is_too_deep(entry):
+            raise InputError(f"{path}: entry {number}: expected a flat JSON object, found {type(entry).__name__}")
         yield f"{path}: entry {number}", entry

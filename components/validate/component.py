@@ -25,10 +25,10 @@ def validate(
         code: digest of this step's code, for the cache.
         dataset: The data set.
         base: The base model, for its tokenizer.
-        clean: The good rows, quarantine.jsonl, validation.json (the counts), manifest.json.
+        clean: The good rows, quarantine.jsonl, warnings.jsonl, validation.json (what the report says), manifest.json.
         report: The validation report as a page.
         summary: Its summary.
-        metrics: The counts.
+        metrics: The counts, and how often the longer answer wins.
 
     Returns:
         Id of the MLflow run.

@@ -6,6 +6,8 @@ from typing import Any
 
 SAMPLE = 160
 """Characters of the prompt and of each answer that are looked at."""
+BEGINNING = 48
+"""Characters in which a prompt shows its own language, before it quotes a text in another."""
 SHORTEST = 24
 """Characters below which no language is told: names, numbers and single words are much the same in many."""
 HAN = re.compile("[\u4e00-\u9fff]+")
@@ -27,7 +29,7 @@ def is_in_another_language(lang: str, texts: list[str], confidence: float) -> bo
         confidence: probability from which another language is believed.
     """
     samples = [text[:SAMPLE] for text in texts]
-    if any(_is_plainly(lang, sample) for sample in samples):
+    if any(_is_plainly(lang, sample) or _is_plainly(lang, sample[:BEGINNING]) for sample in samples):
         return False
     whole = _told(" ".join(samples))
     return (

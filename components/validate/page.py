@@ -10,6 +10,8 @@ from components.validate.checks import KINDS
 
 Summary = dict[str, Any]
 ORDER = ("stop", "error", "warn")
+SHOWN = 8
+"""Places that the page names for a check; validation.json has more, quarantine.jsonl and warnings.jsonl have all."""
 
 
 def html_page(summaries: Summary) -> str:
@@ -22,7 +24,7 @@ def html_page(summaries: Summary) -> str:
     passed = not any(check["severity"] == "stop" for _, check in failing)
     body = [f'<p class="verdict{" passed" if passed else ""}">{html.escape(_verdict(summaries))}</p>']
     body.append("<h2>What to do</h2>")
-    body.append(_failing_table(failing) if failing else "<p>Nothing: no check fails.</p>")
+    body.append(_failing_list(failing) if failing else "<p>Nothing: no check fails.</p>")
     for name in KINDS:
         body.append(f"<h2>Rows: {name}</h2><p>{html.escape(_sentence(summaries[name]))}</p>")
         body.append(_splits_table(summaries[name]))
@@ -72,14 +74,19 @@ def _verdict(summaries: Summary) -> str:
     return f"{counts}; {warnings} warning{'' if warnings == 1 else 's'}."
 
 
-def _failing_table(failing: list[tuple[str, Summary]]) -> str:
-    lines = []
+def _failing_list(failing: list[tuple[str, Summary]]) -> str:
+    """A paragraph for each check: a table of sentences would not fit a narrow window."""
+    parts = []
     for name, check in failing:
         places = check["places"]
-        more = check["failed"] - len(places)
-        where = ", ".join(places[:6]) + (" …" if more > 0 or len(places) > 6 else "")
-        lines.append([check["severity"], check["name"], name, check["failed"], check["advice"], where])
-    return table_html(["severity", "check", "in", "failing", "what to do", "where"], lines)
+        more = len(places) > SHOWN or check["failed"] > len(places)
+        where = ", ".join(places[:SHOWN]) + (" …" if more else "")
+        advice = check["advice"][0].upper() + check["advice"][1:]
+        parts.append(
+            f"<p><b>{check['failed']:,} × {check['name']}</b> ({check['severity']}, {name}). {html.escape(advice)}."
+            f'<br><span class="soft">{html.escape(where)}</span></p>'
+        )
+    return "".join(parts)
 
 
 def _splits_table(summary: Summary) -> str:

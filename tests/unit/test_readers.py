@@ -20,6 +20,8 @@ from tests.tools.fuzz_readers import read_everything
 
 ROW = b'{"prompt": "Who?", "chosen": "A model.", "rejected": "Nobody."}\n'
 DEEP = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
+DEEPER = b'{"prompt": ' + b'[{"a": ' * 450 + b"0" + b"}]" * 450 + b"}\n"
+"""Deep enough for a writer that recurses, which the parser does not refuse."""
 BAD: dict[str, tuple[bytes, str]] = {
     "truncated gzip": (gzip.compress(ROW * 1000)[:-20], r"the gzip stream is damaged or cut off"),
     "damaged gzip": (gzip.compress(ROW * 1000)[:40] + b"\0" * 40, r"the gzip stream is damaged or cut off"),
@@ -29,7 +31,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     "Latin-1": (ROW + '{"chosen": "café"}\n'.encode("latin-1"), r"rows.jsonl:2: not UTF-8 at byte 15 of the line"),
     "NUL byte": (ROW + b'{"chosen": "a\0b"}\n', r"rows.jsonl:2: NUL byte or UTF-16 at byte 13"),
     "half a surrogate pair": (ROW + rb'{"chosen": "\ud800"}' + b"\n", r"rows.jsonl:2: not valid JSON"),
-    "deep nesting": (ROW + DEEP, r"rows.jsonl:2: not valid JSON \(Recursion limit reached"),
+    "deep nesting": (ROW + DEEP, r"rows.jsonl:2: not valid JSON \(depth limit exceeded"),
+    "nesting": (ROW + DEEPER, r"rows.jsonl:2: nested more than 100 levels deep"),
     "cut off in a row": (ROW + ROW[:20], r"rows.jsonl:2: not valid JSON"),
     "two objects on a line": (ROW.strip() + ROW, r"rows.jsonl:1: not valid JSON"),
     "NaN": (b'{"score": NaN}\n', r"rows.jsonl:1: not valid JSON"),
@@ -137,6 +140,8 @@ def test_rows_that_are_written_are_read_again(tmp_path: Path, found: list[dict[s
 @given(content=st.binary(max_size=200) | st.binary(max_size=60).map(lambda end: ROW + end))
 @example(content=BAD["deep nesting"][0])
 @example(content=gzip.compress(BAD["deep nesting"][0]))
+@example(content=BAD["nesting"][0])
+@example(content=b"[" + DEEPER + b"]")
 @example(content=b"[" * 100_000)
 @example(content=b'[{"chosen": 1}, 2]')
 def test_any_bytes_end_in_rows_or_in_one_clear_error(tmp_path: Path, content: bytes) -> None:
