@@ -94,11 +94,12 @@ def markdown(evaluation: Values, verdict: Values) -> str:
 
 
 def _text(estimate: Values | None) -> str:
-    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]" if estimate else "—"
+    # No break inside the interval.
+    return f"{estimate['value']:.3f} [{estimate['low']:.3f},\u00a0{estimate['high']:.3f}]" if estimate else "—"
 
 
 def _signed(estimate: Values) -> str:
-    return f"{estimate['value']:+.4f} [{estimate['low']:+.4f}, {estimate['high']:+.4f}]"
+    return f"{estimate['value']:+.4f} [{estimate['low']:+.4f},\u00a0{estimate['high']:+.4f}]"
 
 
 def _verdict(verdict: Values) -> str:
@@ -333,4 +334,13 @@ def _data(counts: Values) -> str:
         " only for their length"
         for name, summary in counts.items()
     )
-    return table_html(["data set", "split", "rows", "languages"], rows) + f'<p class="soft">{html.escape(lost)}.</p>'
+    sources = [
+        [name, source, found["license"], found["rows"]]
+        for name, summary in counts.items()
+        for source, found in sorted(summary["sources"].items())
+    ]
+    return (
+        table_html(["data set", "split", "rows", "languages"], rows)
+        + f'<p class="soft">{html.escape(lost)}.</p>'
+        + table_html(["data set", "source", "licence", "rows"], sources)
+    )

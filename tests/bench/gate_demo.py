@@ -118,11 +118,12 @@ def luckiest(version: dict[str, Any]) -> set[str]:
     import mlflow
 
     found = json.loads(mlflow.artifacts.load_text(f"{version['model_uri']}/artifacts/evaluation.json"))
-    scale = {name: found["models"][name]["scale"] for name in ("policy", "incumbent")}
+    rival = "incumbent" if "incumbent" in found["models"] else "sft"
+    scale = {name: found["models"][name]["scale"] for name in ("policy", rival)}
     losses = {
         name: log_loss(np.array([row["margins"][name] for row in found["held_out"]]), scale[name]) for name in scale
     }
-    order = np.argsort(losses["policy"] - losses["incumbent"])
+    order = np.argsort(losses["policy"] - losses[rival])
     return {found["held_out"][number]["id"] for number in order[:LUCKY_PAIRS]}
 
 

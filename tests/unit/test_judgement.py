@@ -349,7 +349,8 @@ def page_of(found: dict[str, Any], steps: int = 3) -> tuple[str, dict[str, Any]]
     metrics = {"reward_margin": 0.1, "reward_accuracy": 0.5, "chosen_reward": 0.0, "rejected_reward": -0.1, "kl": 0.2}
     records = [{"step": i, "loss": 0.7 - i / 10 / steps, "metrics": metrics} for i in range(steps)]
     records[-1]["validation"] = {"loss": 0.6} | metrics
-    counts = {"preferences": {"rows": 9, "quarantined": 1, "dropped": 2, "splits": {"train": {"en": 4, "zh": 2}}}}
+    summary = {"rows": 9, "quarantined": 1, "dropped": 2, "splits": {"train": {"en": 4, "zh": 2}}}
+    counts = {"preferences": summary | {"sources": {"made": {"license": "CC BY-NC 4.0", "rows": 6}}}}
     judged = verdict(found)
     return report(found, judged, {"sft": records, "dpo": records}, counts), judged
 
@@ -369,9 +370,9 @@ def test_the_report_is_self_contained_escaped_and_follows_its_input() -> None:
     known = ("w3.org", "matplotlib.org", "purl.org", "creativecommons")
     assert not [url for url in re.findall(r"https?://[^\s\"'<)]+", page) if not any(name in url for name in known)]
     assert not re.findall(r"(?:src|href)=\"(?!#)[^\"]*\"", page), "nothing is loaded or linked from elsewhere"
-    assert "abc123" in page and page.count("<svg") == 9 and "far &lt;off&gt;" in page
+    assert "abc123" in page and "CC BY-NC 4.0" in page and page.count("<svg") == 9 and "far &lt;off&gt;" in page
     policy = found["models"]["policy"]["overall"]["reward_accuracy"]
-    assert f"{policy['value']:.3f} [{policy['low']:.3f}, {policy['high']:.3f}]" in page
+    assert f"{policy['value']:.3f} [{policy['low']:.3f},\u00a0{policy['high']:.3f}]" in page
     assert html.escape(found["comparisons"]["sft"]["words"]) in page
     titles = re.findall(r"<h2>([^<]*)</h2>", page)
     assert titles == [
