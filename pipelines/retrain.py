@@ -156,6 +156,18 @@ def retrain(job: Job) -> int:
     """
     hook = notify.webhook()
     outcome.forget(job.out)
+    try:
+        return _come_to_a_verdict(job, hook)
+    except Exception as error:
+        told = error if isinstance(error, KubealignError) else _trouble_with_mlflow(error)
+        if told is None:
+            raise
+        state = "canceled" if isinstance(told, Stopped) else "unfinished" if isinstance(told, Unfinished) else "failed"
+        _tell(hook, job, "failed", outcome.write_failure(job.out, job.order, state, str(told)))
+        raise told from error
+
+
+def _come_to_a_verdict(job: Job, hook: notify.Webhook | None) -> int:
     versions = {Path(name).name: value[:8] for name, value in job.facts.data.digests.items()}
     data = ", ".join(f"{name} {value}" for name, value in versions.items())
     job.say(f"commit    {job.commit[:12]}  ({data}; base model {job.facts.base.digest[:8]})")
@@ -166,19 +178,20 @@ def retrain(job: Job) -> int:
         job.say("This commit's data, settings and code have been judged before; --again insists on a new run.")
         show_result(job.console, known)
         return 0
-    try:
-        run_id, link = _on_kubeflow(job) if job.runner == "kubeflow" else _here(job)
-        result = _checked(job, load_result(run_id))
-    except KubealignError as error:
-        state = (
-            "canceled" if isinstance(error, Stopped) else "unfinished" if isinstance(error, Unfinished) else "failed"
-        )
-        _tell(hook, job, "failed", outcome.write_failure(job.out, job.order, state, str(error)))
-        raise
+    run_id, link = _on_kubeflow(job) if job.runner == "kubeflow" else _here(job)
+    result = _checked(job, load_result(run_id))
     found = outcome.write_verdict(job.out, outcome.Order(**vars(job.order) | {"link": link}), result, new=True)
     show_result(job.console, result)
     _tell(hook, job, "verdict", found)
     return 0
+
+
+def _trouble_with_mlflow(error: Exception) -> KubealignError | None:
+    """A sentence for what MLflow, or the way to it, refused."""
+    if not type(error).__module__.startswith(("mlflow.", "sqlalchemy.", "requests.")):
+        return None
+    where, said = tracking.tracking_uri(), tracking.one_line(str(error))[:300]
+    return KubealignError(tracking.without_credentials(f"MLflow at {where}: {said}"))
 
 
 def _tell(hook: notify.Webhook | None, job: Job, kind: str, data: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from components.common.errors import InputError, KubealignError
 from pipelines import kubeflow, notify, retrain
 from pipelines.runner import Stopped
 from tests.ci.receiver import Receiver
+from tests.services import free_port
 from tests.unit.kfp_server import KfpServer, Refused, Run, closed, status
 from tests.unit.test_ci_plan import Clone, appended, setting
 from tests.unit.test_shell import git
@@ -354,6 +355,19 @@ def test_a_webhook_that_is_down_changes_no_verdict(
     said = capsys.readouterr()
     assert "warning: not notified: the webhook at 127.0.0.1 answered 500, 5 times" in said.err
     assert "t0k3n" not in said.out + said.err
+
+
+def test_an_mlflow_that_fails_is_told_in_the_files_too(
+    clone: Clone, kfp: KfpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(clone, tmp_path / "ci")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:t0k3n@127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(KubealignError, match=r"^MLflow at http://\*\*\*@127.0.0.1:") as error:
+        retrain.retrain(job)
+    verdict, state, summary = written(tmp_path / "ci")
+    assert verdict["state"] == "failed" and state["state"] == "failure"
+    assert "t0k3n" not in str(error.value) + json.dumps(verdict) + summary
 
 
 def test_bad_input_is_refused_before_anything_runs(
