@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
     "model.max_length": 128,
     "validate.min_rows": 4,
     "sft.max_steps": 1,
-    "dpo.epochs": 4.0,
+    "dpo.epochs": 2.0,
     "dpo.lr": 1e-2,
     "evaluate.answers": 0,
     "evaluate.bootstrap": 1000,
