@@ -108,7 +108,8 @@ def retrain_(
     What has been judged before is not trained again. Any verdict is a success; the same command goes on with a run that
     is under way, and SIGTERM or SIGINT cancel it.
     """
-    from pipelines.retrain import make_job, retrain
+    from pipelines.job import make_job
+    from pipelines.retrain import retrain
 
     root = project_folder(project)
     retrain(make_job(root, overrides, runner.value, again, out, patience_s, timeout_s, console))
@@ -117,7 +118,7 @@ def retrain_(
 @app.command()
 def cancel(out: Out = OUT, project: Project = None) -> None:
     """End the run on Kubeflow that a stopped `ci retrain` may have left."""
-    from pipelines.retrain import cancel_left
+    from pipelines.follow import cancel_left
 
     for line in cancel_left(project_folder(project), out):
         console.print(line, soft_wrap=True)

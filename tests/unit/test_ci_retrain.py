@@ -17,9 +17,11 @@ from rich.console import Console
 
 from components.common import tracking
 from components.common.errors import InputError, KubealignError
-from pipelines import kubeflow, notify, retrain
+from pipelines import follow, kubeflow, notify, retrain
+from pipelines import job as job_module
 from pipelines.runner import Stopped
 from tests.ci.receiver import Receiver
+from tests.services import free_port
 from tests.unit.kfp_server import KfpServer, Refused, Run, closed, status
 from tests.unit.test_ci_plan import Clone, appended, setting
 from tests.unit.test_shell import git
@@ -53,7 +55,7 @@ def environment(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database(tmp_path)}")
     monkeypatch.setattr(kubeflow, "POLL_S", 0.01)
     monkeypatch.setattr(kubeflow, "SERVICE_ACCOUNT_TOKEN", Path("/nonexistent"))
-    monkeypatch.setattr(retrain, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(follow, "FIRST_DELAY_S", 0.01)
     monkeypatch.setattr(notify, "FIRST_DELAY_S", 0.001)
     monkeypatch.setattr("sys.argv", ["/x/kubealign", "ci", "retrain", "--patience", "5"])
 
@@ -89,12 +91,12 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
         yield found
 
 
-def make_job(clone: Clone, out: Path, *sets: str, again: bool = False, patience_s: float = 5.0) -> retrain.Job:
+def make_job(clone: Clone, out: Path, *sets: str, again: bool = False, patience_s: float = 5.0) -> job_module.Job:
     console = Console(width=200, force_terminal=False)
-    return retrain.make_job(clone.root, list(sets), "kubeflow", again, out, patience_s, 60, console)
+    return job_module.make_job(clone.root, list(sets), "kubeflow", again, out, patience_s, 60, console)
 
 
-def record(job: retrain.Job, kfp_run: str, **changes: Any) -> None:
+def record(job: job_module.Job, kfp_run: str, **changes: Any) -> None:
     """What the steps of a run record in MLflow."""
     client = tracking.client()
     experiment = tracking.experiment_id(client)
@@ -124,7 +126,7 @@ def record(job: retrain.Job, kfp_run: str, **changes: Any) -> None:
     client.set_terminated(parent)
 
 
-def recording(kfp: KfpServer, job: retrain.Job, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+def recording(kfp: KfpServer, job: job_module.Job, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     """Let every run that the stub starts record a result at once."""
     original: Callable[..., Any] = kfp._create_run
 
@@ -166,7 +168,7 @@ def test_a_verdict_is_told_in_files_and_to_the_webhook_and_not_asked_for_twice(
     assert len(state["description"]) <= 140
     assert "| superiority | **fail** | 0.31 | p <= 0.025 |" in summary and "| min_pairs | pass | 98 |" in summary
     assert summary.index("superiority") < summary.index("min_pairs") and "| DPO | 98 | 0.610 [0.500, 0.700]" in summary
-    assert (out / "report.html").read_text() == "<!doctype html>" and not (out / retrain.STATE).exists()
+    assert (out / "report.html").read_text() == "<!doctype html>" and not (out / follow.STATE).exists()
     assert receiver.events[0]["type"] == "retrain.verdict" and receiver.events[0]["data"] == verdict
     capsys.readouterr()
     assert retrain.retrain(make_job(clone, out)) == 0
@@ -240,19 +242,17 @@ def test_a_server_that_stays_down_leaves_a_state_with_which_the_same_command_goe
     job = make_job(clone, out, patience_s=0.2)
     recording(kfp, job, monkeypatch)
     kfp.fail("GET", f"{RUNS}/.*", status(503), times=10_000)
-    with pytest.raises(
-        retrain.Unfinished, match="the same command goes on: kubealign ci retrain --patience 5"
-    ) as error:
+    with pytest.raises(follow.Unfinished, match="the same command goes on: kubealign ci retrain --patience 5") as error:
         retrain.retrain(job)
     assert error.value.exit_code == 1
-    state = json.loads((out / retrain.STATE).read_text())
+    state = json.loads((out / follow.STATE).read_text())
     (run_id,) = kfp.runs
     assert (state["run_id"], state["key"]) == (run_id, job.key)
     assert written(out)[0]["state"] == "unfinished" and receiver.events[-1]["type"] == "retrain.failed"
     kfp.faults.clear()
     monkeypatch.setattr(retrain, "judged_before", lambda job: None)  # the stand-in records before the run has ended
     assert retrain.retrain(job) == 0
-    assert len(kfp.runs) == 1 and not (out / retrain.STATE).exists() and written(out)[0]["state"] == "verdict"
+    assert len(kfp.runs) == 1 and not (out / follow.STATE).exists() and written(out)[0]["state"] == "verdict"
 
 
 def test_a_state_file_of_another_key_is_not_gone_on_with(
@@ -261,7 +261,7 @@ def test_a_state_file_of_another_key_is_not_gone_on_with(
     job = make_job(clone, tmp_path)
     recording(kfp, job, monkeypatch)
     other = {"key": "other", "endpoint": kfp.url, "name": "x", "run_id": "of-another-key"}
-    (tmp_path / retrain.STATE).write_text(json.dumps(other))
+    (tmp_path / follow.STATE).write_text(json.dumps(other))
     assert retrain.retrain(job) == 0
     assert not kfp.asked("GET", f"{RUNS}/of-another-key")
 
@@ -282,7 +282,7 @@ def test_a_signal_cancels_the_run_also_when_its_id_was_never_heard(
             raise Refused(504, "upstream timed out", "a proxy's")
 
         monkeypatch.setattr(kfp, "_create_run", started_and_lost)
-        monkeypatch.setattr(retrain, "FIRST_DELAY_S", 0.5)
+        monkeypatch.setattr(follow, "FIRST_DELAY_S", 0.5)
 
     def interrupt() -> None:
         while not kfp.runs or (known and len(kfp.asked("GET", f"{RUNS}/.*")) < 3):
@@ -301,7 +301,7 @@ def test_a_signal_cancels_the_run_also_when_its_id_was_never_heard(
     kfp.faults.clear()
     (run,) = kfp.runs.values()
     assert run.states[-1] == "CANCELED" and stopped.value.exit_code in (130, 143)
-    assert not (out / retrain.STATE).exists()
+    assert not (out / follow.STATE).exists()
     verdict, state, _ = written(out)
     assert verdict["state"] == "canceled" and state["state"] == "error"
 
@@ -309,10 +309,10 @@ def test_a_signal_cancels_the_run_also_when_its_id_was_never_heard(
 def test_what_a_killed_command_left_is_canceled_by_its_state_file(clone: Clone, kfp: KfpServer, tmp_path: Path) -> None:
     run_id = kfp.add_run("RUNNING")
     state = {"key": "k", "endpoint": kfp.url, "name": "a run", "run_id": run_id}
-    (tmp_path / retrain.STATE).write_text(json.dumps(state))
-    assert retrain.cancel_left(clone.root, tmp_path) == [f"{run_id}: is being canceled"]
+    (tmp_path / follow.STATE).write_text(json.dumps(state))
+    assert follow.cancel_left(clone.root, tmp_path) == [f"{run_id}: is being canceled"]
     assert kfp.runs[run_id].states[-1] == "CANCELED"
-    assert retrain.cancel_left(clone.root, tmp_path) == ["no run is under way"]
+    assert follow.cancel_left(clone.root, tmp_path) == ["no run is under way"]
 
 
 def test_a_failed_step_is_told_with_the_end_of_its_log(
@@ -354,6 +354,19 @@ def test_a_webhook_that_is_down_changes_no_verdict(
     said = capsys.readouterr()
     assert "warning: not notified: the webhook at 127.0.0.1 answered 500, 5 times" in said.err
     assert "t0k3n" not in said.out + said.err
+
+
+def test_an_mlflow_that_fails_is_told_in_the_files_too(
+    clone: Clone, kfp: KfpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(clone, tmp_path / "ci")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:t0k3n@127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(KubealignError, match=r"^MLflow at http://\*\*\*@127.0.0.1:") as error:
+        retrain.retrain(job)
+    verdict, state, summary = written(tmp_path / "ci")
+    assert verdict["state"] == "failed" and state["state"] == "failure"
+    assert "t0k3n" not in str(error.value) + json.dumps(verdict) + summary
 
 
 def test_bad_input_is_refused_before_anything_runs(

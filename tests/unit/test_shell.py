@@ -219,6 +219,23 @@ def test_the_code_digest_changes_with_one_byte(tmp_path: Path, monkeypatch: pyte
     assert [stage for stage in stages if before[stage] != after[stage]] == ["sft", "dpo", "evaluate"]
 
 
+def test_an_image_without_a_library_has_the_digest_of_one_with_the_locked_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`resolve` runs in the data image, which has no torch, and keys the cache of steps in the one that has."""
+    shutil.copytree(ROOT / "components", tmp_path / "components", ignore=shutil.ignore_patterns("__pycache__"))
+    installed = identity.versions(identity.LIBRARIES)
+    lock = "".join(f"{name.replace('-', '_')}=={version}\n" for name, version in installed.items())
+    monkeypatch.setattr(identity, "PACKAGES", tmp_path)
+    (tmp_path / identity.LOCK).write_text(lock)
+    everywhere = identity.code_digest("sft")
+    without = {name: version for name, version in installed.items() if name not in ("torch", "peft", "accelerate")}
+    monkeypatch.setattr(identity, "versions", lambda names: without)
+    assert identity.code_digest("sft") == everywhere
+    (tmp_path / identity.LOCK).write_text(lock.replace(f"torch=={installed['torch']}", "torch==9.9.9"))
+    assert identity.code_digest("sft") != everywhere
+
+
 # ---- files
 
 
