@@ -72,6 +72,24 @@ class S3:
     environment: dict[str, str]
 
 
+def _await_bucket(endpoint: str, keys: dict[str, str]) -> None:
+    """It answers before it has made its bucket."""
+    import boto3
+    from botocore.exceptions import ClientError
+
+    names = {"aws_access_key_id": keys["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": keys["AWS_SECRET_ACCESS_KEY"]}
+    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **names)
+    deadline = time.monotonic() + STARTS_WITHIN_S
+    while True:
+        try:
+            client.head_bucket(Bucket="kubealign")
+            return
+        except ClientError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
 @contextmanager
 def s3_server(folder: Path, port: int = 0) -> Iterator[S3]:
     """SeaweedFS with its data below `folder`; started again on the same folder and port it goes on as it was."""
@@ -86,4 +104,5 @@ def s3_server(folder: Path, port: int = 0) -> Iterator[S3]:
     folder.mkdir(parents=True, exist_ok=True)
     more = {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
     with server(words, environment, folder / "weed.log", endpoint):
+        _await_bucket(endpoint, keys)
         yield S3(endpoint, "kubealign", keys | more)
