@@ -268,7 +268,7 @@ class KubeServer:
                 folder.mkdir(exist_ok=True)
                 for item in source["secret"]["items"]:
                     (folder / item["path"]).write_text(self.secrets[source["secret"]["name"]][item["key"]])
-                assert environment["KUBEALIGN_SECRETS"] == mounts[volume["name"]]
+                assert environment["KUBEALIGN_SECRETS"] in (mounts[volume["name"]], str(folder))
                 environment["KUBEALIGN_SECRETS"] = str(folder)
 
     def _pods(self, selector: str) -> Manifest:

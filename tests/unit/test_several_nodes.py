@@ -31,7 +31,10 @@ from tests.unit.conftest import SETTINGS, Stages
 from tests.unit.kube_server import KubeServer
 
 SHORT = [*SETTINGS, "sft.max_steps=3", "dpo.max_steps=3", "sft.batch_size=3", "dpo.batch_size=3", "dpo.lr=1e-3"]
-SECRETS = {"kubealign-s3": {}, "kubealign-mlflow": {"username": "pipeline", "password": "a-password-for-tests"}}
+SECRETS = {
+    "kubealign-s3": {"access_key": "pipeline", "secret_key": "a-password-for-tests"},
+    "kubealign-mlflow": {"username": "pipeline", "password": "a-password-for-tests"},
+}
 TRUE = [sys.executable, "-c", "print('done')"]
 
 
@@ -44,6 +47,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def kube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeServer]:
     with KubeServer(tmp_path / "nodes", {name: dict(values) for name, values in SECRETS.items()}) as server:
         monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig()))
+        # Kubernetes' client reads the variable when it is imported.
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(server.kubeconfig()))
         yield server
 
 
@@ -233,11 +238,11 @@ def test_a_step_that_is_started_again_follows_the_job_that_runs(
 def test_a_failed_job_of_an_attempt_before_is_removed_and_a_new_one_started(
     kube: KubeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_job.time, "time", iter(range(10)).__next__)
     first = job(kube, "raise SystemExit(1)", monkeypatch)
     name = first._start()
     for node in kube.jobs[name].nodes:
         node.process.wait()
+    time.sleep(1.1)  # names of jobs tell the second
     job(kube, "pass", monkeypatch).run()
     assert len(kube.created) == 2 and kube.jobs == {}
 
