@@ -1,6 +1,18 @@
 """Fixtures for the tests beside the components, which are no part of the package `tests`."""
 
+from pathlib import Path
+
+import pytest
+
 from tests.component_kit import chain, empty_mlflow, facts, own_home, runs
 from tests.conftest import base_model, tiny_model
 
 __all__ = ["base_model", "chain", "empty_mlflow", "facts", "own_home", "runs", "tiny_model"]
+COMPONENTS = Path(__file__).with_name("components")
+
+
+@pytest.fixture(autouse=True)
+def _home_of_a_component(request: pytest.FixtureRequest) -> None:
+    """Every test beside a component has a home of its own; the other tests see to theirs."""
+    if request.path.is_relative_to(COMPONENTS):
+        request.getfixturevalue("own_home")

@@ -50,9 +50,9 @@ def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return home / "mlflow.db"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Path) -> Path:
-    """Every test has its own MLflow, checkpoints and caches."""
+    """MLflow, checkpoints and caches of this test alone."""
     home = move_home(tmp_path / "home", monkeypatch)
     home.mkdir()
     shutil.copy(empty_mlflow, home)
