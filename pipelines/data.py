@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # imports pandas by way of the data's libraries, which the ot
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 console = Console()
-RECORDS = ("sources.lock", "splits.lock", "quarantine.jsonl")
+RECORDS = ("sources.lock", "splits.lock", "statistics.json", "quarantine.jsonl")
 SHOWN = 5
 """Reasons for which rows are set aside that are shown."""
 

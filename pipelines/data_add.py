@@ -30,7 +30,8 @@ from components.prepare.sources import ADDED, Sources, added_pairs, read_sources
 from components.prepare.stage import prepare_data
 from pipelines.data_versions import Place, compare
 
-LOCK_FILES = ("sources.lock", "splits.lock")
+KNOWN = ("sources.lock", "splits.lock", "statistics.json", "decontaminate.jsonl")
+"""What `prepare` reads of the data folder."""
 NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -85,11 +86,11 @@ def add(
 def _stage(data: Path, staged: Path, config: Config, files: list[Path], facts: Facts) -> Preview:
     sources = read_sources(data / "sources.lock")
     named = _named(files, facts, sources)
-    first = not (config.prepare.preferences or sources.added)
+    first = not config.prepare.preferences and sources.added.keys() <= named.keys()
     if not first and not (data / "preferences").is_dir():
         raise InputError(f"{data}/preferences: not found; `make data` (dvc repro) makes it, `dvc pull` fetches it")
     (staged / ADDED).mkdir(parents=True)
-    for file in LOCK_FILES:
+    for file in KNOWN:
         if (data / file).exists():
             shutil.copyfile(data / file, staged / file)
     for name, added in sources.added.items():

@@ -53,9 +53,7 @@ def run_fetch(
         f"{Path(folder).name}_digest": value for folder, value in digests.items()
     }
     with tracking.stage_run("fetch", params) as run:
-        with replacing_folder(dataset_out) as aside:
-            for folder, expected in digests.items():
-                _copy_folder(data, folder, expected, aside / Path(folder).name)
+        fetch_data(data, digests, dataset_out)
         repo = tracking.without_credentials(data.repo)
         for folder, found in digests.items():
             source = {"repo": repo, "commit": data.revision, "path": folder}
@@ -67,6 +65,18 @@ def run_fetch(
         run.log_params({"base_content": content})
         run.say(f"data set and base model are here; base model content {content[:12]}")
         return run.run_id
+
+
+def fetch_data(data: DataConfig, digests: dict[str, str], out: Path) -> None:
+    """Bring the data folders to OUT, which appears with all of them or not at all.
+
+    Raises:
+        InputError: the data is not what was resolved, is nowhere, or may not be read.
+        KubealignError: the remote failed; the same call goes on where this one stopped.
+    """
+    with replacing_folder(out) as aside:
+        for folder, expected in digests.items():
+            _copy_folder(data, folder, expected, aside / Path(folder).name)
 
 
 def _copy_folder(data: DataConfig, folder: str, expected: str, out: Path) -> None:

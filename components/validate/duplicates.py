@@ -55,10 +55,11 @@ def mark_rows(kind: type[Row], found: Found) -> dict[str, Flag]:
     """Flags of a data set by itself: repeated, repeated_id, repeated_prompt, contradiction."""
     columns = found.columns
     repeated = _seen_before(columns["content"])
-    flags = {
+    first = 1 - repeated
+    flags: dict[str, Flag] = {
         "repeated": repeated,
-        "repeated_id": _seen_before(columns["id"]) & ~repeated & 1,
-        "repeated_prompt": _seen_before(columns["key"]) & ~repeated & 1,
+        "repeated_id": _seen_before(columns["id"]) & first,
+        "repeated_prompt": _seen_before(columns["key"]) & first,
     }
     if kind is Preference:
         flags["contradiction"] = _is_swapped(columns["content"], columns["swapped"]) & (1 - columns["same_answer"])
@@ -127,13 +128,15 @@ def _on_two_sides(label: NDArray[Any], side: NDArray[np.uint8]) -> NDArray[np.bo
     found = np.zeros(len(label), np.uint8)
     np.bitwise_or.at(found, inverse, np.left_shift(np.uint8(1), side))
     several = (found & (found - np.uint8(1))) != 0
-    return several[inverse] & (side != TEST)
+    bad: NDArray[np.bool_] = several[inverse] & (side != TEST)
+    return bad
 
 
 def _is_later_variant(label: NDArray[np.int64], keys: NDArray[np.uint64]) -> Flag:
     """Rows whose prompt is another than the first of their label."""
     _, first, inverse = np.unique(label, return_index=True, return_inverse=True)
-    return (keys != keys[first][inverse]).astype(np.uint8)
+    later: NDArray[np.bool_] = keys != keys[first][inverse]
+    return later.astype(np.uint8)
 
 
 def _is_swapped(contents: NDArray[np.uint64], swapped: NDArray[np.uint64]) -> Flag:

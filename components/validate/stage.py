@@ -120,7 +120,8 @@ def _scan(
     try:
         for name, kind in KINDS.items():
             scan = Scan(kind, base_model, model.max_length, config.language_confidence)
-            parts, side = [], []
+            parts: list[Found] = []
+            side = []
             for position, path in enumerate(paths[name]):
                 before = len(parts)
                 for part in scan_file(scan, path, pool):
@@ -271,8 +272,9 @@ def _write_rows(dataset: Path, out: Path, aside: dict[str, dict[int, list[str]]]
                             clean.write(line if line.endswith(b"\n") else line + b"\n")
                             continue
                         value = parse_line(path, number, line)
-                        entry = {"data_set": name, "split": split, "line": number, "reasons": aside[name][row]}
-                        if "schema" in entry["reasons"]:
+                        reasons = aside[name][row]
+                        entry = {"data_set": name, "split": split, "line": number, "reasons": reasons}
+                        if "schema" in reasons:
                             entry["detail"] = _schema_problem(kind, value)
                         quarantine.write(orjson.dumps(entry | {"row": value}) + b"\n")
 

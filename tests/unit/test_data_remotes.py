@@ -5,29 +5,27 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import boto3
 import pytest
 import yaml
-from dulwich.repo import Repo
-from dulwich.server import DictBackend
-from dulwich.web import make_wsgi_chain
 
 from components.common import tracking
 from components.common.config import load_config
 from components.common.errors import InputError, KubealignError
-from components.fetch.stage import run_fetch
+from components.common.files import folder_digest
+from components.fetch.stage import fetch_data, run_fetch
 from components.resolve.data import data_folders, resolve_data
 from tests.conftest import ROOT
-from tests.services import S3, s3_server
+from tests.services import S3, free_port, s3_server
 from tests.unit.test_shell import dvc, git
 
 FOLDER = "corpus/pairs"
@@ -55,16 +53,23 @@ def content(number: int, size: int) -> bytes:
     return hashlib.shake_256(str(number).encode()).digest(size)
 
 
+def md5_of(number: int) -> str:
+    """DVC's name of a part that is 1000 bytes long."""
+    return hashlib.md5(content(number, 1000)).hexdigest()  # noqa: S324 - no secret
+
+
 def make_remote(root: Path, url: str, size: int, files: int) -> Remote:
     root.mkdir(parents=True)
     git(root, "init", "-q")
-    dvc(root, "init", "-q")
-    dvc(root, "remote", "add", "-q", "-d", "store", url)
-    for number, name in enumerate((*data_folders(FOLDER), f"{FOLDER}/other")):
+    (root / ".dvc").mkdir()
+    (root / ".dvc" / "config").write_text(f"[core]\n    remote = store\n['remote \"store\"']\n    url = {url}\n")
+    (root / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")
+    names = [*data_folders(FOLDER), f"{FOLDER}/other"]
+    for number, name in enumerate(names):
         (root / name).mkdir(parents=True)
         for part in range(files if name.endswith("preferences") else 1):
             (root / name / f"part{part}.jsonl").write_bytes(content(10 * number + part, size))
-        dvc(root, "add", "-q", name)
+    dvc(root, "add", "-q", *names)
     git(root, "add", "-A")
     git(root, "commit", "-qm", "data")
     version = resolve_data(str(root), "HEAD", data_folders(FOLDER))
@@ -72,19 +77,13 @@ def make_remote(root: Path, url: str, size: int, files: int) -> Remote:
 
 
 def fetch(remote: Remote, out: Path, repo: str = "") -> Path:
-    config = load_config(ROOT / "params.yaml", [f"model.base={out.parent / 'tiny'}"])
-    data = config.data.model_copy(update={"repo": repo or str(remote.root), "path": FOLDER, "revision": remote.commit})
-    base = out.parent / "tiny"
-    if not base.exists():
-        base.mkdir()
-        for name in ("config.json", "tokenizer_config.json"):
-            (base / name).write_text("{}")
-        (base / "model.safetensors").write_bytes(b"none")
-    from components.common.files import folder_digest
-
-    model = config.model.model_copy(update={"template": "chatml"})
-    run_fetch(data, remote.digests, model, str(base), folder_digest(base), out / "dataset", out / "base")
+    data = load_config(ROOT / "params.yaml").data
+    fetch_data(data.model_copy(update=source(remote, repo)), remote.digests, out / "dataset")
     return out / "dataset"
+
+
+def source(remote: Remote, repo: str = "") -> dict[str, str]:
+    return {"repo": repo or str(remote.root), "path": FOLDER, "revision": remote.commit}
 
 
 def assert_whole(remote: Remote, dataset: Path, files: int, size: int) -> None:
@@ -97,24 +96,28 @@ def assert_whole(remote: Remote, dataset: Path, files: int, size: int) -> None:
 # ---- by path and URL, without git
 
 
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[Remote, str]]:
-    """A repository with a local DVC remote, served over git's smart HTTP by dulwich."""
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Remote, str]]:
+    """A repository with a local DVC remote, and its address at a real git server."""
+    tmp_path = tmp_path_factory.mktemp("served")
     remote = make_remote(tmp_path / "repo", str(tmp_path / "store"), 1000, 2)
     dvc(remote.root, "push", "-q")
     remote.wipe()
-
-    class Quiet(WSGIRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    application = make_wsgi_chain(DictBackend({"/": Repo(str(remote.root))}))
-    with make_server("127.0.0.1", 0, application, handler_class=Quiet) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield remote, f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-        thread.join()
+    number = free_port()
+    words = ["git", "daemon", "--export-all", f"--base-path={tmp_path}", "--listen=127.0.0.1", f"--port={number}"]
+    process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", number), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        yield remote, f"git://127.0.0.1:{number}/repo"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
 
 
 SCRIPT = """
@@ -137,8 +140,6 @@ def test_a_path_and_a_url_give_the_same_commit_digests_and_files_without_a_git_b
     empty = tmp_path / "no-programs"
     empty.mkdir()
     out = tmp_path / "out"
-    for number in range(2):
-        (out / str(number)).mkdir(parents=True)
     environment = os.environ | {"PATH": str(empty), "PYTHONPATH": str(ROOT), "KUBEALIGN_HOME": str(tmp_path / "home")}
     words = [sys.executable, "-P", "-c", SCRIPT, str(out), str(remote.root), url]
     done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -149,44 +150,57 @@ def test_a_path_and_a_url_give_the_same_commit_digests_and_files_without_a_git_b
         assert_whole(remote, out / str(number) / "dataset", 2, 1000)
 
 
+@contextmanager
+def changed(remote: Remote, md5: str, content: bytes | None) -> Iterator[None]:
+    """An object of the remote that has another content, or none."""
+    path = remote.root.parent / "store" / "files" / "md5" / md5[:2] / md5[2:]
+    right = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    yield
+    path.unlink(missing_ok=True)
+    path.write_bytes(right)
+
+
 def test_only_what_was_asked_for_is_brought(served: tuple[Remote, str], tmp_path: Path) -> None:
     """The content of the folder beside is gone from the store: whoever touched it would fail."""
     remote, url = served
     other = yaml.safe_load((remote.root / FOLDER / "other.dvc").read_text())["outs"][0]["md5"]
-    store = tmp_path / "store" / "files" / "md5"
-    (store / other[:2] / other[2:]).unlink()
-    assert_whole(remote, fetch(remote, tmp_path / "out", url), 2, 1000)
-    wanted = remote.digests[f"{FOLDER}/instructions"]
-    (store / wanted[:2] / wanted[2:]).unlink()
-    with pytest.raises(
-        InputError, match=r"the content of corpus/pairs/instructions is neither in the DVC cache nor in"
-    ):
+    with changed(remote, other, None), changed(remote, md5_of(20), None):
+        assert_whole(remote, fetch(remote, tmp_path / "out", url), 2, 1000)
+    message = r"the content of corpus/pairs/preferences is neither in the DVC cache nor in a remote; `dvc push` it"
+    with changed(remote, md5_of(1), None), pytest.raises(InputError, match=message):
         fetch(remote, tmp_path / "again", url)
     assert not (tmp_path / "again" / "dataset").exists()
 
 
 def test_a_damaged_object_of_the_remote_is_not_taken_for_the_data(served: tuple[Remote, str], tmp_path: Path) -> None:
     remote, url = served
-    md5 = hashlib.md5(content(1, 1000)).hexdigest()  # noqa: S324 - DVC's name of the object
-    path = tmp_path / "store" / "files" / "md5" / md5[:2] / md5[2:]
-    path.chmod(0o644)
-    path.write_bytes(b"x" * 1000)
-    with pytest.raises(KubealignError, match=r"preferences/part1.jsonl has another content than its md5 .* says"):
+    message = r"preferences/part1.jsonl has another content than its md5 .* says"
+    with changed(remote, md5_of(1), b"x" * 1000), pytest.raises(KubealignError, match=message):
         fetch(remote, tmp_path / "out", url)
     assert not (tmp_path / "out" / "dataset").exists()
 
 
-def test_mlflow_and_the_digest_say_where_the_data_came_from(served: tuple[Remote, str], tmp_path: Path) -> None:
+def test_mlflow_says_where_the_data_came_from(
+    served: tuple[Remote, str], tmp_path: Path, tiny_model: Path, own_home: Path, empty_mlflow: Path
+) -> None:
     remote, url = served
-    fetch(remote, tmp_path / "out", url)
+    own_home.mkdir()
+    shutil.copy(empty_mlflow, own_home)
+    config = load_config(ROOT / "params.yaml")
+    data = config.data.model_copy(update=source(remote, url))
+    base = (str(tiny_model), folder_digest(tiny_model))
+    run_fetch(data, remote.digests, config.model, *base, tmp_path / "out" / "dataset", tmp_path / "out" / "base")
     client = tracking.client()
     (run,) = client.search_runs([tracking.experiment_id(client)])
     inputs = {entry.dataset.name: entry.dataset for entry in run.inputs.dataset_inputs}
     assert {name: dataset.digest for name, dataset in inputs.items()} == {
         name: remote.digests[f"{FOLDER}/{name}"] for name in ("preferences", "instructions")
     }
-    source = json.loads(inputs["preferences"].source)
-    assert source["repo"] == url and source["commit"] == remote.commit and source["path"] == f"{FOLDER}/preferences"
+    origin = json.loads(inputs["preferences"].source)
+    assert origin["repo"] == url and origin["commit"] == remote.commit and origin["path"] == f"{FOLDER}/preferences"
 
 
 # ---- S3
