@@ -89,7 +89,11 @@ def evaluate(
             Path(report.path),
             Path(summary.path),
         )
-        values = {name: estimate["value"] for name, estimate in found["models"]["policy"]["overall"].items()}
+        policy = found["models"]["policy"]
+        shown = policy["overall"] | {"auc": policy["auc"]}
+        if policy["generation"]:
+            shown |= {name: policy["generation"][name] for name in ("kl", "length_ratio")}
+        values = {name: estimate["value"] for name, estimate in shown.items()}
         show_metrics(metrics, values | {"gate_passed": float(found["verdict"]["passed"])})
         roc.log_roc_curve(found["roc"]["fpr"], found["roc"]["tpr"], found["roc"]["threshold"])
         write_json(Path(roc.path), found["roc"])

@@ -142,8 +142,8 @@ class GroupBootstrap:
         """An estimate with the percentile interval of its resampled values; resamples without a value do not count."""
         tail = (1.0 - self._confidence) / 2.0
         known_B = values_B[np.isfinite(values_B)]
-        low, high = np.quantile(known_B, [tail, 1.0 - tail]) if len(known_B) else (value, value)
-        return {"value": float(value), "low": float(low), "high": float(high), "n": n}
+        bounds = np.quantile(known_B, [tail, 1.0 - tail]) if len(known_B) else np.array([value, value])
+        return {"value": float(value), "low": float(bounds[0]), "high": float(bounds[1]), "n": n}
 
     def estimate(self, values_P: Floats, mask_P: Mask | None = None) -> Estimate:
         """Mean with its interval; with a mask, of the pairs it names."""
