@@ -60,7 +60,8 @@ def evaluate(
     from components.common.config import EvaluateConfig, GateConfig, ModelConfig, section
     from components.common.files import write_json
     from components.common.tracking import boundary, show_metrics
-    from components.evaluate.stage import Inputs, run_evaluate
+    from components.evaluate.candidates import Inputs
+    from components.evaluate.stage import run_evaluate
 
     with boundary("evaluate"):
         facts = {
