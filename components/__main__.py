@@ -115,7 +115,8 @@ def evaluate(
     params: Params = Path(PARAMS),
 ) -> None:
     """Judge a policy on the held-out pairs; OUT gets the numbers, the verdict and the report."""
-    from components.evaluate.stage import Inputs, run_evaluate
+    from components.evaluate.candidates import Inputs
+    from components.evaluate.stage import run_evaluate
 
     config = load_config(params)
     inputs = Inputs(dataset, base, sft_model, policy, incumbent, test_use, data_clean)

@@ -100,6 +100,16 @@ def runs(own_home: Path) -> dict[str, str]:
     return {f"{stage}_run": run_id for stage in ("resolve", "fetch", "validate", "sft", "dpo", "evaluate")}
 
 
+def judged_inputs(chain: Chain) -> dict[str, Any]:
+    """Inputs of register as the chain's evaluation was made with them."""
+    from tests.unit.conftest import SETTINGS
+
+    gate = load_config(ROOT / "params.yaml", SETTINGS).gate
+    folders = {"dataset": chain.clean, "base": chain.base, "policy": chain.policy}
+    folders |= {"evaluation": chain.evaluation, "report": chain.report}
+    return folders | {"gate_section": gate.model_dump_json(), "incumbent": "", "test_use": 1, "data_clean": True}
+
+
 def call(component: Any, folder: Path, **given: Any) -> tuple[Any, dict[str, dsl.Artifact]]:
     """Call a component's function.
 

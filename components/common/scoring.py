@@ -103,7 +103,8 @@ def score(
     lengths_EC = np.array([[len(c) for c in example.completions] for example in examples], dtype=np.int64)
     processes()
     # The main process decides for all, which would wait for each other in vain otherwise.
-    kept = broadcast_object_list([_find(run, places, lengths_EC, what) if tracking.is_main_process() else None])[0]
+    mine = _find(run, places, lengths_EC, what) if tracking.is_main_process() else None
+    kept: TokenLogps | None = broadcast_object_list([mine])[0]
 
     def progress(done: int) -> None:
         run.progress(done, len(examples), scoring=what)

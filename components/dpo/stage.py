@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -123,7 +123,9 @@ def run_dpo(
                 write_history(folder / "history.jsonl", records)
                 facts = {"beta": config.beta, "loss": config.loss, "base_digest": base_digest, "sft_digest": sft_digest}
                 # The reference is these ranks of the shipped adapter.
-                facts["reference_rank"] = policy.lm.peft_config[SFT_ADAPTER].r if model.tuning == "lora" else 0
+                facts["reference_rank"] = (
+                    cast(Any, policy.lm).peft_config[SFT_ADAPTER].r if model.tuning == "lora" else 0
+                )
                 write_json(folder / "training.json", metrics | facts | {"libraries": versions(MADE_WITH)})
                 write_manifest(folder)
         run.log_metrics([(len(records), metrics)])

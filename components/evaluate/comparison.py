@@ -6,7 +6,7 @@ Shapes: P test pairs, B bootstrap resamples, K slices of the test pairs; chosen 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -265,7 +265,8 @@ def _compare(
     }
     found |= {key: _of_kind(kind, gains) for kind, key in SLICES.items()}
     error = float(np.std(gain_BK[:, 0]))
-    return Comparison(**found, words=words(found, error, bootstrap.n_groups, name))
+    found["words"] = words(found, error, bootstrap.n_groups, name)
+    return cast(Comparison, found)
 
 
 RIVALS = {"sft": "the SFT model", "incumbent": "the incumbent champion"}

@@ -60,7 +60,8 @@ def evaluate(
     from components.common.config import EvaluateConfig, GateConfig, ModelConfig, section
     from components.common.files import write_json
     from components.common.tracking import boundary, show_metrics
-    from components.evaluate.stage import Inputs, run_evaluate
+    from components.evaluate.candidates import Inputs
+    from components.evaluate.stage import run_evaluate
 
     with boundary("evaluate"):
         facts = {
@@ -89,7 +90,11 @@ def evaluate(
             Path(report.path),
             Path(summary.path),
         )
-        values = {name: estimate["value"] for name, estimate in found["models"]["policy"]["overall"].items()}
+        policy = found["models"]["policy"]
+        shown = policy["overall"] | {"auc": policy["auc"]}
+        if policy["generation"]:
+            shown |= {name: policy["generation"][name] for name in ("kl", "length_ratio")}
+        values = {name: estimate["value"] for name, estimate in shown.items()}
         show_metrics(metrics, values | {"gate_passed": float(found["verdict"]["passed"])})
         roc.log_roc_curve(found["roc"]["fpr"], found["roc"]["tpr"], found["roc"]["threshold"])
         write_json(Path(roc.path), found["roc"])

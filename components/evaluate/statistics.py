@@ -39,7 +39,8 @@ def brier(margins_P: Floats, scale: float = 1.0) -> Floats:
 
     The probability is that of the chosen answer being the chosen one, so that the outcome is always 1.
     """
-    return expit(-scale * margins_P) ** 2
+    squares_P: Floats = expit(-scale * margins_P) ** 2
+    return squares_P
 
 
 def accuracy(margins_P: Floats) -> Floats:
@@ -71,7 +72,8 @@ def fit_scales(margins_P: Floats, weights_BP: Floats) -> Floats:
         excess_BP = expit(np.exp(middle_B)[:, None] * relative_P) - target_B1
         too_high_B = (weights_BP * excess_BP) @ relative_P > 0.0
         low_B, high_B = np.where(too_high_B, low_B, middle_B), np.where(too_high_B, middle_B, high_B)
-    return np.exp(0.5 * (low_B + high_B)) / unit
+    scales_B: Floats = np.exp(0.5 * (low_B + high_B)) / unit
+    return scales_B
 
 
 class GroupBootstrap:
@@ -142,8 +144,8 @@ class GroupBootstrap:
         """An estimate with the percentile interval of its resampled values; resamples without a value do not count."""
         tail = (1.0 - self._confidence) / 2.0
         known_B = values_B[np.isfinite(values_B)]
-        low, high = np.quantile(known_B, [tail, 1.0 - tail]) if len(known_B) else (value, value)
-        return {"value": float(value), "low": float(low), "high": float(high), "n": n}
+        bounds = np.quantile(known_B, [tail, 1.0 - tail]) if len(known_B) else np.array([value, value])
+        return {"value": float(value), "low": float(bounds[0]), "high": float(bounds[1]), "n": n}
 
     def estimate(self, values_P: Floats, mask_P: Mask | None = None) -> Estimate:
         """Mean with its interval; with a mask, of the pairs it names."""
@@ -180,7 +182,8 @@ class GroupBootstrap:
             total_B1 = weights_BP.sum(axis=1, keepdims=True)
             before_BP = np.concatenate([np.zeros_like(total_B1), weights_BP.cumsum(axis=1)], axis=1)
             beaten_BP = total_B1 - 0.5 * (before_BP[:, below] + before_BP[:, up_to])
-            return (weights_BP * beaten_BP).sum(axis=1) / total_B1[:, 0] ** 2
+            areas_B: Floats = (weights_BP * beaten_BP).sum(axis=1) / total_B1[:, 0] ** 2
+            return areas_B
 
         values_B = np.concatenate([areas(weights_BP) for weights_BP in self.weights()])
         return self.interval(float(areas(np.ones((1, len(margins_P))))[0]), values_B, len(margins_P))

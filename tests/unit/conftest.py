@@ -12,7 +12,8 @@ from components.common.config import load_config
 from components.common.files import write_manifest
 from components.common.records import content_id
 from components.dpo.stage import run_dpo
-from components.evaluate.stage import Inputs, run_evaluate
+from components.evaluate.candidates import Inputs
+from components.evaluate.stage import run_evaluate
 from components.sft.stage import run_sft
 from components.validate.stage import run_validate
 from tests.conftest import ROOT

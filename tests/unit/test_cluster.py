@@ -31,6 +31,7 @@ FULL = {
     "pull_secrets": "[registry]",
     "run_as_user": "12345",
     "mlflow_uri": "https://mlflow.example.com",
+    "ui_url": "https://kubeflow.example.com/pipeline",
     "mlflow_secret": "mlflow",
     "s3_endpoint": "https://s3.example.com",
     "s3_secret": "s3",
@@ -67,6 +68,7 @@ CHANGES = {
     "data.memory": "2Gi",
     "train.memory": "2Gi",
     "train.gpu_type": "amd.com/gpu",
+    "ui_url": "https://x",
     "mlflow_secret": "''",
     "s3_endpoint": "''",
     "s3_secret": "''",
@@ -176,7 +178,7 @@ def test_secrets_are_named_never_copied(tmp_path: Path) -> None:
         assert named == secret
         plain = variables(containers(documents)[stage])
         assert not {variable for keys in secret.values() for variable in keys.values()} & plain.keys()
-        assert set(plain) == {"MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "KUBEALIGN_HOME"}
+        assert set(plain) == {"MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "KUBEALIGN_HOME", "KUBEALIGN_KFP_URL"}
 
 
 def test_state_on_a_claim_is_mounted_in_every_step(tmp_path: Path) -> None:
@@ -217,7 +219,8 @@ def test_our_own_images_have_a_version(tmp_path: Path, target: str) -> None:
 
 
 def test_nothing_that_is_empty_leaves_a_trace(tmp_path: Path) -> None:
-    empty = dict.fromkeys(["mlflow_secret", "s3_endpoint", "s3_secret", "git_secret", "state", "train.shm"], "''")
+    names = ["mlflow_secret", "s3_endpoint", "s3_secret", "git_secret", "state", "train.shm", "ui_url"]
+    empty = dict.fromkeys(names, "''")
     none = {"pull_secrets": "[]", "labels": "{}", "train.tolerations": "[]", "train.node_selector": "{}"}
     documents = compiled(tmp_path, full(**empty | none, retries="0", ttl_s="0", **{"train.gpus": "0"}))
     assert "pipelineConfig" not in documents[1]["platforms"]["kubernetes"]

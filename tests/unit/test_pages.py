@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import websocket
 
+from components.common.report import page, table_html
 from tests.unit.conftest import Stages
 
 MAX_BYTES = 1_000_000
@@ -167,6 +168,24 @@ def test_a_report_works_in_kubeflows_iframe(
         f"{address}/{name}",
         f"{address}/favicon.ico",
     }
+
+
+def test_a_click_on_a_title_sorts_the_table_and_a_second_one_turns_it_round(
+    browser: Browser, kubeflow_page: tuple[str, dict[str, str]]
+) -> None:
+    address, pages = kubeflow_page
+    rows = [["b", "0.25 [0.1, 0.4]"], ["a", "-1.5 [-2, -1]"], ["c", "10.0 [9, 11]"]]
+    pages["sorted"] = page("Sorted", table_html(["name", "value"], rows))
+    context = browser.frame_context(f"{address}/sorted", 400)
+    click = "document.querySelectorAll('th')[{}].click()"
+    order = "[...document.querySelectorAll('tbody tr')].map((row) => row.cells[0].textContent).join('')"
+    found = []
+    for title in (1, 1, 0, 0):
+        browser.evaluate(context, click.format(title))
+        found.append(browser.evaluate(context, order))
+    assert found == ["cba", "abc", "cba", "abc"]
+    assert browser.evaluate(context, "document.querySelector('th').getAttribute('aria-sort')") == "ascending"
+    assert browser.troubles() == []
 
 
 def test_the_checks_see_a_page_that_needs_more_than_the_sandbox_gives(

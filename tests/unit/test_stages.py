@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 
-from components.common.config import load_config
 from components.common.errors import InputError, KubealignError
 from components.common.files import file_hashes, read_json, write_json, write_manifest
 from components.evaluate import candidates
-from components.register.stage import Lineage, run_register
-from tests.conftest import ROOT
 from tests.unit.conftest import Stages
 
 
@@ -110,23 +107,6 @@ def test_swapped_labels_in_training_are_called_worse(stages: Stages) -> None:
     finally:
         path.write_text(text)
         write_manifest(stages.folder / "clean")
-
-
-def test_a_verdict_on_another_model_registers_nothing(stages: Stages) -> None:
-    stages.align("one")
-    stages.align("two", "dpo.seed=9")
-    config = load_config(ROOT / "params.yaml").register_
-    lineage = Lineage(*["x"] * 9)
-    with pytest.raises(KubealignError, match="the verdict is about policy"):
-        run_register(
-            config,
-            lineage,
-            {},
-            stages.folder / "one" / "policy",
-            stages.folder / "two" / "evaluation",
-            stages.folder / "two" / "report.html",
-            stages.folder / "result.json",
-        )
 
 
 def test_changed_weights_are_refused_before_they_are_loaded(stages: Stages) -> None:

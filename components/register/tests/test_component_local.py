@@ -5,14 +5,14 @@ from pathlib import Path
 from components.common import tracking
 from components.common.files import read_json
 from components.register.component import register
-from tests.component_kit import Chain, run_locally
+from tests.component_kit import Chain, judged_inputs, run_locally
 
 
 def test_the_version_is_in_the_registry_and_the_result_an_output_artifact(
     chain: Chain, runs: dict[str, str], tmp_path: Path
 ) -> None:
-    judged = {"policy": chain.policy, "evaluation": chain.evaluation, "report": chain.report}
-    made = run_locally(register, tmp_path, incumbent="", **judged, **runs)
+    judged = judged_inputs(chain)
+    made = run_locally(register, tmp_path, **judged, **runs)
     result = read_json(made / "result")
     version = tracking.client().get_model_version(result["model"], result["version"])
     assert version.tags["kubealign.verdict"] == result["verdict"]["verdict"]

@@ -7,12 +7,12 @@ import pytest
 from components.common import tracking
 from components.common.files import read_json
 from components.register.component import register
-from tests.component_kit import Chain, assert_refused, call
+from tests.component_kit import Chain, assert_refused, call, judged_inputs
 
 
 def test_it_makes_a_version_with_its_lineage_and_aliases(chain: Chain, runs: dict[str, str], tmp_path: Path) -> None:
-    judged = {"policy": chain.policy, "evaluation": chain.evaluation, "report": chain.report}
-    uri, _ = call(register, tmp_path, lineage="abc", incumbent="", **judged, **runs)
+    judged = judged_inputs(chain)
+    uri, _ = call(register, tmp_path, lineage="abc", **judged, **runs)
     result = read_json(tmp_path / "result")
     version = tracking.client().get_model_version_by_alias("kubealign", "challenger")
     assert uri == result["model_uri"] == f"models:/kubealign/{version.version}"
@@ -23,5 +23,5 @@ def test_it_makes_a_version_with_its_lineage_and_aliases(chain: Chain, runs: dic
 def test_a_model_without_a_verdict_is_refused(
     chain: Chain, runs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = {"policy": chain.policy, "evaluation": tmp_path, "report": chain.report, **runs}
+    wrong = judged_inputs(chain) | {"evaluation": tmp_path} | runs
     assert_refused("verdict.json: not found", capsys, register, tmp_path, **wrong)
