@@ -144,10 +144,12 @@ def _refused(folder: Path) -> list[str]:
     counts = Counter(str(reason) for row in rows for reason in row["reasons"])
     lines = [f"{len(rows)} rows set aside: {', '.join(f'{name} {n}' for name, n in counts.most_common())}", ""]
     lines += ["| file | line | row | checks |", "|---|---:|---|---|"]
+    rows = [row for row in rows if row["reasons"] != ["too_long"]]
     places = {name: _lines_of(folder / "dataset" / name) for name in {_file(row) for row in rows[:MAX_ROWS]}}
     for row in rows[:MAX_ROWS]:
-        name, identity = _file(row), str(row["row"].get("id"))
-        line = places[name].get(json.dumps(row["row"], sort_keys=True), "")
+        name, value = _file(row), row.get("row")
+        identity = str(value.get("id")) if isinstance(value, dict) else ""
+        line = row.get("line") or places[name].get(json.dumps(value, sort_keys=True), "")
         shown = identity if ID.fullmatch(identity) else "(no id)"
         lines.append(f"| data/{name} | {line} | {shown} | {', '.join(map(str, row['reasons']))} |")
     if len(rows) > MAX_ROWS:

@@ -67,6 +67,15 @@ def make_rows(split: str, kind: str, start: int = 0, count: int = 0, swapped: bo
     return rows
 
 
+def leak(count: int) -> list[dict[str, Any]]:
+    """Pairs on prompts of the test side, with answers of their own."""
+    rows = make_rows("test", "preferences")[:count]
+    for row in rows:
+        row["chosen"] += " Indeed."
+        row["id"] = content_id(row["prompt"], row["chosen"], row["rejected"])
+    return rows
+
+
 class Team:
     """A repository with its pull requests, the servers around it, and a person's clone."""
 
@@ -246,7 +255,7 @@ def test_a_change_of_words_alone_trains_nothing(team: Team) -> None:
 def test_leaked_test_prompts_are_refused_with_their_rows_and_the_comment_is_updated_when_mended(team: Team) -> None:
     team.branch("leak")
     team.pull_request = 8
-    rows, leaked = make_rows("train", "preferences"), make_rows("test", "preferences", 0, 16)
+    rows, leaked = make_rows("train", "preferences"), leak(16)
     team.write("preferences", {"train": rows + leaked})
     team.keep("more pairs")
     passed, job = team.propose()
@@ -267,7 +276,7 @@ def test_leaked_test_prompts_are_refused_with_their_rows_and_the_comment_is_upda
 def test_a_leak_that_is_merged_all_the_same_makes_no_model(team: Team) -> None:
     team.branch("leak-merged")
     team.pull_request = 9
-    team.write("preferences", {"train": make_rows("train", "preferences") + make_rows("test", "preferences", 0, 16)})
+    team.write("preferences", {"train": make_rows("train", "preferences") + leak(16)})
     team.keep("more pairs")
     passed, job, sha = team.merge()
     assert not passed
