@@ -13,11 +13,12 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from components.common.config import load_config
 from components.common.files import write_text
+
+ROOT = Path(__file__).resolve().parents[2]
 
 POINTS = [(1, 1024), (1, 2048), (1, 4096), (2, 2048)]
 STEPS = 4
