@@ -102,7 +102,7 @@ def compile_(
 
 @app.command()
 def images(
-    kind: Annotated[str, typer.Argument(help="data or train; by default both.")] = "",
+    kind: Annotated[str, typer.Argument(help="data, train or mlflow; by default all.")] = "",
     build_args: Annotated[
         bool, typer.Option("--build-args", help="Print what `make images` tells the build about this code instead.")
     ] = False,

@@ -8,6 +8,7 @@ import pwd
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,18 +140,16 @@ class Cluster:
     def postgres(self) -> Iterator[None]:
         """A PostgreSQL with the StatefulSet's database, user and password, over TCP with a password."""
         values = self.environment(self.container("StatefulSet", "postgres"))
-        data, port = self.folder / "pg", str(self.ports["postgres"])
+        # Not in pytest's folder, which every pytest that starts closes to other users, such as PostgreSQL's.
+        place = Path(tempfile.mkdtemp(prefix="kubealign-postgres-"))
+        data, password, port = place / "data", place / "password", str(self.ports["postgres"])
         data.mkdir()
-        password = self.folder / "pg-password"
         password.write_text(values["POSTGRES_PASSWORD"])
         owner: list[str] = []
         if os.geteuid() == 0:
             user = pwd.getpwnam("postgres")
-            for path in (data, password):
+            for path in (place, data, password):
                 os.chown(path, user.pw_uid, user.pw_gid)
-            for parent in [data, *data.parents]:
-                if parent.stat().st_uid == 0 and str(parent).startswith("/tmp/"):  # noqa: S108 - pytest's folders are 0700
-                    parent.chmod(parent.stat().st_mode | 0o011)
             owner = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
         init = [*owner, str(POSTGRES[0] / "initdb"), f"--pgdata={data}", f"--username={values['POSTGRES_USER']}"]
         init += [f"--pwfile={password}", "--auth=scram-sha-256", "--no-sync", "--encoding=UTF8", "--locale=C"]
@@ -170,6 +169,7 @@ class Cluster:
             process.terminate()
             process.wait(30)
             log.close()
+            shutil.rmtree(place)
 
     def sql(self, statement: str, database: str = "") -> str:
         """What a statement gives, as the manifests' own user."""

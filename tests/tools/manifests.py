@@ -5,6 +5,8 @@ unknown field), for quantities, for references (what is named exists), and again
 Standard. A kind without a schema is an error, unless it is a known one, whose own models check it then.
 """
 
+import functools
+import json
 import re
 import subprocess
 import sys
@@ -69,6 +71,16 @@ def pods(value: Any) -> Iterator[Manifest]:
 
 
 def _schema(manifest: Manifest) -> Iterator[str]:
+    yield from _schema_problems(json.dumps(manifest, sort_keys=True))
+
+
+@functools.cache
+def _schema_problems(text: str) -> list[str]:
+    """Kept for each manifest as it is: loading the schemas takes most of the time."""
+    return list(_against_schema(json.loads(text)))
+
+
+def _against_schema(manifest: Manifest) -> Iterator[str]:
     import kubernetes_validate
 
     kind = manifest["kind"]

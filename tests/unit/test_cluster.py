@@ -53,8 +53,8 @@ FULL = {
     "labels": "{team: nlp}",
 }
 """Every feature of the section that reaches the IR."""
-OTHER = {"namespace", "experiment", "service_account"}
-"""Keys that a run is started with; the IR has nothing of them."""
+OTHER = {"namespace", "experiment", "service_account", "nodes", "runtime"}
+"""Keys that a run is started with, of which the IR has nothing, and those of training on several nodes."""
 CHANGES = {
     "data_image": f"x@sha256:{'a' * 64}",
     "train_image": f"x@sha256:{'a' * 64}",
@@ -230,6 +230,22 @@ def test_nothing_that_is_empty_leaves_a_trace(tmp_path: Path) -> None:
         assert set(variables(containers(documents)[stage])) == {"MLFLOW_TRACKING_URI"}
         assert "accelerator" not in containers(documents)[stage]["resources"]
         assert "retryPolicy" not in documents[0]["root"]["dag"]["tasks"][stage]
+
+
+def test_on_several_nodes_sft_and_dpo_only_start_and_follow_a_job(tmp_path: Path) -> None:
+    """They are told the whole section, and need neither the training image nor a GPU themselves."""
+    documents = compiled(tmp_path, full(nodes="2", runtime="our-torch"))
+    for stage in STAGES:
+        container, more = containers(documents)[stage], platform(documents)[stage]
+        follows = stage in ("sft", "dpo")
+        trains = stage == "evaluate"
+        assert container["image"] == FULL["train_image" if trains else "data_image"]
+        assert ("accelerator" in container["resources"]) == trains and ("emptyDirMounts" in more) == trains
+        told = variables(container).get("KUBEALIGN_CLUSTER")
+        assert (told is not None) == follows
+        if told:
+            section = ClusterConfig.model_validate_json(told)
+            assert section == load_config(PARAMS, [*REMOTE, *full(nodes="2", runtime="our-torch")]).cluster
 
 
 def test_the_local_target_has_nothing_of_the_cluster(tmp_path: Path) -> None:

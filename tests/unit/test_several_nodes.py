@@ -282,11 +282,11 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("state", ["s3", "pvc"])
+@pytest.mark.parametrize("state", ["s3", pytest.param("pvc", marks=pytest.mark.long)])
 def test_two_nodes_give_the_losses_of_one_process(
     kube: KubeServer, stages: Stages, s3: S3, tmp_path: Path, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a bucket the nodes share no disk; the second half of the steps is done by a job that is started again."""
+    """With a bucket the nodes share no disk."""
     config = load_config(ROOT / "params.yaml", [*SHORT, "sft.checkpoint_every_s=0.001"])
     run_sft(config.sft, config.model, stages.folder / "clean", stages.base, tmp_path / "one")
     for name, value in s3.environment.items():
@@ -307,6 +307,7 @@ def test_two_nodes_give_the_losses_of_one_process(
     assert not places.exists(f"{left}/jobs/anything") and not list(places._keys(s3.bucket, f"{tmp_path.name}/jobs"))
 
 
+@pytest.mark.long
 def test_only_the_first_nodes_disk_has_checkpoints_and_every_node_resumes_from_them(
     stages: Stages, tmp_path: Path
 ) -> None:

@@ -1,0 +1,89 @@
+"""SFT of the embedded model with 1 and 2 processes and several token budgets; writes the table of docs/scaling.md.
+
+Run it from the project's folder after `make data`: python tests/bench/scaling.py
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from components.common.config import load_config
+from components.common.files import write_text
+
+ROOT = Path(__file__).resolve().parents[2]
+
+POINTS = [(1, 1024), (1, 2048), (1, 4096), (2, 2048)]
+STEPS = 4
+"""Optimiser steps of a point; the first is left out, which allocates and compiles."""
+
+
+def measure(processes: int, tokens: int, folder: Path) -> dict[str, float]:
+    """Tokens a second, seconds a step and peak memory (MiB) of the first process, medians over the steps."""
+    settings = [f"sft.max_steps={STEPS}", f"sft.max_tokens_per_step={tokens}", "sft.eval_every_steps=0"]
+    config = load_config(ROOT / "params.yaml", [*settings, "sft.reference_logps=false"])
+    (folder / "params.yaml").write_text(yaml.safe_dump(config.sections()))
+    clean, base = folder / "clean", ROOT / "data" / "base_model"
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    words += ["-m", "components", "sft", "--params", str(folder / "params.yaml"), "--dataset", str(clean)]
+    words += ["--base", str(folder / "base" if (folder / "base").exists() else base), "--out", str(folder / "out")]
+    cores = max(1, (os.cpu_count() or 1) // processes)
+    home = {"KUBEALIGN_HOME": str(folder / f"home-{processes}-{tokens}"), "OMP_NUM_THREADS": str(cores)}
+    subprocess.run(words, check=True, env=os.environ | home, stdout=subprocess.DEVNULL)
+    lines = (folder / "out" / "history.jsonl").read_text().splitlines()[1:]
+    records = [json.loads(line) for line in lines]
+    seconds = [record["seconds"] for record in records]
+    return {
+        "seconds": statistics.median(seconds),
+        "speed": sum(record["tokens"] for record in records) / sum(seconds),
+        "memory": max(record["memory_mib"] for record in records),
+    }
+
+
+def prepare(folder: Path) -> None:
+    """A validated copy of the real data, and the base model with its manifest."""
+    from components.fetch.stage import run_fetch
+    from components.resolve.base import resolve_base
+    from components.resolve.data import resolve_data
+    from components.validate.stage import run_validate
+
+    os.environ["KUBEALIGN_HOME"] = str(folder / "home")
+    config = load_config(ROOT / "params.yaml")
+    data = resolve_data(str(ROOT), "workspace")
+    base = resolve_base(config.model, config.data)
+    where = (folder / "data", folder / "base")
+    run_fetch(str(ROOT), data.commit, data.digests, config.model, base.reference, base.digest, *where)
+    reports = (folder / "v.html", folder / "v.md")
+    run_validate(config.validate_, config.model, folder / "data", folder / "base", folder / "clean", *reports)
+
+
+def main() -> None:
+    """Measure every point and write the table."""
+    os.chdir(ROOT)
+    rows = [
+        "| processes | tokens in a pass | tokens/s | seconds a step | memory of a process, MiB |",
+        "|---|---|---|---|---|",
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        prepare(Path(name))
+        for processes, tokens in POINTS:
+            found = measure(processes, tokens, Path(name))
+            row = f"| {processes} | {tokens} | {found['speed']:.0f} | {found['seconds']:.1f} | {found['memory']:.0f} |"
+            rows.append(row)
+            print(row, flush=True)
+    page = ROOT / "docs" / "scaling.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition("<!-- bench:scaling -->\n")
+    after = rest.partition("<!-- /bench:scaling -->")[2]
+    table = "\n".join(rows)
+    write_text(page, f"{before}<!-- bench:scaling -->\n{table}\n<!-- /bench:scaling -->{after}")
+
+
+if __name__ == "__main__":
+    main()
