@@ -232,7 +232,7 @@ def _extremes(completions: Any) -> tuple[str, str]:
 
 
 def _completion(entry: Raw) -> str:
-    found = next((entry[key] for key in ANSWERS if isinstance(entry.get(key), str)), None)
+    found: str | None = next((entry[key] for key in ANSWERS if isinstance(entry.get(key), str)), None)
     if found is None:
         raise RowProblem(f"a completion has no text; expected one of {', '.join(ANSWERS)}")
     return found
