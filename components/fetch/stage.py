@@ -118,25 +118,26 @@ def _remote(data: DataConfig, folder: str) -> Iterator[None]:
     """Say in one sentence why the content of a folder cannot be had."""
     from botocore.exceptions import BotoCoreError
     from dvc.exceptions import DvcException
+    from dvc_data.index import DataIndexDirError
 
     where = f"{tracking.without_credentials(data.repo)}@{data.revision}: the content of {folder}"
     try:
         yield
-    except FileNotFoundError as error:
-        raise InputError(f"{where} is neither in the DVC cache nor in a remote; `dvc push` it") from error
-    except PermissionError as error:
-        if error.filename:  # of this machine: the error of a remote names no file
-            raise
-        raise InputError(
-            f"{where} may not be read from the DVC remote ({tracking.one_line(str(error))}); check the key"
-            " (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or cluster.s3_secret) and its rights"
-        ) from error
-    except (OSError, BotoCoreError, DvcException) as error:
-        if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
-            raise
+    except (OSError, BotoCoreError, DvcException, DataIndexDirError) as error:
+        # DVC hides why it could not read the list of a folder's files behind an error of its own.
+        why = error.__cause__ if isinstance(error, DataIndexDirError) and error.__cause__ else error
+        if isinstance(why, FileNotFoundError):
+            raise InputError(f"{where} is neither in the DVC cache nor in a remote; `dvc push` it") from error
+        if isinstance(why, OSError) and (why.filename or why.errno == errno.ENOSPC):
+            raise  # of this machine's disk: the errors of a remote name no file
+        said = tracking.one_line(str(why))
+        if isinstance(why, PermissionError):
+            raise InputError(
+                f"{where} may not be read from the DVC remote ({said}); check the key (AWS_ACCESS_KEY_ID,"
+                " AWS_SECRET_ACCESS_KEY, or cluster.s3_secret) and its rights"
+            ) from error
         raise KubealignError(
-            f"{where} cannot be had from the DVC remote: {tracking.one_line(str(error))}; what has arrived is kept,"
-            " the same run goes on from there"
+            f"{where} cannot be had from the DVC remote: {said}; what has arrived is kept, the same run goes on there"
         ) from error
 
 

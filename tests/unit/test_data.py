@@ -53,7 +53,13 @@ def test_a_truncated_archive_and_a_changed_member_are_refused(tmp_path: Path) ->
         archive.add(tmp_path / "pairs.json", "pairs.json")
     package = Package(version="1", file="x.tar.gz", sha256="0" * 64)
     member = {"package": "x", "member": "pairs.json", "sha256": "1" * 64, "license": "none"}
-    raw = {"packages": {"x": package.model_dump()}, "model": member, "preferences": {"p": member}, "instructions": {}}
+    raw = {
+        "packages": {"x": package.model_dump()},
+        "model": member,
+        "preferences": {"p": member},
+        "instructions": {},
+        "added": {},
+    }
     sources = Sources.model_validate(raw)
     with pytest.raises(InputError, match=r"pairs.json of x.tar.gz: sha256 is 4f53cda18c2b.*expected 1111"):
         unpack(sources, sources.model, tmp_path, tmp_path / "out.json")
@@ -150,7 +156,7 @@ def test_splits_are_remembered_and_a_broken_line_is_named(tmp_path: Path) -> Non
         (b'{"a": 1}\n{"a": \n', r"rows.jsonl:2: not valid JSON"),
         (b"[1]\n", r"rows.jsonl:1: expected a JSON object, found list"),
         (b"\n\n", r"rows.jsonl: no rows"),
-        (b'{"a": "\xff"}', r"rows.jsonl: not UTF-8 at byte 7"),
+        (b'{"a": "\xff"}', r"rows.jsonl:1: not UTF-8 at byte 7"),
     ],
 )
 def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
