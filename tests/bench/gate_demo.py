@@ -152,7 +152,7 @@ def row(name: str, result: dict[str, Any]) -> tuple[list[str], bool]:
 
 
 def main() -> int:
-    """Train, judge, print one table; 1 when a verdict is not the expected one."""
+    """Train, judge, print the table, roll back, verify; 1 when a verdict is not the expected one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     given = parser.parse_args()
@@ -179,6 +179,10 @@ def main() -> int:
         cells, as_expected = row(name, result)
         good &= as_expected
         table.add_row(*cells)
+    console.print(table)
+    if results["better"]["decided"]["state"] != "promoted":
+        console.print("the first model did not become champion, so there is nothing to roll back to")
+        return 1
     forced = ("--force", "--reason", "to have something to roll back", "--name", demo.name)
     subprocess.run(demo.words("promote", str(results["worse"]["version"]), *forced), check=True)
     subprocess.run(
@@ -186,7 +190,6 @@ def main() -> int:
     )
     subprocess.run(demo.words("history", "--name", demo.name), check=True)
     subprocess.run(demo.words("verify", f"models:/{demo.name}@champion"), check=True)
-    console.print(table)
     return 0 if good else 1
 
 
