@@ -146,6 +146,9 @@ def comment(
     file: Annotated[Path, typer.Argument(help="Markdown, such as build/ci/data.md.")],
     pull_request: Annotated[int, typer.Option(help="Number of the pull request.")] = 0,
     commit: Annotated[str, typer.Option(help="Or a commit: the pull requests that brought it.")] = "",
+    update_only: Annotated[
+        bool, typer.Option("--update-only", envvar="KUBEALIGN_UPDATE_ONLY", help="Make no comment where there is none.")
+    ] = False,
 ) -> None:
     """Put a file on a pull request on GitHub as a comment; a comment of the same kind is updated in place."""
     from pipelines.notify import GitHub
@@ -156,7 +159,7 @@ def comment(
         raise InputError(f"{file}: not found")
     github = GitHub()
     for number in [pull_request] if pull_request else github.pull_requests(commit):
-        done = github.comment(file.read_text(encoding="utf-8"), number)
+        done = github.comment(file.read_text(encoding="utf-8"), number, update_only)
         console.print(f"pull request {number}: comment {done}")
 
 

@@ -20,7 +20,8 @@ from components.common import tracking
 from components.common.config import PARAMS, Config, load_config
 from components.common.errors import InputError
 from pipelines.data_versions import KINDS, diff
-from pipelines.revisions import default_base, find_commit, is_own, opened_repository
+from pipelines.plan import data_changed
+from pipelines.revisions import Revision, default_base, find_commit, is_own, opened_repository
 from pipelines.runner import QUIET, run_arguments
 
 MARKER = "<!-- kubealign:data -->"
@@ -54,7 +55,10 @@ def data_report(root: Path, base: str, head: str) -> Report:
         first = find_commit(repo, base) if base.strip("0") else default_base(repo, last)
         if not is_own(repo, folder, config.data.repo):
             raise InputError(f"data.repo={config.data.repo} is another repository: report on the data there")
+        unchanged = not data_changed(Revision(repo, folder, first), Revision(repo, folder, last))
     lines = [MARKER, f"## Data: `{first[:12]}` → `{last[:12]}`", ""]
+    if unchanged:
+        return Report("\n".join([*lines, "Neither the data nor its settings change.", ""]), accepted=True)
     try:
         lines += _difference(config, root, first, last)
         accepted, found = _validation(root, config, last)

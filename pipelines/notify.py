@@ -161,8 +161,11 @@ class GitHub:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repository) or not self._token:
             raise InputError("GITHUB_REPOSITORY (owner/name) and GITHUB_TOKEN are needed, as a job of GitHub has them")
 
-    def comment(self, text: str, pull_request: int) -> str:
-        """Put a comment on a pull request, or update the one that begins with the same marker; returns which it did.
+    def comment(self, text: str, pull_request: int, update_only: bool = False) -> str:
+        """Put a comment on a pull request, or update the one that begins with the same marker.
+
+        Returns:
+            what was done: `made`, `updated`, or `none needed` when there is none and it was only to be updated.
 
         Raises:
             InputError: the text does not begin with a marker.
@@ -177,6 +180,8 @@ class GitHub:
             old = self._with_marker(pull_request, marker[0])
             if any(self._update(comment, text) for comment in old):
                 return "updated"
+            if update_only:
+                return "none needed"
             try:
                 self._ask("POST", f"issues/{pull_request}/comments", {"body": text}, tries=1)
             except KubealignError as error:

@@ -116,11 +116,11 @@ def make_plan(root: Path, base: str, head: str, runner: str) -> Plan:
         changed = sorted({path for path, _ in _built_from(old) ^ _built_from(new)})
         steps, keyed = _compare(before, after)
         prepared = _data_row(old, new, errors)
-        touched = any(old.params.get(section) != new.params.get(section) for section in DATA_SECTIONS)
+        touched = data_changed(old, new)
     images = Row("images", "build anew" if changed else "as they are", tuple(_short(changed)))
     ends = Row("resolve", "runs", (NEVER_CACHED,)), Row("register", "runs", (NEVER_CACHED,))
     rows = (prepared, images, ends[0], *steps, ends[1])
-    return Plan(first, last, rows, keyed, bool(changed), touched or prepared.state != UNCHANGED, errors)
+    return Plan(first, last, rows, keyed, bool(changed), touched or bool(errors), errors)
 
 
 def _inputs(revision: Revision, tree: Path, runner: str) -> dict[str, dict[str, Input]]:
@@ -262,6 +262,12 @@ def _reason(name: str, old: Input | None, new: Input | None) -> str:
     if was and now:
         return f"{title} {was} → {now}"
     return f"{title} {'changed' if old and new else 'added' if new else 'removed'}"
+
+
+def data_changed(old: Revision, new: Revision) -> bool:
+    """Whether what DVC recorded, or a section of params.yaml about the data, differs."""
+    settings = any(old.params.get(section) != new.params.get(section) for section in DATA_SECTIONS)
+    return settings or old.outputs != new.outputs
 
 
 def _data_row(old: Revision, new: Revision, errors: tuple[str, ...]) -> Row:

@@ -130,6 +130,12 @@ def test_a_comment_is_made_once_and_then_updated_wherever_it_stands(github: GitH
     assert GitHub().comment(MARKED.replace("data", "verdict") + "three", 3) == "made"
 
 
+def test_a_comment_may_be_updated_only(github: GitHubStub) -> None:
+    assert GitHub().comment(MARKED, 3, update_only=True) == "none needed" and not github.of(3)
+    github.add(3, MARKED)
+    assert GitHub().comment(MARKED + "new", 3, update_only=True) == "updated" and github.of(3) == [MARKED + "new"]
+
+
 def test_a_comment_whose_answer_was_lost_is_not_repeated(github: GitHubStub) -> None:
     github.lost = 1
     GitHub().comment(MARKED, 3)
