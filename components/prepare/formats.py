@@ -235,7 +235,7 @@ def _completion(entry: Raw) -> str:
     found = next((entry[key] for key in ANSWERS if isinstance(entry.get(key), str)), None)
     if found is None:
         raise RowProblem(f"a completion has no text; expected one of {', '.join(ANSWERS)}")
-    return found
+    return str(found)
 
 
 def _score(entry: Any) -> float:

@@ -29,9 +29,9 @@ def resolve_base(model: ModelConfig, data: DataConfig) -> BaseModel:
     """
     base = model.base
     if base == EMBEDDED:
-        folder = embedded_model(data.path)
-        version = resolve_data(data.repo, data.revision, (folder,))
-        return BaseModel(f"{EMBEDDED}@{version.commit}", version.digests[folder])
+        name = embedded_model(data.path)
+        version = resolve_data(data.repo, data.revision, (name,))
+        return BaseModel(f"{EMBEDDED}@{version.commit}", version.digests[name])
     if base.startswith("models:/"):
         return _registered(base)
     if base.startswith("s3://"):
