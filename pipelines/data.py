@@ -144,7 +144,18 @@ def _show(preview: "Preview") -> None:
     for found in preview.converted.values():
         for reason, count in found.reasons.most_common(SHOWN):
             console.print(f"set aside: {count} because {reason}, first at {found.first[reason]}", soft_wrap=True)
+    _show_findings(preview)
     console.print(_table(preview.difference) if preview.difference else "no row of the data changes")
+
+
+def _show_findings(preview: "Preview") -> None:
+    if preview.findings is None:
+        console.print("the checks of `validate` look at the pairs in the next run: no tokenizer here, or an empty side")
+        return
+    table = Table("check", "severity", "rows", "what to do")
+    for finding in preview.findings:
+        table.add_row(finding.check, finding.severity, str(finding.rows), finding.advice)
+    console.print(table if preview.findings else "the new pairs pass every check of `validate`")
 
 
 def _table(difference: dict[tuple[str, str, str], Counter[str]]) -> Table:

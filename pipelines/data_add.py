@@ -21,13 +21,18 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+import numpy as np
+
 from components.common import tracking
 from components.common.config import Config
 from components.common.errors import InputError, KubealignError
 from components.common.files import replacing, replacing_folder
+from components.common.records import SPLITS
 from components.prepare.convert import Converted, Facts, convert_files
 from components.prepare.sources import ADDED, Sources, added_pairs, read_sources, record_added
 from components.prepare.stage import prepare_data
+from components.resolve.base import EMBEDDED
+from components.resolve.data import DATA_SETS
 from pipelines.data_versions import Place, compare
 
 KNOWN = ("sources.lock", "splits.lock", "statistics.json", "decontaminate.jsonl")
@@ -44,11 +49,23 @@ class AddStopped(KubealignError):
 
 
 @dataclass(frozen=True)
+class Finding:
+    """A check that some of the new pairs fail."""
+
+    check: str
+    severity: str
+    rows: int
+    advice: str
+
+
+@dataclass(frozen=True)
 class Preview:
     """What adding would do: what became of each source's files, and the rows that differ."""
 
     converted: dict[str, Converted]
     difference: dict[Place, Counter[str]]
+    findings: list[Finding] | None
+    """What the checks of `validate` say of the new pairs; None when they could not be run here."""
     known: bool
     """Whether the lock file names these very pairs already."""
 
@@ -104,7 +121,28 @@ def _stage(data: Path, staged: Path, config: Config, files: list[Path], facts: F
         record_added(staged / "sources.lock", name, added)
     prepare_data(config.prepare, staged)
     known = read_sources(staged / "sources.lock") == sources
-    return Preview(converted, compare(data, staged), known)
+    written = set().union(*(found.sources for found in converted.values()))
+    return Preview(converted, compare(data, staged), _findings(data, staged, config, written), known)
+
+
+def _findings(data: Path, staged: Path, config: Config, sources: set[str]) -> list[Finding] | None:
+    """What `validate` will say of the pairs of these sources; it needs a tokenizer here, and rows on every side."""
+    from components.validate.stage import check_rows
+
+    base = data / "base_model" if config.model.base == EMBEDDED else Path(config.model.base).expanduser()
+    sides = [staged / name / f"{split}.jsonl" for name in DATA_SETS for split in SPLITS]
+    if not base.is_dir() or not all(path.stat().st_size for path in sides):
+        return None
+    checked = check_rows(config.validate_, config.model, staged, base, tracking.SilentRun("validate"))
+    found = checked.sets["preferences"]
+    mine = [position for position, name in enumerate(found.names["source"]) if name in sources]
+    is_mine = np.isin(found.columns["source"], mine)
+    counts = {name: int(is_mine[rows].sum()) for name, rows in checked.failed["preferences"].items()}
+    return [
+        Finding(check.name, check.severity, counts[check.name], check.advice)
+        for check in checked.checks["preferences"]
+        if counts[check.name]
+    ]
 
 
 def _write(root: Path, staged: Path, names: list[str]) -> dict[str, Path]:

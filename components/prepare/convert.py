@@ -55,9 +55,11 @@ class Facts:
 
 @dataclass
 class Converted:
-    """What became of the files: `reasons` counts the rows that were set aside, `first` says where each reason is."""
+    """What became of the files: `sources` are those that the pairs name, `reasons` counts the rows that were set aside,
+    and `first` says where each reason is."""
 
     formats: dict[str, str] = field(default_factory=dict)
+    sources: set[str] = field(default_factory=set)
     pairs: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
@@ -109,6 +111,7 @@ def _pairs(
                 aside.append({"reason": reason, "where": where, "row": row})
                 continue
             done.pairs += len(made)
+            done.sources.update(pair["source"] for pair in made)
             yield from made
             if number % TELL_EVERY == 0:
                 tell(f"{path}: {number} rows read")

@@ -1,14 +1,4 @@
-"""A team's own preference rows, in the schemas that trainers use, made into ours.
-
-| format | a row |
-|---|---|
-| kubealign | `prompt` as a list of messages, `chosen` and `rejected` as text |
-| trl | `prompt`, `chosen`, `rejected` as text or as lists of messages; without `prompt` it is what both begin with |
-| sharegpt | LLaMA-Factory: `conversations`, `chosen`, `rejected` with `from` and `value`; `system` if there is one |
-| alpaca | LLaMA-Factory: `instruction`, `input`, `chosen`, `rejected` as text; `system`, `history` if there |
-| hh | Anthropic-HH: `chosen` and `rejected` as whole dialogues with `Human:` and `Assistant:` |
-| ultrafeedback | `instruction` with scored `completions` (best against worst), or with lists `chosen` and `rejected` |
-"""
+"""A team's own preference rows, in the schemas that trainers use (README.md lists them), made into ours."""
 
 import math
 import re
@@ -235,7 +225,7 @@ def _completion(entry: Raw) -> str:
     found: str | None = next((entry[key] for key in ANSWERS if isinstance(entry.get(key), str)), None)
     if found is None:
         raise RowProblem(f"a completion has no text; expected one of {', '.join(ANSWERS)}")
-    return found
+    return str(found)
 
 
 def _score(entry: Any) -> float:

@@ -3,6 +3,7 @@
 Every row is read twice: once for its columns of numbers (scan.py), once to be written to where it belongs.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,30 +62,23 @@ def run_validate(
     """
     params = config.model_dump() | {"max_length": model.max_length}
     with tracking.stage_run("validate", params) as run:
-        checks = {name: with_severities(row_checks(kind, model.max_length), config) for name, kind in KINDS.items()}
         overall = with_severities(statistic_checks(), config)
-        listed = _read_list(config, dataset)
-        sets, sides = _scan(config, model, dataset, base_model, run)
-        suite = Suite()
-        flags = mark_prompts(sets, sides, listed, config.near_duplicate)
-        failed = {
-            name: suite.failing(found.columns | flags[name] | mark_rows(KINDS[name], found), checks[name])
-            for name, found in sets.items()
-        }
+        checked = check_rows(config, model, dataset, base_model, run)
+        sets, sides, checks, failed = checked.sets, checked.sides, checked.checks, checked.failed
         bias = find_bias(sets["preferences"], sets["preferences"].columns["schema"] == 0)
         drift = _drift(dataset, sets["preferences"])
         lines = statistics(bias, config.max_shortcut) + [
             {"name": "drift", "part": measure, "value": value, "limit": config.max_drift}
             for measure, value in (drift or {}).items()
         ]
-        _mark_failing(lines, suite, overall)
+        _mark_failing(lines, checked.suite, overall)
         aside = {name: _reasons(checks[name], failed[name], ("stop", "error")) for name in sets}
         warned = {name: _reasons(checks[name], failed[name], ("warn",)) for name in sets}
         summaries: Summary = {
             name: _summary(checks[name], failed[name], aside[name], sets[name], sides[name]) for name in sets
         }
         summaries["preferences"]["bias"] = [_as_json(part) for part in bias]
-        summaries["preferences"]["statistics"] = _statistics_summary(lines, overall, drift, listed)
+        summaries["preferences"]["statistics"] = _statistics_summary(lines, overall, drift, checked.listed)
         with replacing_folder(clean_out) as folder:
             _write_rows(dataset, folder, aside)
             _write_warnings(folder / "warnings.jsonl", warned, sets, sides)
@@ -100,6 +94,39 @@ def run_validate(
             run.say(f"{name}: {summaries[name]['rows']} rows = {_counts(summaries[name], model.max_length)}")
         _stop_when_bad(config, summaries)
         return run.run_id, metrics
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The rows of each data set as columns, the side of each, and the rows that fail each check."""
+
+    sets: dict[str, Found]
+    sides: dict[str, NDArray[np.uint8]]
+    checks: dict[str, list[Check]]
+    failed: dict[str, Failed]
+    listed: Listed | None
+    suite: Suite
+
+
+def check_rows(
+    config: ValidateConfig, model: ModelConfig, dataset: Path, base_model: Path, run: tracking.StageRun
+) -> Checked:
+    """Look at every row of both data sets, and write nothing.
+
+    Raises:
+        InputError: a file that is not JSON lines.
+        KubealignError: a check could not be evaluated.
+    """
+    checks = {name: with_severities(row_checks(kind, model.max_length), config) for name, kind in KINDS.items()}
+    listed = _read_list(config, dataset)
+    sets, sides = _scan(config, model, dataset, base_model, run)
+    suite = Suite()
+    flags = mark_prompts(sets, sides, listed, config.near_duplicate)
+    failed = {
+        name: suite.failing(found.columns | flags[name] | mark_rows(KINDS[name], found), checks[name])
+        for name, found in sets.items()
+    }
+    return Checked(sets, sides, checks, failed, listed, suite)
 
 
 def _read_list(config: ValidateConfig, dataset: Path) -> Listed | None:

@@ -254,6 +254,19 @@ def test_what_cannot_be_added_is_refused_and_nothing_is_written(
     assert state(project) == before and not list((project / ".kubealign" / "workspace").iterdir())
 
 
+def test_what_the_checks_say_of_the_new_pairs_is_known_before_anything_is_written(
+    project: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    same = rows(90, chosen="the  same", rejected="the same")
+    team = write(tmp_path / "team.jsonl", [*rows(*range(40)), *same, *rows(91, chosen="write to li.wei@kubealign-team.cn")])
+    config = load_config(project / "params.yaml", [f"model.base={tiny_model}"])
+    seen: list[Preview] = []
+    assert add(project, config, [team], TEAM, lambda preview: bool(seen.append(preview))) is None
+    found = {finding.check: (finding.severity, finding.rows) for finding in seen[0].findings or []}
+    assert found["same_answer"] == ("error", 1) and found["email"] == ("warn", 1)
+    assert "schema" not in found and "license" not in found and not (project / "data" / "added").exists()
+
+
 # ---- the split
 
 
@@ -310,7 +323,7 @@ def test_a_row_that_bridges_two_sides_stands_in_the_quarantine_with_its_reason(t
 # ---- from the cache and the remote
 
 
-def test_a_fresh_clone_makes_the_data_from_the_remote(project: Path, tmp_path: Path) -> None:
+def test_a_fresh_clone_makes_the_data_from_the_remote_and_from_nothing_else(project: Path, tmp_path: Path) -> None:
     team = write(tmp_path / "team.jsonl", rows(*range(8)))
     run(project, team)
     dvc(project, "push", "-q")
@@ -320,20 +333,17 @@ def test_a_fresh_clone_makes_the_data_from_the_remote(project: Path, tmp_path: P
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", str(project), str(clone))
     shutil.copytree(project / ".kubealign" / "remote", clone / ".kubealign" / "remote")
-    prepare_data(load_config(clone / "params.yaml").prepare, clone / "data")
+    config = load_config(clone / "params.yaml").prepare
+    prepare_data(config, clone / "data")
     found = state(clone)
+    pairs = clone / "data" / "added" / "team" / "pairs.jsonl"
     for name in ("data/added/team/pairs.jsonl", "data/preferences/train.jsonl", "data/splits.lock"):
         assert found[name] == made[name]
-    shutil.rmtree(clone / ".kubealign")
-    shutil.rmtree(clone / ".dvc" / "cache", ignore_errors=True)
-    shutil.rmtree(clone / "data" / "added" / "team")
-    with pytest.raises(KubealignError, match="neither here nor in the DVC cache or remote; `dvc pull` says why"):
-        prepare_data(load_config(clone / "params.yaml").prepare, clone / "data")
-
-
-def test_a_source_that_was_edited_is_refused(project: Path, tmp_path: Path) -> None:
-    run(project, write(tmp_path / "team.jsonl", rows(*range(8))))
-    with (project / "data" / "added" / "team" / "pairs.jsonl").open("a") as file:
+    with pairs.open("a") as file:
         file.write("{}\n")
     with pytest.raises(InputError, match=r"pairs.jsonl: sha256 is .*, data/sources.lock says .*; `dvc checkout` mends"):
-        prepare_data(load_config(project / "params.yaml").prepare, project / "data")
+        prepare_data(config, clone / "data")
+    for left in (clone / ".kubealign", clone / ".dvc" / "cache", pairs.parent):
+        shutil.rmtree(left, ignore_errors=True)
+    with pytest.raises(InputError, match="neither here nor in the DVC cache or remote; `dvc pull` says why"):
+        prepare_data(config, clone / "data")
