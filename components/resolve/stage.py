@@ -93,9 +93,8 @@ def _incumbent(name: str, lineage: str) -> str:
     from mlflow.exceptions import MlflowException
 
     client = tracking.client()
-    quote = '"' if "'" in name else "'"
     # A server with users answers 403 when asked for the alias of a model that is not there; a search is let through.
-    if not client.search_registered_models(f"name = {quote}{name}{quote}"):
+    if not client.search_registered_models(f"name = '{name}'"):
         return ""
     try:
         champion = client.get_model_version_by_alias(name, CHAMPION)
