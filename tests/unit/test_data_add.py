@@ -258,7 +258,9 @@ def test_what_the_checks_say_of_the_new_pairs_is_known_before_anything_is_writte
     project: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
     same = rows(90, chosen="the  same", rejected="the same")
-    team = write(tmp_path / "team.jsonl", [*rows(*range(40)), *same, *rows(91, chosen="write to li.wei@kubealign-team.cn")])
+    team = write(
+        tmp_path / "team.jsonl", [*rows(*range(40)), *same, *rows(91, chosen="write to li.wei@kubealign-team.cn")]
+    )
     config = load_config(project / "params.yaml", [f"model.base={tiny_model}"])
     seen: list[Preview] = []
     assert add(project, config, [team], TEAM, lambda preview: bool(seen.append(preview))) is None
