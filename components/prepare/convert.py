@@ -35,7 +35,7 @@ TELL_EVERY = 50_000
 AUTO = "auto"
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
 WORD = re.compile("[A-Za-z]+")
-LANGUAGE_FROM = 2000
+LANGUAGE_FROM = 500
 """Characters of a row that its language is told from."""
 PLACEHOLDER = {"id": "0" * 16, "group": "0" * 16}
 """What `prepare` gives a row later."""
@@ -142,6 +142,8 @@ def _whole(pair: tuple[Any, str, str], row: dict[str, Any], facts: Facts, where:
 def guess_language(text: str) -> str:
     """`zh` when the text's beginning has more Han characters than words in Latin letters, else `en`."""
     start = text[:LANGUAGE_FROM]
+    if start.isascii():
+        return "en"
     han = len(HAN.findall(start))
     return "zh" if han > len(WORD.findall(start)) else "en"
 

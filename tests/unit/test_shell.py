@@ -177,6 +177,8 @@ def test_a_revision_is_the_commit_that_gave_the_data_its_content(data_repo: Path
     now, then = resolve_data(str(data_repo), "HEAD", DATA), resolve_data(str(data_repo), "v1", DATA)
     assert now.commit == second and then.commit == git(data_repo, "rev-parse", "v1")
     assert now.digests != then.digests
+    for same in ("v2", second, head[:10]):
+        assert resolve_data(str(data_repo), same, DATA) == now, "so the cache serves a run on any of these names"
 
 
 def test_the_workspace_has_dvcs_own_digest_and_follows_every_change(data_repo: Path) -> None:

@@ -16,7 +16,11 @@ def test_it_brings_the_data_unchanged_and_the_model_with_a_manifest(facts: dict[
         assert file_hashes(tmp_path / "dataset" / name) == file_hashes(ROOT / "data" / name)
     verify_manifest(tmp_path / "base")
     assert made["base"].metadata == {"reference": facts["base_reference"], "digest": facts["base_digest"]}
-    assert made["dataset"].metadata["data/preferences"] == facts["preferences_digest"]
+    assert made["dataset"].metadata == {
+        "data_commit": facts["data_commit"],
+        "data/preferences": facts["preferences_digest"],
+        "data/instructions": facts["instructions_digest"],
+    }
 
 
 def test_data_that_is_not_what_was_resolved_is_refused(
