@@ -142,7 +142,7 @@ def test_old_backups_are_removed(cluster: Cluster) -> None:
 
 
 def test_a_database_of_the_minor_version_before_is_migrated(cluster: Cluster, tmp_path: Path) -> None:
-    """The new server refuses the old schema; the migration job mends it; runs, versions and aliases are kept."""
+    """The job brings the old schema to the new one; runs, versions and aliases are kept, and the server serves them."""
     older = tmp_path / "older"
     pip = sys.executable if importlib.util.find_spec("pip") else sys._base_executable
     words = [pip, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", f"--target={older}"]
@@ -165,8 +165,6 @@ def test_a_database_of_the_minor_version_before_is_migrated(cluster: Cluster, tm
     version, run_id = json.loads(done.stdout.splitlines()[-1])
     assert version.startswith("3.16.")
     before = cluster.sql("SELECT version_num FROM alembic_version")
-    with pytest.raises(AssertionError, match="out-of-date database schema"), cluster.mlflow():
-        pass
     cluster.run("mlflow-migrate")
     assert cluster.sql("SELECT version_num FROM alembic_version") != before
     assert cluster.sql(f"SELECT value FROM metrics WHERE run_uuid = '{run_id}'") == "0.5"  # noqa: S608 - our own id
