@@ -50,15 +50,17 @@ def write_verdict(out: Path, order: Order, result: dict[str, Any], new: bool) ->
         "state": "verdict",
         "new": new,
         **{key: verdict[key] for key in ("passed", "verdict", "sentence", "rules")},
-        **({"decided": result["decided"]} if "decided" in result else {}),
-        **{key: result[key] for key in ("model_uri", "aliases", "run_id", "data_commit", "preferences_digest")},
+        **{
+            key: result[key]
+            for key in ("decided", "model_uri", "aliases", "run_id", "data_commit", "preferences_digest")
+        },
         **_facts(order),
     }
     write_json(out / "verdict.json", facts)
     write_text(out / "summary.md", markdown(order, result, new))
     write_text(out / "report.html", Path(result["report"]).read_text(encoding="utf-8"))
     state = "failure" if verdict["verdict"] in AGAINST else "success"
-    _status(out, order, state, f"{verdict['verdict']}: {_decided(result)}. {verdict['sentence']}")
+    _status(out, order, state, f"{verdict['verdict']}: {result['decided']['state']}. {verdict['sentence']}")
     return facts
 
 
@@ -93,16 +95,10 @@ def _status(out: Path, order: Order, state: str, text: str) -> None:
     write_json(out / "status.json", status | ({"target_url": link} if link.startswith("http") else {}))
 
 
-def _decided(result: dict[str, Any]) -> str:
-    if "decided" in result:
-        return str(result["decided"]["state"])
-    return "promoted" if "champion" in result["aliases"] else "not promoted"
-
-
 def markdown(order: Order, result: dict[str, Any], new: bool) -> str:
     """The verdict for a person: every rule, those that failed first, and the numbers."""
     verdict = result["verdict"]
-    lines = [MARKER, f"## Verdict: {verdict['verdict']} ({_decided(result)})", "", verdict["sentence"], ""]
+    lines = [MARKER, f"## Verdict: {verdict['verdict']} ({result['decided']['state']})", "", verdict["sentence"], ""]
     lines += ["| rule | outcome | found | expected |", "|---|---|---|---|"]
     for rule in sorted(verdict["rules"], key=lambda rule: str(rule["outcome"]) != "fail"):
         outcome = f"**{rule['outcome']}**" if rule["outcome"] == "fail" else rule["outcome"]

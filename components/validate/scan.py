@@ -75,7 +75,8 @@ NUMBERS = {
     "content": np.uint64,
     "swapped": np.uint64,
 }
-NAMES = ("lang", "source", "license")
+NAMES = {"lang": "lang", "source": "source", "terms": "license"}
+"""Columns of names, and the fields of a row that they hold."""
 Columns = dict[str, NDArray[Any]]
 
 
@@ -188,8 +189,8 @@ class _Chunk:
         for row, (number, line) in enumerate(lines):
             value = parse_line(path, number, line)
             self.numbers["line"][row] = number
-            for name in NAMES:
-                names[name].append(str(value.get(name)))
+            for name, field in NAMES.items():
+                names[name].append(str(value.get(field)))
             prompt, answer = self._texts(row, value)
             prompts.append(prompt)
             answers.append(answer)

@@ -248,12 +248,12 @@ def _summary(
 
 def _sources(found: Found, kept: NDArray[np.bool_]) -> dict[str, dict[str, Any]]:
     """Licence and number of the clean rows of every source; several licences of one are all named."""
-    pairs = np.stack([found.columns["source"], found.columns["license"]], axis=1)[kept]
+    pairs = np.stack([found.columns["source"], found.columns["terms"]], axis=1)[kept]
     each, counts = np.unique(pairs, axis=0, return_counts=True)
     sources: dict[str, dict[str, Any]] = {}
     for (source, license_), n in zip(each.tolist(), counts.tolist(), strict=True):
         entry = sources.setdefault(found.names["source"][source], {"license": [], "rows": 0})
-        entry["license"].append(found.names["license"][license_])
+        entry["license"].append(found.names["terms"][license_])
         entry["rows"] += n
     return {
         name: {"license": ", ".join(sorted(entry["license"])), "rows": entry["rows"]} for name, entry in sources.items()

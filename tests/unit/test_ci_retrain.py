@@ -115,9 +115,11 @@ def record(job: job_module.Job, kfp_run: str, **changes: Any) -> None:
     uri = f"models:/kubealign/{version}"
     metrics = {"preference_log_loss": ESTIMATE, "reward_accuracy": ESTIMATE, "reward_margin": ESTIMATE}
     sentence = "There is no evidence that the policy is better than the SFT model."
-    verdict = {"passed": False, "verdict": "no evidence", "sentence": sentence, "rules": RULES}
+    verdict = {"passed": False, "verdict": "no evidence", "sentence": sentence, "rules": RULES, "test_use": 1}
+    verdict["level"] = 0.025
     result = {"run_id": parent, "model": "kubealign", "version": version, "model_uri": uri, "verdict": verdict}
     result |= {"metrics": {"sft": metrics, "policy": metrics}, "stages": {}, "data_commit": job.commit} | facts
+    result["decided"] = {"state": "not passed", "sentence": "not promoted: no evidence"}
     result |= {"preferences_digest": "p", "git_commit": job.commit} | changes
     client.log_dict(parent, result, "result.json")
     client.log_text(parent, "<!doctype html>", "report.html")
@@ -164,7 +166,7 @@ def test_a_verdict_is_told_in_files_and_to_the_webhook_and_not_asked_for_twice(
     assert verdict["state"] == "verdict" and verdict["new"] and not verdict["passed"]
     assert (verdict["commit"], verdict["key"]) == (clone.base, job.key)
     assert verdict["link"] == f"{kfp.url}/#/runs/details/{run_id}" == state["target_url"]
-    assert state["state"] == "success" and state["description"].startswith("no evidence: not promoted. There is no")
+    assert state["state"] == "success" and state["description"].startswith("no evidence: not passed. There is no")
     assert len(state["description"]) <= 140
     assert "| superiority | **fail** | 0.31 | p <= 0.025 |" in summary and "| min_pairs | pass | 98 |" in summary
     assert summary.index("superiority") < summary.index("min_pairs") and "| DPO | 98 | 0.610 [0.500, 0.700]" in summary

@@ -349,7 +349,7 @@ def page_of(found: dict[str, Any], steps: int = 3) -> tuple[str, dict[str, Any]]
     metrics = {"reward_margin": 0.1, "reward_accuracy": 0.5, "chosen_reward": 0.0, "rejected_reward": -0.1, "kl": 0.2}
     records = [{"step": i, "loss": 0.7 - i / 10 / steps, "metrics": metrics} for i in range(steps)]
     records[-1]["validation"] = {"loss": 0.6} | metrics
-    summary = {"rows": 9, "quarantined": 1, "dropped": 2, "splits": {"train": {"en": 4, "zh": 2}}}
+    summary = {"rows": 9, "quarantined": 3, "too_long": 2, "splits": {"train": {"en": 4, "zh": 2}}}
     counts = {"preferences": summary | {"sources": {"made": {"license": "CC BY-NC 4.0", "rows": 6}}}}
     judged = verdict(found)
     return report(found, judged, {"sft": records, "dpo": records}, counts), judged

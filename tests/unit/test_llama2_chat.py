@@ -177,7 +177,8 @@ def test_the_tokenizer_that_full_fine_tuning_saves_gives_the_same_tokens(tokeniz
 
 def in_two_turns(row: dict[str, Any]) -> dict[str, Any]:
     """An instruction with an earlier turn."""
-    earlier = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "Hello, 你好！"}]
+    said = ("你好", "你好！Hello！") if row["lang"] == "zh" else ("hello", "Hello, what can I do for you?")
+    earlier = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
     prompt = [*earlier, *row["prompt"]]
     return row | {"prompt": prompt, "group": content_id(prompt), "id": content_id(prompt, row["response"])}
 

@@ -416,7 +416,7 @@ def test_the_reports_say_where_and_never_what(tmp_path: Path, base_model: Path) 
     ]
     assert not [value for text in reports for value in values if value in text]
     page = project.html.read_text()
-    assert "train.jsonl:18" in page and "http" not in page and "<script" not in page and "src=" not in page
+    assert "train.jsonl:18" in page and "http" not in page and "src=" not in page and "<link" not in page
 
 
 def test_a_group_on_two_sides_stops_the_run_and_the_report_is_there(
