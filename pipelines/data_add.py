@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,10 @@ from pipelines.data_versions import Place, compare
 
 KNOWN = ("sources.lock", "splits.lock", "statistics.json", "decontaminate.jsonl")
 """What `prepare` reads of the data folder."""
+BUSY = re.compile(r"acquire lock|is busy, it is being blocked")
+"""What DVC says while another one works on the same repository."""
+WAIT_S = 600
+ASK_EVERY_S = 2
 NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -193,13 +198,29 @@ def _tell(sentence: str) -> None:
 
 
 def _dvc(root: Path, *words: str) -> None:
-    """Run DVC; the programs that its stages call are those of this environment."""
+    """Run DVC; the programs that its stages call are those of this environment.
+
+    While another DVC is at work here (it may be what a killed command has left) it waits for that one.
+    """
+    deadline = time.monotonic() + WAIT_S
+    code, said = _run_dvc(root, words)
+    while code and BUSY.search(said) and time.monotonic() < deadline:
+        print("waiting for another DVC process in this project", flush=True)
+        time.sleep(ASK_EVERY_S)
+        code, said = _run_dvc(root, words)
+    if code:
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        why = next((line for line in lines if line.lower().startswith("error: ")), " ".join(lines[-3:]))
+        why = re.sub("^error: ", "", why, flags=re.IGNORECASE)
+        raise KubealignError(f"`dvc {' '.join(words)}` failed: {why}; the same command goes on")
+
+
+def _run_dvc(root: Path, words: tuple[str, ...]) -> tuple[int, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = os.environ | {"PATH": path, "PYTHONSAFEPATH": "1", "DVC_NO_ANALYTICS": "1"}
     environment[tracking.HOME_VARIABLE] = str(tracking.home())
-    command = [sys.executable, "-P", "-m", "dvc", *words, "--quiet"]
     child = subprocess.Popen(
-        command,
+        [sys.executable, "-P", "-m", "dvc", *words],
         cwd=root,
         env=environment,
         stdout=subprocess.PIPE,
@@ -213,10 +234,7 @@ def _dvc(root: Path, *words: str) -> None:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGTERM)
             child.wait()
-    if child.returncode:
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
-        why = next((line for line in lines if line.lower().startswith("error: ")), " ".join(lines[-3:]))
-        raise KubealignError(f"`dvc {' '.join(words)}` failed: {why.removeprefix('error: ')}; the same command goes on")
+    return child.returncode, said
 
 
 @contextmanager

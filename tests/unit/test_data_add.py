@@ -198,19 +198,25 @@ def test_an_interrupted_add_is_finished_by_the_same_command(
     assert seen[0].known and not seen[0].difference and state(project) == after, "the third time changes nothing"
 
 
-def test_a_killed_add_goes_on_with_dvc_and_all(project: Path, tmp_path: Path) -> None:
-    """SIGKILL to the whole process group as soon as the lock file names the new source, which is before `dvc repro`."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+def test_a_killed_add_goes_on_with_dvc_and_all(project: Path, tmp_path: Path, number: int) -> None:
+    """The signal comes as soon as the lock file names the new source, which is before `dvc repro` has made the data:
+    SIGKILL to every process, SIGTERM to the command alone, which ends the others.
+    """
     team = write(tmp_path / "team.jsonl", rows(*range(8)))
     words = [sys.executable, "-P", "-m", "pipelines.cli", "data", "add", str(team), "--licence", "MIT", "--yes"]
     child = subprocess.Popen(
-        words, cwd=project, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        words, cwd=project, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
     while "team" not in (project / "data" / "sources.lock").read_text() and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    (os.killpg if number == signal.SIGKILL else os.kill)(child.pid, number)
+    _, said = child.communicate(timeout=60)
     assert "team" in (project / "data" / "sources.lock").read_text()
+    if number == signal.SIGTERM:
+        assert child.returncode == 128 + number and said.strip() == "error: stopped; the same command goes on"
+        assert not list((project / ".kubealign" / "workspace").iterdir())
     done = subprocess.run(words, cwd=project, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     status = subprocess.run(

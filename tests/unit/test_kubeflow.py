@@ -66,7 +66,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, fast_compiler: None) -> None:
 def project(tmp_path: Path) -> Path:
     """A project whose data a pod can reach."""
     raw = yaml.safe_load(PARAMS.read_text())
-    raw["data"] = {"path": "data", "repo": "https://git.example.com/alignment.git", "revision": "v1.2"}
+    raw["data"] |= {"repo": "https://git.example.com/alignment.git", "revision": "v1.2"}
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / "params.yaml").write_text(yaml.safe_dump(raw))

@@ -126,7 +126,7 @@ messages = st.lists(
     max_size=3,
 )
 rows = st.dictionaries(keys | text, json_values | messages | st.just("\n\nHuman: a\n\nAssistant: b"), max_size=6)
-quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @quick
