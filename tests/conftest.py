@@ -63,9 +63,18 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return move_home(tmp_path / "home", monkeypatch)
 
 
+OF_A_HOME = ("KUBEALIGN_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID", "KUBEALIGN_PARENT_RUN")
+"""Environment variables that lead to a home; MLflow sets some of them by itself."""
+
+
+def environment_without_home() -> dict[str, str]:
+    """For programs that find their home themselves."""
+    return {name: value for name, value in os.environ.items() if name not in OF_A_HOME}
+
+
 def move_home(home: Path, patch: pytest.MonkeyPatch) -> Path:
     """Let MLflow, checkpoints and caches be in a folder, whatever the environment says or MLflow put into it."""
-    patch.setenv("KUBEALIGN_HOME", str(home))
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID", "KUBEALIGN_PARENT_RUN"):
+    for name in OF_A_HOME:
         patch.delenv(name, raising=False)
+    patch.setenv("KUBEALIGN_HOME", str(home))
     return home

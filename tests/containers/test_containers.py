@@ -22,7 +22,7 @@ import pytest
 from components.common.errors import InputError
 from components.common.images import DATA_IMAGE, TRAIN_IMAGE
 from pipelines import containers
-from tests.conftest import ROOT
+from tests.conftest import ROOT, environment_without_home
 
 pytestmark = pytest.mark.containers
 
@@ -71,8 +71,7 @@ class Project:
             if parent.stat().st_uid == os.getuid() and parent != Path("/tmp"):  # noqa: S108 - pytest's folders are 0700
                 parent.chmod(parent.stat().st_mode | 0o011)
         folder.chmod(0o755)
-        dropped = ("KUBEALIGN_HOME", "MLFLOW_TRACKING_URI")
-        self.environment = {name: value for name, value in os.environ.items() if name not in dropped}
+        self.environment = environment_without_home()
 
     def words(self, command: str, *sets: str) -> list[str]:
         options = [word for setting in [*FEW_STEPS, *sets] for word in ("--set", setting)] if command == "run" else []

@@ -21,7 +21,7 @@ import pytest
 
 from components.common.records import read_lines
 from components.prepare.sources import read_sources, unpack
-from tests.conftest import ROOT
+from tests.conftest import ROOT, environment_without_home
 from tests.unit.test_shell import git
 
 ALL = {"resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register"}
@@ -61,8 +61,11 @@ class Project:
         git(self.root, "init", "-q")
         git(self.root, "add", "-A")
         git(self.root, "commit", "-qm", "project")
-        self.environment = {name: value for name, value in os.environ.items() if name != "KUBEALIGN_HOME"}
-        self.environment |= {"PYTHONPATH": str(self.code), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        self.environment = environment_without_home() | {
+            "PYTHONPATH": str(self.code),
+            "PYTHONSAFEPATH": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
 
     def words(self, *sets: str) -> list[str]:
         settings = [*SMALL, f"model.base={self.tiny}", *sets]
