@@ -6,7 +6,6 @@ real one. The tests run in order, as a team's week would.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from components.common.records import SPLITS, content_id
 from tests.ci.github import GitHubStub
 from tests.ci.receiver import Receiver
 from tests.ci.workflow import Job, use_environment
-from tests.conftest import ROOT
+from tests.conftest import ROOT, environment_without_home
 from tests.services import S3, mlflow_server, s3_server
 from tests.unit.test_shell import git
 
@@ -83,7 +82,7 @@ class Team:
         self.folder, self.github, self.receiver, self.mlflow, self.s3 = folder, github, receiver, mlflow, s3
         self.origin, self.clone = folder / "origin.git", folder / "clone"
         self.pull_request = 0
-        self.environment = {name: value for name, value in os.environ.items() if name != "KUBEALIGN_HOME"}
+        self.environment = environment_without_home()
         self.environment |= github.environment | s3.environment | receiver.environment
         self.environment |= {
             "MLFLOW_TRACKING_URI": mlflow,
