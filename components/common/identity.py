@@ -13,6 +13,8 @@ from components.common.files import digest, sha256_file
 PACKAGES = Path(__file__).resolve().parent.parent.parent
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "great-expectations", "mlflow-skinny", "kfp")
 """Libraries whose version is part of a stage's code."""
+DATA_SUFFIXES = (".html", ".jinja", ".css")
+"""Files beside the modules that are part of their code."""
 
 
 def code_digest(stage: str) -> str:
@@ -89,5 +91,4 @@ def _module_file(name: str) -> Path | None:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    kinds = (".html", ".jinja", ".css")
-    return sorted(path for path in folder.rglob("*") if path.suffix in kinds)
+    return sorted(path for path in folder.rglob("*") if path.suffix in DATA_SUFFIXES)

@@ -46,7 +46,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 0) -> None:
             save_file(whole, aside / f"{name}.safetensors")
         write_json(aside / "state.json", {"step": checkpoint.step, "history": checkpoint.history})
         write_manifest(aside)
-    for old in sorted(folder.glob("step-*"))[:-KEEP]:
+    for old in stored(folder)[:-KEEP]:
         if old != _path(folder, keep):
             shutil.rmtree(old)
 
@@ -71,12 +71,17 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         the checkpoint or None, and a sentence for each one that was passed over.
     """
     passed_over: list[str] = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(stored(folder)):
         try:
             return load(folder, int(path.name.removeprefix("step-"))), passed_over
         except KubealignError as error:
             passed_over.append(f"checkpoint {path.name} is damaged and passed over: {error}")
     return None, passed_over
+
+
+def stored(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or damaged, the oldest first."""
+    return sorted(folder.glob("step-*"))
 
 
 def _path(folder: Path, step: int) -> Path:
