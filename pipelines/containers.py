@@ -22,13 +22,12 @@ from typing import Any
 from components.common import tracking
 from components.common.errors import InputError, KubealignError
 from components.common.files import digest, sha256_file
-from components.common.identity import PACKAGES
+from components.common.identity import DATA_SUFFIXES, PACKAGES
 from components.common.images import DATA_IMAGE, TRAIN_IMAGE
 from components.resolve.data import is_url
 
 HOME_LABEL = "kubealign.home"
 CODE_LABEL = "kubealign.code"
-CODE_FILES = (".py", ".jinja", ".css", ".html")
 PASSED_ON = ("AWS_", "MLFLOW_TRACKING_", "GIT_", "KUBEALIGN_", "OMP_", "GOMP_")
 """Beginnings of the environment variables that a step's container gets from this process."""
 STEP_FOLDERS = ("steps", "workspace", "checkpoints", "cache", "mlartifacts")
@@ -39,7 +38,7 @@ SERVER_STARTS_WITHIN_S = 120
 def code_in_images() -> str:
     """Digest of what the images hold of this project: the package `components` and the locked versions."""
     folder = PACKAGES / "components"
-    files = [path for path in folder.rglob("*") if path.suffix in CODE_FILES and "tests" not in path.parts]
+    files = [path for path in folder.rglob("*") if path.suffix in (".py", *DATA_SUFFIXES) and "tests" not in path.parts]
     hashes = {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
     lock = PACKAGES / "requirements.lock"
     return digest([hashes, sha256_file(lock) if lock.is_file() else ""])[:16]

@@ -15,6 +15,8 @@ PACKAGES = Path(__file__).resolve().parent.parent.parent
 LOCK = "requirements.lock"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "great-expectations", "mlflow-skinny", "kfp")
 """Libraries whose version is part of a stage's code."""
+DATA_SUFFIXES = (".html", ".jinja", ".css", ".js")
+"""Files beside the modules that are part of their code."""
 
 
 def code_digest(stage: str) -> str:
@@ -127,5 +129,4 @@ def _module_file(name: str, tree: Path) -> Path | None:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    kinds = (".html", ".jinja", ".css", ".js")
-    return sorted(path for path in folder.rglob("*") if path.suffix in kinds)
+    return sorted(path for path in folder.rglob("*") if path.suffix in DATA_SUFFIXES)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from components.common.files import MANIFEST, replacing_folder
+from components.training.checkpoints import stored
 
 VARIABLE = "KUBEALIGN_STATE"
-STEPS = "step-*"
 
 
 class Mirror:
@@ -47,8 +47,10 @@ class Mirror:
 
     def push(self) -> None:
         """Bring every checkpoint there that is not there yet, and remove there what is no longer here."""
-        local = {path.name: path for path in sorted(self.folder.glob(STEPS))}
-        if self.client is None or set(local) == self._pushed:
+        if self.client is None:
+            return
+        local = {path.name: path for path in stored(self.folder)}
+        if set(local) == self._pushed:
             return
         remote = self._remote()
         for name, path in local.items():

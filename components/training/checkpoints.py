@@ -48,7 +48,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 0) -> None:
             save_file(whole, aside / f"{name}.safetensors")
         write_json(aside / "state.json", {"step": checkpoint.step, "history": checkpoint.history})
         write_manifest(aside)
-    for old in sorted(folder.glob("step-*"))[:-KEEP]:
+    for old in stored(folder)[:-KEEP]:
         if old != _path(folder, keep):
             shutil.rmtree(old)
 
@@ -84,7 +84,7 @@ def _load(folder: Path, step: int) -> Checkpoint:
 
 def _load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     passed_over: list[str] = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(stored(folder)):
         try:
             return _load(folder, int(path.name.removeprefix("step-"))), passed_over
         except KubealignError as error:
@@ -116,6 +116,11 @@ def _from_main_process(found: Checkpoint | None) -> Checkpoint | None:
             own = getattr(found, part)[key] if found else torch.empty(shape, dtype=dtype)
             tensors[part][key] = broadcast(own.to(state.device)).cpu()
     return Checkpoint(step=step, history=history, **tensors)
+
+
+def stored(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or damaged, the oldest first."""
+    return sorted(folder.glob("step-*"))
 
 
 def _path(folder: Path, step: int) -> Path:

@@ -4,14 +4,11 @@ The tests of this file build on one project and run in order; each states what i
 """
 
 import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import pytest
 from components.common.records import read_lines
 from components.prepare.sources import read_sources, unpack
 from tests.conftest import ROOT, environment_without_home
+from tests.services import mlflow_server
 from tests.unit.test_shell import git
 
 ALL = {"resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register"}
@@ -330,35 +328,14 @@ def test_a_malformed_line_stops_with_file_line_and_exit_code_2(project: Project,
 
 
 @pytest.fixture
-def mlflow_server(tmp_path: Path) -> Iterator[str]:
+def server(tmp_path: Path) -> Iterator[str]:
     """A real MLflow server of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = ["server", "--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--host", "127.0.0.1"]
-    words += ["--artifacts-destination", str(tmp_path / "artifacts"), "--port", str(port), "--workers", "1"]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    log = (tmp_path / "server.log").open("w")
-    command = [str(Path(sys.executable).with_name("mlflow")), *words]
-    server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=2).close()  # noqa: S310 - our own server
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield uri
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
-        log.close()
+    with mlflow_server(tmp_path) as address:
+        yield address
 
 
 def test_the_compiled_yaml_runs_under_the_local_runner_with_a_real_server(
-    project: Project, tmp_path: Path, mlflow_server: str
+    project: Project, tmp_path: Path, server: str
 ) -> None:
     script = (
         "import sys; from kfp import local, components\n"
@@ -366,7 +343,7 @@ def test_the_compiled_yaml_runs_under_the_local_runner_with_a_real_server(
         "components.load_component_from_file(sys.argv[1])()\n"
     )
     command = [word if word != "run" else "compile" for word in project.words(f"data.repo={project.root}")]
-    environment = project.environment | {"KUBEALIGN_HOME": str(tmp_path / "home"), "MLFLOW_TRACKING_URI": mlflow_server}
+    environment = project.environment | {"KUBEALIGN_HOME": str(tmp_path / "home"), "MLFLOW_TRACKING_URI": server}
     compiled = tmp_path / "pipeline.yaml"
     for words in (
         [*command, "--target", "local", "--out", str(compiled)],
@@ -379,6 +356,6 @@ def test_the_compiled_yaml_runs_under_the_local_runner_with_a_real_server(
     result = json.loads(next((tmp_path / "out").glob("*/register/result")).read_text())
     import mlflow
 
-    version = mlflow.MlflowClient(mlflow_server, mlflow_server).get_model_version_by_alias("kubealign", "challenger")
+    version = mlflow.MlflowClient(server, server).get_model_version_by_alias("kubealign", "challenger")
     assert version.version == result["version"] and version.tags["kubealign.lineage"] == result["lineage"]
     assert not (tmp_path / "home" / "mlflow.db").exists()
