@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from components.common import places
-from components.common.config import PARAMS, load_config, load_section
+from components.common.config import PARAMS
 from components.common.errors import KubealignError
+from components.common.settings import load_config, load_section
 from components.common.tracking import explain_os_error, is_main_process
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)

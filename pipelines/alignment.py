@@ -6,7 +6,8 @@ from typing import Any
 
 from kfp import compiler, dsl
 
-from components.common.config import Config, pipeline_arguments
+from components.common.config import Config
+from components.common.settings import pipeline_arguments
 from components.dpo.component import dpo
 from components.evaluate.component import evaluate
 from components.fetch.component import fetch

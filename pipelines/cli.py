@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from components.common import tracking
-from components.common.config import PARAMS, Config, load_config
+from components.common.config import PARAMS, Config
 from components.common.errors import InputError, KubealignError
+from components.common.settings import load_config
 from pipelines import ci, data, registry, remote
 from pipelines.options import Overrides, Project, project_folder, run_config
 

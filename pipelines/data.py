@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from components.common.config import PARAMS, DataConfig, load_config
+from components.common.config import PARAMS, DataConfig
 from components.common.errors import InputError
+from components.common.settings import load_config
 from pipelines.options import Project, project_folder
 
 if TYPE_CHECKING:  # imports pandas by way of the data's libraries, which the other commands need not wait for

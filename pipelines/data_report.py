@@ -17,8 +17,9 @@ from typing import Any
 import yaml
 
 from components.common import tracking
-from components.common.config import PARAMS, Config, load_config
+from components.common.config import PARAMS, Config
 from components.common.errors import InputError
+from components.common.settings import load_config
 from pipelines.data_versions import KINDS, diff
 from pipelines.plan import data_changed
 from pipelines.revisions import Revision, default_base, find_commit, is_own, opened_repository

@@ -16,9 +16,10 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from components.common import tracking
-from components.common.config import PARAMS, load_config
+from components.common.config import PARAMS
 from components.common.errors import KubealignError
 from components.common.files import read_json, write_json
+from components.common.settings import load_config
 from pipelines.alignment import NAME
 from pipelines.job import Job
 from pipelines.kubeflow import RunState, Server, ServerTrouble, TimeIsUp, submit

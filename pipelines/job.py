@@ -7,9 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from components.common.config import Config, pipeline_arguments
+from components.common.config import Config
 from components.common.errors import InputError
 from components.common.files import digest
+from components.common.settings import pipeline_arguments
 from components.resolve.data import is_url
 from components.resolve.key import Key, resolve_key
 from pipelines import outcome

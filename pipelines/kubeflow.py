@@ -21,10 +21,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from components.common.config import ClusterConfig, Config, pipeline_arguments
+from components.common.config import ClusterConfig, Config
 from components.common.errors import InputError, KubealignError
 from components.common.files import sha256_file
 from components.common.identity import git_commit
+from components.common.settings import pipeline_arguments
 from components.common.tracking import one_line, without_credentials
 from pipelines.alignment import DESCRIPTION, NAME, compile_pipeline
 from pipelines.cluster import pod_template

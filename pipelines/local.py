@@ -43,8 +43,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
     from kfp import local
 
-    from components.common.config import PARAMS, load_config
+    from components.common.config import PARAMS
     from components.common.files import digest
+    from components.common.settings import load_config
     from components.common.tracking import explain_os_error, one_line
     from pipelines.alignment import build_pipeline
     from pipelines.containers import runner as container_runner

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from components.common import tracking
-from components.common.config import PARAMS, Config, load_config
+from components.common.config import PARAMS, Config
 from components.common.errors import InputError
+from components.common.settings import load_config
 
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value of params.yaml for this call.")

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from components.common import tracking
-from components.common.config import PARAMS, load_config
+from components.common.config import PARAMS
 from components.common.errors import InputError, KubealignError
+from components.common.settings import load_config
 from pipelines.options import Project, project_folder
 
 app = typer.Typer()

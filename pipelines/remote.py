@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from components.common import tracking
-from components.common.config import PARAMS, load_config
+from components.common.config import PARAMS
 from components.common.errors import InputError
 from components.common.files import read_json, write_json
+from components.common.settings import load_config
 from pipelines.options import Overrides, Project, project_folder, run_config
 
 if TYPE_CHECKING:  # KFP takes half a second to import, which the other commands need not wait for

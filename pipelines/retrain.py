@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from components.common import tracking
-from components.common.config import PARAMS, load_config
+from components.common.config import PARAMS
 from components.common.errors import InputError, KubealignError
+from components.common.settings import load_config
 from pipelines import notify, outcome
 from pipelines.display import Display
 from pipelines.follow import Unfinished, run_on_kubeflow

@@ -16,9 +16,10 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from components.common import tracking
-from components.common.config import Config, pipeline_arguments
+from components.common.config import Config
 from components.common.errors import InputError, KubealignError
 from components.common.identity import git_commit
+from components.common.settings import pipeline_arguments
 from components.resolve.data import is_url
 from pipelines.containers import containers_for_a_run
 from pipelines.display import Display

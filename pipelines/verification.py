@@ -1,6 +1,5 @@
 """Is a version what was registered, and how is it made again: its files, its logits, its origin."""
 
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,16 +8,15 @@ from typing import Any, Literal
 
 import yaml
 
+from components.common import tracking
 from components.common.audit import Audit
 from components.common.config import PARAMS
 from components.common.errors import InputError, KubealignError
-from components.common.files import read_json, sha256_file, write_text
+from components.common.files import read_json, write_text
 from components.common.identity import environment
 
 TOLERANCE = 1e-3
 """Largest difference of a logit, in fp32, between machines; another adapter or base differs by far more."""
-MLFLOWS_OWN = {"registered_model_meta"}
-"""Files that MLflow writes into a download."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +41,11 @@ def verify(client: Any, name: str, version: Any) -> list[Check]:
     """
     import mlflow
 
-    if "kubealign.manifest" not in version.tags:
-        raise KubealignError(f"{name} version {version.version} carries no manifest: kubealign did not register it")
     checks = [_run(client, version), _audit(client, name)]
     with tempfile.TemporaryDirectory() as scratch:
         uri = f"models:/{name}/{version.version}"
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch))
-        files = _files(folder, json.loads(version.tags["kubealign.manifest"]))
+        files = _files(version, folder)
         checks.append(files)
         # Nothing is loaded whose hash is wrong.
         if files.outcome == "pass":
@@ -85,20 +81,11 @@ def _audit(client: Any, name: str) -> Check:
     return Check("history", "pass", f"{len(reigns)} champions so far")
 
 
-def _files(folder: Path, expected: dict[str, str]) -> Check:
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    found = {name: sha256_file(path) for name, path in paths.items() if name not in MLFLOWS_OWN}
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
-            return Check("files", "fail", f"{name} is missing")
-        if name not in expected:
-            return Check("files", "fail", f"{name} is not in the manifest")
-        if found[name] != expected[name]:
-            return Check(
-                "files", "fail", f"{name} changed: sha256 {found[name][:12]}, registered {expected[name][:12]}"
-            )
-    size = sum(path.stat().st_size for path in paths.values())
-    return Check("files", "pass", f"{len(found)} files, {size / 1e6:.0f} MB, have the registered sha256")
+def _files(version: Any, folder: Path) -> Check:
+    if wrong := tracking.changed(version, folder):
+        return Check("files", "fail", f"{wrong}: not what was registered")
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return Check("files", "pass", f"{len(sizes)} files, {sum(sizes) / 1e6:.0f} MB, have the registered sha256")
 
 
 def _logits(folder: Path) -> Check:

@@ -12,7 +12,7 @@ from kfp.components import load_component_from_file
 from kfp.local.config import LocalExecutionConfig
 
 from components.common import tracking
-from components.common.config import load_config, pipeline_arguments
+from components.common.settings import load_config, pipeline_arguments
 from components.resolve.component import resolve
 from tests.conftest import ROOT, move_home
 

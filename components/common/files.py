@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,15 +59,18 @@ def verify_manifest(folder: Path) -> str:
     except (OSError, ValueError) as error:
         raise KubealignError(f"{folder}: no readable {MANIFEST}; run the step that writes it again") from error
     found = file_hashes(folder)
+    if wrong := difference(expected, found):
+        raise KubealignError(f"{folder}: {wrong} since it was written; remove the folder and run the step again")
+    return digest(found)
+
+
+def difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
+    """The first file whose hash is not the expected one, and how, such as `a.json is missing`; empty for none."""
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            what = (
-                "is missing" if name not in found else "is not in the manifest" if name not in expected else "changed"
-            )
-            raise KubealignError(
-                f"{folder}: {name} {what} since it was written; remove the folder and run the step again"
-            )
-    return digest(found)
+            way = "is missing" if name not in found else "is not in the manifest" if name not in expected else "changed"
+            return f"{name} {way}"
+    return ""
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from components.common.errors import KubealignError
+from components.common.files import difference, sha256_file
 
 HOME_VARIABLE = "KUBEALIGN_HOME"
 PARENT_VARIABLES = ("KUBEALIGN_PARENT_RUN", "MLFLOW_RUN_ID")
@@ -28,6 +29,10 @@ KFP_RUN_VARIABLE = "KUBEALIGN_KFP_RUN"
 """Environment variable with the id of the run on Kubeflow, whose parent run in MLflow carries it as a tag."""
 EXPERIMENT = "kubealign"
 LAST_STAGE = "register"
+MANIFEST_TAG = "kubealign.manifest"
+"""Tag of a version: sha256 of every file of it, as JSON."""
+MLFLOWS_OWN = {"registered_model_meta"}
+"""Files that MLflow writes into a download."""
 SETTINGS = "settings.yaml"
 """Artifact of resolve's run: every setting of the pipeline run, as sections of params.yaml."""
 PROGRESS_EVERY_S = 1.0
@@ -172,6 +177,22 @@ class SilentRun(StageRun):
 
     def log_metrics(self, rows: list[tuple[int, Mapping[str, float]]]) -> None:
         """Nothing."""
+
+
+def changed(version: Any, folder: Path) -> str:
+    """What is not as it was registered in a version's downloaded files, such as `python_model.pkl is not in the
+    manifest`; empty for nothing.
+
+    Raises:
+        KubealignError: the version was not registered by this project.
+    """
+    if MANIFEST_TAG not in version.tags:
+        raise KubealignError(
+            f"{version.name} version {version.version} carries no manifest: kubealign did not register it"
+        )
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in MLFLOWS_OWN]
+    found = {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
+    return difference(json.loads(version.tags[MANIFEST_TAG]), found)
 
 
 def is_main_process() -> bool:

@@ -20,10 +20,11 @@ from typing import Any
 import yaml
 
 from components.common import places, tracking
-from components.common.config import ClusterConfig, ModelConfig, OptimiserConfig, validated
+from components.common.config import ClusterConfig, ModelConfig, OptimiserConfig
 from components.common.errors import KubealignError
 from components.common.files import digest, verify_manifest
 from components.common.images import TRAIN_IMAGE
+from components.common.settings import validated
 
 VARIABLE = "KUBEALIGN_CLUSTER"
 """Environment variable of a step that is to run on several nodes: the section `cluster` as JSON."""

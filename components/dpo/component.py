@@ -42,7 +42,8 @@ def dpo(
     """
     from pathlib import Path
 
-    from components.common.config import DpoConfig, ModelConfig, section
+    from components.common.config import DpoConfig, ModelConfig
+    from components.common.settings import section
     from components.common.tracking import boundary, show_metrics
     from components.common.train_job import run_on_nodes, several_nodes
 

@@ -91,7 +91,7 @@ def _incumbent(
     run: tracking.StageRun, model: ModelConfig, inputs: Inputs, base_digest: str, sft_digest: str
 ) -> list[Candidate]:
     """The incumbent, and its reference where that is not the SFT model."""
-    folder = _download(inputs.incumbent)
+    folder = download_incumbent(inputs.incumbent)
     training = read_json(folder / "training.json") if (folder / "training.json").is_file() else {}
     trained = {"beta": training.get("beta"), "loss": training.get("loss", "")}
     same_sft = training.get("sft_digest") == sft_digest and training.get("base_digest") == base_digest
@@ -117,8 +117,17 @@ def _incumbent(
     return [incumbent, Candidate(reference, digest([content, "first ranks", rank]), tokenizer, open_reference)]
 
 
-def _download(uri: str) -> Path:
-    folder = _fetch(uri, f"incumbent {uri}") / "artifacts"
+def download_incumbent(uri: str) -> Path:
+    """The artifacts of a version of the registry, as they were registered.
+
+    Raises:
+        InputError: it cannot be downloaded, or its files are not those that were registered.
+    """
+    name, number = uri.removeprefix("models:/").rsplit("/", 1)
+    whole = _fetch(uri, f"incumbent {uri}")
+    if wrong := tracking.changed(tracking.client().get_model_version(name, number), whole):
+        raise InputError(f"incumbent {uri}: {wrong}: not what was registered; `kubealign rollback` names another")
+    folder = whole / "artifacts"
     if not (folder / "model" / "config.json").is_file() and not (folder / "adapter").is_dir():
         raise InputError(f"incumbent {uri} holds no model that this project registered; move the champion alias")
     return folder

@@ -57,8 +57,9 @@ def evaluate(
     """
     from pathlib import Path
 
-    from components.common.config import EvaluateConfig, GateConfig, ModelConfig, section
+    from components.common.config import EvaluateConfig, GateConfig, ModelConfig
     from components.common.files import write_json
+    from components.common.settings import section
     from components.common.tracking import boundary, show_metrics
     from components.evaluate.candidates import Inputs
     from components.evaluate.stage import run_evaluate

@@ -39,7 +39,8 @@ def fetch(
     """
     from pathlib import Path
 
-    from components.common.config import DataConfig, ModelConfig, section
+    from components.common.config import DataConfig, ModelConfig
+    from components.common.settings import section
     from components.common.tracking import boundary
     from components.fetch.stage import run_fetch
     from components.resolve.data import data_folders

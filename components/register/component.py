@@ -73,7 +73,8 @@ def register(
     """
     from pathlib import Path
 
-    from components.common.config import GateConfig, RegisterConfig, section
+    from components.common.config import GateConfig, RegisterConfig
+    from components.common.settings import section
     from components.common.tracking import boundary
     from components.register.stage import Judged, Lineage, run_register
 

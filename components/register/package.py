@@ -89,7 +89,7 @@ def log_version(
         name,
         logged.model_uri,
         run_id=run.run_id,
-        tags=tags | {"kubealign.manifest": _manifest(stored, artifacts)},
+        tags=tags | {tracking.MANIFEST_TAG: _manifest(stored, artifacts)},
         model_id=logged.model_id,
     )
     return str(made.version)

@@ -96,7 +96,8 @@ def resolve(
     """
     import json
 
-    from components.common.config import DataConfig, ModelConfig, RegisterConfig, section
+    from components.common.config import DataConfig, ModelConfig, RegisterConfig
+    from components.common.settings import section
     from components.common.tracking import boundary
     from components.resolve.stage import run_resolve
 

@@ -36,7 +36,8 @@ def sft(
     """
     from pathlib import Path
 
-    from components.common.config import ModelConfig, SftConfig, section
+    from components.common.config import ModelConfig, SftConfig
+    from components.common.settings import section
     from components.common.tracking import boundary, show_metrics
     from components.common.train_job import run_on_nodes, several_nodes
 

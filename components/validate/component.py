@@ -35,7 +35,8 @@ def validate(
     """
     from pathlib import Path
 
-    from components.common.config import ModelConfig, ValidateConfig, section
+    from components.common.config import ModelConfig, ValidateConfig
+    from components.common.settings import section
     from components.common.tracking import boundary, show_metrics
     from components.validate.stage import run_validate
 

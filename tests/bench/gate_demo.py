@@ -27,9 +27,10 @@ from rich.table import Table
 
 from components.common import tracking
 from components.common.audit import Audit, next_use
-from components.common.config import Config, load_config
+from components.common.config import Config
 from components.common.files import digest, sha256_file, write_manifest
 from components.common.records import read_lines, write_lines
+from components.common.settings import load_config
 from components.dpo.stage import run_dpo
 from components.evaluate.candidates import Inputs
 from components.evaluate.stage import run_evaluate

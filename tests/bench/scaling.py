@@ -15,8 +15,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from components.common.config import load_config
 from components.common.files import write_text
+from components.common.settings import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

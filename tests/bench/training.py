@@ -30,9 +30,10 @@ from accelerate.state import AcceleratorState
 
 from components.common import tracking
 from components.common.chat import load_tokenizer
-from components.common.config import Config, load_config
+from components.common.config import Config
 from components.common.files import read_json, write_json
 from components.common.records import Preference, read_rows
+from components.common.settings import load_config
 from components.common.training_stage import add_adapter, loop_settings, pair_examples, step_metrics
 from components.dpo.stage import cached_reference, make_objective
 from components.sft.stage import objective as sft_objective

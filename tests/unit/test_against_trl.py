@@ -23,7 +23,8 @@ from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from components.common.chat import load_tokenizer
-from components.common.config import DpoConfig, load_config
+from components.common.config import DpoConfig
+from components.common.settings import load_config
 from components.dpo.stage import cached_reference, make_objective, preference_losses
 from components.sft.stage import objective as sft_objective
 from components.training.loop import Objective

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from components.common.config import ClusterConfig, load_config, pipeline_arguments
+from components.common.config import ClusterConfig
 from components.common.errors import InputError
 from components.common.images import DATA_IMAGE, TRAIN_IMAGE
+from components.common.settings import load_config, pipeline_arguments
 from pipelines.alignment import compile_pipeline
 from pipelines.cluster import TRAIN_STEPS, pod_template
 from pipelines.runner import STAGES

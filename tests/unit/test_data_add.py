@@ -14,9 +14,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from components.common.config import load_config
 from components.common.errors import InputError, KubealignError
 from components.common.records import read_lines
+from components.common.settings import load_config
 from components.prepare.convert import Facts
 from components.prepare.sources import Added, added_pairs, read_sources, record_added
 from components.prepare.split import read_splits

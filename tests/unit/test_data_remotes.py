@@ -19,9 +19,9 @@ import pytest
 import yaml
 
 from components.common import tracking
-from components.common.config import load_config
 from components.common.errors import InputError, KubealignError
 from components.common.files import folder_digest
+from components.common.settings import load_config
 from components.fetch.stage import fetch_data, run_fetch
 from components.resolve.data import data_folders, resolve_data
 from tests.conftest import ROOT

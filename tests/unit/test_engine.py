@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from components.common.config import load_config
 from components.common.errors import InputError, TrainingStop
+from components.common.settings import load_config
 from components.dpo.stage import cached_reference, check_reference, make_objective
 from components.training import checkpoints, loop
 from components.training.head import FrozenHeadLogps, chunk_logps

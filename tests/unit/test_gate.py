@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.common.config import GateConfig, load_config, validated
+from components.common.config import GateConfig
 from components.common.errors import InputError
+from components.common.settings import load_config, validated
 from components.evaluate.gate import Circumstances, judge, level
 from components.evaluate.statistics import GroupBootstrap, superiority_p
 from tests.conftest import ROOT

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.common.config import EvaluateConfig, GateConfig, load_config
+from components.common.config import EvaluateConfig, GateConfig
 from components.common.records import Message, Preference
 from components.common.scoring import TokenLogps
+from components.common.settings import load_config
 from components.evaluate import answers, comparison, statistics
 from components.evaluate.comparison import Scored, compare
 from components.evaluate.gate import Circumstances, judge

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from components.common.config import load_config, pipeline_arguments
 from components.common.errors import InputError
+from components.common.settings import load_config, pipeline_arguments
 from pipelines import cli, kubeflow
 from pipelines.alignment import compile_pipeline
 from pipelines.kubeflow import RunState, Server, ServerTrouble

@@ -13,9 +13,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from components.common.chat import choose_template, encode, encode_conversation, encode_prompt, load_tokenizer
-from components.common.config import load_config
 from components.common.files import write_manifest
 from components.common.records import Instruction, Message, content_id, read_rows
+from components.common.settings import load_config
 from components.common.training_stage import instruction_examples
 from components.dpo.stage import run_dpo
 from components.sft.stage import run_sft

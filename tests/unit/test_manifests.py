@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from components.common.config import load_config
 from components.common.images import MLFLOW_IMAGE
+from components.common.settings import load_config
 from pipelines.alignment import compile_pipeline
 from pipelines.runner import STAGES
 from tests.conftest import ROOT

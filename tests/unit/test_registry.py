@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 
 from components.common import tracking
 from components.common.audit import Audit
-from components.common.config import load_config
 from components.common.errors import KubealignError
 from components.common.files import digest, read_json, write_json, write_manifest
+from components.common.settings import load_config
+from components.evaluate.candidates import download_incumbent
 from components.evaluate.gate import Circumstances, judge
 from components.register.champion import champion_alias, promote
 from components.register.stage import Judged, Lineage, run_register
@@ -220,6 +221,7 @@ def test_the_version_carries_its_lineage_and_a_card_that_hubs_can_read(shop: Sho
 def test_verify_recomputes_hashes_and_logits_and_notices_a_changed_byte(shop: Shop, kind: str) -> None:
     client = tracking.client()
     shop.register(kind=kind)
+    assert download_incumbent("models:/m/1").name == "artifacts"
     done = cli("verify", "models:/m@champion")
     assert done.exit_code == 0, (done.output, done.exception)
     assert done.output.count("pass") == 4
@@ -233,6 +235,8 @@ def test_verify_recomputes_hashes_and_logits_and_notices_a_changed_byte(shop: Sh
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     broken = cli("verify", "models:/m@champion")
     assert broken.exit_code and f"artifacts/{part} changed" in str(broken.exception)
+    with pytest.raises(KubealignError, match=f"incumbent models:/m/1: artifacts/{part} changed"):
+        download_incumbent("models:/m/1")
 
 
 def test_verify_notices_logits_that_are_not_those_of_registration(shop: Shop) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 from components.common import places, train_job
-from components.common.config import ClusterConfig, load_config
+from components.common.config import ClusterConfig
 from components.common.errors import InputError, KubealignError
 from components.common.files import write_manifest
+from components.common.settings import load_config
 from components.common.train_job import run_on_nodes, several_nodes
 from components.sft.stage import run_sft
 from pipelines import cluster as cluster_module

@@ -12,17 +12,10 @@ import yaml
 from pydantic import BaseModel
 
 from components.common import identity, tracking
-from components.common.config import (
-    FORM_FIELDS,
-    Config,
-    DpoConfig,
-    ModelConfig,
-    load_config,
-    pipeline_arguments,
-    section,
-)
+from components.common.config import FORM_FIELDS, Config, DpoConfig, ModelConfig
 from components.common.errors import InputError, KubealignError
 from components.common.files import replacing, replacing_folder, verify_manifest, write_json, write_manifest
+from components.common.settings import load_config, pipeline_arguments, section
 from components.resolve.base import resolve_base
 from components.resolve.data import data_folders, resolve_data
 from tests.conftest import ROOT

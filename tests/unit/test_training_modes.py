@@ -14,9 +14,9 @@ import yaml
 from safetensors.torch import load_file
 
 from components.common.chat import load_tokenizer
-from components.common.config import load_config
 from components.common.files import UNSEALED, write_manifest
 from components.common.records import Preference, read_rows
+from components.common.settings import load_config
 from components.common.training_stage import pair_examples
 from components.dpo.stage import run_dpo
 from components.sft.stage import run_sft

@@ -10,11 +10,11 @@ import numpy as np
 import orjson
 import pytest
 
-from components.common.config import load_config
 from components.common.distribution import Distribution, distance, remember
 from components.common.errors import DataStop, InputError, KubealignError
 from components.common.files import read_json, verify_manifest, write_json
 from components.common.records import SPLITS, content_id, read_lines
+from components.common.settings import load_config
 from components.common.similarity import near_groups, normal, sketch
 from components.validate import checks as checks_module
 from components.validate import privacy, scan
