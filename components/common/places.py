@@ -90,11 +90,12 @@ def remove(place: str) -> None:
         _client().delete_object(Bucket=bucket, Key=key)
 
 
-def local_copy(place: str) -> Path:
+def local_copy(place: str | Path) -> Path:
     """A folder, or a YAML file, on this machine: itself when it is a path, and otherwise brought here once.
 
     Processes that torchrun started on one machine share the copy; the first of them makes it.
     """
+    place = str(place)
     if not place.startswith(S3):
         return Path(place)
     target = tracking.home() / "inputs" / f"{digest(place)[:24]}{Path(place).suffix}"

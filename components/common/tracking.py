@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from components.common.errors import KubealignError
-from components.common.files import difference, sha256_file
+from components.common.files import difference, sha256_file, write_json
 
 HOME_VARIABLE = "KUBEALIGN_HOME"
 PARENT_VARIABLES = ("KUBEALIGN_PARENT_RUN", "MLFLOW_RUN_ID")
@@ -315,8 +315,6 @@ def show_metrics(artifact: Any, values: Mapping[str, float]) -> None:
     """Put values on a KFP Metrics artifact, and into a file at its path: to KFP's local cache an output without a file
     is a lost one, and the step would run again.
     """
-    from components.common.files import write_json
-
     for name, value in values.items():
         artifact.log_metric(name, value)
     write_json(Path(artifact.path), values)

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from components.common.errors import InputError
+from components.common.tracking import causes, one_line, without_credentials
 
 WORKSPACE = "workspace"
 DATA_SETS = ("preferences", "instructions")
@@ -143,8 +144,10 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
             self.fs = DVCFileSystem(url=self.repo, rev=self.revision)
             self.fs.info("/")  # the repository is opened only when something is asked of it
         except (DvcException, SCMError) as error:
+            # "SCM error" says nothing; what lies behind it does.
+            said = ": ".join(dict.fromkeys(one_line(str(cause)) for cause in causes(error) if str(cause)))
             raise InputError(
-                f"data.repo={self.repo}, data.revision={self.revision}: {' '.join(str(error).split())};"
+                f"data.repo={self.repo}, data.revision={self.revision}: {without_credentials(said)};"
                 " expected a git repository with DVC data and a branch, tag or commit of it"
             ) from error
         return self.fs

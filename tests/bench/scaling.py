@@ -30,10 +30,9 @@ def measure(processes: int, tokens: int, folder: Path) -> dict[str, float]:
     settings = [f"sft.max_steps={STEPS}", f"sft.max_tokens_per_step={tokens}", "sft.eval_every_steps=0"]
     config = load_config(ROOT / "params.yaml", [*settings, "sft.reference_logps=false"])
     (folder / "params.yaml").write_text(yaml.safe_dump(config.sections()))
-    clean, base = folder / "clean", ROOT / "data" / "base_model"
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    words += ["-m", "components", "sft", "--params", str(folder / "params.yaml"), "--dataset", str(clean)]
-    words += ["--base", str(folder / "base" if (folder / "base").exists() else base), "--out", str(folder / "out")]
+    words += ["-m", "components", "sft", "--params", str(folder / "params.yaml"), "--dataset", str(folder / "clean")]
+    words += ["--base", str(folder / "base"), "--out", str(folder / "out")]
     cores = max(1, (os.cpu_count() or 1) // processes)
     home = {"KUBEALIGN_HOME": str(folder / f"home-{processes}-{tokens}"), "OMP_NUM_THREADS": str(cores)}
     subprocess.run(words, check=True, env=os.environ | home, stdout=subprocess.DEVNULL)
@@ -49,19 +48,11 @@ def measure(processes: int, tokens: int, folder: Path) -> dict[str, float]:
 
 def prepare(folder: Path) -> None:
     """A validated copy of the real data, and the base model with its manifest."""
-    from components.fetch.stage import run_fetch
-    from components.resolve.base import resolve_base
-    from components.resolve.data import resolve_data
-    from components.validate.stage import run_validate
-
-    os.environ["KUBEALIGN_HOME"] = str(folder / "home")
-    config = load_config(ROOT / "params.yaml")
-    data = resolve_data(str(ROOT), "workspace")
-    base = resolve_base(config.model, config.data)
-    where = (folder / "data", folder / "base")
-    run_fetch(str(ROOT), data.commit, data.digests, config.model, base.reference, base.digest, *where)
-    reports = (folder / "v.html", folder / "v.md")
-    run_validate(config.validate_, config.model, folder / "data", folder / "base", folder / "clean", *reports)
+    door = [sys.executable, "-m", "components"]
+    given = ["--dataset", str(folder / "dataset"), "--base", str(folder / "base")]
+    home = os.environ | {"KUBEALIGN_HOME": str(folder / "home")}
+    for words in (["fetch"], ["validate", *given]):
+        subprocess.run([*door, *words, "--out", str(folder)], check=True, env=home, stdout=subprocess.DEVNULL)
 
 
 def main() -> None:

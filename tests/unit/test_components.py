@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 from kfp import dsl
+from typer.testing import CliRunner
 
+from components.__main__ import app
 from components.common import identity
+from components.common.errors import KubealignError
 from tests.conftest import ROOT
 from tests.tools.component_readmes import STAGES, expected, interface, load_component
 
@@ -122,3 +125,19 @@ def test_an_edited_test_changes_no_digest_and_an_edited_stage_does(
     with (tmp_path / "components" / "dpo" / "stage.py").open("a") as file:
         file.write("# edited\n")
     assert {stage for stage in STAGES if identity.code_digest(stage) != before[stage]} == {"dpo"}
+
+
+def test_the_commands_of_the_readmes_know_their_options(
+    tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder with settings and without anything else: fetch misses the repository, the others their inputs."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    commands = {}
+    for page in sorted((ROOT / "components").glob("*/README.md")):
+        for words in re.findall(r"- Run: `python -P -m components ([^`]+)`", page.read_text(encoding="utf-8")):
+            commands[page.parent.name] = CliRunner().invoke(app, words.split()).exception
+    assert commands.keys() == {"fetch", "validate", "sft", "dpo", "evaluate"}
+    assert "not a DVC repository" in str(commands.pop("fetch"))
+    for stage, error in commands.items():
+        assert isinstance(error, KubealignError) and "build/" in str(error), (stage, error)
