@@ -138,6 +138,52 @@ def faulty_proxy(target: str) -> Iterator[Faulty]:
         listener.server_close()
 
 
+@contextmanager
+def git_http_server(folder: Path) -> Iterator[str]:
+    """The address of the git repositories in a folder, served over HTTP by git's own backend."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *words: object) -> None:
+            """Nothing."""
+
+        def body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+
+        def answer(self) -> None:
+            body, (path, _, query) = self.body(), self.path.partition("?")
+            request = {"PATH_INFO": path, "QUERY_STRING": query, "REQUEST_METHOD": self.command}
+            request |= {"CONTENT_TYPE": self.headers.get("Content-Type", ""), "CONTENT_LENGTH": str(len(body))}
+            request |= {"HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", "")}
+            served = {"GIT_PROJECT_ROOT": str(folder), "GIT_HTTP_EXPORT_ALL": "1"}
+            done = subprocess.run(
+                ["git", "http-backend"], input=body, env=os.environ | served | request, capture_output=True, check=True
+            )
+            head, _, content = done.stdout.partition(b"\r\n\r\n")
+            fields = dict(line.split(": ", 1) for line in head.decode().splitlines())
+            self.send_response(int(fields.pop("Status", "200").split()[0]))
+            for name, value in (fields | {"Content-Length": str(len(content))}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = answer
+
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=listener.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.server_port}"
+    finally:
+        listener.shutdown()
+        listener.server_close()
+
+
 @dataclass(frozen=True)
 class S3:
     """A real S3-compatible store (SeaweedFS) with one bucket."""

@@ -1,10 +1,7 @@
 """Bring the resolved data and base model here as artifacts, checked against their digests."""
 
-import errno
 import hashlib
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from components.common import tracking
@@ -13,7 +10,7 @@ from components.common.config import DataConfig, ModelConfig
 from components.common.errors import InputError, KubealignError
 from components.common.files import folder_digest, read_json, replacing, replacing_folder, write_json, write_manifest
 from components.resolve.base import EMBEDDED
-from components.resolve.data import WORKSPACE, embedded_model, opened, workspace_digest
+from components.resolve.data import WORKSPACE, embedded_model, opened, remote_errors, workspace_digest
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 """What a model folder may hold: weights in safetensors, configuration and tokenizer. Never pickles, never code."""
@@ -93,7 +90,7 @@ def _copy_folder(data: DataConfig, folder: str, expected: str, out: Path) -> Non
 def _download(data: DataConfig, folder: str, expected: str, out: Path) -> None:
     """Bring a folder here file by file, each checked by its md5; an interrupted download goes on from the last file."""
     kept = tracking.home() / DOWNLOADS / expected
-    with _remote(data, folder), opened(data.repo, data.revision) as fs:
+    with remote_errors(data.repo, data.revision, folder), opened(data.repo, data.revision) as fs:
         found = str(fs.info(folder)["dvc_info"]["md5"])
         if found != expected:
             raise InputError(f"{data.repo}@{data.revision}: {folder} has digest {found}, expected {expected}")
@@ -111,34 +108,6 @@ def _download(data: DataConfig, folder: str, expected: str, out: Path) -> None:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(kept / name, out / name)
     shutil.rmtree(kept, ignore_errors=True)
-
-
-@contextmanager
-def _remote(data: DataConfig, folder: str) -> Iterator[None]:
-    """Say in one sentence why the content of a folder cannot be had."""
-    from botocore.exceptions import BotoCoreError
-    from dvc.exceptions import DvcException
-    from dvc_data.index import DataIndexDirError
-
-    where = f"{tracking.without_credentials(data.repo)}@{data.revision}: the content of {folder}"
-    try:
-        yield
-    except (OSError, BotoCoreError, DvcException, DataIndexDirError) as error:
-        # DVC hides why it could not read the list of a folder's files behind an error of its own.
-        why = error.__cause__ if isinstance(error, DataIndexDirError) and error.__cause__ else error
-        if isinstance(why, FileNotFoundError):
-            raise InputError(f"{where} is neither in the DVC cache nor in a remote; `dvc push` it") from error
-        if isinstance(why, OSError) and (why.filename or why.errno == errno.ENOSPC):
-            raise  # of this machine's disk: the errors of a remote name no file
-        said = tracking.one_line(str(why))
-        if isinstance(why, PermissionError):
-            raise InputError(
-                f"{where} may not be read from the DVC remote ({said}); check the key (AWS_ACCESS_KEY_ID,"
-                " AWS_SECRET_ACCESS_KEY, or cluster.s3_secret) and its rights"
-            ) from error
-        raise KubealignError(
-            f"{where} cannot be had from the DVC remote: {said}; what has arrived is kept, the same run goes on there"
-        ) from error
 
 
 def _md5(path: Path) -> str:

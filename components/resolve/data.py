@@ -1,14 +1,17 @@
 """Which data a revision means: its commit, the DVC digests of the folders, and whether a commit records just that."""
 
+import errno
 import hashlib
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
-from components.common.errors import InputError
+from components.common.errors import InputError, KubealignError
 from components.common.tracking import causes, one_line, without_credentials
 
 WORKSPACE = "workspace"
@@ -93,10 +96,12 @@ def resolve_data(repo: str, revision: str, folders: Folders) -> DataVersion:
             except (FileNotFoundError, KeyError) as error:
                 raise InputError(f"{repo}@{revision}: {folder} is not a DVC-tracked folder there") from error
         test_file = _test_file(folders)
-        try:
-            test_set = str(fs.info(test_file)["dvc_info"]["md5"]) if test_file else ""
-        except FileNotFoundError:
-            test_set = ""
+        # The list of a folder's files is content, which may have to come from a remote.
+        with remote_errors(repo, revision, str(PurePosixPath(test_file).parent)):
+            try:
+                test_set = str(fs.info(test_file)["dvc_info"]["md5"]) if test_file else ""
+            except FileNotFoundError:
+                test_set = ""
         commit = fs.repo.scm.resolve_rev(revision)
         return DataVersion(commit_of(Path(fs.repo.scm.root_dir), commit, digests), digests, test_set, clean=True)
 
@@ -129,6 +134,34 @@ def _is_committed(root: Path, digests: dict[str, str]) -> bool:
     return all(recorded.get(folder, {}).get("md5") == md5 for folder, md5 in digests.items())
 
 
+@contextmanager
+def remote_errors(repo: str, revision: str, folder: str) -> Iterator[None]:
+    """Say in one sentence why the content of a folder cannot be had."""
+    from botocore.exceptions import BotoCoreError
+    from dvc.exceptions import DvcException
+    from dvc_data.index import DataIndexDirError
+
+    where = f"{without_credentials(repo)}@{revision}: the content of {folder}"
+    try:
+        yield
+    except (OSError, BotoCoreError, DvcException, DataIndexDirError) as error:
+        # DVC hides why it could not read the list of a folder's files behind an error of its own.
+        why = error.__cause__ if isinstance(error, DataIndexDirError) and error.__cause__ else error
+        if isinstance(why, FileNotFoundError):
+            raise InputError(f"{where} is neither in the DVC cache nor in a remote; `dvc push` it") from error
+        if isinstance(why, OSError) and (why.filename or why.errno == errno.ENOSPC):
+            raise  # of this machine's disk: the errors of a remote name no file
+        said = one_line(str(why))
+        if isinstance(why, PermissionError):
+            raise InputError(
+                f"{where} may not be read from the DVC remote ({said}); check the key (AWS_ACCESS_KEY_ID,"
+                " AWS_SECRET_ACCESS_KEY, or cluster.s3_secret) and its rights"
+            ) from error
+        raise KubealignError(
+            f"{where} cannot be had from the DVC remote: {said}; what has arrived is kept, the same run goes on there"
+        ) from error
+
+
 class opened:  # noqa: N801 - reads as the context manager it is: `with opened(repo, revision) as fs`
     """A repository at a revision as a read-only file system; a URL is cloned, without a git binary."""
 
@@ -140,6 +173,8 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
         from dvc.exceptions import DvcException
         from dvc.scm import SCMError
 
+        # DVC clones without git, but reports progress by names of GitPython, which without git would refuse to load.
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
         try:
             self.fs = DVCFileSystem(url=self.repo, rev=self.revision)
             self.fs.info("/")  # the repository is opened only when something is asked of it

@@ -25,7 +25,7 @@ from components.common.settings import load_config
 from components.fetch.stage import fetch_data, run_fetch
 from components.resolve.data import data_folders, resolve_data
 from tests.conftest import ROOT
-from tests.services import S3, free_port, s3_server
+from tests.services import S3, free_port, git_http_server, s3_server
 from tests.unit.test_shell import dvc, git
 
 FOLDER = "corpus/pairs"
@@ -133,7 +133,7 @@ for number, repo in enumerate(sys.argv[2:]):
 """
 
 
-def test_a_path_and_a_url_give_the_same_commit_digests_and_files_without_a_git_binary(
+def test_a_path_and_urls_give_the_same_commit_digests_and_files_without_a_git_binary(
     served: tuple[Remote, str], tmp_path: Path
 ) -> None:
     remote, url = served
@@ -141,13 +141,24 @@ def test_a_path_and_a_url_give_the_same_commit_digests_and_files_without_a_git_b
     empty.mkdir()
     out = tmp_path / "out"
     environment = os.environ | {"PATH": str(empty), "PYTHONPATH": str(ROOT), "KUBEALIGN_HOME": str(tmp_path / "home")}
-    words = [sys.executable, "-P", "-c", SCRIPT, str(out), str(remote.root), url]
-    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    with git_http_server(remote.root.parent) as http:
+        words = [sys.executable, "-P", "-c", SCRIPT, str(out), str(remote.root), url, f"{http}/repo"]
+        done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
-    assert found == [[remote.commit, remote.digests]] * 2
-    for number in range(2):
+    assert found == [[remote.commit, remote.digests]] * 3
+    for number in range(3):
         assert_whole(remote, out / str(number) / "dataset", 2, 1000)
+
+
+def test_data_that_was_never_pushed_is_refused_before_a_run(tmp_path: Path) -> None:
+    remote = make_remote(tmp_path / "repo", str(tmp_path / "store"), 1000, 2)
+    message = (
+        r"HEAD: the content of corpus/pairs/preferences is neither in the DVC cache nor in a remote; `dvc push` it"
+    )
+    with git_http_server(tmp_path) as http, pytest.raises(InputError, match=message):
+        resolve_data(f"{http}/repo", "HEAD", data_folders(FOLDER))
+    assert resolve_data(str(remote.root), "HEAD", data_folders(FOLDER)).commit == remote.commit
 
 
 @contextmanager
