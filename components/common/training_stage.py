@@ -17,7 +17,7 @@ from components.common.files import digest, replacing_folder, write_text
 from components.common.identity import code_digest
 from components.common.mirror import Mirror
 from components.common.records import Instruction, Preference
-from components.training.loop import LoopSettings, Objective, StepRecord, TrainingSet, Validation, train
+from components.training.loop import LoopSettings, Objective, StepRecord, TrainingSet, Validation, best_step, train
 from components.training.models import PackedModel, add_lora, choose_layout, load_adapter, load_causal_lm, shard
 from components.training.packing import Example
 from components.training.processes import processes
@@ -162,6 +162,15 @@ def run_training(
         mirror.push()
     run.log_metrics([(r.step, step_metrics(r)) for r in records[logged:]])
     return records
+
+
+def kept_validation(records: list[StepRecord], validate: Validation) -> tuple[float, dict[str, float]]:
+    """Loss and metrics on the validation split of the parameters that training kept: as measured then, or else now."""
+    kept = best_step(records)
+    if not kept:
+        return validate()
+    found = dict(next(record.validation for record in records if record.step == kept))
+    return found.pop("loss"), found
 
 
 def step_metrics(record: StepRecord) -> dict[str, float]:

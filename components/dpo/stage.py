@@ -20,6 +20,7 @@ from components.common.scoring import Scores, score, weights_digest
 from components.common.training_stage import (
     add_adapter,
     checkpoint_folder,
+    kept_validation,
     open_tuned,
     pair_examples,
     run_training,
@@ -116,7 +117,7 @@ def run_dpo(
         validate = partial(evaluate, policy, sets["validation"], objective["validation"], config.max_tokens_per_step)
         with checkpoint_folder("dpo", config, model, base_digest, data_digest, sft_digest) as checkpoints:
             records = run_training(run, policy, sets["train"], objective["train"], config, checkpoints, _show, validate)
-            loss, found = validate()
+            loss, found = kept_validation(records, validate)
             metrics = {"validation_loss": loss} | {f"validation_{name}": value for name, value in found.items()}
             with stage_output(out) as folder:
                 _write_policy(folder, policy, model, base_model, base_digest, tokenizer)

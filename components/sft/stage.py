@@ -17,6 +17,7 @@ from components.common.training_stage import (
     add_adapter,
     checkpoint_folder,
     instruction_examples,
+    kept_validation,
     open_model,
     pair_examples,
     run_training,
@@ -56,7 +57,7 @@ def run_sft(
         before, _ = validate()
         with checkpoint_folder("sft", config, model, base_digest, data_digest) as checkpoints:
             records = run_training(run, lm, sets["train"], objective, config, checkpoints, _show, validate)
-            after, _ = validate()
+            after, _ = kept_validation(records, validate)
             metrics = {"validation_loss_before": before, "validation_loss": after}
             with stage_output(out) as folder:
                 if model.tuning == "full":

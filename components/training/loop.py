@@ -150,7 +150,7 @@ def train(
         done = [asdict(record) for record in history]
         if accelerator.is_main_process:
             made = checkpoints.Checkpoint(len(history), whole, state, rng, done)
-            checkpoints.save(checkpoint_folder, made, keep=_best(history))
+            checkpoints.save(checkpoint_folder, made, keep=best_step(history))
         accelerator.wait_for_everyone()
 
     every = settings.eval_every_steps if validate else 0
@@ -158,7 +158,7 @@ def train(
     saved_at, saved_step = time.monotonic(), len(history)
     for number in range(len(history) + 1, len(steps) + 1):
         if _patience_is_over(history, settings.early_stopping_patience):
-            say(f"stopped early after step {len(history)}: no better validation loss since step {_best(history)}")
+            say(f"stopped early after step {len(history)}: no better validation loss since step {best_step(history)}")
             break
         lr = learning_rate(number, len(steps), settings)
         step = _Step(number, len(steps), steps[number - 1], lr)
@@ -174,20 +174,20 @@ def train(
         yield record
     if saved_step < len(history):
         save()
-    if 0 < _best(history) < len(history):
-        say(f"step {_best(history)} of {len(history)} has the lowest validation loss; its parameters are kept")
-        checkpoints.restore(parameters, checkpoints.load(checkpoint_folder, _best(history)).parameters)
+    if 0 < best_step(history) < len(history):
+        say(f"step {best_step(history)} of {len(history)} has the lowest validation loss; its parameters are kept")
+        checkpoints.restore(parameters, checkpoints.load(checkpoint_folder, best_step(history)).parameters)
     model.eval()
 
 
-def _best(history: Sequence[StepRecord]) -> int:
+def best_step(history: Sequence[StepRecord]) -> int:
     """The step with the lowest validation loss, the first of equals; 0 when none was validated."""
     validated = [record for record in history if record.validation]
     return min(validated, key=lambda record: record.validation["loss"]).step if validated else 0
 
 
 def _patience_is_over(history: Sequence[StepRecord], patience: int) -> bool:
-    since_best = sum(bool(record.validation) and record.step > _best(history) for record in history)
+    since_best = sum(bool(record.validation) and record.step > best_step(history) for record in history)
     return patience > 0 and since_best >= patience
 
 

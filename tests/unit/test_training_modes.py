@@ -135,7 +135,11 @@ def test_the_best_step_is_kept_and_patience_ends_training(
     assert len(history) == best + 3 < 8, "two evaluations after the best one"
     assert f"stopped early after step {len(history)}" in said
     kept = json.loads((tmp_path / "sft" / "training.json").read_text())["validation_loss"]
-    assert kept == pytest.approx(found[best], abs=1e-6)
+    assert kept == found[best]
+    config = load_config(ROOT / "params.yaml", [*SHORT, *ruin, f"sft.max_steps={best + 1}", "sft.max_grad_norm=9"])
+    run_sft(config.sft, config.model, stages.folder / "clean", stages.base, tmp_path / "shorter")
+    weights = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("sft", "shorter")]
+    assert weights[0].read_bytes() == weights[1].read_bytes(), "the parameters of the best step"
 
 
 def test_a_changed_sft_setting_never_resumes_an_old_dpo_run(
