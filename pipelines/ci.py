@@ -95,7 +95,8 @@ def data_report_(base: Base = "", head: Head = "HEAD", out: Out = OUT, project: 
 def retrain_(
     runner: Where = Runner.KUBEFLOW,
     again: Annotated[
-        bool, typer.Option("--again", help="Also what has been judged before, and without cache.")
+        bool,
+        typer.Option("--again", envvar="KUBEALIGN_AGAIN", help="Also what has been judged before, and without cache."),
     ] = False,
     out: Out = OUT,
     patience_s: Annotated[float, typer.Option("--patience", help="Seconds that Kubeflow may not answer.")] = 600,

@@ -22,7 +22,7 @@ DATA_SUFFIXES = (".html", ".jinja", ".css", ".js")
 def code_digest(stage: str) -> str:
     """Digest of the code that a stage runs.
 
-    KFP's cache knows a component's body only, never what it imports; this goes in as a parameter (DESIGN, decision 2).
+    KFP's cache knows a component's body only, never what it imports; this goes in as a parameter.
     """
     return modules_digest(f"components.{stage}.stage")
 

@@ -1,7 +1,7 @@
 """The models that are judged: how each is opened, what names its content, and what it was trained from.
 
 An incumbent comes from the registry as it was registered. Its own reference, the SFT model of its time, is the first
-ranks of its adapter (DESIGN, decision 5: the shipped adapter is the two concatenated by rank), so it needs no file of
+ranks of its adapter (the shipped adapter is the two concatenated by rank), so it needs no file of
 its own; after full fine-tuning it is known only while the SFT model is still the same.
 """
 

@@ -2,7 +2,7 @@
 
 A model's implicit reward is measured against one common frozen reference, the base model: log pi(y|x) - log base(y|x),
 in nats. Models differ in how large their rewards are (beta, epochs), so each gets one scale, fitted on the validation
-pairs, before held-out pairs are scored (DESIGN, decision 7). That scale is itself uncertain: every resample of the test
+pairs, before held-out pairs are scored. That scale is itself uncertain: every resample of the test
 pairs comes with a resample of the validation pairs and the scale that fits it.
 
 Shapes: P pairs, G prompt groups, B bootstrap resamples, K slices (masks over pairs), M metrics.

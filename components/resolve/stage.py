@@ -1,7 +1,7 @@
 """Turn names into facts before anything else runs: data version, base model, code, incumbent champion.
 
 Never cached. Every later task takes what it depends on from here as parameters, so that the cache cannot serve it a
-stale result (DESIGN, decision 2).
+stale result.
 """
 
 from typing import Any, NamedTuple

@@ -1,6 +1,6 @@
 """Models for the engine: load, adapters, the packed forward, the check at load, save and merge.
 
-The policy is base + SFT adapter + DPO adapter; its reference is the same without the DPO adapter (DESIGN, decision 5).
+The policy is base + SFT adapter + DPO adapter; its reference is the same without the DPO adapter.
 """
 
 import importlib.util

@@ -162,6 +162,9 @@ class Team:
         token = {"token": self.github.environment["GITHUB_TOKEN"], "repository": "team/alignment"}
         contexts = {"github": context | token, "vars": variables, "secrets": secrets}
         environment = self.environment | {"PYTHONPATH": str(folder)}
+        # The keys of the DVC remote come from the workflow's secrets or not at all.
+        for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            del environment[key]
         return Job(WORKFLOWS / f"{workflow}.yml", name, folder, self.origin, contexts, environment)
 
     def propose(self) -> tuple[bool, Job]:

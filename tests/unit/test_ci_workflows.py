@@ -37,6 +37,20 @@ def schema(*files: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def unread(workflows: str) -> list[str]:
+    """Variables of ours that workflows set and no code reads."""
+    names = set(re.findall(r"^ +(KUBEALIGN_[A-Z_]+): ", workflows, re.MULTILINE))
+    files = [path for folder in ("pipelines", "components") for path in (ROOT / folder).rglob("*.py")]
+    code = "".join(path.read_text(encoding="utf-8") for path in files)
+    return sorted(name for name in names if f'"{name}"' not in code)
+
+
+def test_what_a_workflow_sets_is_read() -> None:
+    texts = "".join(path.read_text() for path in WORKFLOWS)
+    assert unread(texts) == []
+    assert unread(texts.replace("KUBEALIGN_AGAIN:", "KUBEALIGN_ANEW:")) == ["KUBEALIGN_ANEW"]
+
+
 def test_the_schema_and_zizmor_accept_the_workflows() -> None:
     assert [path.stem for path in WORKFLOWS] == ["check", "data", "promote", "retrain"]
     for done in (schema(*WORKFLOWS), zizmor("--persona", "pedantic", *map(str, WORKFLOWS))):
