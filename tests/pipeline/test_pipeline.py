@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from components.common import tracking
 from components.common.records import read_lines
 from components.prepare.sources import read_sources, unpack
 from tests.conftest import ROOT, environment_without_home
@@ -225,7 +226,8 @@ def test_a_new_champion_reruns_only_the_evaluation(project: Project, first: dict
     # Another version with another lineage becomes the champion behind our back.
     client = project.client()
     one = client.get_model_version("kubealign", "1")
-    other = client.create_model_version("kubealign", one.source, run_id=one.run_id)
+    manifest = {tracking.MANIFEST_TAG: one.tags[tracking.MANIFEST_TAG]}
+    other = client.create_model_version("kubealign", one.source, run_id=one.run_id, tags=manifest)
     client.set_registered_model_alias("kubealign", "champion", other.version)
     assert ran(project.run()) == {"resolve", "evaluate", "register"}
     found = project.report()
