@@ -3,7 +3,7 @@
 A frozen head makes d logp / d hidden already in the forward pass, chunk by chunk, so the memory is one chunk of logits.
 A trainable head recomputes its chunks in the backward pass instead.
 
-Shapes: N completion tokens, C of them in a chunk, E hidden width, V vocabulary.
+Shapes: N completion tokens, C of them in a chunk, R of these in the cache, E hidden width, V vocabulary.
 """
 
 from typing import Any
@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK_TOKENS = 256
 """Rows of logits alive at once; 256 x 49152 fp32 logits are 48 MiB."""
+CACHED_LOGITS = 2**19
+"""Logits that go through softmax together on a CPU; 2 MiB in fp32, so that its passes stay in the cache."""
 
 
 def chunk_logps(
@@ -38,33 +40,35 @@ class FrozenHeadLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NE: Tensor, target_N: Tensor, weight_VE: Tensor, softcap: float | None) -> Tensor:
         # One set of buffers for all chunks: fresh ones of this size would cost more in page faults than the product.
-        rows = min(CHUNK_TOKENS, len(hidden_NE))
-        product_CV = hidden_NE.new_empty(rows, len(weight_VE), dtype=weight_VE.dtype)
-        logp_CV = torch.empty_like(product_CV, dtype=torch.float32)
+        n_vocabulary = len(weight_VE)
+        product_CV = hidden_NE.new_empty(min(CHUNK_TOKENS, len(hidden_NE)), n_vocabulary, dtype=weight_VE.dtype)
+        rows = CHUNK_TOKENS if hidden_NE.is_cuda else max(1, CACHED_LOGITS // n_vocabulary)
+        logit_RV = hidden_NE.new_empty(min(rows, len(product_CV)), n_vocabulary, dtype=torch.float32)
+        logp_RV = torch.empty_like(logit_RV)
         logps_N = torch.empty(len(hidden_NE), dtype=torch.float32, device=hidden_NE.device)
         gradient_NE = torch.empty_like(hidden_NE) if ctx.needs_input_grad[0] else None
         for first in range(0, len(hidden_NE), CHUNK_TOKENS):
             chunk = slice(first, first + CHUNK_TOKENS)
-            target_C1 = target_N[chunk, None]
-            n = len(target_C1)
-            low_CV, log_CV = product_CV[:n], logp_CV[:n]
+            low_CV = product_CV[: len(target_N[chunk])]
             torch.mm(hidden_NE[chunk].to(low_CV.dtype), weight_VE.T, out=low_CV)
-            slope_CV = None
-            if softcap:
-                capped_CV = low_CV.float().div(softcap).tanh_()
-                slope_CV = 1 - capped_CV * capped_CV if gradient_NE is not None else None
-                torch.log_softmax(capped_CV.mul_(softcap), 1, out=log_CV)
-            else:
-                torch.log_softmax(low_CV, 1, dtype=torch.float32, out=log_CV)
-            logps_N[chunk] = log_CV.gather(1, target_C1)[:, 0]
+            parts = zip(*(torch.split(each, rows) for each in (low_CV, target_N[chunk], logps_N[chunk])), strict=True)
+            for low_RV, target_R, found_R in parts:
+                n = len(low_RV)
+                logit, logp = logit_RV[:n].copy_(low_RV), logp_RV[:n]
+                if softcap:
+                    logit.div_(softcap).tanh_()
+                    torch.log_softmax(logit * softcap, 1, out=logp)
+                else:
+                    torch.log_softmax(logit, 1, out=logp)
+                torch.gather(logp, 1, target_R[:, None], out=found_R[:, None])
+                if gradient_NE is not None:
+                    residual = logp.exp_()
+                    residual.scatter_add_(1, target_R[:, None], residual.new_full((n, 1), -1.0))
+                    if softcap:
+                        residual.mul_(1 - logit.square_())
+                    low_RV.copy_(residual)
             if gradient_NE is not None:
-                residual_CV = log_CV.exp_()
-                residual_CV.scatter_add_(1, target_C1, residual_CV.new_full((n, 1), -1.0))
-                if slope_CV is not None:
-                    residual_CV.mul_(slope_CV)
-                if low_CV.dtype != torch.float32:
-                    residual_CV = low_CV.copy_(residual_CV)
-                gradient_NE[chunk] = torch.mm(residual_CV, weight_VE).neg_()
+                gradient_NE[chunk] = torch.mm(low_CV, weight_VE).neg_()
         if gradient_NE is not None:
             ctx.save_for_backward(gradient_NE)
         return logps_N
