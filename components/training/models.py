@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from components.common.errors import InputError
 from components.common.files import replacing_folder
-from components.training import checkpoints, lora
+from components.training import checkpoints, fused, lora
 from components.training.attention import PACKED
 from components.training.head import token_logps
 from components.training.packing import Example, Pack, pack
@@ -154,6 +154,7 @@ def load_causal_lm(
             module.support_avx512bf16_for_cpu = False
     if precision == "bf16" and not full:
         model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.float())
+    fused.speed_up(model)
     if precision == "bf16":
         _round_norms(model)
     return model
@@ -187,6 +188,7 @@ def _round_norms(model: nn.Module) -> None:
     """Let the norms inside the decoder layers give bf16: once, instead of once in every product that reads them."""
     for layers in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
         for norm in (child for layer in layers for child in layer.children() if "Norm" in type(child).__name__):
+            norm.rounds = True  # type: ignore[assignment]
             norm.register_forward_hook(lambda module, inputs, output: output.bfloat16())
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from components.common.errors import InputError, TrainingStop
 from components.common.settings import load_config
 from components.dpo.stage import cached_reference, check_reference, make_objective
-from components.training import checkpoints, loop
+from components.training import checkpoints, fused, loop
 from components.training.head import FrozenHeadLogps, chunk_logps
 from components.training.lora import LoraFunction
 from components.training.models import (
@@ -350,8 +350,11 @@ def test_examples_are_shared_out_evenly_and_completely() -> None:
     assert share_out([7], [0] * 8, 3) == [[7], [], []]
 
 
-def test_the_fused_lora_layers_give_what_peft_gives(tiny_model: Path) -> None:
+def test_the_fused_layers_give_what_the_models_and_pefts_own_give(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Value and gradient, for two adapters at once; with dropout at work peft's own way is taken."""
+    monkeypatch.setattr("components.training.fused.PART", 200)  # some tokens of a row, not all
 
     def model(fused: bool, dropout: float = 0.0) -> PackedModel:
         adapted = add_lora(load_causal_lm(tiny_model, "fp32"), SFT_ADAPTER, 4, 6, 0.0, "all-linear", 1)
@@ -377,6 +380,34 @@ def test_the_fused_lora_layers_give_what_peft_gives(tiny_model: Path) -> None:
     dropping = model(True, dropout=0.5)
     dropping.train()
     assert not torch.allclose(dropping(pack(EXAMPLES)), ours, atol=1e-3)
+
+
+def served(model: torch.nn.Module) -> set[str]:
+    return {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
+
+
+def test_only_norms_and_mlps_that_are_seen_to_give_the_same_are_fused(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_causal_lm(tiny_model, "fp32")
+    assert served(model) == {"LlamaRMSNorm", "LlamaMLP"}
+    model.set_attn_implementation("sdpa")
+    model.model.norm.weight.requires_grad_(True)
+    assert torch.autograd.grad(model(torch.tensor([[5, 6]])).logits.sum(), model.model.norm.weight)[0].norm() > 0
+    wrong = fused.SwiGLU.forward
+    monkeypatch.setattr("components.training.fused.SwiGLU.forward", lambda ctx, gate, up: 1.001 * wrong(ctx, gate, up))
+    right = fused.RMSNorm.forward
+    monkeypatch.setattr("components.training.fused.RMSNorm.forward", lambda ctx, x, *rest: right(ctx, x + 0.01, *rest))
+    assert served(load_causal_lm(tiny_model, "fp32")) == set()
+
+
+def test_fused_norms_round_to_bf16_once(tiny_model: Path) -> None:
+    norm = load_causal_lm(tiny_model, "bf16").model.layers[0].input_layernorm
+    x = torch.randn(3, 5, norm.weight.numel(), generator=torch.Generator().manual_seed(0))
+    exact = type(norm).forward(norm, x)
+    assert exact.dtype == torch.float32
+    assert norm(x).dtype == torch.bfloat16
+    assert (norm(x) != exact.bfloat16()).float().mean() < 0.02
 
 
 def test_qlora_has_the_gradient_of_its_dequantised_weights_or_says_what_is_missing(base_model: Path) -> None:
