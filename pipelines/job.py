@@ -75,9 +75,8 @@ def make_job(
     template = json.loads(settled["model_section"])["template"]
     model = local.model.model_copy(update={"base": settled["base_model"], "template": template})
     arguments = pipeline_arguments(local)
-    facts = resolve_key(
-        local.data, model, [arguments[name] for name in TRAINING], [arguments[name] for name in JUDGING]
-    )
+    training, judging = ([arguments[name] for name in names] for names in (TRAINING, JUDGING))
+    facts = resolve_key(local.data, model, training, judging, local.register_.format)
     config = _with_data(config, own, commit) if own and runner == "kubeflow" else local
     key = digest([facts.lineage, facts.config, facts.code["evaluate"], config.register_.name])[:16]
     if runner == "kubeflow":

@@ -14,7 +14,7 @@ from components.resolve.data import DataVersion, data_folders, resolve_data
 class Key:
     """The facts of a run before it begins.
 
-    `lineage` is the key of everything that decides the weights; `config` of all settings, those of the judgement too.
+    `lineage` is the key of everything that decides the weights; `config` of all settings, judgement and format too.
     """
 
     data: DataVersion
@@ -25,7 +25,9 @@ class Key:
     lineage: str
 
 
-def resolve_key(data: DataConfig, model: ModelConfig, training: list[str | float], judging: list[str]) -> Key:
+def resolve_key(
+    data: DataConfig, model: ModelConfig, training: list[str | float], judging: list[str], stored: str
+) -> Key:
     """Resolve what a run depends on.
 
     Args:
@@ -33,6 +35,7 @@ def resolve_key(data: DataConfig, model: ModelConfig, training: list[str | float
         model: the base model's name.
         training: every other setting that decides what is trained.
         judging: the settings of evaluate and gate.
+        stored: `register.format`.
 
     Raises:
         InputError: a name that means nothing.
@@ -46,4 +49,4 @@ def resolve_key(data: DataConfig, model: ModelConfig, training: list[str | float
     config = [template, model.how(), model.max_length, *numbers]
     trained_by = {stage: value for stage, value in code.items() if stage != "evaluate"}
     lineage = digest([version.digests, base.digest, trained_by, config])[:32]
-    return Key(version, base, code, template, digest([config, judging])[:32], lineage)
+    return Key(version, base, code, template, digest([config, judging, stored])[:32], lineage)

@@ -77,7 +77,7 @@ def run_resolve(
         "data_path": data.path,
     }
     with tracking.stage_run("resolve", named) as run:
-        key = resolve_key(data, model, training, judging)
+        key = resolve_key(data, model, training, judging, register.format)
         version, base, lineage = key.data, key.base, key.lineage
         preferences, instructions = data_folders(data.path)
         incumbent = _incumbent(run, register.name, lineage)

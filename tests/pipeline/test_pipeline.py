@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from components.common import tracking
+from components.common.audit import Audit
 from components.common.records import read_lines
 from components.prepare.sources import read_sources, unpack
 from tests.conftest import ROOT, environment_without_home
@@ -249,6 +250,34 @@ def test_dpo_that_does_not_update_gives_no_evidence(project: Project, first: dic
     assert abs(found["comparisons"]["sft"]["improvement"]["value"]) < 1e-4
     assert found["verdict"]["passed"] is False and found["verdict"]["verdict"] == "no evidence"
     assert "There is no evidence" in done.stdout and "champion" not in found["aliases"]
+
+
+def test_a_run_that_another_one_overtakes_judges_again(project: Project, first: dict[str, Any]) -> None:
+    process = subprocess.Popen(
+        project.words("dpo.beta=0.7"),
+        cwd=project.elsewhere,
+        env=project.environment | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout
+    lines: list[str] = []
+    number = 0
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        if lines[-1] == "evaluate: started" and not number:
+            audit = Audit.open(project.client(), "kubealign")
+            (test_set,) = audit.test_sets()
+            number = len(audit.decisions(test_set)) + 1
+            assert audit.claim_decision(test_set, number, "another run's")
+    assert process.wait() == 0, "\n".join(lines)
+    repeated = lines[lines.index("judging again against what is champion now") :]
+    assert [line for line in repeated if line.endswith(": started")] == [
+        f"{step}: started" for step in ("resolve", "evaluate", "register")
+    ]
+    found = project.report()
+    assert found["verdict"]["test_use"] == number + 1 and found["decided"]["state"] == "not passed"
 
 
 def test_an_edited_stage_reruns_itself_and_what_follows(project: Project, first: dict[str, Any]) -> None:

@@ -204,7 +204,8 @@ def test_other_settings_code_or_names_have_another_key_and_cluster_settings_have
 
     same = {key(), key("cluster.retries=9"), key("register.promote=false")}
     other = {key("dpo.beta=0.3"), key("gate.alpha=0.01"), key("register.name=x"), key("model.max_length=99")}
-    assert len(same) == 1 and len(other) == 4 and not same & other
+    other |= {key("register.format=adapter")}
+    assert len(same) == 1 and len(other) == 5 and not same & other
 
 
 def test_a_server_that_is_down_for_a_while_is_asked_again(
