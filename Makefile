@@ -42,7 +42,7 @@ bench: data ## the training engine against TRL: time, memory, differences; half 
 	TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1 python tests/bench/training.py $(ARGS)
 
 .PHONY: gate-demo
-gate-demo: data ## a better, an equal, a worse and a lucky model before the gate, then rollback and verify; an hour
+gate-demo: data ## a better, an equal, a worse and a lucky model before the gate, then rollback and verify; an hour and a half
 	TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1 python tests/bench/gate_demo.py $(ARGS)
 
 .PHONY: bench-data

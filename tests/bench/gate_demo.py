@@ -6,7 +6,8 @@ Then the champion is changed by force, rolled back, and verified.
 
 The first two are whole runs of `kubealign run`; SFT is trained once and comes from the cache. The other two do the
 steps dpo, evaluate and register on a changed copy of the clean data, since other data would make a whole run train SFT
-again. DPO takes two passes instead of one, so that 98 pairs are enough to show that it helps; SFT takes ten steps.
+again. Pairs may have 1,024 tokens and DPO takes two passes (768 and one are shipped), so that there are enough test
+pairs and enough training to show that it helps; SFT takes ten steps, and one pass is enough to become worse.
 """
 
 import argparse
@@ -40,7 +41,13 @@ from components.register.stage import Judged, Lineage, run_register
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOME = ROOT / "build" / "gate-demo"
-TRAINING = ["sft.max_steps=10", "dpo.epochs=2", "evaluate.answers=2", "evaluate.max_new_tokens=48"]
+TRAINING = [
+    "model.max_length=1024",
+    "sft.max_steps=10",
+    "dpo.epochs=2",
+    "evaluate.answers=2",
+    "evaluate.max_new_tokens=48",
+]
 EXPECTED = {"better": ["better"], "equal": ["no evidence"], "worse": ["worse", "no evidence"], "lucky": ["refused"]}
 LUCKY_PAIRS = 12
 console = Console(width=150)
@@ -165,7 +172,7 @@ def main() -> int:
     first = results["better"]
     out = HOME / "data"
     data = changed_data("swapped", "train", swapped)
-    config = demo.config()
+    config = demo.config("dpo.epochs=1")
     policy = out / "worse" / "policy"
     run_dpo(config.dpo, config.model, data, step("fetch/base"), step("sft/sft_model"), policy)
     results["worse"] = demo.judge(first, data, policy, out / "worse")
