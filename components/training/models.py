@@ -24,7 +24,7 @@ from components.training import checkpoints, fused, lora
 from components.training.attention import PACKED
 from components.training.head import token_logps
 from components.training.packing import Example, Pack, pack
-from components.training.processes import processes
+from components.training.processes import keep_freed_memory, processes
 
 Precision = Literal["bf16", "fp32"]
 SFT_ADAPTER, DPO_ADAPTER, SHIPPED_ADAPTER = "sft", "dpo", "policy"
@@ -134,6 +134,7 @@ def load_causal_lm(
     Raises:
         InputError: the folder is no causal LM in safetensors, or bitsandbytes is missing.
     """
+    keep_freed_memory()
     dtype = torch.bfloat16 if precision == "bf16" and not full else torch.float32
     options: dict[str, Any] = {"quantization_config": _nf4(dtype)} if quantization == "nf4" else {}
     if _takes_attention(path):

@@ -45,6 +45,7 @@ from components.training.models import (
     trainable_state,
 )
 from components.training.packing import Example, pack
+from components.training.processes import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "data" / "base_model"
@@ -288,10 +289,11 @@ def compare(
     trl.step(first)
     for number in range(1, rounds + 1):
         their_step = partial(trl.step, ours.batches[number])
-        if number % 2:
-            theirs, mine = timed(their_step), timed(ours.step)
-        else:
-            mine, theirs = timed(ours.step), timed(their_step)
+        measured = {}
+        for side in ("trl", "ours") if number % 2 else ("ours", "trl"):
+            keep_freed_memory(side == "ours")  # each as it comes
+            measured[side] = timed(ours.step if side == "ours" else their_step)
+        theirs, mine = measured["trl"], measured["ours"]
         print(
             f"  {kind} {cfg.model.precision} CPU {theirs[0] / mine[0]:.2f} wall {theirs[1] / mine[1]:.2f}", flush=True
         )
