@@ -37,6 +37,8 @@ PER_TOKEN_LOSSES = ("ipo", "sigmoid_norm", "simpo", "orpo")
 REFERENCE_FREE_LOSSES = ("simpo", "orpo")
 POWER_Z = 1.645 + 0.842
 """Standard normal quantiles of a one-sided test at 5 % with 80 % power."""
+MOST_PAIRS, MANY = 1_000_000, "more than a million"
+"""Numbers of pairs beyond this are not worth more words."""
 
 
 @dataclass(frozen=True)
@@ -298,10 +300,10 @@ def words(found: Mapping[str, Any], error: float, n_groups: int, rival: str) -> 
         said += f" {abs(gain):.4f} nats {'lower' if gain >= 0 else 'higher'} than that of {who}, and anything in"
         said += f" {interval} agrees with them."
         if gain > 0.0:
-            needed = math.ceil(pairs * (POWER_Z * error / gain) ** 2)
-            said += (
-                f" If the difference is real, about {max(needed, pairs + 1)} pairs would show it four times in five."
-            )
+            # Compared before it is divided: a difference of nearly nothing has no finite number.
+            few = POWER_Z * error * math.sqrt(pairs) < gain * math.sqrt(MOST_PAIRS)
+            needed = f"about {max(math.ceil(pairs * (POWER_Z * error / gain) ** 2), pairs + 1)}" if few else MANY
+            said += f" If the difference is real, {needed} pairs would show it four times in five."
     test = found["mcnemar"]
     said += f" Of the pairs that only one of them ranks right, {test['policy_only']} are the policy's and"
     said += f" {test['rival_only']} are the other's (McNemar's exact test, two-sided p = {test['p_value']:.3f})."

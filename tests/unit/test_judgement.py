@@ -263,6 +263,18 @@ def test_a_better_a_worse_and_an_equal_model_are_told_apart_in_words() -> None:
     assert better["comparisons"]["sft"]["mcnemar"]["policy_only"] > 20
 
 
+def test_how_many_pairs_would_show_a_difference() -> None:
+    def told(gain: float) -> str:
+        improvement = {"value": gain, "low": -1.0, "high": 1.0, "n": 100}
+        mcnemar = {"policy_only": 3, "rival_only": 2, "p_value": 1.0}
+        found = {"improvement": improvement, "mcnemar": mcnemar}
+        return comparison.words(found, 0.1, 100, "sft")
+
+    assert "about 155 pairs would show it" in told(0.2)
+    assert "more than a million pairs would show it" in told(1e-4)
+    assert "more than a million pairs would show it" in told(5e-324)
+
+
 @pytest.mark.parametrize(("policy_edge", "sft_edge"), [(2.0, 0.0), (0.5, 0.4), (-0.5, 2.0)])
 def test_scaling_all_rewards_changes_no_verdict(policy_edge: float, sft_edge: float) -> None:
     # Of one model, since of both it would prove little; with a beta that keeps its own loss below ln 2 either way.
