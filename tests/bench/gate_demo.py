@@ -45,6 +45,7 @@ TRAINING = [
     "model.max_length=1024",
     "sft.max_steps=10",
     "dpo.epochs=2",
+    "dpo.eval_every_steps=43",
     "evaluate.answers=2",
     "evaluate.max_new_tokens=48",
 ]
