@@ -15,6 +15,7 @@ from components.common.records import LANGUAGES, Preference
 from components.common.scoring import TokenLogps
 from components.evaluate.results import Comparison, Estimate, Metrics
 from components.evaluate.statistics import (
+    COMPARED,
     DISTRIBUTION_POINTS,
     Floats,
     GroupBootstrap,
@@ -146,7 +147,7 @@ def _judge(
     loss_BK, brier_BK = bootstrap.scaled_sums(gaps["test"], scales_B, masks_PK)
     with np.errstate(invalid="ignore"):  # a resample may hold no pair of a slice
         loss_BK, brier_BK = loss_BK / counts_BK, brier_BK / counts_BK
-    loss_P, brier_P = log_loss(gaps["test"], scale), brier(gaps["test"], scale)
+    loss_P, brier_P = log_loss(gaps["test"], COMPARED * scale), brier(gaps["test"], scale)
     table = bootstrap.table(_columns(scored, rows, rewards["test"]), masks)
     for number, (name, mask) in enumerate(masks.items()):
         n = int(mask.sum())

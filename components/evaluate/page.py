@@ -127,8 +127,8 @@ def _basis(evaluation: Values) -> str:
     pairs, groups = evaluation["pairs"], evaluation["groups"]
     return (
         f'<p class="soft">{pairs["test"]} held-out pairs of {groups["test"]} prompt groups. Rewards are'
-        " log-probability ratios to the frozen base model, in nats; the log-loss uses one scale per model, fitted on"
-        f" {pairs['validation']} validation pairs; ln 2 = 0.6931 is a coin toss. Intervals are"
+        " log-probability ratios to the frozen base model, in nats; the log-loss uses half a model's scale, fitted"
+        f" on {pairs['validation']} validation pairs; ln 2 = 0.6931 is a coin toss. Intervals are"
         f" {evaluation['confidence']:.0%}, from {evaluation['bootstrap']} paired resamples of prompt groups (seed"
         f" {evaluation['seed']}), each with its own fit of the scale to resampled validation pairs.</p>"
     )

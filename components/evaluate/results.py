@@ -46,6 +46,7 @@ class ModelResults(TypedDict):
     """
 
     scale: float
+    """What fits the validation pairs; Brier score and reliability take it, the log-loss half of it."""
     overall: Metrics
     languages: dict[str, Metrics]
     sources: dict[str, Metrics]

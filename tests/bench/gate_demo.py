@@ -35,7 +35,7 @@ from components.common.settings import load_config
 from components.dpo.stage import run_dpo
 from components.evaluate.candidates import Inputs
 from components.evaluate.stage import run_evaluate
-from components.evaluate.statistics import log_loss
+from components.evaluate.statistics import COMPARED, log_loss
 from components.register.package import content_digest
 from components.register.stage import Judged, Lineage, run_register
 
@@ -130,7 +130,8 @@ def luckiest(version: dict[str, Any]) -> set[str]:
     rival = "incumbent" if "incumbent" in found["models"] else "sft"
     scale = {name: found["models"][name]["scale"] for name in ("policy", rival)}
     losses = {
-        name: log_loss(np.array([row["margins"][name] for row in found["held_out"]]), scale[name]) for name in scale
+        name: log_loss(np.array([row["margins"][name] for row in found["held_out"]]), COMPARED * scale[name])
+        for name in scale
     }
     order = np.argsort(losses["policy"] - losses[rival])
     return {found["held_out"][number]["id"] for number in order[:LUCKY_PAIRS]}

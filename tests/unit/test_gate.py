@@ -9,8 +9,9 @@ import pytest
 from components.common.config import GateConfig
 from components.common.errors import InputError
 from components.common.settings import load_config, validated
+from components.evaluate import statistics
 from components.evaluate.gate import Circumstances, judge, level
-from components.evaluate.statistics import GroupBootstrap, superiority_p
+from components.evaluate.statistics import GroupBootstrap, fit_scale, log_loss, superiority_p
 from tests.conftest import ROOT
 
 GATE = load_config(ROOT / "params.yaml").gate
@@ -193,6 +194,45 @@ def test_equal_models_are_promoted_in_at_most_5_percent_of_1000_evaluations(
     assert share <= 0.05
     # The test is not simply deaf: a real improvement of half a standard deviation is seen.
     assert np.mean(simulated(gains[:, :100] + 0.1, [1] * 100, gate, rng)) > 0.5
+
+
+def evaluated(policy: float, rival: float, times: int, validation: int, test: int) -> float:
+    """Share of evaluations that promote, of models whose margins, heavy-tailed, have these means in deviations.
+
+    Everything is drawn anew each time, and scales are fitted, as in `comparison.compare`.
+    """
+    rng = np.random.default_rng(5)
+    bootstrap, calibration = (GroupBootstrap([str(i) for i in range(n)], 1000, 0.95, n) for n in (test, validation))
+    everything = np.ones((test, 1))
+    promoted = 0
+    for _ in range(times):
+        means, losses = [], []
+        for edge in (rival, policy):
+            fitted, margins = (rng.normal(edge, 1.0, n) * np.exp(rng.normal(0.0, 0.6, n)) for n in (validation, test))
+            sums = bootstrap.scaled_sums(margins, calibration.scales(fitted), everything)[0]
+            means.append(sums[:, 0] / test)
+            losses.append(log_loss(margins, statistics.COMPARED * fit_scale(fitted)))
+        gain = losses[0] - losses[1]
+        p = max(superiority_p(means[0] - means[1], 0.0), float(bootstrap.studentized_p(gain[:, None], 0.0)[0]))
+        found = results(p_value=p, gain=float(gain.mean()))
+        promoted += judge(found, Circumstances("", 1, True), GATE)["passed"]
+    return promoted / times
+
+
+@pytest.mark.parametrize("edge", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("validation", "test"), [(48, 127), (20, 60)])
+@pytest.mark.parametrize("times", [200, pytest.param(1000, marks=pytest.mark.long)])
+def test_equal_models_of_fitted_scales_are_promoted_in_at_most_5_percent(
+    times: int, validation: int, test: int, edge: float
+) -> None:
+    assert evaluated(edge, edge, times, validation, test) <= 0.05
+
+
+def test_half_the_fitted_scale_finds_more_better_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = evaluated(0.47, 0.0, 200, 48, 127)
+    monkeypatch.setattr(statistics, "COMPARED", 1.0)
+    whole = evaluated(0.47, 0.0, 200, 48, 127)
+    assert half > 0.6 and half > 1.5 * whole
 
 
 @pytest.mark.parametrize(
