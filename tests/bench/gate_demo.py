@@ -78,7 +78,9 @@ class Demo:
     def judge(self, first: dict[str, Any], clean: Path, policy: Path, out: Path) -> dict[str, Any]:
         """evaluate and register on a data set of our making, against the champion, as a run with that data does."""
         client, config = tracking.client(), self.config()
-        test_set = sha256_file(clean / "preferences" / "test.jsonl")[:32]
+        test = Path("preferences", "test.jsonl")
+        same = sha256_file(clean / test) == sha256_file(step("validate/clean") / test)
+        test_set = first["test_set"] if same else sha256_file(clean / test)[:32]
         incumbent = f"models:/{self.name}/{first['version']}"
         decision = digest([content_digest(policy, "merged"), incumbent, test_set])[:32]
         audit = Audit.open(client, self.name)
@@ -148,7 +150,7 @@ def row(name: str, result: dict[str, Any]) -> tuple[list[str], bool]:
     )
     cells = [
         name,
-        verdict["incumbent"] or "SFT model",
+        verdict["incumbent"].replace("models:/", "champion ") or "SFT model",
         str(estimate["n"]),
         f"{estimate['value']:+.4f} [{estimate['low']:+.4f}, {estimate['high']:+.4f}]",
         f"{gain['p_value']:.4f}",
@@ -168,7 +170,7 @@ def main() -> int:
     given = parser.parse_args()
     os.environ[tracking.HOME_VARIABLE] = str(HOME)
     demo = Demo("", [])
-    demo.name = f"gate-demo-{int(time.time())}"
+    demo.name = f"demo-{int(time.time())}"
     demo.sets = [*TRAINING, *given.set, f"register.name={demo.name}"]
     results = {"better": demo.run(), "equal": demo.run("dpo.seed=77")}
     first = results["better"]
