@@ -15,13 +15,13 @@ from components.common.records import LANGUAGES, Preference
 from components.common.scoring import TokenLogps
 from components.evaluate.results import Comparison, Estimate, Metrics
 from components.evaluate.statistics import (
-    COMPARED,
     DISTRIBUTION_POINTS,
     Floats,
     GroupBootstrap,
     Mask,
     accuracy,
     brier,
+    compared_loss,
     fit_scale,
     log_loss,
     mcnemar,
@@ -147,7 +147,7 @@ def _judge(
     loss_BK, brier_BK = bootstrap.scaled_sums(gaps["test"], scales_B, masks_PK)
     with np.errstate(invalid="ignore"):  # a resample may hold no pair of a slice
         loss_BK, brier_BK = loss_BK / counts_BK, brier_BK / counts_BK
-    loss_P, brier_P = log_loss(gaps["test"], COMPARED * scale), brier(gaps["test"], scale)
+    loss_P, brier_P = compared_loss(gaps["test"], scale), brier(gaps["test"], scale)
     table = bootstrap.table(_columns(scored, rows, rewards["test"]), masks)
     for number, (name, mask) in enumerate(masks.items()):
         n = int(mask.sum())
@@ -253,10 +253,7 @@ def _compare(
     found: dict[str, Any] = {
         "improvement": gains["overall"],
         "threshold": threshold,
-        # Each of the two is blind to something: the percentile to skew, the bootstrap-t to the scale's uncertainty.
-        "p_value": max(
-            superiority_p(gain_BK[:, 0], threshold), float(bootstrap.studentized_p(gain_P[:, None], threshold)[0])
-        ),
+        "p_value": bootstrap.p_value(gain_P, gain_BK[:, 0], threshold),
         "regression_p": {
             part.partition("/")[2]: superiority_p(-gain_BK[np.isfinite(gain_BK[:, number]), number], regression)
             for number, part in enumerate(masks)

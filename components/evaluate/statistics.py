@@ -42,6 +42,11 @@ def log_loss(margins_P: Floats, scale: float = 1.0) -> Floats:
     return np.logaddexp(0.0, -scale * margins_P)
 
 
+def compared_loss(margins_P: Floats, scale: float | Floats) -> Floats:
+    """The log-loss in which models are compared: at `COMPARED` of the fitted scale, one or one per resample [B, 1]."""
+    return np.logaddexp(0.0, -COMPARED * scale * margins_P)
+
+
 def brier(margins_P: Floats, scale: float = 1.0) -> Floats:
     """Brier score of each pair, (1 - sigmoid(scale * margin))^2; 1/4 is a coin toss.
 
@@ -130,6 +135,14 @@ class GroupBootstrap:
                 reached_E += (~(t_BE < t_E)).sum(axis=0)
         return (1.0 + reached_E) / (1.0 + self.resamples)
 
+    def p_value(self, gain_P: Floats, gain_B: Floats, threshold: float) -> float:
+        """One-sided p-value of "the mean gain is at most `threshold`", of each pair's gain and each resample's mean.
+
+        The larger of two, each of which is blind to something: the percentile to skew, the bootstrap-t to the
+        uncertainty of the scale.
+        """
+        return max(superiority_p(gain_B, threshold), float(self.studentized_p(gain_P[:, None], threshold)[0]))
+
     def sums(self, values_PM: Floats) -> Floats:
         """Sum of each column over each resample, [B, M]."""
         return np.concatenate([weights_BP @ values_PM for weights_BP in self.weights()])
@@ -143,7 +156,7 @@ class GroupBootstrap:
         losses, squares, first = [], [], 0
         for weights_BP in self.weights():
             scale_B1 = scales_B[first : first + len(weights_BP), None]
-            losses.append((weights_BP * np.logaddexp(0.0, -COMPARED * scale_B1 * margins_P)) @ masks_PK)
+            losses.append((weights_BP * compared_loss(margins_P, scale_B1)) @ masks_PK)
             squares.append((weights_BP * expit(-scale_B1 * margins_P) ** 2) @ masks_PK)
             first += len(weights_BP)
         return np.concatenate(losses), np.concatenate(squares)

@@ -35,7 +35,7 @@ from components.common.settings import load_config
 from components.dpo.stage import run_dpo
 from components.evaluate.candidates import Inputs
 from components.evaluate.stage import run_evaluate
-from components.evaluate.statistics import COMPARED, log_loss
+from components.evaluate.statistics import compared_loss
 from components.register.package import content_digest
 from components.register.stage import Judged, Lineage, run_register
 
@@ -79,8 +79,8 @@ class Demo:
         """evaluate and register on a data set of our making, against the champion, as a run with that data does."""
         client, config = tracking.client(), self.config()
         test = Path("preferences", "test.jsonl")
-        same = sha256_file(clean / test) == sha256_file(step("validate/clean") / test)
-        test_set = first["test_set"] if same else sha256_file(clean / test)[:32]
+        pairs = sha256_file(clean / test)
+        test_set = first["test_set"] if pairs == sha256_file(step("validate/clean") / test) else pairs[:32]
         incumbent = f"models:/{self.name}/{first['version']}"
         decision = digest([content_digest(policy, "merged"), incumbent, test_set])[:32]
         audit = Audit.open(client, self.name)
@@ -132,7 +132,7 @@ def luckiest(version: dict[str, Any]) -> set[str]:
     rival = "incumbent" if "incumbent" in found["models"] else "sft"
     scale = {name: found["models"][name]["scale"] for name in ("policy", rival)}
     losses = {
-        name: log_loss(np.array([row["margins"][name] for row in found["held_out"]]), COMPARED * scale[name])
+        name: compared_loss(np.array([row["margins"][name] for row in found["held_out"]]), scale[name])
         for name in scale
     }
     order = np.argsort(losses["policy"] - losses[rival])

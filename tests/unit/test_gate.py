@@ -11,7 +11,7 @@ from components.common.errors import InputError
 from components.common.settings import load_config, validated
 from components.evaluate import statistics
 from components.evaluate.gate import Circumstances, judge, level
-from components.evaluate.statistics import GroupBootstrap, fit_scale, log_loss, superiority_p
+from components.evaluate.statistics import GroupBootstrap, compared_loss, fit_scale, superiority_p
 from tests.conftest import ROOT
 
 GATE = load_config(ROOT / "params.yaml").gate
@@ -211,10 +211,10 @@ def evaluated(policy: float, rival: float, times: int, validation: int, test: in
             fitted, margins = (rng.normal(edge, 1.0, n) * np.exp(rng.normal(0.0, 0.6, n)) for n in (validation, test))
             sums = bootstrap.scaled_sums(margins, calibration.scales(fitted), everything)[0]
             means.append(sums[:, 0] / test)
-            losses.append(log_loss(margins, statistics.COMPARED * fit_scale(fitted)))
+            losses.append(compared_loss(margins, fit_scale(fitted)))
         gain = losses[0] - losses[1]
-        p = max(superiority_p(means[0] - means[1], 0.0), float(bootstrap.studentized_p(gain[:, None], 0.0)[0]))
-        found = results(p_value=p, gain=float(gain.mean()))
+        p_value = bootstrap.p_value(gain, means[0] - means[1], 0.0)
+        found = results(p_value=p_value, gain=float(gain.mean()))
         promoted += judge(found, Circumstances("", 1, True), GATE)["passed"]
     return promoted / times
 
