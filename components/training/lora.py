@@ -2,11 +2,15 @@
 
 peft's own layers make a scaled copy of the update, add it, and keep the input once per adapter and in two dtypes; here
 the update is accumulated into the output in place, adapters that are active together share their matrix products, and
-the input is kept once. The modules, their names and their saved files stay peft's. Source: LoRA, arXiv 2106.09685.
+the input is kept once. Layers that read the same input (query, key and value; gate and up) are computed together: one
+thin product reads the input, and the input's gradient is summed up in place. The modules, their names and their saved
+files stay peft's. Source: LoRA, arXiv 2106.09685.
 
-Shapes: T tokens (all leading dimensions), I inputs, O outputs, R rank of the active adapters together.
+Shapes: T tokens (all leading dimensions), I inputs, O outputs of a layer, R rank of its active adapters together, S sum
+of R over the layers.
 """
 
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
@@ -14,62 +18,117 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Children of one module that it gives the same input."""
+
 
 class LoraFunction(torch.autograd.Function):
-    """y = x W^T + b + (x A^T) B^T for frozen W and b, computed in one dtype."""
+    """y = x W^T + b + (x A^T) B^T for frozen W and b, for each of some layers of one input, computed in one dtype.
+
+    Arguments after the input: W [O, I], b [O] or None, A [R, I] and B [O, R] of the first layer, of the second, ...
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor) -> Tensor:
-        xa_TR = torch.mm(x_TI, a_RI.T)
-        # The small update first: added to a product in bf16 it would be rounded away, this way both are rounded once.
-        y_TO = torch.mm(xa_TR, b_OR.T) if bias_O is None else torch.addmm(bias_O, xa_TR, b_OR.T)
-        y_TO.addmm_(x_TI, weight_OI.T)
-        ctx.save_for_backward(x_TI, xa_TR, weight_OI, a_RI, b_OR)
-        return y_TO
+    def forward(ctx: Any, x_TI: Tensor, *layers: Any) -> tuple[Tensor, ...]:
+        weights, biases, a_parts, b_parts = (layers[first::4] for first in range(4))
+        a_SI = a_parts[0] if len(a_parts) == 1 else torch.cat(a_parts)
+        xa_TS = torch.mm(x_TI, a_SI.T)
+        ctx.ranks = [len(a_RI) for a_RI in a_parts]
+        outputs = []
+        for weight_OI, bias_O, b_OR, xa_TR in zip(
+            weights, biases, b_parts, torch.split(xa_TS, ctx.ranks, 1), strict=True
+        ):
+            # The small update first: added to a product in bf16 it would be rounded away; so both are rounded once.
+            y_TO = torch.mm(xa_TR, b_OR.T) if bias_O is None else torch.addmm(bias_O, xa_TR, b_OR.T)
+            outputs.append(y_TO.addmm_(x_TI, weight_OI.T))
+        ctx.save_for_backward(x_TI, xa_TS, a_SI, *weights, *b_parts)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, xa_TR, weight_OI, a_RI, b_OR = ctx.saved_tensors
-        (dy_TO,) = outputs
-        wants_x, _, _, wants_a, wants_b = ctx.needs_input_grad
-        dxa_TR = torch.mm(dy_TO, b_OR)
-        dx_TI = torch.mm(dxa_TR, a_RI).addmm_(dy_TO, weight_OI) if wants_x else None
-        da_RI = torch.mm(dxa_TR.T, x_TI) if wants_a else None
-        db_OR = torch.mm(dy_TO.T, xa_TR) if wants_b else None
-        return dx_TI, None, None, da_RI, db_OR
+        x_TI, xa_TS, a_SI, *rest = ctx.saved_tensors
+        weights, b_parts = rest[: len(outputs)], rest[len(outputs) :]
+        dxa_TS = torch.zeros_like(xa_TS)
+        for dxa_TR, dy_TO, b_OR in zip(torch.split(dxa_TS, ctx.ranks, 1), outputs, b_parts, strict=True):
+            torch.mm(dy_TO, b_OR, out=dxa_TR)
+        dx_TI = None
+        if ctx.needs_input_grad[0]:
+            dx_TI = torch.mm(dxa_TS, a_SI)
+            for dy_TO, weight_OI in zip(outputs, weights, strict=True):
+                dx_TI.addmm_(dy_TO, weight_OI)
+        da_parts = torch.split(torch.mm(dxa_TS.T, x_TI), ctx.ranks)
+        gradients: list[Tensor | None] = [dx_TI]
+        for number, (dy_TO, xa_TR) in enumerate(zip(outputs, torch.split(xa_TS, ctx.ranks, 1), strict=True)):
+            _, _, wants_a, wants_b = ctx.needs_input_grad[1 + 4 * number : 5 + 4 * number]
+            db_OR = torch.mm(dy_TO.T, xa_TR) if wants_b else None
+            gradients += [None, None, da_parts[number] if wants_a else None, db_OR]
+        return tuple(gradients)
 
 
 def lora_linear(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The forward pass of a peft LoRA layer; what `LoraFunction` does not cover goes peft's own way.
 
-    Covered are plain linear layers whose active adapters have no bias, no variant (DoRA and others) and no dropout at
-    work. Under autocast everything is computed in its dtype, as autocast would.
+    Under autocast everything is computed in its dtype, as autocast would. What a sibling needs of the same input is
+    computed here too, and waits for it.
     """
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    covered = not (args or kwargs or layer.disable_adapters or layer.merged) and all(
-        name not in layer.lora_variant
-        and layer.lora_B[name].bias is None
-        and not (layer.training and getattr(layer.lora_dropout[name], "p", 0.0))
-        for name in names
-    )
-    if not names or not covered:
+    waiting = vars(layer).pop("computed", None)
+    if args or kwargs or not _covered(layer):
         result: Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return result
+    if waiting is not None and waiting[0] is x and waiting[2] == torch.is_grad_enabled():
+        output: Tensor = waiting[1]
+        return output
+    layers = [layer, *(each for each in layer.siblings if each is not layer and _covered(each))]
+    outputs = _compute(layers, x)
+    for each, computed in zip(layers[1:], outputs[1:], strict=True):
+        vars(each)["computed"] = x, computed, torch.is_grad_enabled()
+    return outputs[0]
+
+
+def _covered(layer: LoraLinear) -> bool:
+    """Whether the layer has active adapters, and these no bias, no variant (DoRA and others), no dropout at work."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    return (
+        bool(names)
+        and not (layer.disable_adapters or layer.merged)
+        and all(
+            name not in layer.lora_variant
+            and layer.lora_B[name].bias is None
+            and not (layer.training and getattr(layer.lora_dropout[name], "p", 0.0))
+            for name in names
+        )
+    )
+
+
+def _compute(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
+    """The layers' outputs of one input."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    base = layer.base_layer
+    arguments: list[Tensor | None] = []
     with torch.autocast(device, enabled=False):
-        a_RI = torch.cat([layer.lora_A[name].weight.to(dtype) for name in names])
-        b_OR = torch.cat([(layer.lora_B[name].weight * layer.scaling[name]).to(dtype) for name in names], dim=1)
-        bias = None if base.bias is None else base.bias.to(dtype)
+        for layer in layers:
+            names = [name for name in layer.active_adapters if name in layer.lora_A]
+            base = layer.base_layer
+            arguments += [
+                base.weight.to(dtype),
+                None if base.bias is None else base.bias.to(dtype),
+                torch.cat([layer.lora_A[name].weight.to(dtype) for name in names]),
+                torch.cat([(layer.lora_B[name].weight * layer.scaling[name]).to(dtype) for name in names], dim=1),
+            ]
         flat_TI = x.to(dtype).reshape(-1, x.shape[-1])
-        y_TO = LoraFunction.apply(flat_TI, base.weight.to(dtype), bias, a_RI, b_OR)  # type: ignore[no-untyped-call]
-    output: Tensor = y_TO.view(*x.shape[:-1], -1)
-    return output
+        outputs = LoraFunction.apply(flat_TI, *arguments)  # type: ignore[no-untyped-call]
+    return [y_TO.view(*x.shape[:-1], -1) for y_TO in outputs]
 
 
 def speed_up(model: nn.Module) -> None:
     """Let the LoRA layers over plain, unquantised linear layers of `model` compute by `lora_linear`."""
-    for module in model.modules():
-        if type(module) is LoraLinear and type(module.base_layer) is nn.Linear:
-            module.forward = MethodType(lora_linear, module)
+    for parent in model.modules():
+        children = dict(parent.named_children())
+        for name, module in children.items():
+            if type(module) is LoraLinear and type(module.base_layer) is nn.Linear:
+                names = next((each for each in SIBLINGS if name in each), (name,))
+                candidates = (children.get(each) for each in names)
+                siblings = [each for each in candidates if type(each) is LoraLinear]
+                # Past nn.Module, which would take them for children.
+                vars(module)["siblings"] = [each for each in siblings if type(each.base_layer) is nn.Linear]
+                module.forward = MethodType(lora_linear, module)
