@@ -52,6 +52,8 @@ BASE = ROOT / "data" / "base_model"
 MARK = re.compile(r"(<!-- bench:training -->\n).*?(<!-- /bench:training -->)", re.S)
 LONG_PROMPT = 128
 """Tokens from which a prompt counts as long; the median of the real ones."""
+SEARCH_ROUNDS = 3
+"""Counted steps of each of TRL's settings, when the fastest is looked for."""
 
 Step = Callable[[], float]
 
@@ -241,18 +243,16 @@ def timed(step: Step) -> tuple[float, float]:
 
 
 def search(kind: str, cfg: Config, rows: list[Preference], candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """CPU and wall time of TRL's settings: the better of two steps each, after a warm one."""
+    """CPU and wall time of TRL's settings: medians of steps in turn, after a warm one each."""
     indices = list(range(cfg.dpo.batch_size))
-    found: list[dict[str, Any]] = []
-    for candidate in candidates:
-        AcceleratorState._reset_state()
-        trl = Trl(kind, cfg, rows, **candidate)
-        trl.step(indices[: candidate["micro"]])  # warm
-        cpu, wall = min(timed(partial(trl.step, indices)) for _ in range(2))
+    AcceleratorState._reset_state()
+    arms = [Trl(kind, cfg, rows[: len(indices)], **candidate) for candidate in candidates]
+    times = [[timed(partial(trl.step, indices)) for trl in arms] for _ in range(1 + SEARCH_ROUNDS)][1:]
+    found = []
+    for candidate, measured in zip(candidates, zip(*times, strict=True), strict=True):
+        cpu, wall = (statistics.median(values) for values in zip(*measured, strict=True))
         found.append({"settings": {key: str(value) for key, value in candidate.items()}, "cpu_s": cpu, "wall_s": wall})
         print(f"  TRL {kind} {cfg.model.precision} {found[-1]}", flush=True)
-        del trl
-        gc.collect()
     return found
 
 
