@@ -124,14 +124,14 @@ def test_reference_log_probs_travel_with_the_sft_model_and_damage_is_seen(
 def test_the_best_step_is_kept_and_patience_ends_training(
     stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is learnt makes answers of characters that it never has less likely, so an early evaluation stays the best."""
+    """Training makes answers of characters that it never shows less likely, so an early evaluation stays the best."""
     clean = tmp_path / "clean"
     shutil.copytree(stages.folder / "clean", clean)
     file = clean / "instructions" / "validation.jsonl"
     rows = [json.loads(line) | {"response": "@#&" * 4} for line in file.read_text(encoding="utf-8").splitlines()]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     write_manifest(clean)
-    often = ["sft.lr=0.02", "sft.schedule=constant", "sft.warmup_ratio=0.0", "sft.max_steps=8", "sft.eval_every_steps=1"]
+    often = ["sft.lr=0.02", "sft.schedule=constant", "sft.max_steps=8", "sft.eval_every_steps=1"]
     config = load_config(ROOT / "params.yaml", [*SHORT, *often, "sft.early_stopping_patience=2"])
     run_sft(config.sft, config.model, clean, stages.base, tmp_path / "sft")
     history = [json.loads(line) for line in (tmp_path / "sft" / "history.jsonl").read_text().splitlines()]
