@@ -37,17 +37,17 @@ CURVE_POINTS = 500
 """Points of a ROC that are kept, so that reports and Kubeflow's message stay small."""
 
 
-def log_loss(margins_P: Floats, scale: float = 1.0) -> Floats:
+def log_loss(margins_P: Floats, scale: float | Floats = 1.0) -> Floats:
     """Preference log-loss of each pair, -log sigmoid(scale * margin), nats; ln 2 is a coin toss."""
     return np.logaddexp(0.0, -scale * margins_P)
 
 
 def compared_loss(margins_P: Floats, scale: float | Floats) -> Floats:
     """The log-loss in which models are compared: at `COMPARED` of the fitted scale, one or one per resample [B, 1]."""
-    return np.logaddexp(0.0, -COMPARED * scale * margins_P)
+    return log_loss(margins_P, COMPARED * scale)
 
 
-def brier(margins_P: Floats, scale: float = 1.0) -> Floats:
+def brier(margins_P: Floats, scale: float | Floats = 1.0) -> Floats:
     """Brier score of each pair, (1 - sigmoid(scale * margin))^2; 1/4 is a coin toss.
 
     The probability is that of the chosen answer being the chosen one, so that the outcome is always 1.
@@ -157,7 +157,7 @@ class GroupBootstrap:
         for weights_BP in self.weights():
             scale_B1 = scales_B[first : first + len(weights_BP), None]
             losses.append((weights_BP * compared_loss(margins_P, scale_B1)) @ masks_PK)
-            squares.append((weights_BP * expit(-scale_B1 * margins_P) ** 2) @ masks_PK)
+            squares.append((weights_BP * brier(margins_P, scale_B1)) @ masks_PK)
             first += len(weights_BP)
         return np.concatenate(losses), np.concatenate(squares)
 

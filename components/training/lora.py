@@ -48,7 +48,7 @@ class LoraFunction(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, xa_TS, a_SI, *rest = ctx.saved_tensors
         weights, b_parts = rest[: len(outputs)], rest[len(outputs) :]
-        dxa_TS = torch.zeros_like(xa_TS)
+        dxa_TS = torch.empty_like(xa_TS)
         for dxa_TR, dy_TO, b_OR in zip(torch.split(dxa_TS, ctx.ranks, 1), outputs, b_parts, strict=True):
             torch.mm(dy_TO, b_OR, out=dxa_TR)
         dx_TI = None

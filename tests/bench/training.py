@@ -408,6 +408,7 @@ def main() -> None:
     for name, (kind, cfg, options) in candidates.items():
         tried = parts.measure(f"search_{name}", partial(search, kind, cfg, rows, options))
         best[name] = options[min(range(len(tried)), key=lambda index: tried[index]["cpu_s"])]
+        gc.collect()
     # TRL's own defaults, but for the precision: 8 examples in a pass, with gradient checkpointing.
     default = {"micro": 8, "gradient_checkpointing": True}
     like = {"micro": 1, "dtype": torch.float32}
