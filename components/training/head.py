@@ -34,7 +34,9 @@ def chunk_logps(
 class FrozenHeadLogps(torch.autograd.Function):
     """`chunk_logps` over all N tokens for a head without trainable parameters.
 
-    d logp / d hidden = (onehot(target) - softmax(logits)) * d softcap @ W is made while the logits are there.
+    d logp / d hidden = (onehot(target) - softmax(logits)) * d softcap @ W is made while the logits are there. Softmax
+    is taken apart: torch's own kernel for CPUs adds up a row's exponentials one after the other, which over a
+    vocabulary of 49152 loses up to 4e-5 nats, where a pairwise sum loses 1e-6.
     """
 
     @staticmethod
@@ -44,7 +46,6 @@ class FrozenHeadLogps(torch.autograd.Function):
         product_CV = hidden_NE.new_empty(min(CHUNK_TOKENS, len(hidden_NE)), n_vocabulary, dtype=weight_VE.dtype)
         rows = CHUNK_TOKENS if hidden_NE.is_cuda else max(1, CACHED_LOGITS // n_vocabulary)
         logit_RV = hidden_NE.new_empty(min(rows, len(product_CV)), n_vocabulary, dtype=torch.float32)
-        logp_RV = torch.empty_like(logit_RV)
         logps_N = torch.empty(len(hidden_NE), dtype=torch.float32, device=hidden_NE.device)
         gradient_NE = torch.empty_like(hidden_NE) if ctx.needs_input_grad[0] else None
         for first in range(0, len(hidden_NE), CHUNK_TOKENS):
@@ -53,19 +54,19 @@ class FrozenHeadLogps(torch.autograd.Function):
             torch.mm(hidden_NE[chunk].to(low_CV.dtype), weight_VE.T, out=low_CV)
             parts = zip(*(torch.split(each, rows) for each in (low_CV, target_N[chunk], logps_N[chunk])), strict=True)
             for low_RV, target_R, found_R in parts:
-                n = len(low_RV)
-                logit, logp = logit_RV[:n].copy_(low_RV), logp_RV[:n]
+                logit = logit_RV[: len(low_RV)].copy_(low_RV)
                 if softcap:
-                    logit.div_(softcap).tanh_()
-                    torch.log_softmax(logit * softcap, 1, out=logp)
-                else:
-                    torch.log_softmax(logit, 1, out=logp)
-                torch.gather(logp, 1, target_R[:, None], out=found_R[:, None])
+                    bent_RV = logit.div_(softcap).tanh_().clone()
+                    logit.mul_(softcap)
+                logit.sub_(logit.amax(1, keepdim=True))
+                target_R1 = target_R[:, None]
+                target_logit_R1 = logit.gather(1, target_R1)
+                total_R1 = logit.exp_().sum(1, keepdim=True)
+                torch.sub(target_logit_R1, total_R1.log(), out=found_R[:, None])
                 if gradient_NE is not None:
-                    residual = logp.exp_()
-                    residual.scatter_add_(1, target_R[:, None], residual.new_full((n, 1), -1.0))
+                    residual = logit.mul_(total_R1.reciprocal_()).scatter_(1, target_R1, found_R.expm1()[:, None])
                     if softcap:
-                        residual.mul_(1 - logit.square_())
+                        residual.mul_(1 - bent_RV.square_())
                     low_RV.copy_(residual)
             if gradient_NE is not None:
                 gradient_NE[chunk] = torch.mm(low_CV, weight_VE).neg_()

@@ -140,6 +140,22 @@ def test_the_frozen_head_has_the_gradient_of_autograd(softcap: float | None, mon
     assert torch.allclose(mine, theirs, atol=1e-5)
 
 
+def test_the_frozen_head_adds_up_a_large_vocabulary_without_losing_digits() -> None:
+    """Against fp64; exponentials added up one after the other in fp32, as torch's log_softmax does, would not pass."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(49152, 8, generator=generator)
+    weight[17] += 2
+    hidden = torch.randn(20, 8, generator=generator) + 1
+    target = torch.randint(49152, (20,), generator=generator)
+    logits = (hidden @ weight.T).double()
+    exact = logits[torch.arange(20), target] - logits.logsumexp(1)
+    errors = (FrozenHeadLogps.apply(hidden, target, weight, None) - exact).abs()
+    assert errors.max() < 5e-6
+    exponentials = (logits - logits.amax(1, keepdim=True)).exp().float().numpy()
+    one_by_one = np.add.accumulate(exponentials, axis=1)[:, -1]
+    assert np.abs(np.log(one_by_one) - np.log(exponentials.astype(np.float64).sum(1))).max() > 5e-6
+
+
 def test_every_epoch_visits_every_example_once_within_the_budget() -> None:
     n_tokens = [3, 9, 4, 4, 12, 5, 1]
     steps = plan_steps(len(n_tokens), epochs=2, batch_size=3, seed=7)
