@@ -18,7 +18,15 @@ from components.common.identity import code_digest
 from components.common.mirror import Mirror
 from components.common.records import Instruction, Preference
 from components.training.loop import LoopSettings, Objective, StepRecord, TrainingSet, Validation, best_step, train
-from components.training.models import PackedModel, add_lora, choose_layout, load_adapter, load_causal_lm, shard
+from components.training.models import (
+    PackedModel,
+    add_lora,
+    choose_layout,
+    computes_bf16,
+    load_adapter,
+    load_causal_lm,
+    shard,
+)
 from components.training.packing import Example
 from components.training.processes import processes
 
@@ -44,15 +52,26 @@ def instruction_examples(tokenizer: Any, rows: list[Instruction], loss_on: str) 
     return [Example(prompt, [completion], answers) for prompt, completion, answers in conversations]
 
 
+def settle(model: ModelConfig) -> ModelConfig:
+    """The configuration with `precision: auto` decided for this machine, for a stage to begin with."""
+    if model.precision != "auto":
+        return model
+    return model.model_copy(update={"precision": "bf16" if computes_bf16() else "fp32"})
+
+
 def open_model(run: tracking.StageRun, path: Path, config: ModelConfig, trains: bool) -> PackedModel:
     """The model of a local folder, as the configuration wants it run.
 
     Args:
-        run: hears what the check of the layout found.
+        run: hears what the check of the layout found, and of a precision that is slow here.
         path: model folder.
-        config: of the model.
+        config: of the model, settled.
         trains: whether it will be trained: then it is ready for full fine-tuning and gradient checkpointing.
     """
+    if config.precision == "auto":
+        raise ValueError("settle() the configuration of the model first")
+    if config.precision == "bf16" and not computes_bf16():
+        run.say("bf16 is computed by software on this machine: model.precision=fp32, or auto, is several times as fast")
     full = trains and config.tuning == "full"
     lm = load_causal_lm(path, config.precision, full, config.quantization)
     model = PackedModel(lm, config.precision, "fp32" if config.head_precision == "fp32" else config.precision)

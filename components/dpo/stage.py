@@ -24,6 +24,7 @@ from components.common.training_stage import (
     open_tuned,
     pair_examples,
     run_training,
+    settle,
     stage_output,
     write_history,
 )
@@ -75,6 +76,7 @@ def run_dpo(
     Raises:
         TrainingStop: the policy does not equal its reference before the first step, or a loss is not finite.
     """
+    model = settle(model)
     with tracking.stage_run("dpo", config.model_dump() | model.how()) as run:
         base_digest, data_digest, sft_digest = map(verify_manifest, (base_model, dataset, sft_model))
         tokenizer = load_tokenizer(base_model)

@@ -17,7 +17,7 @@ from components.common.config import EvaluateConfig, GateConfig, ModelConfig
 from components.common.files import digest, read_json, write_json, write_text
 from components.common.records import Preference, read_rows
 from components.common.scoring import TokenLogps, score
-from components.common.training_stage import pair_examples
+from components.common.training_stage import pair_examples, settle
 from components.evaluate.answers import Answers, answer, fixed_prompts, generation
 from components.evaluate.candidates import Candidate, Inputs, find_candidates
 from components.evaluate.comparison import SIDES, Rows, Scored, compare, sampled_kl
@@ -61,8 +61,10 @@ def run_evaluate(
     Raises:
         InputError: the incumbent cannot be loaded.
     """
+    model = settle(model)
     params = config.model_dump() | {f"gate_{key}": value for key, value in gate.model_dump().items()}
-    with tracking.stage_run("evaluate", params | {"incumbent": inputs.incumbent or "sft"}) as run:
+    params |= {"incumbent": inputs.incumbent or "sft", "precision": model.precision}
+    with tracking.stage_run("evaluate", params) as run:
         rows = {side: read_rows(inputs.dataset / "preferences" / f"{side}.jsonl", Preference) for side in SIDES}
         asked = fixed_prompts(rows["test"], config.answers)
         measured = _measure(run, config, model, find_candidates(run, model, inputs), rows, asked)

@@ -34,6 +34,17 @@ PACKED_LAYERS = {"full_attention", "sliding_attention"}
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
+def computes_bf16() -> bool:
+    """Whether this machine multiplies in bf16 by hardware; a CPU that does not takes several times as long as in fp32.
+
+    Of ARM CPUs it is not known, and False.
+    """
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 class PackedModel(nn.Module):
     """A causal LM whose forward takes a pack and gives token log-probabilities.
 
