@@ -1,5 +1,6 @@
 """Is a version what was registered, and how is it made again: its files, its logits, its origin."""
 
+import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -132,13 +133,14 @@ def reproduce(version: Any, project: Path, out: Path | None) -> Iterator[str]:
         yield "warning   the data was not what a commit records; compare the digests above"
     with tempfile.TemporaryDirectory() as scratch:
         source = f"models:/{version.name}/{version.version}/artifacts"
-        recorded, settings = (
+        recorded, settings, training = (
             Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{source}/{name}", dst_path=scratch)).read_text(
                 "utf-8"
             )
-            for name in ("environment.txt", "settings.yaml")
+            for name in ("environment.txt", "settings.yaml", "training.json")
         )
         yield from _packages(recorded)
+        yield from _precision(yaml.safe_load(settings)["model"]["precision"], json.loads(training))
         if out is None:
             yield "to check it out: the same command with --out FOLDER"
             return
@@ -154,6 +156,19 @@ def _packages(recorded: str) -> Iterator[str]:
     differing = [f"{name} {then[name]} (here {now.get(name, 'none')})" for name in then if now.get(name) != then[name]]
     more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
     yield f"packages  {len(then)}, " + (f"different here: {', '.join(differing[:8])}{more}" if differing else "as here")
+
+
+def _precision(asked: str, training: dict[str, Any]) -> Iterator[str]:
+    """What `auto` was for the version, and whether it would be the same here."""
+    from components.training.models import native_precision
+
+    if asked == "auto":
+        yield f"precision {training['precision']}, by model.precision=auto"
+        if training["precision"] != native_precision():
+            yield (
+                f"warning   auto is {native_precision()} on this machine: the same model needs"
+                f" --set model.precision={training['precision']}, and then has another lineage"
+            )
 
 
 def _check_out(project: Path, commit: str, out: Path) -> None:

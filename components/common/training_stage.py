@@ -22,9 +22,9 @@ from components.training.models import (
     PackedModel,
     add_lora,
     choose_layout,
-    computes_bf16,
     load_adapter,
     load_causal_lm,
+    native_precision,
     shard,
 )
 from components.training.packing import Example
@@ -56,7 +56,7 @@ def settle(model: ModelConfig) -> ModelConfig:
     """The configuration with `precision: auto` decided for this machine, for a stage to begin with."""
     if model.precision != "auto":
         return model
-    return model.model_copy(update={"precision": "bf16" if computes_bf16() else "fp32"})
+    return model.model_copy(update={"precision": native_precision()})
 
 
 def open_model(run: tracking.StageRun, path: Path, config: ModelConfig, trains: bool) -> PackedModel:
@@ -70,7 +70,7 @@ def open_model(run: tracking.StageRun, path: Path, config: ModelConfig, trains: 
     """
     if config.precision == "auto":
         raise ValueError("settle() the configuration of the model first")
-    if config.precision == "bf16" and not computes_bf16():
+    if config.precision == "bf16" and native_precision() != "bf16":
         run.say("bf16 is computed by software on this machine: model.precision=fp32, or auto, is several times as fast")
     full = trains and config.tuning == "full"
     lm = load_causal_lm(path, config.precision, full, config.quantization)

@@ -124,7 +124,8 @@ def run_dpo(
             with stage_output(out) as folder:
                 _write_policy(folder, policy, model, base_model, base_digest, tokenizer)
                 write_history(folder / "history.jsonl", records)
-                facts = {"beta": config.beta, "loss": config.loss, "base_digest": base_digest, "sft_digest": sft_digest}
+                facts = {"beta": config.beta, "loss": config.loss, "precision": model.precision}
+                facts |= {"base_digest": base_digest, "sft_digest": sft_digest}
                 # The reference is these ranks of the shipped adapter.
                 facts["reference_rank"] = (
                     cast(Any, policy.lm).peft_config[SFT_ADAPTER].r if model.tuning == "lora" else 0

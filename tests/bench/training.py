@@ -39,7 +39,7 @@ from components.common.training_stage import add_adapter, loop_settings, pair_ex
 from components.dpo.stage import cached_reference, make_objective
 from components.sft.stage import objective as sft_objective
 from components.training import loop
-from components.training.models import DPO_ADAPTER, PackedModel, computes_bf16, load_causal_lm, trainable_state
+from components.training.models import DPO_ADAPTER, PackedModel, load_causal_lm, native_precision, trainable_state
 from components.training.packing import Example, pack
 from components.training.processes import keep_freed_memory
 
@@ -424,7 +424,7 @@ def main() -> None:
         "dpo_bf16": ("dpo", bf16, [*micros[:2], recompute, *low]),
         "sft_fp32": ("sft", fp32, [*micros, recompute]),
     }
-    if not computes_bf16():
+    if native_precision() != "bf16":
         del candidates["dpo_bf16"]
     best: dict[str, dict[str, Any]] = {}
     for name, (kind, cfg, options) in candidates.items():
@@ -443,7 +443,7 @@ def main() -> None:
         "sft_fp32_default": ("sft", fp32, default, None),
     }
     for name, (kind, cfg, settings, dtype) in arms.items():
-        if cfg is bf16 and not computes_bf16():
+        if cfg is bf16 and native_precision() != "bf16":
             parts.measure(name, lambda: {"not_measured": "this machine computes bf16 by software"})
             continue
         found = parts.measure(name, partial(compare, kind, cfg, rows, settings, arguments.rounds, dtype))
@@ -451,7 +451,7 @@ def main() -> None:
         gc.collect()
     for name, checkpointing in (("memory_fp32", False), ("memory_fp32_checkpointing", True)):
         parts.measure(name, partial(memory, checkpointing))
-    shipped = "bf16" if computes_bf16() else "fp32"
+    shipped = native_precision()
     sizes = (256, 512, 1024, 2048)
     parts.measure(f"sizes_{shipped}", lambda: [peak("ours", False, shipped, length) for length in sizes])
     parts.measure("overhead", overhead)

@@ -449,9 +449,12 @@ def test_weights_over_100_mb_are_not_held_in_memory_on_their_way_to_a_server(
     assert peaks[1] - peaks[0] < 60, f"MiB at peak for 1 and 400 MB: {peaks}"
 
 
-def test_reproduce_says_what_it_takes_and_checks_it_out(shop: Shop, tmp_path: Path) -> None:
+def test_reproduce_says_what_it_takes_and_checks_it_out(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dulwich import porcelain
 
+    monkeypatch.setattr("components.training.models.native_precision", lambda: "fp32")
     project = tmp_path / "project"
     project.mkdir()
     (project / "params.yaml").write_text((ROOT / "params.yaml").read_text())
@@ -468,5 +471,9 @@ def test_reproduce_says_what_it_takes_and_checks_it_out(shop: Shop, tmp_path: Pa
     settings = yaml.safe_load((tmp_path / "again" / "params.yaml").read_text())
     assert settings["dpo"] == CONFIG.sections()["dpo"] and "prepare" in settings
     assert "torch==" in (tmp_path / "again" / "environment.txt").read_text()
+    assert "precision fp32, by model.precision=auto" in said.output and "auto is" not in said.output
+    monkeypatch.setattr("components.training.models.native_precision", lambda: "bf16")
+    elsewhere = CliRunner().invoke(app, list(words))
+    assert "auto is bf16 on this machine" in elsewhere.output and "--set model.precision=fp32" in elsewhere.output
     full = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "again")])
     assert full.exit_code and "not empty" in str(full.exception)

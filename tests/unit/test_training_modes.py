@@ -93,21 +93,22 @@ def test_what_changes_only_the_way_changes_no_loss(stages: Stages, tmp_path: Pat
     assert losses(plain / "dpo")[2] != pytest.approx(0.6931472, abs=1e-3)
 
 
-@pytest.mark.parametrize(("in_hardware", "meant"), [(True, "bf16"), (False, "fp32")])
+@pytest.mark.parametrize(("meant", "other"), [("bf16", "fp32"), ("fp32", "bf16")])
 def test_auto_is_bf16_only_where_the_machine_computes_it(
     stages: Stages,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    in_hardware: bool,
     meant: str,
+    other: str,
 ) -> None:
-    monkeypatch.setattr("components.common.training_stage.computes_bf16", lambda: in_hardware)
-    auto, asked = (train(stages, tmp_path / name, f"model.precision={name}") for name in ("auto", meant))
-    other = train(stages, tmp_path / "other", f"model.precision={'fp32' if in_hardware else 'bf16'}")
-    assert losses(auto / "dpo") == losses(asked / "dpo")
-    assert losses(auto / "dpo") != losses(other / "dpo")
-    assert ("bf16 is computed by software" in capsys.readouterr().out) == (not in_hardware)
+    monkeypatch.setattr("components.common.training_stage.native_precision", lambda: meant)
+    for precision in ("auto", meant, other):
+        train(stages, tmp_path / precision, f"model.precision={precision}")
+    auto, same, different = (losses(tmp_path / precision / "dpo") for precision in ("auto", meant, other))
+    assert auto == same != different
+    assert json.loads((tmp_path / "auto" / "dpo" / "training.json").read_text())["precision"] == meant
+    assert ("bf16 is computed by software" in capsys.readouterr().out) == (meant == "fp32")
 
 
 def test_a_live_reference_of_full_fine_tuning_stays_where_it_was(stages: Stages, tmp_path: Path) -> None:
