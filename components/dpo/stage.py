@@ -124,7 +124,7 @@ def run_dpo(
             with stage_output(out) as folder:
                 _write_policy(folder, policy, model, base_model, base_digest, tokenizer)
                 write_history(folder / "history.jsonl", records)
-                facts = {"beta": config.beta, "loss": config.loss, "precision": model.precision}
+                facts: dict[str, Any] = {"beta": config.beta, "loss": config.loss, "precision": model.precision}
                 facts |= {"base_digest": base_digest, "sft_digest": sft_digest}
                 # The reference is these ranks of the shipped adapter.
                 facts["reference_rank"] = (
