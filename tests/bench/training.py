@@ -14,7 +14,6 @@ import os
 import platform
 import random
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -348,8 +347,10 @@ def child(side: str, checkpointing: bool, precision: str, length: int) -> None:
         step = partial(Trl("dpo", cfg, rows, micro=1, gradient_checkpointing=checkpointing).step, [0])
     step()
     _, wall = timed(step)
-    mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"tokens": sizes[index], "seconds": wall, "peak_mib": mib}))
+    # Of this program alone: getrusage's would begin at the size of the process that started it.
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, "no peak memory in /proc/self/status"
+    print(json.dumps({"tokens": sizes[index], "seconds": wall, "peak_mib": int(found[1]) / 1024}))
 
 
 def overhead() -> float:
@@ -413,7 +414,7 @@ def main() -> None:
         child(arguments.child, arguments.checkpointing, arguments.precision, arguments.length)
         return
     fp32, bf16 = config("model.precision=fp32"), config("model.precision=bf16")
-    rows = sample((arguments.rounds + 1) * fp32.dpo.batch_size)
+    rows = sample((arguments.rounds + 1) * max(fp32.dpo.batch_size, fp32.sft.batch_size))
     parts = Parts(arguments.out.with_suffix(".partial.json"))
     parts.measure("machine", lambda: {"cpu": platform.machine(), "threads": torch.get_num_threads()})
     micros: list[dict[str, Any]] = [{"micro": size} for size in (1, 2, 4)]
