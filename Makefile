@@ -38,7 +38,7 @@ test: data ## ruff, mypy and all tests of the normal tier
 	pytest -n $(TEST_JOBS) --dist loadfile -m "not long and not containers and not ci and not cluster" $(PYTEST_ARGS)
 
 .PHONY: bench
-bench: data ## the training engine against TRL: time, memory, differences; half an hour
+bench: data ## the training engine against TRL: time, memory, differences; an hour
 	TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1 python tests/bench/training.py $(ARGS)
 
 .PHONY: gate-demo

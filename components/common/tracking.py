@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import re
-import resource
 import sys
 import time
 import traceback
@@ -21,6 +20,7 @@ from typing import Any
 
 from components.common.errors import KubealignError
 from components.common.files import difference, sha256_file, write_json
+from components.common.memory import peak_memory_mib
 
 HOME_VARIABLE = "KUBEALIGN_HOME"
 PARENT_VARIABLES = ("KUBEALIGN_PARENT_RUN", "MLFLOW_RUN_ID")
@@ -230,8 +230,7 @@ def stage_run(name: str, params: Mapping[str, Any]) -> Iterator[StageRun]:
 
 
 def _end_run(run: StageRun, name: str, status: str, seconds: float) -> None:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    run.log_metrics([(0, {"seconds": seconds, "peak_memory_mib": peak})])
+    run.log_metrics([(0, {"seconds": seconds, "peak_memory_mib": peak_memory_mib()})])
     run.client.set_terminated(run.run_id, status)
     if os.environ.get(KFP_RUN_VARIABLE) and (status == "FAILED" or name == LAST_STAGE):
         run.client.set_terminated(parent_run(), status)

@@ -6,7 +6,6 @@ and the step is the same as one process would do, up to the order of the sums.
 """
 
 import math
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from components.common.errors import TrainingStop
 from components.common.files import write_json
+from components.common.memory import peak_memory_mib
 from components.training import checkpoints
 from components.training.models import PackedModel, is_sharded, trainable_state
 from components.training.packing import Example, Pack, fill_packs, pack, plan_steps, share_out
@@ -254,7 +254,7 @@ def _run_step(
     sums = _sum_over_processes(sums)
     loss_sum, tokens = sums.pop("loss"), int(sums.pop("tokens"))
     seconds = time.monotonic() - started
-    return StepRecord(step.number, step.total, loss_sum, step.lr, norm, tokens, seconds, peak_memory_mib(), sums)
+    return StepRecord(step.number, step.total, loss_sum, step.lr, norm, tokens, seconds, peak_device_memory_mib(), sums)
 
 
 def _sync(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager[None]:
@@ -279,11 +279,9 @@ def _sum_over_processes(values: dict[str, float]) -> dict[str, float]:
     return sums
 
 
-def peak_memory_mib() -> float:
-    """Peak memory so far: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak_device_memory_mib() -> float:
+    """Peak memory so far: of the GPU where there is one, else of this program."""
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else peak_memory_mib()
 
 
 @contextmanager

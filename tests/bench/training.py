@@ -32,6 +32,7 @@ from components.common import tracking
 from components.common.chat import load_tokenizer
 from components.common.config import Config
 from components.common.files import read_json, write_json
+from components.common.memory import peak_memory_mib
 from components.common.records import Preference, read_rows
 from components.common.settings import load_config
 from components.common.training_stage import add_adapter, loop_settings, pair_examples, step_metrics
@@ -347,10 +348,7 @@ def child(side: str, checkpointing: bool, precision: str, length: int) -> None:
         step = partial(Trl("dpo", cfg, rows, micro=1, gradient_checkpointing=checkpointing).step, [0])
     step()
     _, wall = timed(step)
-    # Of this program alone: getrusage's would begin at the size of the process that started it.
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found, "no peak memory in /proc/self/status"
-    print(json.dumps({"tokens": sizes[index], "seconds": wall, "peak_mib": int(found[1]) / 1024}))
+    print(json.dumps({"tokens": sizes[index], "seconds": wall, "peak_mib": peak_memory_mib()}))
 
 
 def overhead() -> float:

@@ -506,3 +506,25 @@ def test_what_a_step_frees_stays_with_the_process() -> None:
         for how in ("keep", "default")
     }
     assert faults["keep"] < faults["default"] / 4, faults
+
+
+FAT_PARENT = """
+import subprocess, sys
+ballast = b"x" * (300 << 20)
+subprocess.run([sys.executable, "-c", sys.argv[1]], check=True)
+"""
+LEAN_CHILD = """
+import resource
+from components.common.memory import peak_memory_mib
+print(peak_memory_mib(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def test_peak_memory_is_that_of_the_program_and_not_of_who_started_it() -> None:
+    """A child that is made by fork begins with its parent's size in getrusage's books."""
+    command = [sys.executable, "-c", FAT_PARENT, LEAN_CHILD]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=True
+    )
+    ours, of_getrusage = map(float, done.stdout.split())
+    assert 5 < ours < 100 and of_getrusage > ours

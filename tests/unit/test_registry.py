@@ -419,13 +419,13 @@ def log_in(monkeypatch: pytest.MonkeyPatch, user: str, password: str) -> None:
 
 
 UPLOAD = """
-import resource, sys
-from pathlib import Path
+import sys
 from components.common import tracking
+from components.common.memory import peak_memory_mib
 from components.register.package import log_version
 with tracking.stage_run("register", {}) as run:
     log_version(run, "big", {"model": sys.argv[1]}, ["mlflow"], {})
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(round(peak_memory_mib()))
 """
 
 
