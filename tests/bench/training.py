@@ -197,6 +197,9 @@ class Trl:
             data = Dataset.from_dict({"prompt": turns, "completion": answers["chosen"]})
             self.trainer = SFTTrainer(model, args=SFTConfig(**arguments), train_dataset=data, **common)
         trainer = self.trainer
+        if arguments["gradient_checkpointing"]:
+            # transformers does this in train(), which is not called here.
+            trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         trainer.create_optimizer_and_scheduler(10_000)
         self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         self.rows = [trainer.train_dataset[index] for index in range(len(trainer.train_dataset))]
