@@ -184,7 +184,8 @@ class Trl:
         rank, alpha = section.lora_rank, section.lora_alpha
         lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         model = AutoModelForCausalLM.from_pretrained(BASE, dtype=dtype)
-        common = {"processing_class": load_tokenizer(BASE), "peft_config": lora}
+        tokenizer = load_tokenizer(BASE)
+        common = {"processing_class": tokenizer, "peft_config": lora}
         turns = [[message.model_dump() for message in row.prompt] for row in rows]
         answers = {side: [[{"role": "assistant", "content": getattr(row, side)}] for row in rows] for side in SIDES}
         if kind == "dpo":
@@ -204,7 +205,7 @@ class Trl:
         self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         self.rows = [trainer.train_dataset[index] for index in range(len(trainer.train_dataset))]
         # Our tokens, which end with the turn: TRL predicts the newline that the template writes after it, too.
-        for row, (prompt, completions, *_) in zip(self.rows, pair_examples(load_tokenizer(BASE), rows), strict=True):
+        for row, (prompt, completions, *_) in zip(self.rows, pair_examples(tokenizer, rows), strict=True):
             chosen, rejected = map(list, completions)
             if kind == "dpo":
                 row |= {"prompt_ids": list(prompt), "chosen_ids": chosen, "rejected_ids": rejected}
@@ -414,7 +415,7 @@ def main() -> None:
     if arguments.child:
         child(arguments.child, arguments.checkpointing, arguments.precision, arguments.length)
         return
-    fp32, bf16 = config("model.precision=fp32"), config("model.precision=bf16")
+    fp32, bf16, shipped = config("model.precision=fp32"), config("model.precision=bf16"), native_precision()
     rows = sample((arguments.rounds + 1) * max(fp32.dpo.batch_size, fp32.sft.batch_size))
     parts = Parts(arguments.out.with_suffix(".partial.json"))
     parts.measure("machine", lambda: {"cpu": platform.machine(), "threads": torch.get_num_threads()})
@@ -426,7 +427,7 @@ def main() -> None:
         "dpo_bf16": ("dpo", bf16, [*micros[:2], recompute, *low]),
         "sft_fp32": ("sft", fp32, [*micros, recompute]),
     }
-    if native_precision() != "bf16":
+    if shipped != "bf16":
         del candidates["dpo_bf16"]
     best: dict[str, dict[str, Any]] = {}
     for name, (kind, cfg, options) in candidates.items():
@@ -445,7 +446,7 @@ def main() -> None:
         "sft_fp32_default": ("sft", fp32, default, None),
     }
     for name, (kind, cfg, settings, dtype) in arms.items():
-        if cfg is bf16 and native_precision() != "bf16":
+        if cfg is bf16 and shipped != "bf16":
             parts.measure(name, lambda: {"not_measured": "this machine computes bf16 by software"})
             continue
         found = parts.measure(name, partial(compare, kind, cfg, rows, settings, arguments.rounds, dtype))
@@ -453,7 +454,6 @@ def main() -> None:
         gc.collect()
     for name, checkpointing in (("memory_fp32", False), ("memory_fp32_checkpointing", True)):
         parts.measure(name, partial(memory, checkpointing))
-    shipped = native_precision()
     sizes = (256, 512, 1024, 2048)
     parts.measure(f"sizes_{shipped}", lambda: [peak("ours", False, shipped, length) for length in sizes])
     parts.measure("overhead", overhead)
