@@ -2,14 +2,16 @@
 
 Step by step over a whole row, such element-wise work waits for memory, at every step again. Here it goes through the
 row in parts: one part passes all steps before the next. The modules, their names and their saved files stay the
-model's own; a module is only served after its own forward pass was seen to give the same.
+model's own; a module is only served after its own forward pass was seen to give the same. What is made here is cheap to
+make again from what is kept here, and says how (`made`): a linear layer need not keep such an input.
 
 Shapes: T tokens (all leading dimensions), E and I widths.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,13 @@ from torch.nn import functional as F
 
 PART = 2**17
 """Elements of a part; 512 KiB in fp32."""
+
+
+class Made(NamedTuple):
+    """How a tensor [T, width] was made: `make(*of)` makes it again."""
+
+    make: Callable[..., Tensor]
+    of: tuple[Tensor, ...]
 
 
 def parts(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -29,14 +38,22 @@ class RMSNorm(torch.autograd.Function):
     """y = w * x / sqrt(mean(x^2) + eps) for a frozen w, rounded once, to `dtype`. Source: arXiv 1910.07467, eq. 4."""
 
     @staticmethod
-    def forward(ctx: Any, x_TE: Tensor, weight_E: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        width = x_TE.shape[-1]
-        squares_T1 = torch.linalg.vector_norm(x_TE, dim=-1, keepdim=True).square_()
-        scale_T1 = squares_T1.div_(width).add_(eps).rsqrt_()
+    def forward(ctx: Any, x_TE: Tensor, scale_T1: Tensor, weight_E: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x_TE, scale_T1, weight_E)
+        return RMSNorm.make(x_TE, scale_T1, weight_E, dtype=dtype)
+
+    @staticmethod
+    def scale(x_TE: Tensor, eps: float) -> Tensor:
+        """1 / sqrt(mean(x^2) + eps), [T, 1]."""
+        squares_T1: Tensor = torch.linalg.vector_norm(x_TE, dim=-1, keepdim=True).square_()
+        return squares_T1.div_(x_TE.shape[-1]).add_(eps).rsqrt_()
+
+    @staticmethod
+    def make(x_TE: Tensor, scale_T1: Tensor, weight_E: Tensor, dtype: torch.dtype) -> Tensor:
+        """The output."""
         y_TE = torch.empty(x_TE.shape, dtype=dtype)
         for x, scale, y in parts(x_TE, scale_T1, y_TE):
             y.copy_((x * scale).mul_(weight_E))
-        ctx.save_for_backward(x_TE, scale_T1, weight_E)
         return y_TE
 
     @staticmethod
@@ -55,10 +72,15 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate_TI: Tensor, up_TI: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_TI, up_TI)
+        return SwiGLU.make(gate_TI, up_TI)
+
+    @staticmethod
+    def make(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
+        """The output."""
         y_TI = torch.empty_like(gate_TI)
         for gate, up, y in parts(gate_TI, up_TI, y_TI):
             torch.mul(F.silu(gate), up, out=y)
-        ctx.save_for_backward(gate_TI, up_TI)
         return y_TI
 
     @staticmethod
@@ -77,9 +99,13 @@ def rms_norm(module: nn.Module, x: Tensor) -> Tensor:
         own: Tensor = type(module).forward(module, x)
         return own
     dtype = torch.bfloat16 if getattr(module, "rounds", False) else torch.float32
-    flat_TE = x.reshape(-1, x.shape[-1])
-    y_TE: Tensor = RMSNorm.apply(flat_TE, module.weight.float(), _epsilon(module), dtype)  # type: ignore[no-untyped-call]
-    return y_TE.view(x.shape)
+    flat_TE, weight_E = x.reshape(-1, x.shape[-1]), cast(Tensor, module.weight).float()
+    plain_TE = flat_TE.detach()
+    scale_T1 = RMSNorm.scale(plain_TE, _epsilon(module))
+    y = RMSNorm.apply(flat_TE, scale_T1, weight_E, dtype).view(x.shape)  # type: ignore[no-untyped-call]
+    y.made = Made(partial(RMSNorm.make, dtype=dtype), (plain_TE, scale_T1, weight_E))
+    made: Tensor = y
+    return made
 
 
 def gated_mlp(module: nn.Module, x: Tensor) -> Tensor:
@@ -88,13 +114,15 @@ def gated_mlp(module: nn.Module, x: Tensor) -> Tensor:
         own: Tensor = type(module).forward(module, x)
         return own
     gate, up = module.gate_proj(x), module.up_proj(x)  # type: ignore[operator]
-    y_TI = SwiGLU.apply(gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1]))  # type: ignore[no-untyped-call]
-    y: Tensor = module.down_proj(y_TI.view(gate.shape))  # type: ignore[operator]
+    gate_TI, up_TI = (each.reshape(-1, each.shape[-1]) for each in (gate, up))
+    between = SwiGLU.apply(gate_TI, up_TI).view(gate.shape)  # type: ignore[no-untyped-call]
+    between.made = Made(SwiGLU.make, (gate_TI.detach(), up_TI.detach()))
+    y: Tensor = module.down_proj(between)  # type: ignore[operator]
     return y
 
 
-def _epsilon(module: nn.Module) -> float | None:
-    found: float | None = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+def _epsilon(module: nn.Module) -> Any:
+    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     return found
 
 

@@ -3,8 +3,9 @@
 peft's own layers make a scaled copy of the update, add it, and keep the input once per adapter and in two dtypes; here
 the update is accumulated into the output in place, adapters that are active together share their matrix products, and
 the input is kept once. Layers that read the same input (query, key and value; gate and up) are computed together: one
-thin product reads the input, and the input's gradient is summed up in place. The modules, their names and their saved
-files stay peft's. Source: LoRA, arXiv 2106.09685.
+thin product reads the input, and the input's gradient is summed up in place. An input that `fused.py`
+made is not kept but made again in the backward pass. The modules, their names and their saved files stay peft's.
+Source: LoRA, arXiv 2106.09685.
 
 Shapes: T tokens (all leading dimensions), I inputs, O outputs of a layer, R rank of its active adapters together, S sum
 of R over the layers.
@@ -18,6 +19,8 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
+from components.training.fused import Made
+
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that it gives the same input."""
 
@@ -25,11 +28,12 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class LoraFunction(torch.autograd.Function):
     """y = x W^T + b + (x A^T) B^T for frozen W and b, for each of some layers of one input, computed in one dtype.
 
-    Arguments after the input: W [O, I], b [O] or None, A [R, I] and B [O, R] of the first layer, of the second, ...
+    Arguments: the input, of what it was made (None to keep it), and W [O, I], b [O] or None, A [R, I] and B [O, R] of
+    the first layer, of the second, ...
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, *layers: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x_TI: Tensor, made: Made | None, *layers: Any) -> tuple[Tensor, ...]:
         weights, biases, a_parts, b_parts = (layers[first::4] for first in range(4))
         a_SI = a_parts[0] if len(a_parts) == 1 else torch.cat(a_parts)
         xa_TS = torch.mm(x_TI, a_SI.T)
@@ -41,13 +45,15 @@ class LoraFunction(torch.autograd.Function):
             # The small update first: added to a product in bf16 it would be rounded away; so both are rounded once.
             y_TO = torch.mm(xa_TR, b_OR.T) if bias_O is None else torch.addmm(bias_O, xa_TR, b_OR.T)
             outputs.append(y_TO.addmm_(x_TI, weight_OI.T))
-        ctx.save_for_backward(x_TI, xa_TS, a_SI, *weights, *b_parts)
+        ctx.make, kept = (made.make, made.of) if made else (None, (x_TI,))
+        ctx.save_for_backward(xa_TS, a_SI, *weights, *b_parts, *kept)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, xa_TS, a_SI, *rest = ctx.saved_tensors
-        weights, b_parts = rest[: len(outputs)], rest[len(outputs) :]
+        xa_TS, a_SI, *rest = ctx.saved_tensors
+        n = len(outputs)
+        weights, b_parts, kept = rest[:n], rest[n : 2 * n], rest[2 * n :]
         dxa_TS = torch.empty_like(xa_TS)
         for dxa_TR, dy_TO, b_OR in zip(torch.split(dxa_TS, ctx.ranks, 1), outputs, b_parts, strict=True):
             torch.mm(dy_TO, b_OR, out=dxa_TR)
@@ -56,10 +62,11 @@ class LoraFunction(torch.autograd.Function):
             dx_TI = torch.mm(dxa_TS, a_SI)
             for dy_TO, weight_OI in zip(outputs, weights, strict=True):
                 dx_TI.addmm_(dy_TO, weight_OI)
+        x_TI = ctx.make(*kept) if ctx.make else kept[0]
         da_parts = torch.split(torch.mm(dxa_TS.T, x_TI), ctx.ranks)
-        gradients: list[Tensor | None] = [dx_TI]
+        gradients: list[Tensor | None] = [dx_TI, None]
         for number, (dy_TO, xa_TR) in enumerate(zip(outputs, torch.split(xa_TS, ctx.ranks, 1), strict=True)):
-            _, _, wants_a, wants_b = ctx.needs_input_grad[1 + 4 * number : 5 + 4 * number]
+            _, _, wants_a, wants_b = ctx.needs_input_grad[2 + 4 * number : 6 + 4 * number]
             db_OR = torch.mm(dy_TO.T, xa_TR) if wants_b else None
             gradients += [None, None, da_parts[number] if wants_a else None, db_OR]
         return tuple(gradients)
@@ -116,7 +123,8 @@ def _compute(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
                 torch.cat([(layer.lora_B[name].weight * layer.scaling[name]).to(dtype) for name in names], dim=1),
             ]
         flat_TI = x.to(dtype).reshape(-1, x.shape[-1])
-        outputs = LoraFunction.apply(flat_TI, *arguments)  # type: ignore[no-untyped-call]
+        made = getattr(x, "made", None) if x.dtype == dtype else None
+        outputs = LoraFunction.apply(flat_TI, made, *arguments)  # type: ignore[no-untyped-call]
     return [y_TO.view(*x.shape[:-1], -1) for y_TO in outputs]
 
 

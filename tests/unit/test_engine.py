@@ -428,6 +428,38 @@ def test_fused_norms_round_to_bf16_once(tiny_model: Path) -> None:
     assert (norm(x) != exact.bfloat16()).float().mean() < 0.02
 
 
+def kept_bytes_and_gradient(model: PackedModel) -> tuple[int, torch.Tensor]:
+    """What a forward pass keeps for the backward pass, each storage once, and the gradient."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total = model(pack(EXAMPLES)).sum()
+    n_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    found = torch.autograd.grad(total, list(trainable_state(model).values()))
+    return n_bytes, torch.cat([gradient.flatten() for gradient in found])
+
+
+def test_what_norms_and_activations_made_is_made_again_rather_than_kept(tiny_model: Path) -> None:
+    model = with_adapter(tiny_model)
+    config, tokens = model.causal_lm.config, len(pack(EXAMPLES).input_ids_T)
+    n_bytes, gradient = kept_bytes_and_gradient(model)
+    norms = [module for name, module in model.named_modules() if name.endswith("layernorm")]
+    downs = [module for name, module in model.named_modules() if name.endswith("down_proj")]
+    # A copy does not say how it was made. The first norm is left out: its input needs no gradient and is kept for this.
+    for norm in norms[1:]:
+        norm.register_forward_hook(lambda module, inputs, output: output.clone())
+    for down in downs:
+        down.register_forward_pre_hook(lambda module, inputs: (inputs[0].clone(),))
+    more_bytes, same_gradient = kept_bytes_and_gradient(model)
+    assert torch.equal(gradient, same_gradient)
+    spared = len(norms[1:]) * config.hidden_size + len(downs) * config.intermediate_size
+    assert more_bytes - n_bytes == 4 * tokens * spared
+
+
 def test_qlora_has_the_gradient_of_its_dequantised_weights_or_says_what_is_missing(base_model: Path) -> None:
     """The embedded model in 4 bits where bitsandbytes is installed, as in CI; a sentence where it is not."""
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -471,7 +503,7 @@ def test_a_small_update_is_not_rounded_away_in_bf16() -> None:
     a, b = torch.ones(1, 64).bfloat16() / 64, torch.full((32, 1), 0.02).bfloat16()
     exact = x.float() @ weight.float().T
     update = (x.float() @ a.float().T) @ b.float().T
-    together = LoraFunction.apply(x, weight, None, a, b)[0].float() - exact
+    together = LoraFunction.apply(x, None, weight, None, a, b)[0].float() - exact
     apart = ((x @ weight.T) + (x @ a.T) @ b.T).float() - exact
 
     def kept(found: torch.Tensor) -> float:
