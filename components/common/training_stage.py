@@ -158,17 +158,19 @@ def run_training(
     checkpoints: Path,
     show: Callable[[StepRecord], dict[str, str]],
     validate: Validation,
+    pure: bool = True,
 ) -> list[StepRecord]:
     """Train, with progress on the terminal and every step in MLflow.
 
     Args:
+        pure: the objective leaves the model alone.
         validate: gives loss and metrics on the validation split.
         show: what the progress line says of a step besides loss and speed.
     """
     records: list[StepRecord] = []
     logged = 0
     mirror = Mirror(checkpoints) if tracking.is_main_process() else None
-    for record in train(model, data, objective, loop_settings(config), checkpoints, run.say, validate):
+    for record in train(model, data, objective, loop_settings(config), checkpoints, run.say, validate, pure):
         records.append(record)
         if mirror:
             mirror.push()

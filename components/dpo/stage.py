@@ -118,7 +118,10 @@ def run_dpo(
         objective = {split: make_objective(reference, config) for split, reference in references.items()}
         validate = partial(evaluate, policy, sets["validation"], objective["validation"], config.max_tokens_per_step)
         with checkpoint_folder("dpo", config, model, base_digest, data_digest, sft_digest) as checkpoints:
-            records = run_training(run, policy, sets["train"], objective["train"], config, checkpoints, _show, validate)
+            pure = config.reference != "live"  # which switches the policy's adapters
+            records = run_training(
+                run, policy, sets["train"], objective["train"], config, checkpoints, _show, validate, pure
+            )
             loss, found = kept_validation(records, validate)
             metrics = {"validation_loss": loss} | {f"validation_{name}": value for name, value in found.items()}
             with stage_output(out) as folder:

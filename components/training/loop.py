@@ -2,7 +2,8 @@
 
 `train` is a generator of step records; the caller logs them and draws progress. What is minimised comes in as an
 objective, so the loop knows neither pairs nor losses. Started by torchrun, every process takes its share of each step,
-and the step is the same as one process would do, up to the order of the sums.
+and the step is the same as one process would do, up to the order of the sums. One process on a CPU trains LoRA adapters
+on parts of a pack side by side, a thread each: many small operations keep one thread busy, but not several.
 """
 
 import math
@@ -10,8 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,9 +25,9 @@ from components.common.files import write_json
 from components.common.memory import peak_memory_mib
 from components.training import checkpoints
 from components.training.models import PackedModel, is_sharded, trainable_state
-from components.training.packing import Example, Pack, fill_packs, pack, plan_steps, share_out
+from components.training.packing import Example, Pack, fill_packs, pack, plan_steps, share_out, split_pack
 from components.training.processes import accelerator as make_accelerator
-from components.training.processes import processes
+from components.training.processes import processes, side_by_side
 
 Objective = Callable[[Tensor, Pack, list[int], float], tuple[Tensor, dict[str, float]]]
 """(token log-probs [N], pack, example indices of the pack, normaliser of the step) -> (loss, metrics).
@@ -111,11 +113,15 @@ def train(
     checkpoint_folder: Path,
     say: Callable[[str], None],
     validate: Validation | None = None,
+    pure: bool = True,
 ) -> Iterator[StepRecord]:
     """Train the trainable parameters of `model`, from the newest sound checkpoint if there is one.
 
     With `eval_every_steps` above 0 the model is validated that often and after the last step, and at the end it has the
     parameters of the step with the lowest validation loss.
+
+    Args:
+        pure: the objective leaves the model alone, so parts of a pack may go through it side by side.
 
     Yields:
         a record per optimiser step; when resumed, first the records of the steps already done.
@@ -130,6 +136,7 @@ def train(
         parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True, betas=(0.9, 0.999)
     )
     wrapped = model if is_sharded(model) else accelerator.prepare_model(model)
+    n_lanes = model.n_lanes if pure and accelerator.num_processes == 1 else 1
     steps = plan(data, settings)
     torch.manual_seed(settings.seed + accelerator.process_index)
     checkpoint, passed_over = checkpoints.load_newest(checkpoint_folder)
@@ -160,8 +167,7 @@ def train(
         if _patience_is_over(history, settings.early_stopping_patience):
             say(f"stopped early after step {len(history)}: no better validation loss since step {best_step(history)}")
             break
-        lr = learning_rate(number, len(steps), settings)
-        step = _Step(number, len(steps), steps[number - 1], lr)
+        step = _Step(number, len(steps), steps[number - 1], learning_rate(number, len(steps), settings), n_lanes)
         record = _run_step(wrapped, data, objective, step, optimizer, accelerator, settings, checkpoint_folder)
         validated = every and (number % every == 0 or number == len(steps))
         if validated and validate:
@@ -216,6 +222,7 @@ class _Step:
     total: int
     indices: list[int]
     lr: float
+    n_lanes: int
 
 
 def _run_step(
@@ -232,18 +239,31 @@ def _run_step(
     started = time.monotonic()
     normaliser = float(sum(data.weights[index] for index in step.indices))
     sums: dict[str, float] = {"loss": 0.0, "tokens": 0.0}
+    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     todo = passes(step.indices, data.n_tokens, settings.max_tokens_per_step)
-    for position, (indices, counts) in enumerate(todo, start=1):
+
+    def run(indices: list[int], backward: Callable[[Tensor], Any]) -> dict[str, float]:
         batch = pack([data.examples[index] for index in indices]).to(accelerator.device)
-        with _enough_memory(step.number, batch), _sync(accelerator, model, last=position == len(todo)):
+        with _enough_memory(step.number, batch):
             loss, shares = objective(model(batch), batch, indices, normaliser)
             if not math.isfinite(loss.item()):
                 raise TrainingStop(_not_finite("loss", step.number, data, indices, folder))
-            # Processes average their gradients, and the step's is their sum.
-            accelerator.backward(loss * (accelerator.num_processes if counts else 0.0))
+            backward(loss)
+        return {"loss": loss.item(), "tokens": float(len(batch.input_ids_T))} | shares
+
+    for position, (indices, counts) in enumerate(todo, start=1):
+        parts = split_pack(indices, data.n_tokens, step.n_lanes)
+        if len(parts) > 1:
+            for found in side_by_side([partial(_apart, partial(run, part), trainable) for part in parts]):
+                _add(sums, found[0])
+                _accumulate(trainable, found[1])
+            continue
+        # Processes average their gradients, and the step's is their sum.
+        factor = accelerator.num_processes if counts else 0.0
+        with _sync(accelerator, model, last=position == len(todo)):
+            shares = run(indices, partial(_backward, accelerator, factor))
         if counts:
-            _add(sums, {"loss": loss.item(), "tokens": float(len(batch.input_ids_T))} | shares)
-    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            _add(sums, shares)
     norm = float(checkpoints.whole(torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)))
     if not math.isfinite(norm):
         raise TrainingStop(_not_finite("gradient", step.number, data, step.indices, folder))
@@ -255,6 +275,25 @@ def _run_step(
     loss_sum, tokens = sums.pop("loss"), int(sums.pop("tokens"))
     seconds = time.monotonic() - started
     return StepRecord(step.number, step.total, loss_sum, step.lr, norm, tokens, seconds, peak_device_memory_mib(), sums)
+
+
+def _backward(accelerator: Accelerator, factor: float, loss: Tensor) -> None:
+    accelerator.backward(loss * factor)
+
+
+def _apart(
+    run: Callable[[Callable[[Tensor], Any]], dict[str, float]], trainable: list[Tensor]
+) -> tuple[dict[str, float], list[Tensor | None]]:
+    """A pass beside others, with its gradient for itself: added up in a fixed order, the sum is always the same."""
+    gradients: list[Tensor | None] = []
+    sums = run(lambda loss: gradients.extend(torch.autograd.grad(loss, trainable, allow_unused=True)))
+    return sums, gradients
+
+
+def _accumulate(trainable: list[Tensor], gradients: list[Tensor | None]) -> None:
+    for parameter, gradient in zip(trainable, gradients, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 def _sync(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager[None]:

@@ -3,17 +3,19 @@
 peft's own layers make a scaled copy of the update, add it, and keep the input once per adapter and in two dtypes; here
 the update is accumulated into the output in place, adapters that are active together share their matrix products, and
 the input is kept once. Layers that read the same input (query, key and value; gate and up) are computed together: one
-thin product reads the input, and the input's gradient is summed up in place. An input that `fused.py`
-made is not kept but made again in the backward pass. The modules, their names and their saved files stay peft's.
-Source: LoRA, arXiv 2106.09685.
+thin product reads the input, and the input's gradient is summed up in place. An input that `fused.py` made is not kept
+but made again in the backward pass. The modules, their names and their saved files stay peft's. Source: LoRA, arXiv
+2106.09685.
 
 Shapes: T tokens (all leading dimensions), I inputs, O outputs of a layer, R rank of its active adapters together, S sum
 of R over the layers.
 """
 
+import threading
 from collections.abc import Sequence
 from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -23,6 +25,19 @@ from components.training.fused import Made
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that it gives the same input."""
+
+
+class Waiting(threading.local):
+    """What was computed for siblings that have not asked for it yet: layer -> (input, output, whether for a gradient).
+
+    Of each thread its own, as several may run the model at the same time.
+    """
+
+    def __init__(self) -> None:
+        self.outputs: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor, bool]] = WeakKeyDictionary()
+
+
+waiting = Waiting()
 
 
 class LoraFunction(torch.autograd.Function):
@@ -78,17 +93,16 @@ def lora_linear(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tens
     Under autocast everything is computed in its dtype, as autocast would. What a sibling needs of the same input is
     computed here too, and waits for it.
     """
-    waiting = vars(layer).pop("computed", None)
+    found = waiting.outputs.pop(layer, None)
     if args or kwargs or not _covered(layer):
         result: Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return result
-    if waiting is not None and waiting[0] is x and waiting[2] == torch.is_grad_enabled():
-        output: Tensor = waiting[1]
-        return output
+    if found is not None and found[0] is x and found[2] == torch.is_grad_enabled():
+        return found[1]
     layers = [layer, *(each for each in layer.siblings if each is not layer and _covered(each))]
     outputs = _compute(layers, x)
     for each, computed in zip(layers[1:], outputs[1:], strict=True):
-        vars(each)["computed"] = x, computed, torch.is_grad_enabled()
+        waiting.outputs[each] = x, computed, torch.is_grad_enabled()
     return outputs[0]
 
 

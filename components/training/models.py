@@ -90,6 +90,21 @@ class PackedModel(nn.Module):
         inner: nn.Module = lm.model if lm.base_model is lm else lm.base_model
         return inner
 
+    @property
+    def n_lanes(self) -> int:
+        """How many threads may train it side by side: torch's on a CPU, one where that would change the result.
+
+        Chance (dropout, jitter) has one sequence of random numbers, so it would depend on who comes first; and the
+        gradients of full fine-tuning are too large to have several of.
+        """
+        settings = self.causal_lm.config.get_text_config().to_dict()
+        chance = [value for name, value in settings.items() if "drop" in name or "jitter" in name]
+        chance += [getattr(module, "p", 0.0) for module in self.modules() if "Dropout" in type(module).__name__]
+        if any(isinstance(value, float | int) and value > 0 for value in chance):
+            return 1
+        plain = self.packed and isinstance(self.lm, PeftModel) and not getattr(self.causal_lm, "is_quantized", False)
+        return torch.get_num_threads() if plain and self.device.type == "cpu" else 1
+
     def forward(self, batch: Pack) -> Tensor:
         """Log-probability of each completion token, fp32 [N], nats."""
         model = self.causal_lm

@@ -15,6 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+PART_TOKENS = 256
+"""Tokens that a thread's part of a pack has at least; with fewer its matrix products would slow down."""
+IMBALANCE = 1.15
+"""How many times the mean the largest part of a pack may have; at more, the threads waiting for it lose the gain."""
+
 
 class Example(NamedTuple):
     """Token ids of a prompt and of the completions that follow it; none of them is empty.
@@ -156,6 +161,19 @@ def fill_packs(indices: Sequence[int], n_tokens: Sequence[int], max_tokens: int)
             packs.append([index])
             room.append(max_tokens - n_tokens[index])
     return packs
+
+
+def split_pack(indices: Sequence[int], n_tokens: Sequence[int], n_threads: int) -> list[list[int]]:
+    """Divide the examples of a pack into parts that fill so many threads; one part where threads would wait.
+
+    Each part has some tokens to multiply (`PART_TOKENS`), and none much more than the others (`IMBALANCE`).
+    """
+    total = sum(n_tokens[index] for index in indices)
+    for count in range(min(n_threads, len(indices), total // PART_TOKENS), 1, -1):
+        parts = share_out(indices, n_tokens, count)
+        if max(sum(n_tokens[index] for index in part) for part in parts) * count <= IMBALANCE * total:
+            return parts
+    return [list(indices)]
 
 
 def plan_steps(n_examples: int, epochs: float, batch_size: int, seed: int) -> list[list[int]]:

@@ -1,9 +1,17 @@
-"""The processes of a training run: one, or those that torchrun started, over NCCL on GPUs and gloo on CPUs."""
+"""The processes of a training run: one, or those that torchrun started, over NCCL on GPUs and gloo on CPUs.
+
+And the threads of one process on a CPU.
+"""
 
 import ctypes
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
+
+Result = TypeVar("Result")
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3)."""
@@ -32,3 +40,26 @@ def keep_freed_memory(keep: bool = True) -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**30 if keep else 2**25)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**26)
+
+
+def side_by_side(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
+    """The results of tasks that run at the same time, each on its share of torch's threads; their order is kept.
+
+    Raises:
+        Exception: what a task raised, the first of them, after all have ended.
+    """
+    if len(tasks) == 1:
+        return [tasks[0]()]
+    n_threads = torch.get_num_threads()
+
+    def run(task: Callable[[], Result]) -> Result:
+        torch.get_num_threads()  # a thread takes over the process's number when first asked, not to undo the next line
+        torch.set_num_threads(max(1, n_threads // len(tasks)))
+        return task()
+
+    try:
+        with ThreadPoolExecutor(len(tasks)) as pool:
+            return list(pool.map(run, tasks))
+    finally:
+        # The workers' was also noted as the number for threads to come.
+        torch.set_num_threads(n_threads)
