@@ -164,14 +164,16 @@ def fill_packs(indices: Sequence[int], n_tokens: Sequence[int], max_tokens: int)
 
 
 def split_pack(indices: Sequence[int], n_tokens: Sequence[int], n_threads: int) -> list[list[int]]:
-    """Divide the examples of a pack into parts that fill so many threads; one part where threads would wait.
+    """Divide the examples of a pack into as many parts as fill so many threads; one part where threads would wait.
 
-    Each part has some tokens to multiply (`PART_TOKENS`), and none much more than the others (`IMBALANCE`).
+    Each part has some tokens to multiply (`PART_TOKENS`), none has many more than the others (`IMBALANCE`), and all get
+    equally many threads.
     """
     total = sum(n_tokens[index] for index in indices)
     for count in range(min(n_threads, len(indices), total // PART_TOKENS), 1, -1):
         parts = share_out(indices, n_tokens, count)
-        if max(sum(n_tokens[index] for index in part) for part in parts) * count <= IMBALANCE * total:
+        largest = max(sum(n_tokens[index] for index in part) for part in parts)
+        if n_threads % count == 0 and largest * count <= IMBALANCE * total:
             return parts
     return [list(indices)]
 
