@@ -13,7 +13,7 @@ from accelerate import Accelerator, PartialState
 
 Result = TypeVar("Result")
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Parameters of glibc's mallopt(3)."""
 
 
@@ -31,15 +31,17 @@ def accelerator() -> Accelerator:
 def keep_freed_memory(keep: bool = True) -> None:
     """Let the C library keep what a step freed for the next one, which otherwise gets it anew, page by page.
 
-    On a CPU that is worth 3 % of a step. A C library other than glibc is left alone.
+    On a CPU that is worth 3 % of a step. It keeps it in one place for all threads: a place for each would hold an
+    eighth more of a step's memory, and give it back. A C library other than glibc is left alone.
 
     Args:
-        keep: False goes back to the highest thresholds that glibc sets by itself.
+        keep: False goes back to the highest thresholds that glibc sets by itself, and to a place for each thread.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**30 if keep else 2**25)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**26)
+        mallopt(M_ARENA_MAX, 1 if keep else 0)
 
 
 def side_by_side(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
