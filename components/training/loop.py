@@ -3,7 +3,7 @@
 `train` is a generator of step records; the caller logs them and draws progress. What is minimised comes in as an
 objective, so the loop knows neither pairs nor losses. Started by torchrun, every process takes its share of each step,
 and the step is the same as one process would do, up to the order of the sums. One process on a CPU trains LoRA adapters
-on parts of a pack side by side, a thread each: many small operations keep one thread busy, but not several.
+on the packs of a step side by side, a thread each: many small operations keep one thread busy, but not several.
 """
 
 import math
@@ -25,7 +25,7 @@ from components.common.files import write_json
 from components.common.memory import peak_memory_mib
 from components.training import checkpoints
 from components.training.models import PackedModel, is_sharded, trainable_state
-from components.training.packing import Example, Pack, fill_packs, pack, plan_steps, share_out, split_pack
+from components.training.packing import Example, Pack, fill_packs, lanes, pack, plan_steps, share_out
 from components.training.processes import accelerator as make_accelerator
 from components.training.processes import processes, side_by_side
 
@@ -121,7 +121,7 @@ def train(
     parameters of the step with the lowest validation loss.
 
     Args:
-        pure: the objective leaves the model alone, so parts of a pack may go through it side by side.
+        pure: the objective leaves the model alone, so packs may go through it side by side.
 
     Yields:
         a record per optimiser step; when resumed, first the records of the steps already done.
@@ -240,7 +240,12 @@ def _run_step(
     normaliser = float(sum(data.weights[index] for index in step.indices))
     sums: dict[str, float] = {"loss": 0.0, "tokens": 0.0}
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    todo = passes(step.indices, data.n_tokens, settings.max_tokens_per_step)
+    apart: list[list[list[int]]] = []
+    if step.n_lanes > 1:
+        apart, together = lanes(step.indices, data.n_tokens, settings.max_tokens_per_step, step.n_lanes)
+        todo = [(indices, True) for indices in together]
+    else:
+        todo = passes(step.indices, data.n_tokens, settings.max_tokens_per_step)
 
     def run(indices: list[int], backward: Callable[[Tensor], Any]) -> dict[str, float]:
         batch = pack([data.examples[index] for index in indices]).to(accelerator.device)
@@ -251,13 +256,24 @@ def _run_step(
             backward(loss)
         return {"loss": loss.item(), "tokens": float(len(batch.input_ids_T))} | shares
 
+    def lane(packs: list[list[int]]) -> tuple[dict[str, float], list[Tensor | None]]:
+        """Packs beside others, with their gradients for themselves: added up in a fixed order, the sum is the same."""
+        found: dict[str, float] = {}
+        gradients: list[Tensor | None] = [None] * len(trainable)
+
+        def backward(loss: Tensor) -> None:
+            for at, gradient in enumerate(torch.autograd.grad(loss, trainable, allow_unused=True)):
+                gradients[at] = _plus(gradients[at], gradient)
+
+        for indices in packs:
+            _add(found, run(indices, backward))
+        return found, gradients
+
+    for shares, gradients in side_by_side([partial(lane, packs) for packs in apart]):
+        _add(sums, shares)
+        for parameter, gradient in zip(trainable, gradients, strict=True):
+            parameter.grad = _plus(parameter.grad, gradient)
     for position, (indices, counts) in enumerate(todo, start=1):
-        parts = split_pack(indices, data.n_tokens, step.n_lanes)
-        if len(parts) > 1:
-            for found in side_by_side([partial(_apart, partial(run, part), trainable) for part in parts]):
-                _add(sums, found[0])
-                _accumulate(trainable, found[1])
-            continue
         # Processes average their gradients, and the step's is their sum.
         factor = accelerator.num_processes if counts else 0.0
         with _sync(accelerator, model, last=position == len(todo)):
@@ -281,19 +297,8 @@ def _backward(accelerator: Accelerator, factor: float, loss: Tensor) -> None:
     accelerator.backward(loss * factor)
 
 
-def _apart(
-    run: Callable[[Callable[[Tensor], Any]], dict[str, float]], trainable: list[Tensor]
-) -> tuple[dict[str, float], list[Tensor | None]]:
-    """A pass beside others, with its gradient for itself: added up in a fixed order, the sum is always the same."""
-    gradients: list[Tensor | None] = []
-    sums = run(lambda loss: gradients.extend(torch.autograd.grad(loss, trainable, allow_unused=True)))
-    return sums, gradients
-
-
-def _accumulate(trainable: list[Tensor], gradients: list[Tensor | None]) -> None:
-    for parameter, gradient in zip(trainable, gradients, strict=True):
-        if gradient is not None:
-            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+def _plus(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    return total if more is None else more if total is None else total.add_(more)
 
 
 def _sync(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager[None]:

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PART_TOKENS = 256
-"""Tokens that a thread's part of a pack has at least; with fewer its matrix products would slow down."""
+LANE_TOKENS = 256
+"""Tokens that a lane has at least in a step; with fewer its matrix products would slow down."""
 IMBALANCE = 1.15
-"""How many times the mean the largest part of a pack may have; at more, the threads waiting for it lose the gain."""
+"""How many times the mean the fullest lane may have; at more, the threads that wait for it lose the gain."""
 
 
 class Example(NamedTuple):
@@ -163,19 +163,28 @@ def fill_packs(indices: Sequence[int], n_tokens: Sequence[int], max_tokens: int)
     return packs
 
 
-def split_pack(indices: Sequence[int], n_tokens: Sequence[int], n_threads: int) -> list[list[int]]:
-    """Divide the examples of a pack into as many parts as fill so many threads; one part where threads would wait.
+def lanes(
+    indices: Sequence[int], n_tokens: Sequence[int], max_tokens: int, n_threads: int
+) -> tuple[list[list[list[int]]], list[list[int]]]:
+    """Packs that threads work through side by side, and packs for all threads together.
 
-    Each part has some tokens to multiply (`PART_TOKENS`), none has many more than the others (`IMBALANCE`), and all get
-    equally many threads.
+    There are lanes where every thread then has its share: none has many more tokens than the others (`IMBALANCE`), all
+    have some (`LANE_TOKENS`) and equally many threads. Packs that are worked on at the same time have at most
+    `max_tokens` tokens together; what is too long for that goes alone.
+
+    Returns:
+        the packs of each lane, no lanes or at least two; and the packs for all threads, an example longer than
+        `max_tokens` in a pack of its own.
     """
-    total = sum(n_tokens[index] for index in indices)
-    for count in range(min(n_threads, len(indices), total // PART_TOKENS), 1, -1):
-        parts = share_out(indices, n_tokens, count)
-        largest = max(sum(n_tokens[index] for index in part) for part in parts)
-        if n_threads % count == 0 and largest * count <= IMBALANCE * total:
-            return parts
-    return [list(indices)]
+    for count in range(min(n_threads, len(indices)), 1, -1):
+        room = max_tokens // count
+        short = [index for index in indices if n_tokens[index] <= room]
+        shares = share_out(short, n_tokens, count)
+        sizes = [sum(n_tokens[index] for index in share) for share in shares]
+        if n_threads % count == 0 and min(sizes) >= LANE_TOKENS and max(sizes) * count <= IMBALANCE * sum(sizes):
+            whole = [index for index in indices if n_tokens[index] > room]
+            return [fill_packs(share, n_tokens, room) for share in shares], fill_packs(whole, n_tokens, max_tokens)
+    return [], fill_packs(indices, n_tokens, max_tokens)
 
 
 def plan_steps(n_examples: int, epochs: float, batch_size: int, seed: int) -> list[list[int]]:

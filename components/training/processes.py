@@ -50,8 +50,8 @@ def side_by_side(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
     Raises:
         Exception: what a task raised, the first of them, after all have ended.
     """
-    if len(tasks) == 1:
-        return [tasks[0]()]
+    if len(tasks) <= 1:
+        return [task() for task in tasks]
     n_threads = torch.get_num_threads()
 
     def run(task: Callable[[], Result]) -> Result:

@@ -1,4 +1,4 @@
-"""Parts of a pack that go through the model at the same time, a thread each."""
+"""Packs that go through the model at the same time, a thread each."""
 
 import threading
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from components.common.settings import load_config
 from components.dpo.stage import cached_reference, make_objective
 from components.training import loop
 from components.training.models import DPO_ADAPTER, PackedModel, add_lora, load_causal_lm, trainable_state
-from components.training.packing import Example, split_pack
+from components.training.packing import Example, lanes
 from components.training.processes import side_by_side
 from tests.conftest import ROOT
 from tests.unit.test_engine import SETTINGS, packed, with_adapter
@@ -29,8 +29,8 @@ THREADED = replace(SETTINGS, batch_size=8, epochs=4.0, max_tokens_per_step=40)
 
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two threads, and packs that are split however small they are."""
-    monkeypatch.setattr("components.training.packing.PART_TOKENS", 1)
+    """Two threads, and lanes however little they have to do."""
+    monkeypatch.setattr("components.training.packing.LANE_TOKENS", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -44,14 +44,17 @@ def train(model: PackedModel, folder: Path, pure: bool = True) -> list[loop.Step
     return list(loop.train(model, PAIRS, objective, THREADED, folder, lambda sentence: None, pure=pure))
 
 
-def test_a_pack_is_split_only_where_every_thread_has_its_share() -> None:
-    tokens = [300, 310, 620, 590, 900, 40]
-    assert split_pack([0, 1, 2, 3], tokens, 2) == [[2, 0], [3, 1]]
-    assert split_pack([0, 1, 2, 3], tokens, 1) == [[0, 1, 2, 3]]
-    assert split_pack([4, 0], tokens, 2) == [[4, 0]], "one thread would wait for 900 tokens after 300"
-    assert split_pack([0, 5], tokens, 2) == [[0, 5]], "too few tokens for two"
-    assert split_pack([0, 1, 4], tokens, 8) == [[0, 1, 4]], "no three parts alike, and no two"
-    assert list(map(len, split_pack([0, 1, 2, 3], tokens, 8))) == [2, 2], "three parts would leave two threads idle"
+def test_packs_go_side_by_side_only_where_every_thread_has_its_share() -> None:
+    tokens = [300, 310, 620, 590, 900, 40, 1100]
+    assert lanes([0, 1, 2, 3], tokens, 2048, 2) == ([[[2, 0]], [[3, 1]]], [])
+    assert lanes([0, 1, 2, 3], tokens, 1300, 2) == ([[[2], [0]], [[3], [1]]], []), "650 tokens in each at a time"
+    assert lanes([0, 1, 2, 3], tokens, 2048, 1) == ([], [[2, 3, 1, 0]])
+    assert lanes([4, 0], tokens, 2048, 2) == ([], [[4, 0]]), "one thread would wait for 900 tokens after 300"
+    assert lanes([0, 5], tokens, 2048, 2) == ([], [[0, 5]]), "too few tokens for two"
+    assert lanes([0, 1, 2, 3, 6], tokens, 2048, 2) == ([[[2, 0]], [[3, 1]]], [[6]]), "two of 1100 would be too many"
+    assert lanes([0, 1, 4], tokens, 2048, 8) == ([], [[4, 1, 0]]), "no three lanes alike, and no two"
+    found, rest = lanes([0, 1, 2, 3], tokens, 2048, 8)
+    assert list(map(len, found)) == [1, 1] and not rest, "three lanes would leave two threads idle"
 
 
 def test_tasks_run_at_the_same_time_in_their_order_on_their_share_of_the_threads(two_threads: None) -> None:
@@ -107,7 +110,7 @@ def test_training_side_by_side_is_training_in_one_and_the_same_every_time(
             assert torch.equal(parameter, trainable_state(models[0])[name]), name
 
 
-def test_a_loss_that_is_not_finite_in_a_part_stops_with_its_records(
+def test_a_loss_that_is_not_finite_in_a_lane_stops_with_its_records(
     two_threads: None, tiny_model: Path, tmp_path: Path
 ) -> None:
     model = with_adapter(tiny_model)
