@@ -11,12 +11,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 STARTS_WITHIN_S = 60
+GRPC_ABOVE = 10_000
 
 
 def free_port() -> int:
@@ -25,6 +26,21 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports that nobody listens on now, nor on those 10 000 above, where SeaweedFS has its gRPC."""
+    found: list[int] = []
+    with ExitStack() as held:
+        while len(found) < count:
+            port = free_port()
+            # Taken by somebody, by us already, or above the last port there is: look on.
+            with suppress(OSError, OverflowError), ExitStack() as pair:
+                for number in (port, port + GRPC_ABOVE):
+                    pair.enter_context(socket.socket()).bind(("127.0.0.1", number))
+                held.push(pair.pop_all())
+                found.append(port)
+    return found
 
 
 @contextmanager
@@ -197,14 +213,15 @@ class S3:
 @contextmanager
 def s3_server(folder: Path, port: int = 0) -> Iterator[S3]:
     """SeaweedFS with its data below `folder`; started again on the same folder and port it goes on as it was."""
-    port = port or free_port()
+    first, *others = free_ports(4)
+    port = port or first
     endpoint = f"http://127.0.0.1:{port}"
     keys = {"AWS_ACCESS_KEY_ID": "kubealign", "AWS_SECRET_ACCESS_KEY": "a-key-for-tests-only"}
     environment = {**os.environ, **keys}
     words = [str(Path(sys.executable).with_name("weed")), "mini", f"-dir={folder}", "-ip=127.0.0.1"]
     words += ["-ip.bind=127.0.0.1", f"-s3.port={port}", "-bucket=kubealign", "-admin.ui=false", "-webdav=false"]
     words += ["-master.telemetry=false", "-s3.port.iceberg=0"]
-    words += [f"-{name}.port={free_port()}" for name in ("master", "volume", "filer")]
+    words += [f"-{name}.port={number}" for name, number in zip(("master", "volume", "filer"), others, strict=True)]
     folder.mkdir(parents=True, exist_ok=True)
     more = {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
     with server(words, environment, folder / "weed.log", endpoint) as process:

@@ -316,9 +316,9 @@ def compare(
             keep_freed_memory(side == "ours")  # each as it comes
             measured[side] = timed(ours.step if side == "ours" else their_step)
         theirs, mine = measured["trl"], measured["ours"]
-        print(
-            f"  {kind} {cfg.model.precision} CPU {theirs[0] / mine[0]:.2f} wall {theirs[1] / mine[1]:.2f}", flush=True
-        )
+        ratios = f"CPU {theirs[0] / mine[0]:.2f} wall {theirs[1] / mine[1]:.2f}"
+        seconds = f"TRL's CPU {theirs[0]:.0f} s, ours {mine[0]:.0f} s"
+        print(f"  {kind} {cfg.model.precision} {ratios} ({seconds})", flush=True)
         result["ratios"].append(theirs[0] / mine[0])
         result["wall_ratios"].append(theirs[1] / mine[1])
     return result | {

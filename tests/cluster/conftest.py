@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.services import free_port, server
+from tests.services import free_ports, server
 from tests.tools.manifests import build
 
 SECRETS = {
@@ -43,7 +43,8 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifests = build("dev")
-        self.ports = {"postgres": free_port(), "seaweedfs": free_port(), "mlflow": free_port()}
+        names = ("postgres", "mlflow", "seaweedfs", "master", "volume", "filer")
+        self.ports = dict(zip(names, free_ports(len(names)), strict=True))
         self.mlflow_uri = f"http://127.0.0.1:{self.ports['mlflow']}"
         for name in ("scripts", "mlflow"):
             for key, text in self.find("ConfigMap", name)["data"].items():
@@ -132,7 +133,7 @@ class Cluster:
         assert not [word for word in changed if word not in container["command"]]
         words = [changed.get(word, word) for word in container["command"]]
         words[0] = str(Path(sys.executable).with_name("weed"))
-        words += [f"-{name}.port={free_port()}" for name in ("master", "volume", "filer")]
+        words += [f"-{name}.port={self.ports[name]}" for name in ("master", "volume", "filer")]
         with server(words, self.environment(container), self.folder / "weed.log", f"http://127.0.0.1:{port}"):
             yield
 
