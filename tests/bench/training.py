@@ -284,7 +284,11 @@ def search(kind: str, cfg: Config, rows: list[Preference], candidates: list[dict
 def compare(
     kind: str, cfg: Config, rows: list[Preference], options: dict[str, Any], rounds: int, dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """Paired steps, first ours then TRL's and the other way round; the first round is not counted."""
+    """Paired steps, first ours then TRL's and the other way round.
+
+    A counted step follows one of its own side that is not counted, so that it finds the memory as in a training alone:
+    ours keeps what the step before has freed, TRL leaves it to the C library.
+    """
     # accelerate has one state in a process, and TRL asks for another precision in it than ours.
     AcceleratorState._reset_state()
     ours = Ours(kind, cfg, rows, dtype)
@@ -293,7 +297,7 @@ def compare(
     trl = Trl(kind, cfg, rows, **options)
     trl.like(ours)
     names = [name.replace(f".{DPO_ADAPTER}.", ".default.") for name in trainable_state(ours.model.lm)]
-    rounds = min(rounds, len(ours.batches) - 1)
+    rounds = min(rounds, (len(ours.batches) - 1) // 2)
     first = ours.batches[0]
     our_loss, our_gradient = ours.gradient(first)
     trl_loss, trl_gradient = trl.gradient(first, names)
@@ -308,13 +312,12 @@ def compare(
         "ratios": [],
         "wall_ratios": [],
     }
-    trl.step(first)
     for number in range(1, rounds + 1):
-        their_step = partial(trl.step, ours.batches[number])
         measured = {}
         for side in ("trl", "ours") if number % 2 else ("ours", "trl"):
-            keep_freed_memory(side == "ours")  # each as it comes
-            measured[side] = timed(ours.step if side == "ours" else their_step)
+            keep_freed_memory(side == "ours")
+            for batch in ours.batches[2 * number - 1 : 2 * number + 1]:  # the second is counted
+                measured[side] = timed(ours.step if side == "ours" else partial(trl.step, batch))
         theirs, mine = measured["trl"], measured["ours"]
         ratios = f"CPU {theirs[0] / mine[0]:.2f} wall {theirs[1] / mine[1]:.2f}"
         seconds = f"TRL's CPU {theirs[0]:.0f} s, ours {mine[0]:.0f} s"
@@ -416,7 +419,7 @@ def main() -> None:
         child(arguments.child, arguments.checkpointing, arguments.precision, arguments.length)
         return
     fp32, bf16, shipped = config("model.precision=fp32"), config("model.precision=bf16"), native_precision()
-    rows = sample((arguments.rounds + 1) * max(fp32.dpo.batch_size, fp32.sft.batch_size))
+    rows = sample((2 * arguments.rounds + 1) * max(fp32.dpo.batch_size, fp32.sft.batch_size))
     parts = Parts(arguments.out.with_suffix(".partial.json"))
     parts.measure("machine", lambda: {"cpu": platform.machine(), "threads": torch.get_num_threads()})
     micros: list[dict[str, Any]] = [{"micro": size} for size in (1, 2, 4)]
