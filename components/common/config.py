@@ -39,8 +39,8 @@ class ModelConfig(Section):
     )
     max_length: int = Field(ge=16, description="tokens of prompt and answer; longer examples are dropped, not cut")
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        description="bf16: frozen bf16 base, fp32 LoRA and residual stream, autocast; fp32: everything in fp32; auto:"
-        " bf16 where the GPU, or an x86 CPU, computes it in hardware, else fp32"
+        description="bf16: frozen bf16 base, fp32 LoRA and residual stream, products in bf16 where the GPU, or an x86"
+        " CPU, has it in hardware, else in fp32; fp32: everything in fp32; auto: bf16 where in hardware, else fp32"
     )
     head_precision: Literal["same", "fp32"] = Field(
         description="of the products with the output embedding: as `precision` says, or fp32, more exact and slower"

@@ -63,7 +63,7 @@ def open_model(run: tracking.StageRun, path: Path, config: ModelConfig, trains: 
     """The model of a local folder, as the configuration wants it run.
 
     Args:
-        run: hears what the check of the layout found, and of a precision that is slow here.
+        run: hears what the check of the layout found, and of a precision that this machine computes otherwise.
         path: model folder.
         config: of the model, settled.
         trains: whether it will be trained: then it is ready for full fine-tuning and gradient checkpointing.
@@ -71,10 +71,10 @@ def open_model(run: tracking.StageRun, path: Path, config: ModelConfig, trains: 
     if config.precision == "auto":
         raise ValueError("settle() the configuration of the model first")
     if config.precision == "bf16" and native_precision() != "bf16":
-        run.say("bf16 is computed by software on this machine: model.precision=fp32, or auto, is several times as fast")
+        run.say("this machine has no bf16 in hardware: frozen weights are kept in bf16, products are computed in fp32")
     full = trains and config.tuning == "full"
     lm = load_causal_lm(path, config.precision, full, config.quantization)
-    model = PackedModel(lm, config.precision, "fp32" if config.head_precision == "fp32" else config.precision)
+    model = PackedModel(lm, config.precision, "fp32" if config.head_precision == "fp32" else None)
     run.say(choose_layout(model, config.max_length))
     if trains and config.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

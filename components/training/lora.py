@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from components.training.fused import Made
 
@@ -41,10 +42,10 @@ waiting = Waiting()
 
 
 class LoraFunction(torch.autograd.Function):
-    """y = x W^T + b + (x A^T) B^T for frozen W and b, for each of some layers of one input, computed in one dtype.
+    """y = x W^T + b + (x A^T) B^T for frozen W and b, for each of some layers of one input, computed in its dtype.
 
-    Arguments: the input, of what it was made (None to keep it), and W [O, I], b [O] or None, A [R, I] and B [O, R] of
-    the first layer, of the second, ...
+    Arguments: the input, of what it was made (None to keep it), and W [O, I] in any dtype, b [O] or None, A [R, I] and
+    B [O, R] of the first layer, of the second, ...
     """
 
     @staticmethod
@@ -59,7 +60,7 @@ class LoraFunction(torch.autograd.Function):
         ):
             # The small update first: added to a product in bf16 it would be rounded away; so both are rounded once.
             y_TO = torch.mm(xa_TR, b_OR.T) if bias_O is None else torch.addmm(bias_O, xa_TR, b_OR.T)
-            outputs.append(y_TO.addmm_(x_TI, weight_OI.T))
+            outputs.append(y_TO.addmm_(x_TI, weight_OI.T.to(y_TO.dtype)))
         ctx.make, kept = (made.make, made.of) if made else (None, (x_TI,))
         ctx.save_for_backward(xa_TS, a_SI, *weights, *b_parts, *kept)
         return tuple(outputs)
@@ -76,7 +77,7 @@ class LoraFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx_TI = torch.mm(dxa_TS, a_SI)
             for dy_TO, weight_OI in zip(outputs, weights, strict=True):
-                dx_TI.addmm_(dy_TO, weight_OI)
+                dx_TI.addmm_(dy_TO, weight_OI.to(dy_TO.dtype))
         x_TI = ctx.make(*kept) if ctx.make else kept[0]
         da_parts = torch.split(torch.mm(dxa_TS.T, x_TI), ctx.ranks)
         gradients: list[Tensor | None] = [dx_TI, None]
@@ -85,6 +86,20 @@ class LoraFunction(torch.autograd.Function):
             db_OR = torch.mm(dy_TO.T, xa_TR) if wants_b else None
             gradients += [None, None, da_parts[number] if wants_a else None, db_OR]
         return tuple(gradients)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """y = x W^T + b in fp32 for frozen W and b in any dtype: no copy of them in fp32 outlives a product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight_OI)
+        return F.linear(x, weight_OI.float(), None if bias_O is None else bias_O.float())
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None]:
+        (weight_OI,) = ctx.saved_tensors
+        return outputs[0] @ weight_OI.float(), None, None
 
 
 def lora_linear(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -131,7 +146,7 @@ def _compute(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
             names = [name for name in layer.active_adapters if name in layer.lora_A]
             base = layer.base_layer
             arguments += [
-                base.weight.to(dtype),
+                base.weight,
                 None if base.bias is None else base.bias.to(dtype),
                 torch.cat([layer.lora_A[name].weight.to(dtype) for name in names]),
                 torch.cat([(layer.lora_B[name].weight * layer.scaling[name]).to(dtype) for name in names], dim=1),
@@ -140,6 +155,27 @@ def _compute(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
         made = getattr(x, "made", None) if x.dtype == dtype else None
         outputs = LoraFunction.apply(flat_TI, made, *arguments)  # type: ignore[no-untyped-call]
     return [y_TO.view(*x.shape[:-1], -1) for y_TO in outputs]
+
+
+def frozen_linear(module: nn.Linear, x: Tensor) -> Tensor:
+    """The forward pass of a frozen linear layer in fp32."""
+    y: Tensor = FrozenLinear.apply(x.float(), module.weight, module.bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+def compute_in_fp32(model: nn.Module) -> None:
+    """Let a frozen model in bf16 compute in fp32; only the weights of its linear layers and embeddings stay in bf16.
+
+    Every product makes an fp32 copy of the one weight that it reads, which takes little beside the product itself.
+    """
+    for module in model.modules():
+        kind = type(module)
+        if kind is nn.Linear:
+            module.forward = MethodType(frozen_linear, module)
+        elif kind is not nn.Embedding:
+            for parameter in module.parameters(recurse=False):
+                if parameter.dtype == torch.bfloat16:
+                    parameter.data = parameter.data.float()
 
 
 def speed_up(model: nn.Module) -> None:

@@ -35,7 +35,7 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def native_precision() -> Precision:
-    """bf16 where this machine multiplies in it by hardware, else fp32, which is then several times as fast.
+    """bf16 where this machine multiplies in it by hardware, else fp32: by software bf16 takes several times as long.
 
     Of ARM CPUs it is not known: fp32.
     """
@@ -52,7 +52,8 @@ class PackedModel(nn.Module):
 
     Args:
         lm: the transformers model, perhaps with adapters.
-        precision: `bf16` computes matrix products in bf16 by autocast, `fp32` everything in fp32.
+        precision: `bf16` computes matrix products in bf16 by autocast where the machine has it in hardware; everything
+            else is computed in fp32.
         head_precision: of the products with the output embedding; None for the same.
         packed: False runs every sequence by itself through the model's plain attention: for models that cannot be
             packed, slower.
@@ -63,8 +64,8 @@ class PackedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.lm = lm
-        self.precision = precision
-        self.head_precision = head_precision or precision
+        self.precision: Precision = "bf16" if precision == native_precision() == "bf16" else "fp32"
+        self.head_precision = head_precision or self.precision
         self.packed = packed
 
     @property
@@ -151,7 +152,8 @@ def load_causal_lm(
     """Load the safetensors weights of a local folder, ready for packed rows.
 
     `bf16` keeps frozen weights in bfloat16 and lifts the residual stream to fp32 at the embedding: the matrix products
-    run under autocast, sums over layers do not lose bits.
+    run under autocast, sums over layers do not lose bits. Where the machine has no bf16 in hardware, the products are
+    in fp32, and those of weights that were shipped in bf16 the same to the bit as with `fp32`.
 
     Args:
         full: all parameters train, so they are in fp32 in either precision; otherwise all are frozen.
@@ -161,8 +163,11 @@ def load_causal_lm(
         InputError: the folder is no causal LM in safetensors, or bitsandbytes is missing.
     """
     keep_freed_memory()
-    dtype = torch.bfloat16 if precision == "bf16" and not full else torch.float32
-    options: dict[str, Any] = {"quantization_config": _nf4(dtype)} if quantization == "nf4" else {}
+    low, computes_low = precision == "bf16" and not full, precision == native_precision() == "bf16"
+    dtype = torch.bfloat16 if low else torch.float32
+    options: dict[str, Any] = {}
+    if quantization == "nf4":
+        options["quantization_config"] = _nf4(torch.bfloat16 if computes_low else torch.float32)
     if _takes_attention(path):
         options["attn_implementation"] = PACKED
     try:
@@ -179,12 +184,26 @@ def load_causal_lm(
         # Else bitsandbytes repacks 4-bit weights on a CPU in eval mode, for kernels that have no gradient.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if precision == "bf16" and not full:
+    if low:
         model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.float())
+        if not computes_low:
+            _compute_in_fp32(model)
     fused.speed_up(model)
-    if precision == "bf16":
+    if computes_low:
         _round_norms(model)
     return model
+
+
+@torch.no_grad()
+def _compute_in_fp32(model: PreTrainedModel) -> None:
+    """Keep the large weights in bf16 and compute in fp32; a model that cannot do both is kept in fp32."""
+    lora.compute_in_fp32(model)
+    try:
+        with plain_attention(model, "eager"):
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    except RuntimeError:
+        # Mamba's layers read weights of others by themselves, and would multiply different dtypes.
+        model.float()
 
 
 def _takes_attention(path: Path) -> bool:

@@ -236,6 +236,27 @@ def test_what_cannot_be_packed_runs_one_sequence_at_a_time_and_is_right(name: st
     assert relative(mine, theirs) < 1e-4
 
 
+@pytest.mark.parametrize("name", [*PACKABLE, *UNPACKABLE])
+def test_frozen_bf16_weights_compute_as_in_fp32_where_the_hardware_has_no_bf16(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.training.models.native_precision", lambda: "fp32")
+    folder = build((PACKABLE | UNPACKABLE)[name], tmp_path / name)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        model = PackedModel(load_causal_lm(folder, precision), precision)
+        layout = choose_layout(model, 64).split(" differ")[0]
+        parameters = adapt(model, SOME_LINEAR.get(name, "all-linear"))
+        found[precision] = layout, gradient((model(pack(EXAMPLES)) * WEIGHTS).sum(), parameters)
+        dtypes = {each.weight.dtype for each in model.causal_lm.modules() if type(each) is torch.nn.Linear}
+        assert torch.float32 in dtypes and (torch.bfloat16 in dtypes) == (precision == "bf16" and name != "mamba")
+    assert found["bf16"][0] == found["fp32"][0]
+    assert found["fp32"][1].norm() > 1e-2
+    # transformers keeps the factor of Gemma's embedding in the dtype of the weights.
+    assert relative(found["bf16"][1], found["fp32"][1]) < (1e-3 if "gemma" in name else 1e-5)
+
+
 def test_without_a_causal_mask_the_comparison_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = build(PACKABLE["llama"], tmp_path / "llama")
     model, plain = loaded(folder), plain_copy(folder)

@@ -25,6 +25,7 @@ from components.training.models import (
     SFT_ADAPTER,
     SHIPPED_ADAPTER,
     PackedModel,
+    Precision,
     activate,
     add_lora,
     choose_layout,
@@ -419,7 +420,8 @@ def test_only_norms_and_mlps_that_are_seen_to_give_the_same_are_fused(
     assert served(load_causal_lm(tiny_model, "fp32")) == set()
 
 
-def test_fused_norms_round_to_bf16_once(tiny_model: Path) -> None:
+def test_fused_norms_round_to_bf16_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("components.training.models.native_precision", lambda: "bf16")
     norm = load_causal_lm(tiny_model, "bf16").model.layers[0].input_layernorm
     x = torch.randn(3, 5, norm.weight.numel(), generator=torch.Generator().manual_seed(0))
     exact = type(norm).forward(norm, x)
@@ -458,6 +460,40 @@ def test_what_norms_and_activations_made_is_made_again_rather_than_kept(tiny_mod
     assert torch.equal(gradient, same_gradient)
     spared = len(norms[1:]) * config.hidden_size + len(downs) * config.intermediate_size
     assert more_bytes - n_bytes == 4 * tokens * spared
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_bf16_weights_without_bf16_hardware_give_the_gradient_of_fp32_in_less_memory(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, targets: str | list[str]
+) -> None:
+    monkeypatch.setattr("components.training.models.native_precision", lambda: "fp32")
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(tmp_path)
+
+    def fresh(precision: Precision) -> PackedModel:
+        lm = add_lora(load_causal_lm(tmp_path, precision), DPO_ADAPTER, 4, 8, 0.0, targets, 1)
+        with torch.no_grad():
+            for number, parameter in enumerate(trainable_state(lm).values()):
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+        return PackedModel(lm, precision)
+
+    model = fresh("bf16")
+    more_bytes, expected = kept_bytes_and_gradient(fresh("fp32"))
+    n_bytes, found = kept_bytes_and_gradient(model)
+    assert torch.equal(found, expected)
+    weights = {
+        name: module.weight.numel()
+        for name, module in model.causal_lm.model.named_modules()
+        if type(module) is torch.nn.Linear and "lora" not in name
+    }
+    assert all(model.causal_lm.model.get_submodule(name).weight.dtype == torch.bfloat16 for name in weights)
+    # The first layer's input needs no gradient, so nothing of a layer without LoRA there is kept.
+    kept = sum(n for name, n in weights.items() if targets == "all-linear" or name != "layers.0.self_attn.k_proj")
+    assert more_bytes - n_bytes == 2 * kept
+    monkeypatch.setattr(
+        "components.training.lora.FrozenLinear.apply",
+        lambda x, weight, bias: torch.nn.functional.linear(x, weight.float()),
+    )
+    assert (kept_bytes_and_gradient(model)[0] > n_bytes) == (targets != "all-linear"), "else copies in fp32 are kept"
 
 
 def test_qlora_has_the_gradient_of_its_dequantised_weights_or_says_what_is_missing(base_model: Path) -> None:

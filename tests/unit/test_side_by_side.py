@@ -89,6 +89,7 @@ def test_training_side_by_side_is_training_in_one_and_the_same_every_time(
         threads.add(threading.get_ident())
         return forward(model, *arguments)  # type: ignore[arg-type]
 
+    monkeypatch.setattr("components.training.models.native_precision", lambda: "bf16")
     monkeypatch.setattr(PackedModel, "forward", watched)
     alone = train(fresh(), tmp_path / "alone", pure=False)
     assert threads == {threading.get_ident()}

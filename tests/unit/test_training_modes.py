@@ -102,13 +102,14 @@ def test_auto_is_bf16_only_where_the_machine_computes_it(
     meant: str,
     other: str,
 ) -> None:
-    monkeypatch.setattr("components.common.training_stage.native_precision", lambda: meant)
+    for module in ("components.common.training_stage", "components.training.models"):
+        monkeypatch.setattr(f"{module}.native_precision", lambda: meant)
     for precision in ("auto", meant, other):
         train(stages, tmp_path / precision, f"model.precision={precision}")
     auto, same, different = (losses(tmp_path / precision / "dpo") for precision in ("auto", meant, other))
     assert auto == same != different
     assert json.loads((tmp_path / "auto" / "dpo" / "training.json").read_text())["precision"] == meant
-    assert ("bf16 is computed by software" in capsys.readouterr().out) == (meant == "fp32")
+    assert ("this machine has no bf16 in hardware" in capsys.readouterr().out) == (meant == "fp32")
 
 
 def test_a_live_reference_of_full_fine_tuning_stays_where_it_was(stages: Stages, tmp_path: Path) -> None:
