@@ -12,8 +12,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +128,10 @@ class TrainJob:
         Raises:
             KubealignError: it failed.
         """
-        with _cancelled_by_sigterm():
+        with _cancelled_by_sigterm() as held:
             try:
-                self.name = self._running() or self._start()
+                with held():
+                    self.name = self._running() or self._start()
                 self._follow()
             finally:
                 self._remove(self.name)
@@ -356,17 +357,36 @@ def _condition(job: dict[str, Any]) -> tuple[str, str]:
 
 
 @contextmanager
-def _cancelled_by_sigterm() -> Iterator[None]:
-    """A run that is cancelled ends its pods by SIGTERM, which must not leave a job behind."""
+def _cancelled_by_sigterm() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """A run that is cancelled ends its pods by SIGTERM, which must not leave a job behind.
+
+    Yields:
+        `held`: within it SIGTERM waits for the end, so that a job which was asked for is known by its name.
+    """
+    holding, came = False, False
 
     def cancel(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
+        nonlocal came
+        came = True
+        if not holding:
+            raise SystemExit(128 + number)
+
+    @contextmanager
+    def held() -> Iterator[None]:
+        nonlocal holding
+        holding = True
+        try:
+            yield
+        finally:
+            holding = False
+        if came:
+            raise SystemExit(128 + signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield held
         return
     before = signal.signal(signal.SIGTERM, cancel)
     try:
-        yield
+        yield held
     finally:
         signal.signal(signal.SIGTERM, before)

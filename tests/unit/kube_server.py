@@ -97,6 +97,8 @@ class KubeServer:
         self.faults: list[int] = []
         self.command: list[str] = []
         """What a node runs in place of its job's command."""
+        self.creation_answered_after = 0.0
+        """Seconds between a job's creation and the answer."""
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._http.kube = self  # type: ignore[attr-defined]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -198,6 +200,7 @@ class KubeServer:
         self.created.append(manifest)
         whole = manifest | {"metadata": manifest["metadata"] | {"namespace": NAMESPACE, "creationTimestamp": NOW}}
         self.jobs[name] = Job(whole, self._run(manifest))
+        time.sleep(self.creation_answered_after)
         return whole
 
     def _admit(self, spec: Manifest) -> None:

@@ -248,7 +248,10 @@ def test_a_failed_job_of_an_attempt_before_is_removed_and_a_new_one_started(
     assert len(kube.created) == 2 and kube.jobs == {}
 
 
-def test_a_step_that_is_cancelled_removes_its_job(kube: KubeServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("during", ["creation", "training"])
+def test_a_step_that_is_cancelled_removes_its_job(kube: KubeServer, tmp_path: Path, during: str) -> None:
+    """The job is there before Kubernetes has answered that it is."""
+    kube.creation_answered_after = 2 if during == "creation" else 0
     kube.command = [sys.executable, "-c", "import time; time.sleep(600)"]
     cluster = section().model_dump_json()
     program = (
@@ -262,7 +265,9 @@ def test_a_step_that_is_cancelled_removes_its_job(kube: KubeServer, tmp_path: Pa
         step = subprocess.Popen(
             [sys.executable, "-c", program], stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)}
         )
-        while step.poll() is None and not kube.jobs:
+        while step.poll() is None and not (
+            kube.jobs and (during == "creation" or "is started" in (tmp_path / "log").read_text())
+        ):
             time.sleep(0.05)
         assert step.poll() is None, (tmp_path / "log").read_text()
         step.send_signal(signal.SIGTERM)
