@@ -173,7 +173,7 @@ def live_reference(policy: PackedModel, frozen: PackedModel | None) -> Reference
             token_logps_N = policy(batch)
             activate(policy.lm, [SFT_ADAPTER, DPO_ADAPTER], trainable=DPO_ADAPTER)
             policy.train(was_training)
-        return objectives.sequence_logps(token_logps_N.double(), batch.sequence_N, batch.n_sequences)
+        return objectives.sequence_logps(token_logps_N, batch.sequence_N, batch.n_sequences)
 
     return reference
 

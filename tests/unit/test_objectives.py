@@ -13,6 +13,14 @@ def test_sequence_logps_sum_the_tokens_of_each_completion() -> None:
     assert objectives.sequence_logps(tokens, torch.tensor([0, 0, 1, 1]), 3).tolist() == [-3.0, -12.0, 0.0]
 
 
+def test_a_long_answer_is_summed_exactly() -> None:
+    """In fp32 the sum of 2,000 tokens is off by far more than the loss of a pair bears."""
+    tokens = -6 * torch.rand(2000, generator=torch.Generator().manual_seed(0))
+    exact, sequence = math.fsum(tokens.tolist()), torch.zeros(2000, dtype=torch.int64)
+    assert objectives.sequence_logps(tokens, sequence, 1).item() == pytest.approx(exact, abs=1e-9)
+    assert abs(torch.zeros(1).index_add(0, sequence, tokens).item() - exact) > 1e-4
+
+
 def test_sft_loss_is_the_mean_over_the_global_batch_not_the_micro_batch() -> None:
     first, second = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-6.0])
     whole = objectives.sft_loss(torch.cat([first, second]), 4)
