@@ -31,10 +31,11 @@ TEST_JOBS ?= 2
 
 .PHONY: test
 test: export OMP_NUM_THREADS := 1
-test: data ## ruff, mypy and all tests of the normal tier
+test: data ## ruff, mypy, import-linter and all tests of the normal tier
 	ruff format --check .
 	ruff check .
 	mypy
+	lint-imports
 	pytest -n $(TEST_JOBS) --dist loadfile -m "not long and not containers and not ci and not cluster" $(PYTEST_ARGS)
 
 .PHONY: bench

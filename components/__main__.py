@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from components.common import places
-from components.common.config import PARAMS
 from components.common.errors import KubealignError
-from components.common.settings import load_config, load_section
-from components.common.tracking import explain_os_error, is_main_process
+from components.config.loading import load_config, load_section
+from components.config.sections import PARAMS
+from components.tracking import storage
+from components.tracking.run import explain_os_error, is_main_process
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -36,15 +36,15 @@ def prepare(project: Path = Path(), base_model: bool = False) -> None:
 SECRETS_VARIABLE = "KUBEALIGN_SECRETS"
 """Environment variable with a folder of further ones, a file each: secrets that a pod gets as files."""
 
-Params = Annotated[Path, typer.Option(parser=places.local_copy, metavar="PLACE", help="The configuration file.")]
+Params = Annotated[Path, typer.Option(parser=storage.local_copy, metavar="PLACE", help="The configuration file.")]
 DatasetIn = Annotated[
     Path,
-    typer.Option(parser=places.local_copy, metavar="PLACE", help="Folder with preferences/ and instructions/."),
+    typer.Option(parser=storage.local_copy, metavar="PLACE", help="Folder with preferences/ and instructions/."),
 ]
 BaseIn = Annotated[
-    Path, typer.Option(parser=places.local_copy, metavar="PLACE", help="Folder of the base model, as fetch writes it.")
+    Path, typer.Option(parser=storage.local_copy, metavar="PLACE", help="Folder of the base model, as fetch writes it.")
 ]
-SftIn = Annotated[Path, typer.Option(parser=places.local_copy, metavar="PLACE", help="Folder that sft wrote.")]
+SftIn = Annotated[Path, typer.Option(parser=storage.local_copy, metavar="PLACE", help="Folder that sft wrote.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
 OutPlace = Annotated[str, typer.Option(metavar="PLACE", help="Folder to write; a path or s3://bucket/prefix.")]
 Result = Annotated[str, typer.Option(metavar="PLACE", help="JSON file for the MLflow run's id and the metrics.")]
@@ -54,8 +54,8 @@ Result = Annotated[str, typer.Option(metavar="PLACE", help="JSON file for the ML
 def fetch(out: Out, params: Params = Path(PARAMS)) -> None:
     """Resolve the configured data and base model and bring them to OUT/dataset and OUT/base."""
     from components.fetch.stage import run_fetch
-    from components.resolve.base import resolve_base
-    from components.resolve.data import data_folders, resolve_data
+    from components.sources.base_model import resolve_base
+    from components.sources.data import data_folders, resolve_data
 
     config = load_config(params)
     version = resolve_data(config.data.repo, config.data.revision, data_folders(config.data.path))
@@ -80,7 +80,7 @@ def sft(dataset: DatasetIn, base: BaseIn, out: OutPlace, params: Params = Path(P
     from components.sft.stage import run_sft
 
     config, model = load_section(params, "sft"), load_section(params, "model")
-    with places.output(out) as folder:
+    with storage.output(out) as folder:
         done = run_sft(config, model, dataset, base, folder)
     _tell(result, *done)
 
@@ -98,7 +98,7 @@ def dpo(
     from components.dpo.stage import run_dpo
 
     config, model = load_section(params, "dpo"), load_section(params, "model")
-    with places.output(out) as folder:
+    with storage.output(out) as folder:
         done = run_dpo(config, model, dataset, base, sft_model, folder)
     _tell(result, *done)
 
@@ -128,7 +128,7 @@ def evaluate(
 def _tell(result: str, run_id: str, metrics: dict[str, float]) -> None:
     """Write what a stage gives besides its files, by the main process; last, so that it stands for a finished stage."""
     if result and is_main_process():
-        places.write(result, json.dumps({"run_id": run_id, "metrics": metrics}))
+        storage.write(result, json.dumps({"run_id": run_id, "metrics": metrics}))
 
 
 def read_secrets() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 from kfp import compiler, dsl
 
-from components.common.config import Config
-from components.common.settings import pipeline_arguments
+from components.config.loading import pipeline_arguments
+from components.config.sections import Config
 from components.dpo.component import dpo
 from components.evaluate.component import evaluate
 from components.fetch.component import fetch
@@ -15,7 +15,7 @@ from components.register.component import register
 from components.resolve.component import resolve
 from components.sft.component import sft
 from components.validate.component import validate
-from pipelines import cluster
+from pipelines import platform
 
 NAME = "alignment"
 DESCRIPTION = "Preference alignment: SFT, then DPO, judged on held-out pairs, registered."
@@ -35,12 +35,12 @@ def build_pipeline(config: Config, target: str = "local", caching: bool = True) 
     default = pipeline_arguments(config)
     in_cluster = target == "kubeflow"
     if in_cluster:
-        cluster.check(config)
+        platform.check(config)
 
     @dsl.pipeline(
         name=NAME,
         description=DESCRIPTION,
-        pipeline_config=cluster.pipeline_config(config.cluster) if in_cluster else None,
+        pipeline_config=platform.pipeline_config(config.cluster) if in_cluster else None,
     )
     def alignment(
         data_revision: str = default["data_revision"],
@@ -192,7 +192,7 @@ def build_pipeline(config: Config, target: str = "local", caching: bool = True) 
         ).set_caching_options(enable_caching=False)
         for task in (facts, fetched, checked, tuned, aligned, judged, registered):
             if in_cluster:
-                cluster.configure(task, config.cluster)
+                platform.configure(task, config.cluster)
             if not caching:
                 task.set_caching_options(enable_caching=False)
 

@@ -13,15 +13,16 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from components.common import tracking
-from components.common.config import PARAMS, Config
 from components.common.errors import InputError, KubealignError
-from components.common.settings import load_config
-from pipelines import ci, data, registry, remote
-from pipelines.options import Overrides, Project, project_folder, run_config
+from components.config.loading import load_config
+from components.config.sections import PARAMS, Config
+from components.tracking import run as tracking
+from pipelines.commands import ci, data, kubeflow, registry
+from pipelines.commands.options import Overrides, Project
+from pipelines.project import project_folder, run_config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-app.add_typer(remote.app)
+app.add_typer(kubeflow.app)
 app.add_typer(data.app, name="data")
 app.add_typer(registry.app)
 app.add_typer(ci.app, name="ci")
@@ -63,9 +64,9 @@ def run(
     project: Project = None,
 ) -> None:
     """Run the whole pipeline on this machine; what has not changed is served from the cache."""
-    from pipelines.display import Display
-    from pipelines.results import load_result, show_result
-    from pipelines.runner import run_pipeline
+    from pipelines.local.display import Display
+    from pipelines.local.results import load_result, show_result
+    from pipelines.local.runner import run_pipeline
 
     root = project_folder(project)
     config = run_config(root, overrides)
@@ -109,9 +110,9 @@ def images(
     ] = False,
 ) -> None:
     """Print the references of our images, for steps and for MLflow in a cluster; `make images` builds them."""
-    from components.common.identity import git_commit
     from components.common.images import DATA_IMAGE, MLFLOW_IMAGE, TRAIN_IMAGE, VERSION
-    from pipelines.containers import code_in_images
+    from components.common.provenance import git_commit
+    from pipelines.local.containers import code_in_images
 
     if build_args:
         facts = {"VERSION": VERSION, "REVISION": git_commit(), "CODE": code_in_images()}
@@ -131,7 +132,7 @@ def report(
     project: Project = None,
 ) -> None:
     """Show the outcome of a finished run."""
-    from pipelines.results import find_run, load_result, show_result
+    from pipelines.local.results import find_run, load_result, show_result
 
     project_folder(project)
     result = load_result(find_run(run))
@@ -223,7 +224,7 @@ def _size(folder: Path) -> int:
 
 def main() -> None:
     """Entry point: failures that are meant for a person are one line and an exit code."""
-    from pipelines.runner import QUIET
+    from pipelines.local.runner import QUIET
 
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)

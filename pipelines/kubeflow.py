@@ -21,15 +21,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from components.common.config import ClusterConfig, Config
 from components.common.errors import InputError, KubealignError
 from components.common.files import sha256_file
-from components.common.identity import git_commit
-from components.common.settings import pipeline_arguments
-from components.common.tracking import one_line, without_credentials
+from components.common.provenance import git_commit
+from components.config.loading import pipeline_arguments
+from components.config.sections import ClusterConfig, Config
+from components.stages import STAGES
+from components.tracking.run import one_line, without_credentials
 from pipelines.alignment import DESCRIPTION, NAME, compile_pipeline
-from pipelines.cluster import pod_template
-from pipelines.runner import STAGES
+from pipelines.platform import pod_template
 
 ENDPOINT, TOKEN, TOKEN_FILE, CA_FILE = "KFP_ENDPOINT", "KFP_TOKEN", "KFP_TOKEN_FILE", "KFP_CA_FILE"
 SERVICE_ACCOUNT_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import yaml
 
-from components.common import tracking
-from components.common.audit import Audit
-from components.common.config import PARAMS
 from components.common.errors import InputError, KubealignError
 from components.common.files import read_json, write_text
-from components.common.identity import environment
+from components.common.provenance import environment
+from components.config.sections import PARAMS
+from components.registry.audit import Audit
+from components.registry.manifest import changed
 
 TOLERANCE = 1e-3
 """Largest difference of a logit, in fp32, between machines; another adapter or base differs by far more."""
@@ -83,7 +83,7 @@ def _audit(client: Any, name: str) -> Check:
 
 
 def _files(version: Any, folder: Path) -> Check:
-    if wrong := tracking.changed(version, folder):
+    if wrong := changed(version, folder):
         return Check("files", "fail", f"{wrong}: not what was registered")
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return Check("files", "pass", f"{len(sizes)} files, {sum(sizes) / 1e6:.0f} MB, have the registered sha256")
@@ -160,7 +160,7 @@ def _packages(recorded: str) -> Iterator[str]:
 
 def _precision(asked: str, training: dict[str, Any]) -> Iterator[str]:
     """What `auto` was for the version, and whether it would be the same here."""
-    from components.training.models import native_precision
+    from components.engine.models import native_precision
 
     if asked == "auto":
         yield f"precision {training['precision']}, by model.precision=auto"

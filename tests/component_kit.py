@@ -11,9 +11,9 @@ from kfp import compiler, dsl, local
 from kfp.components import load_component_from_file
 from kfp.local.config import LocalExecutionConfig
 
-from components.common import tracking
-from components.common.settings import load_config, pipeline_arguments
+from components.config.loading import load_config, pipeline_arguments
 from components.resolve.component import resolve
+from components.tracking import run as tracking
 from tests.conftest import ROOT, move_home
 
 SMALL = [

@@ -33,7 +33,7 @@ def tiny_model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from components.common.chat import load_tokenizer
+    from components.dataset.chat import load_tokenizer
 
     torch.manual_seed(0)
     tokenizer = load_tokenizer(base_model)

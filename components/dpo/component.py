@@ -42,10 +42,10 @@ def dpo(
     """
     from pathlib import Path
 
-    from components.common.config import DpoConfig, ModelConfig
-    from components.common.settings import section
-    from components.common.tracking import boundary, show_metrics
-    from components.common.train_job import run_on_nodes, several_nodes
+    from components.config.loading import section
+    from components.config.sections import DpoConfig, ModelConfig
+    from components.tracking.run import boundary, show_metrics
+    from components.training.train_job import run_on_nodes, several_nodes
 
     with boundary("dpo"):
         config = section(DpoConfig, dpo_section, epochs=epochs, lr=lr, beta=beta, loss=loss)

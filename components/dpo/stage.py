@@ -9,28 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from components.common import tracking
-from components.common.chat import load_tokenizer
-from components.common.config import DpoConfig, ModelConfig
 from components.common.errors import TrainingStop
 from components.common.files import UNSEALED, verify_manifest, write_json, write_manifest, write_text
-from components.common.identity import environment, versions
-from components.common.records import Preference, read_rows
-from components.common.scoring import Scores, score, weights_digest
-from components.common.training_stage import (
-    add_adapter,
-    checkpoint_folder,
-    kept_validation,
-    open_tuned,
-    pair_examples,
-    run_training,
-    settle,
-    stage_output,
-    write_history,
-)
-from components.training import objectives
-from components.training.loop import Objective, StepRecord, TrainingSet, evaluate, sequence_logps
-from components.training.models import (
+from components.common.provenance import environment, versions
+from components.config.sections import DpoConfig, ModelConfig
+from components.dataset.chat import load_tokenizer
+from components.dataset.records import Preference, read_rows
+from components.engine import objectives
+from components.engine.loop import Objective, StepRecord, TrainingSet, evaluate, sequence_logps
+from components.engine.models import (
     DPO_ADAPTER,
     SFT_ADAPTER,
     SHIPPED_ADAPTER,
@@ -43,7 +30,20 @@ from components.training.models import (
     save_adapter,
     save_model,
 )
-from components.training.packing import Pack
+from components.engine.packing import Pack
+from components.tracking import run as tracking
+from components.training.run import (
+    add_adapter,
+    checkpoint_folder,
+    kept_validation,
+    open_tuned,
+    pair_examples,
+    run_training,
+    settle,
+    stage_output,
+    write_history,
+)
+from components.training.scoring import Scores, score, weights_digest
 
 MADE_WITH = ("torch", "transformers", "peft", "accelerate", "safetensors")
 """Libraries whose versions the model is known to load with; the registry names them."""

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from components.common import tracking
-from components.common.chat import encode_prompt
 from components.common.errors import InputError
 from components.common.files import digest, read_json, write_json
-from components.common.identity import modules_digest
-from components.common.records import LANGUAGES, Preference
-from components.evaluate.results import Estimate, Generation, Metrics
+from components.common.provenance import modules_digest
+from components.dataset.chat import encode_prompt
+from components.dataset.records import LANGUAGES, Preference
+from components.engine.models import PackedModel, plain_attention
 from components.evaluate.statistics import Floats, GroupBootstrap
-from components.training.models import PackedModel, plain_attention
+from components.gate.results import Estimate, Generation, Metrics
+from components.tracking import run as tracking
 
 BATCH_PROMPTS = 8
 REPEATED_TOKENS = 4

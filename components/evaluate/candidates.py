@@ -11,14 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.common import tracking
-from components.common.chat import load_tokenizer
-from components.common.config import ModelConfig
 from components.common.errors import InputError
 from components.common.files import digest, read_json, sha256_file, verify_manifest
-from components.common.scoring import adapted_digest, weights_digest, whole_digest
-from components.common.training_stage import open_model, open_tuned
-from components.training.models import PackedModel, keep_first_ranks
+from components.config.sections import ModelConfig
+from components.dataset.chat import load_tokenizer
+from components.engine.models import PackedModel, keep_first_ranks
+from components.registry.manifest import changed
+from components.tracking import run as tracking
+from components.training.run import open_model, open_tuned
+from components.training.scoring import adapted_digest, weights_digest, whole_digest
 
 INCUMBENT_REFERENCE = "incumbent's reference"
 
@@ -125,7 +126,7 @@ def download_incumbent(uri: str) -> Path:
     """
     name, number = uri.removeprefix("models:/").rsplit("/", 1)
     whole = _fetch(uri, f"incumbent {uri}")
-    if wrong := tracking.changed(tracking.client().get_model_version(name, number), whole):
+    if wrong := changed(tracking.client().get_model_version(name, number), whole):
         raise InputError(f"incumbent {uri}: {wrong}: not what was registered; `kubealign rollback` names another")
     folder = whole / "artifacts"
     if not (folder / "model" / "config.json").is_file() and not (folder / "adapter").is_dir():

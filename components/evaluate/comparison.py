@@ -10,10 +10,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from components.common.config import EvaluateConfig
-from components.common.records import LANGUAGES, Preference
-from components.common.scoring import TokenLogps
-from components.evaluate.results import Comparison, Estimate, Metrics
+from components.config.sections import EvaluateConfig
+from components.dataset.records import LANGUAGES, Preference
 from components.evaluate.statistics import (
     DISTRIBUTION_POINTS,
     Floats,
@@ -29,6 +27,8 @@ from components.evaluate.statistics import (
     roc,
     superiority_p,
 )
+from components.gate.results import Comparison, Estimate, Metrics
+from components.training.scoring import TokenLogps
 
 Rows = dict[str, list[Preference]]
 SIDES = ("validation", "test")

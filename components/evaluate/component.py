@@ -57,12 +57,12 @@ def evaluate(
     """
     from pathlib import Path
 
-    from components.common.config import EvaluateConfig, GateConfig, ModelConfig
     from components.common.files import write_json
-    from components.common.settings import section
-    from components.common.tracking import boundary, show_metrics
+    from components.config.loading import section
+    from components.config.sections import EvaluateConfig, GateConfig, ModelConfig
     from components.evaluate.candidates import Inputs
     from components.evaluate.stage import run_evaluate
+    from components.tracking.run import boundary, show_metrics
 
     with boundary("evaluate"):
         facts = {

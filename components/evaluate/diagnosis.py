@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from components.evaluate.comparison import PER_TOKEN_LOSSES
-from components.evaluate.results import Finding
+from components.gate.results import Finding
 
 LN2 = math.log(2)
 ERRORS = 2.0

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from components.common.report import FIRST, SECOND, THIRD, new_plot, page, plot_html, table_html, thinned
 from components.evaluate.comparison import SLICES
+from components.report.html import FIRST, SECOND, THIRD, new_plot, page, plot_html, table_html, thinned
 
 Values = dict[str, Any]
 NAMES = {"base": "base model", "sft": "SFT", "policy": "policy (DPO)", "incumbent": "incumbent champion"}

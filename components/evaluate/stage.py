@@ -11,23 +11,23 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from components.common import tracking
-from components.common.chat import encode_prompt
-from components.common.config import EvaluateConfig, GateConfig, ModelConfig
 from components.common.files import digest, read_json, write_json, write_text
-from components.common.records import Preference, read_rows
-from components.common.scoring import TokenLogps, score
-from components.common.training_stage import pair_examples, settle
+from components.config.sections import EvaluateConfig, GateConfig, ModelConfig
+from components.dataset.chat import encode_prompt
+from components.dataset.records import Preference, read_rows
+from components.engine.models import PackedModel
+from components.engine.packing import Example
 from components.evaluate.answers import Answers, answer, fixed_prompts, generation
 from components.evaluate.candidates import Candidate, Inputs, find_candidates
 from components.evaluate.comparison import SIDES, Rows, Scored, compare, sampled_kl
 from components.evaluate.diagnosis import diagnose
-from components.evaluate.gate import Circumstances, judge
 from components.evaluate.page import markdown, report
-from components.evaluate.results import Results
 from components.evaluate.statistics import GroupBootstrap
-from components.training.models import PackedModel
-from components.training.packing import Example
+from components.gate.results import Results
+from components.gate.rules import Circumstances, judge
+from components.tracking import run as tracking
+from components.training.run import pair_examples, settle
+from components.training.scoring import TokenLogps, score
 
 MODELS = ("base", "sft", "policy", "incumbent")
 """In the order in which they are shown."""

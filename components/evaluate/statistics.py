@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import binomtest
 
-from components.evaluate.results import Estimate, McNemar, Metrics
+from components.gate.results import Estimate, McNemar, Metrics
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]

@@ -39,11 +39,11 @@ def fetch(
     """
     from pathlib import Path
 
-    from components.common.config import DataConfig, ModelConfig
-    from components.common.settings import section
-    from components.common.tracking import boundary
+    from components.config.loading import section
+    from components.config.sections import DataConfig, ModelConfig
     from components.fetch.stage import run_fetch
-    from components.resolve.data import data_folders
+    from components.sources.data import data_folders
+    from components.tracking.run import boundary
 
     with boundary("fetch"):
         data = section(DataConfig, data_section, revision=data_commit)

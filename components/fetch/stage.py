@@ -4,13 +4,13 @@ import hashlib
 import shutil
 from pathlib import Path, PurePosixPath
 
-from components.common import tracking
-from components.common.chat import choose_template
-from components.common.config import DataConfig, ModelConfig
 from components.common.errors import InputError, KubealignError
 from components.common.files import folder_digest, read_json, replacing, replacing_folder, write_json, write_manifest
-from components.resolve.base import EMBEDDED
-from components.resolve.data import WORKSPACE, embedded_model, opened, remote_errors, workspace_digest
+from components.config.sections import DataConfig, ModelConfig
+from components.dataset.chat import choose_template
+from components.sources.base_model import EMBEDDED
+from components.sources.data import WORKSPACE, embedded_model, opened, remote_errors, workspace_digest
+from components.tracking import run as tracking
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 """What a model folder may hold: weights in safetensors, configuration and tokenizer. Never pickles, never code."""

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from components.common.errors import InputError
 from components.common.files import sha256_file
-from components.common.records import (
+from components.dataset.records import (
     LANGUAGES,
     Preference,
     is_too_deep,

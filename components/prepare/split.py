@@ -1,7 +1,7 @@
 """Which prompts are one group, and on which side of the split a group stands; remembered in data/splits.lock.
 
-Prompts whose shingles overlap by at least a given Jaccard similarity are one group (components/common/similarity.py). A
-known group keeps its side for ever; a new group's side comes from its hash; new prompts that would join groups of
+Prompts whose shingles overlap by at least a given Jaccard similarity are one group (components/dataset/similarity.py).
+A known group keeps its side for ever; a new group's side comes from its hash; new prompts that would join groups of
 different sides are bridges and belong nowhere.
 """
 
@@ -14,8 +14,8 @@ import numpy as np
 
 from components.common.errors import InputError
 from components.common.files import replacing
-from components.common.records import SPLITS
-from components.common.similarity import Sketches, near_groups, reorder_sketches
+from components.dataset.records import SPLITS
+from components.dataset.similarity import Sketches, near_groups, reorder_sketches
 
 HEADER = "# prompt, group and side of the split; written by `dvc repro`, never edited: a side once given is kept\n"
 

@@ -17,16 +17,16 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from components.common import tracking
-from components.common.config import PrepareConfig
-from components.common.distribution import PREVIOUS, STATISTICS, Distribution, remember
 from components.common.errors import InputError
 from components.common.files import folder_digest, replacing, replacing_folder, write_json
-from components.common.records import SPLITS, content_id, iter_lines, line_of
-from components.common.similarity import Sketches, join_sketches, prompt_key, prompt_text, sketch
+from components.config.sections import PrepareConfig
+from components.dataset.distribution import PREVIOUS, STATISTICS, Distribution, remember
+from components.dataset.records import SPLITS, content_id, iter_lines, line_of
+from components.dataset.similarity import Sketches, join_sketches, prompt_key, prompt_text, sketch
 from components.prepare.formats import RowProblem, convert
 from components.prepare.sources import Member, Sources, added_pairs, read_sources, unpack
 from components.prepare.split import Place, place_prompts, read_splits, write_splits
+from components.tracking import run as tracking
 
 RawRow = dict[str, Any]
 DECONTAMINATE = "decontaminate.jsonl"

@@ -73,10 +73,10 @@ def register(
     """
     from pathlib import Path
 
-    from components.common.config import GateConfig, RegisterConfig
-    from components.common.settings import section
-    from components.common.tracking import boundary
+    from components.config.loading import section
+    from components.config.sections import GateConfig, RegisterConfig
     from components.register.stage import Judged, Lineage, run_register
+    from components.tracking.run import boundary
 
     with boundary("register"):
         found = run_register(

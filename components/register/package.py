@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.common import tracking
 from components.common.files import digest, file_hashes, read_json, sha256_file, write_json
-from components.common.identity import versions
+from components.common.provenance import versions
+from components.registry.manifest import MANIFEST_TAG
+from components.tracking import run as tracking
 
 CODE = Path(__file__).with_name("chat_model.py")
 CARD, ENVIRONMENT, FINGERPRINT = "README.md", "environment.txt", "fingerprint.json"
@@ -89,7 +90,7 @@ def log_version(
         name,
         logged.model_uri,
         run_id=run.run_id,
-        tags=tags | {tracking.MANIFEST_TAG: _manifest(stored, artifacts)},
+        tags=tags | {MANIFEST_TAG: _manifest(stored, artifacts)},
         model_id=logged.model_id,
     )
     return str(made.version)

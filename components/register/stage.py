@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from components.common import tracking
-from components.common.audit import CHALLENGER, Audit
-from components.common.config import GateConfig, RegisterConfig
 from components.common.errors import KubealignError
 from components.common.files import read_json, sha256_file, verify_manifest, write_json
-from components.evaluate.gate import Circumstances, judge
+from components.config.sections import GateConfig, RegisterConfig
+from components.gate.rules import Circumstances, judge
 from components.register import package
 from components.register.card import model_card
-from components.register.champion import ROLLED_BACK, ChampionChanged, champion_alias, promote, settle
+from components.registry.audit import CHALLENGER, Audit
+from components.registry.champion import ROLLED_BACK, ChampionChanged, champion_alias, promote, settle
+from components.tracking import run as tracking
 
 KFP_URL_VARIABLE = "KUBEALIGN_KFP_URL"
 """Environment variable with the address of the Kubeflow UI, from cluster.ui_url."""

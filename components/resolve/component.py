@@ -96,10 +96,10 @@ def resolve(
     """
     import json
 
-    from components.common.config import DataConfig, ModelConfig, RegisterConfig
-    from components.common.settings import section
-    from components.common.tracking import boundary
+    from components.config.loading import section
+    from components.config.sections import DataConfig, ModelConfig, RegisterConfig
     from components.resolve.stage import run_resolve
+    from components.tracking.run import boundary
 
     with boundary("resolve"):
         settings = {

@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from components.common import tracking
-from components.common.audit import Audit, next_use
-from components.common.config import DataConfig, ModelConfig, RegisterConfig
 from components.common.errors import InputError
 from components.common.files import digest
-from components.common.identity import git_commit
-from components.register.champion import champion_alias, settle
-from components.resolve.data import data_folders
-from components.resolve.key import resolve_key
+from components.common.provenance import git_commit
+from components.config.sections import DataConfig, ModelConfig, RegisterConfig
+from components.registry.audit import Audit, next_use
+from components.registry.champion import champion_alias, settle
+from components.sources.data import data_folders
+from components.sources.lineage import resolve_key
+from components.tracking import run as tracking
 
 
 class Resolved(NamedTuple):

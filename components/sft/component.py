@@ -36,10 +36,10 @@ def sft(
     """
     from pathlib import Path
 
-    from components.common.config import ModelConfig, SftConfig
-    from components.common.settings import section
-    from components.common.tracking import boundary, show_metrics
-    from components.common.train_job import run_on_nodes, several_nodes
+    from components.config.loading import section
+    from components.config.sections import ModelConfig, SftConfig
+    from components.tracking.run import boundary, show_metrics
+    from components.training.train_job import run_on_nodes, several_nodes
 
     with boundary("sft"):
         config = section(SftConfig, sft_section, epochs=epochs, lr=lr)

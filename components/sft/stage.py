@@ -7,13 +7,16 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from components.common import tracking
-from components.common.chat import load_tokenizer
-from components.common.config import ModelConfig, SftConfig
 from components.common.files import UNSEALED, verify_manifest, write_json, write_manifest
-from components.common.records import Instruction, Preference, read_rows
-from components.common.scoring import score, weights_digest
-from components.common.training_stage import (
+from components.config.sections import ModelConfig, SftConfig
+from components.dataset.chat import load_tokenizer
+from components.dataset.records import Instruction, Preference, read_rows
+from components.engine import objectives
+from components.engine.loop import StepRecord, TrainingSet, evaluate
+from components.engine.models import SFT_ADAPTER, PackedModel, save_adapter, save_model
+from components.engine.packing import Pack
+from components.tracking import run as tracking
+from components.training.run import (
     add_adapter,
     checkpoint_folder,
     instruction_examples,
@@ -25,10 +28,7 @@ from components.common.training_stage import (
     stage_output,
     write_history,
 )
-from components.training import objectives
-from components.training.loop import StepRecord, TrainingSet, evaluate
-from components.training.models import SFT_ADAPTER, PackedModel, save_adapter, save_model
-from components.training.packing import Pack
+from components.training.scoring import score, weights_digest
 
 
 def run_sft(

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from components.common.config import ValidateConfig
 from components.common.errors import InputError
-from components.common.records import LANGUAGES, Instruction, Preference, Row
+from components.config.sections import ValidateConfig
+from components.dataset.records import LANGUAGES, Instruction, Preference, Row
 
 Severity = Literal["error", "stop", "warn"]
 TOO_LONG = "too_long"

@@ -35,9 +35,9 @@ def validate(
     """
     from pathlib import Path
 
-    from components.common.config import ModelConfig, ValidateConfig
-    from components.common.settings import section
-    from components.common.tracking import boundary, show_metrics
+    from components.config.loading import section
+    from components.config.sections import ModelConfig, ValidateConfig
+    from components.tracking.run import boundary, show_metrics
     from components.validate.stage import run_validate
 
     with boundary("validate"):

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from components.common.errors import InputError
-from components.common.records import SPLITS, Preference, Row, iter_lines
-from components.common.similarity import (
+from components.dataset.records import SPLITS, Preference, Row, iter_lines
+from components.dataset.similarity import (
     Sketches,
     join_sketches,
     near_groups,

@@ -3,8 +3,8 @@
 import html
 from typing import Any
 
-from components.common.distribution import MEASURES
-from components.common.report import page, table_html
+from components.dataset.distribution import MEASURES
+from components.report.html import page, table_html
 from components.validate.bias import ALL
 from components.validate.checks import KINDS
 

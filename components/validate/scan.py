@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from components.common.chat import load_tokenizer
-from components.common.records import LANGUAGES, Preference, Row, parse_line, raw_lines
-from components.common.similarity import Sketches, join_sketches, normal, prompt_key, sketch
+from components.dataset.chat import load_tokenizer
+from components.dataset.records import LANGUAGES, Preference, Row, parse_line, raw_lines
+from components.dataset.similarity import Sketches, join_sketches, normal, prompt_key, sketch
 from components.validate.language import is_in_another_language
 from components.validate.privacy import KINDS, kinds_in
 from components.validate.tokens import TokenCounter

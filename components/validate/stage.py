@@ -12,12 +12,12 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from components.common import tracking
-from components.common.config import ModelConfig, ValidateConfig
-from components.common.distribution import MEASURES, PREVIOUS, Distribution, distance, step
 from components.common.errors import DataStop, InputError
 from components.common.files import read_json, replacing_folder, write_json, write_manifest, write_text
-from components.common.records import SPLITS, parse_line, raw_lines, schema_problem
+from components.config.sections import ModelConfig, ValidateConfig
+from components.dataset.distribution import MEASURES, PREVIOUS, Distribution, distance, step
+from components.dataset.records import SPLITS, parse_line, raw_lines, schema_problem
+from components.tracking import run as tracking
 from components.validate.bias import ALL, Bias, find_bias, statistics
 from components.validate.checks import KINDS, TOO_LONG, Check, row_checks, statistic_checks, with_severities
 from components.validate.duplicates import Listed, mark_prompts, mark_rows, read_listed

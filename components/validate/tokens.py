@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from components.common.chat import REFUSALS, encode, encode_many
-from components.common.records import Message
+from components.dataset.chat import REFUSALS, encode, encode_many
+from components.dataset.records import Message
 
 PROBE = "\u241f"
 """A character that no template writes by itself."""

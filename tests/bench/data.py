@@ -31,8 +31,8 @@ import psutil
 
 from components.common.errors import DataStop
 from components.common.files import read_json, sha256_file, write_json
-from components.common.records import SPLITS, iter_lines
-from components.common.settings import load_config
+from components.config.loading import load_config
+from components.dataset.records import SPLITS, iter_lines
 from components.validate.privacy import is_identity_card, is_payment_card
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,18 +26,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from components.common import tracking
-from components.common.audit import Audit, next_use
-from components.common.config import Config
 from components.common.files import digest, sha256_file, write_manifest
-from components.common.records import read_lines, write_lines
-from components.common.settings import load_config
+from components.config.loading import load_config
+from components.config.sections import Config
+from components.dataset.records import read_lines, write_lines
 from components.dpo.stage import run_dpo
 from components.evaluate.candidates import Inputs
 from components.evaluate.stage import run_evaluate
 from components.evaluate.statistics import compared_loss
 from components.register.package import content_digest
 from components.register.stage import Judged, Lineage, run_register
+from components.registry.audit import Audit, next_use
+from components.tracking import run as tracking
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOME = ROOT / "build" / "gate-demo"

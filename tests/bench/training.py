@@ -29,20 +29,20 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 
-from components.common import tracking
-from components.common.chat import load_tokenizer
-from components.common.config import Config
 from components.common.files import read_json, write_json
 from components.common.memory import peak_memory_mib
-from components.common.records import Preference, read_rows
-from components.common.settings import load_config
-from components.common.training_stage import add_adapter, loop_settings, pair_examples, step_metrics
+from components.config.loading import load_config
+from components.config.sections import Config
+from components.dataset.chat import load_tokenizer
+from components.dataset.records import Preference, read_rows
 from components.dpo.stage import cached_reference, make_objective
+from components.engine import loop
+from components.engine.models import DPO_ADAPTER, PackedModel, load_causal_lm, native_precision, trainable_state
+from components.engine.packing import Example, pack
+from components.engine.processes import keep_freed_memory
 from components.sft.stage import objective as sft_objective
-from components.training import loop
-from components.training.models import DPO_ADAPTER, PackedModel, load_causal_lm, native_precision, trainable_state
-from components.training.packing import Example, pack
-from components.training.processes import keep_freed_memory
+from components.tracking import run as tracking
+from components.training.run import add_adapter, loop_settings, pair_examples, step_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "data" / "base_model"

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from components.common.records import SPLITS, content_id
+from components.dataset.records import SPLITS, content_id
 from tests.ci.github import GitHubStub
 from tests.ci.receiver import Receiver
 from tests.ci.workflow import Job, use_environment

@@ -21,7 +21,7 @@ import pytest
 
 from components.common.errors import InputError
 from components.common.images import DATA_IMAGE, TRAIN_IMAGE
-from pipelines import containers
+from pipelines.local import containers
 from tests.conftest import ROOT, environment_without_home
 
 pytestmark = pytest.mark.containers
@@ -236,7 +236,7 @@ def test_an_image_works_with_a_read_only_root_no_network_and_no_root_user(client
         "assert os.getuid() == 10001 and os.getgid() == 0\n"
         "assert pathlib.Path.cwd() == pathlib.Path('/work') and not list(pathlib.Path.cwd().iterdir())\n"
         "assert sys.flags.safe_path\n"
-        "import components.common.settings, components.common.tracking\n"
+        "import components.config.loading, components.tracking.run\n"
         "assert not [p for p in pathlib.Path(components.__path__[0]).rglob('tests')]\n"
         "print('fine')\n"
     )

@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
-from components.common import tracking
-from components.common.audit import Audit
-from components.common.records import read_lines
+from components.dataset.records import read_lines
 from components.prepare.sources import read_sources, unpack
+from components.registry.audit import Audit
+from components.registry.manifest import MANIFEST_TAG
 from tests.conftest import ROOT, environment_without_home
 from tests.services import mlflow_server
 from tests.unit.test_shell import git
@@ -227,7 +227,7 @@ def test_a_new_champion_reruns_only_the_evaluation(project: Project, first: dict
     # Another version with another lineage becomes the champion behind our back.
     client = project.client()
     one = client.get_model_version("kubealign", "1")
-    manifest = {tracking.MANIFEST_TAG: one.tags[tracking.MANIFEST_TAG]}
+    manifest = {MANIFEST_TAG: one.tags[MANIFEST_TAG]}
     other = client.create_model_version("kubealign", one.source, run_id=one.run_id, tags=manifest)
     client.set_registered_model_alias("kubealign", "champion", other.version)
     assert ran(project.run()) == {"resolve", "evaluate", "register"}

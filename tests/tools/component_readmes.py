@@ -12,8 +12,9 @@ from typing import Any, get_args
 import docstring_parser
 import yaml
 
+from components.stages import STAGES
+
 ROOT = Path(__file__).resolve().parent.parent.parent
-STAGES = ("resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register")
 START, END = "<!-- generated: component -->", "<!-- /generated -->"
 
 Row = tuple[str, str, str]

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from components.common.errors import InputError
-from components.common.records import Preference, read_lines, read_rows
+from components.dataset.records import Preference, read_lines, read_rows
 from components.prepare.convert import Facts, convert_files
 from components.prepare.formats import FORMATS
 

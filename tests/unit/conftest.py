@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from components.common.files import write_manifest
-from components.common.records import content_id
-from components.common.settings import load_config
+from components.config.loading import load_config
+from components.dataset.records import content_id
 from components.dpo.stage import run_dpo
 from components.evaluate.candidates import Inputs
 from components.evaluate.stage import run_evaluate

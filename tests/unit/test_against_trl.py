@@ -22,15 +22,15 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
-from components.common.chat import load_tokenizer
-from components.common.config import DpoConfig
-from components.common.settings import load_config
+from components.config.loading import load_config
+from components.config.sections import DpoConfig
+from components.dataset.chat import load_tokenizer
 from components.dpo.stage import cached_reference, make_objective, preference_losses
+from components.engine.loop import Objective
+from components.engine.models import DPO_ADAPTER, PackedModel, add_lora, load_causal_lm, trainable_state
+from components.engine.objectives import sequence_logps
+from components.engine.packing import Example, pack
 from components.sft.stage import objective as sft_objective
-from components.training.loop import Objective
-from components.training.models import DPO_ADAPTER, PackedModel, add_lora, load_causal_lm, trainable_state
-from components.training.objectives import sequence_logps
-from components.training.packing import Example, pack
 from tests.conftest import ROOT
 
 TOLERANCE = 1e-5

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from components.training.models import (
+from components.engine.models import (
     DPO_ADAPTER,
     PackedModel,
     add_lora,
@@ -18,8 +18,8 @@ from components.training.models import (
     load_causal_lm,
     trainable_state,
 )
-from components.training.objectives import dpo_sigmoid_loss, rewards, sequence_logps
-from components.training.packing import Example, pack
+from components.engine.objectives import dpo_sigmoid_loss, rewards, sequence_logps
+from components.engine.packing import Example, pack
 
 VOCABULARY = 97
 WINDOW = 7
@@ -205,7 +205,7 @@ def test_attention_in_blocks_of_queries_is_the_plain_one(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Long sequences go through attention in blocks on a CPU; with small blocks these short ones do too."""
-    monkeypatch.setattr("components.training.attention.CPU_BLOCK", 5)
+    monkeypatch.setattr("components.engine.attention.CPU_BLOCK", 5)
     test_packed_log_probs_and_gradients_are_the_plain_ones(name, tmp_path)
 
 
@@ -240,7 +240,7 @@ def test_what_cannot_be_packed_runs_one_sequence_at_a_time_and_is_right(name: st
 def test_frozen_bf16_weights_compute_as_in_fp32_where_the_hardware_has_no_bf16(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("components.training.models.native_precision", lambda: "fp32")
+    monkeypatch.setattr("components.engine.models.native_precision", lambda: "fp32")
     folder = build((PACKABLE | UNPACKABLE)[name], tmp_path / name)
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     found = {}
@@ -263,7 +263,7 @@ def test_without_a_causal_mask_the_comparison_fails(tmp_path: Path, monkeypatch:
     with torch.no_grad():
         expected = plain_logps(plain, COMPLETIONS)
         assert (model(pack(EXAMPLES)) - expected).abs().max() < 1e-4
-        monkeypatch.setattr("components.training.attention.causal_mask", all_true)
+        monkeypatch.setattr("components.engine.attention.causal_mask", all_true)
         assert (model(pack(EXAMPLES)) - expected).abs().max() > 0.1
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from components.common import tracking
-from components.common.audit import Audit, next_use
 from components.common.errors import InputError, KubealignError
-from components.register import champion
-from components.register.champion import ROLLED_BACK, ChampionChanged, champion_alias, promote, rollback, settle
+from components.registry import champion
+from components.registry.audit import Audit, next_use
+from components.registry.champion import ROLLED_BACK, ChampionChanged, champion_alias, promote, rollback, settle
+from components.tracking import run as tracking
 from tests.component_kit import empty_mlflow, own_home
 from tests.conftest import ROOT
 from tests.services import mlflow_server
@@ -145,8 +145,8 @@ def test_an_alias_moved_by_other_means_is_respected_and_recorded(client: Any) ->
 CRASH = """
 import os, sys
 from mlflow import MlflowClient
-from components.common import tracking
-from components.register.champion import promote
+from components.tracking import run as tracking
+from components.registry.champion import promote
 MlflowClient.set_registered_model_alias = lambda *words: os.kill(os.getpid(), 9)
 promote(tracking.client(), "m", sys.argv[1], "gate", "", expected=sys.argv[2])
 """
@@ -207,9 +207,9 @@ def test_a_deleted_audit_run_is_an_error_that_says_how_to_get_it_back(client: An
 
 RACER = """
 import sys
-from components.common import tracking
-from components.common.audit import Audit
-from components.register.champion import ChampionChanged, promote, settle
+from components.tracking import run as tracking
+from components.registry.audit import Audit
+from components.registry.champion import ChampionChanged, promote, settle
 client, lost = tracking.client(), 0
 print("ready", flush=True)
 sys.stdin.readline()

@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from components.common.errors import InputError, KubealignError
-from pipelines import notify
+from pipelines.ci import notify
+from pipelines.ci.notify import GitHub, Refused, signature, webhook
 from pipelines.cli import app
-from pipelines.notify import GitHub, Refused, signature, webhook
 from tests.ci.github import GitHubStub
 from tests.ci.receiver import SECRET, Receiver
 

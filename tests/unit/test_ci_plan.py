@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from components.common.errors import InputError
-from pipelines.plan import Plan, make_plan
-from pipelines.revisions import is_own, opened_repository
+from pipelines.ci.plan import Plan, make_plan
+from pipelines.ci.revisions import is_own, opened_repository
 from tests.conftest import ROOT
 from tests.unit.test_shell import dvc, git
 
@@ -158,7 +158,7 @@ CASES = {
         [appended("components/dpo/stage.py", "\nX = 1\n")], "dpo", "components/dpo/stage.py changed", images=True
     ),
     "the training engine": Case(
-        [appended("components/training/loop.py", "\nX = 1\n")], "sft", "components/training/loop.py", images=True
+        [appended("components/engine/loop.py", "\nX = 1\n")], "sft", "components/engine/loop.py", images=True
     ),
     "common code": Case(
         [appended("components/common/files.py", "\nX = 1\n")], "fetch", "components/common/files.py", images=True

@@ -15,11 +15,12 @@ import pytest
 import typer
 from rich.console import Console
 
-from components.common import tracking
 from components.common.errors import InputError, KubealignError
-from pipelines import follow, kubeflow, notify, retrain
-from pipelines import job as job_module
-from pipelines.runner import Stopped
+from components.tracking import run as tracking
+from pipelines import kubeflow
+from pipelines.ci import follow, notify, retrain
+from pipelines.ci import job as job_module
+from pipelines.local.runner import Stopped
 from tests.ci.receiver import Receiver
 from tests.services import free_port
 from tests.unit.kfp_server import KfpServer, Refused, Run, closed, status

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
-from components.common.config import ClusterConfig
 from components.common.errors import InputError
 from components.common.images import DATA_IMAGE, TRAIN_IMAGE
-from components.common.settings import load_config, pipeline_arguments
+from components.config.loading import load_config, pipeline_arguments
+from components.config.sections import ClusterConfig
+from components.stages import STAGES
 from pipelines.alignment import compile_pipeline
-from pipelines.cluster import TRAIN_STEPS, pod_template
-from pipelines.runner import STAGES
+from pipelines.platform import TRAIN_STEPS, pod_template
 from tests.unit.kfp_server import POD_TEMPLATE, parse_package
 
 FOLDER = Path(__file__).parent / "golden"

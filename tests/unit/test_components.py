@@ -13,10 +13,11 @@ from kfp import dsl
 from typer.testing import CliRunner
 
 from components.__main__ import app
-from components.common import identity
+from components.common import provenance
 from components.common.errors import KubealignError
+from components.stages import STAGES
 from tests.conftest import ROOT
-from tests.tools.component_readmes import STAGES, expected, interface, load_component
+from tests.tools.component_readmes import expected, interface, load_component
 
 OWN = "components.common.images"
 """The one module of ours that component.py may import outside its body."""
@@ -116,15 +117,15 @@ def test_an_edited_test_changes_no_digest_and_an_edited_stage_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(ROOT / "components", tmp_path / "components", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(identity, "PACKAGES", tmp_path)
-    before = {stage: identity.code_digest(stage) for stage in STAGES}
+    monkeypatch.setattr(provenance, "PACKAGES", tmp_path)
+    before = {stage: provenance.code_digest(stage) for stage in STAGES}
     for stage in STAGES:
         with (tmp_path / "components" / stage / "tests" / "test_component_unit.py").open("a") as file:
             file.write("# edited\n")
-    assert {stage: identity.code_digest(stage) for stage in STAGES} == before
+    assert {stage: provenance.code_digest(stage) for stage in STAGES} == before
     with (tmp_path / "components" / "dpo" / "stage.py").open("a") as file:
         file.write("# edited\n")
-    assert {stage for stage in STAGES if identity.code_digest(stage) != before[stage]} == {"dpo"}
+    assert {stage for stage in STAGES if provenance.code_digest(stage) != before[stage]} == {"dpo"}
 
 
 def test_the_commands_of_the_readmes_know_their_options(

@@ -11,7 +11,7 @@ import pytest
 from kfp.local import docker_task_handler
 
 from components.common.errors import InputError
-from pipelines import containers
+from pipelines.local import containers
 from tests.conftest import ROOT
 
 NO_ENGINE = "unix:///nowhere/docker.sock"

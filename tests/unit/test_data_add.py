@@ -15,15 +15,15 @@ import yaml
 from typer.testing import CliRunner
 
 from components.common.errors import InputError, KubealignError
-from components.common.records import read_lines
-from components.common.settings import load_config
+from components.config.loading import load_config
+from components.dataset.records import read_lines
 from components.prepare.convert import Facts
 from components.prepare.sources import Added, added_pairs, read_sources, record_added
 from components.prepare.split import read_splits
 from components.prepare.stage import prepare_data
-from pipelines import data_add
 from pipelines.cli import app
-from pipelines.data_add import Preview, add
+from pipelines.data import add as data_add
+from pipelines.data.add import Preview, add
 from tests.conftest import ROOT
 from tests.unit.test_data import LONG
 from tests.unit.test_shell import dvc, git

@@ -18,12 +18,12 @@ import boto3
 import pytest
 import yaml
 
-from components.common import tracking
 from components.common.errors import InputError, KubealignError
 from components.common.files import folder_digest
-from components.common.settings import load_config
+from components.config.loading import load_config
 from components.fetch.stage import fetch_data, run_fetch
-from components.resolve.data import data_folders, resolve_data
+from components.sources.data import data_folders, resolve_data
+from components.tracking import run as tracking
 from tests.conftest import ROOT
 from tests.services import S3, free_port, git_http_server, s3_server
 from tests.unit.test_shell import dvc, git
@@ -124,7 +124,7 @@ SCRIPT = """
 import json, shutil, sys
 from pathlib import Path
 assert shutil.which("git") is None
-from components.resolve.data import data_folders, resolve_data
+from components.sources.data import data_folders, resolve_data
 from tests.unit.test_data_remotes import Remote, fetch
 for number, repo in enumerate(sys.argv[2:]):
     version = resolve_data(repo, "HEAD", data_folders("corpus/pairs"))
@@ -274,7 +274,7 @@ FETCH = """
 import sys
 from pathlib import Path
 from tests.unit.test_data_remotes import FOLDER, Remote, data_folders, fetch
-from components.common.tracking import boundary
+from components.tracking.run import boundary
 with boundary("fetch"):
     remote = Remote(Path(sys.argv[1]), dict(zip(data_folders(FOLDER), sys.argv[3:5])), sys.argv[2])
     fetch(remote, Path(sys.argv[5]))

@@ -15,12 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from components.common.errors import InputError, TrainingStop
-from components.common.settings import load_config
+from components.config.loading import load_config
 from components.dpo.stage import cached_reference, check_reference, make_objective
-from components.training import checkpoints, fused, loop
-from components.training.head import FrozenHeadLogps, chunk_logps
-from components.training.lora import LoraFunction
-from components.training.models import (
+from components.engine import checkpoints, fused, loop
+from components.engine.head import FrozenHeadLogps, chunk_logps
+from components.engine.lora import LoraFunction
+from components.engine.models import (
     DPO_ADAPTER,
     SFT_ADAPTER,
     SHIPPED_ADAPTER,
@@ -37,7 +37,7 @@ from components.training.models import (
     save_adapter,
     trainable_state,
 )
-from components.training.packing import Example, fill_packs, pack, plan_steps, share_out
+from components.engine.packing import Example, fill_packs, pack, plan_steps, share_out
 from tests.conftest import ROOT
 
 EXAMPLES = [
@@ -127,7 +127,7 @@ def test_an_empty_completion_is_refused() -> None:
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_the_frozen_head_has_the_gradient_of_autograd(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("components.training.head.CACHED_LOGITS", 7 * 600)  # seven rows: no divisor of a chunk's
+    monkeypatch.setattr("components.engine.head.CACHED_LOGITS", 7 * 600)  # seven rows: no divisor of a chunk's
     generator = torch.Generator().manual_seed(0)
     head = torch.nn.Linear(8, 600, bias=False).requires_grad_(False)
     hidden = torch.randn(300, 8, generator=generator, requires_grad=True)
@@ -179,7 +179,7 @@ def test_the_check_at_load_passes_the_tiny_model_and_has_teeth(
 ) -> None:
     assert largest_difference(packed(tiny_model)) < 1e-4
     monkeypatch.setattr(
-        "components.training.attention.causal_mask", lambda q, k, w, d: torch.ones(q, k, dtype=torch.bool)
+        "components.engine.attention.causal_mask", lambda q, k, w, d: torch.ones(q, k, dtype=torch.bool)
     )
     model = packed(tiny_model)
     assert "LlamaForCausalLM cannot be packed: its packed log-probs differ by" in choose_layout(model, 64)
@@ -373,7 +373,7 @@ def test_the_fused_layers_give_what_the_models_and_pefts_own_give(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Value and gradient, for two adapters at once; with dropout at work peft's own way is taken."""
-    monkeypatch.setattr("components.training.fused.PART", 200)  # some tokens of a row, not all
+    monkeypatch.setattr("components.engine.fused.PART", 200)  # some tokens of a row, not all
 
     def model(fused: bool, dropout: float = 0.0) -> PackedModel:
         adapted = add_lora(load_causal_lm(tiny_model, "fp32"), SFT_ADAPTER, 4, 6, 0.0, "all-linear", 1)
@@ -414,14 +414,14 @@ def test_only_norms_and_mlps_that_are_seen_to_give_the_same_are_fused(
     model.model.norm.weight.requires_grad_(True)
     assert torch.autograd.grad(model(torch.tensor([[5, 6]])).logits.sum(), model.model.norm.weight)[0].norm() > 0
     wrong = fused.SwiGLU.forward
-    monkeypatch.setattr("components.training.fused.SwiGLU.forward", lambda ctx, gate, up: 1.001 * wrong(ctx, gate, up))
+    monkeypatch.setattr("components.engine.fused.SwiGLU.forward", lambda ctx, gate, up: 1.001 * wrong(ctx, gate, up))
     right = fused.RMSNorm.forward
-    monkeypatch.setattr("components.training.fused.RMSNorm.forward", lambda ctx, x, *rest: right(ctx, x + 0.01, *rest))
+    monkeypatch.setattr("components.engine.fused.RMSNorm.forward", lambda ctx, x, *rest: right(ctx, x + 0.01, *rest))
     assert served(load_causal_lm(tiny_model, "fp32")) == set()
 
 
 def test_fused_norms_round_to_bf16_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("components.training.models.native_precision", lambda: "bf16")
+    monkeypatch.setattr("components.engine.models.native_precision", lambda: "bf16")
     norm = load_causal_lm(tiny_model, "bf16").model.layers[0].input_layernorm
     x = torch.randn(3, 5, norm.weight.numel(), generator=torch.Generator().manual_seed(0))
     exact = type(norm).forward(norm, x)
@@ -466,7 +466,7 @@ def test_what_norms_and_activations_made_is_made_again_rather_than_kept(tiny_mod
 def test_bf16_weights_without_bf16_hardware_give_the_gradient_of_fp32_in_less_memory(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, targets: str | list[str]
 ) -> None:
-    monkeypatch.setattr("components.training.models.native_precision", lambda: "fp32")
+    monkeypatch.setattr("components.engine.models.native_precision", lambda: "fp32")
     AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(tmp_path)
 
     def fresh(precision: Precision) -> PackedModel:
@@ -490,7 +490,7 @@ def test_bf16_weights_without_bf16_hardware_give_the_gradient_of_fp32_in_less_me
     kept = sum(n for name, n in weights.items() if targets == "all-linear" or name != "layers.0.self_attn.k_proj")
     assert more_bytes - n_bytes == 2 * kept
     monkeypatch.setattr(
-        "components.training.lora.FrozenLinear.apply",
+        "components.engine.lora.FrozenLinear.apply",
         lambda x, weight, bias: torch.nn.functional.linear(x, weight.float()),
     )
     assert (kept_bytes_and_gradient(model)[0] > n_bytes) == (targets != "all-linear"), "else copies in fp32 are kept"
@@ -555,7 +555,7 @@ import sys
 
 import torch
 
-from components.training.processes import keep_freed_memory
+from components.engine.processes import keep_freed_memory
 
 def use():
     tensors = [torch.empty(12 * 2**20).fill_(1.0) for _ in range(8)]  # 48 MiB each: glibc would map them anew

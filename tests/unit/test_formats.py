@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from components.common.errors import InputError
-from components.common.records import read_lines
+from components.dataset.records import read_lines
 from components.prepare.convert import Facts, convert_files, guess_language
 from components.prepare.formats import RowProblem, convert, detect
 

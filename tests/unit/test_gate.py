@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.common.config import GateConfig
 from components.common.errors import InputError
-from components.common.settings import load_config, validated
+from components.config.loading import load_config, validated
+from components.config.sections import GateConfig
 from components.evaluate import statistics
-from components.evaluate.gate import Circumstances, judge, level
 from components.evaluate.statistics import GroupBootstrap, compared_loss, fit_scale, superiority_p
+from components.gate.rules import Circumstances, judge, level
 from tests.conftest import ROOT
 
 GATE = load_config(ROOT / "params.yaml").gate

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.common.config import EvaluateConfig, GateConfig
-from components.common.records import Message, Preference
-from components.common.scoring import TokenLogps
-from components.common.settings import load_config
+from components.config.loading import load_config
+from components.config.sections import EvaluateConfig, GateConfig
+from components.dataset.records import Message, Preference
 from components.evaluate import answers, comparison, statistics
 from components.evaluate.comparison import Scored, compare
-from components.evaluate.gate import Circumstances, judge
 from components.evaluate.page import markdown, report
 from components.evaluate.statistics import GroupBootstrap
+from components.gate.rules import Circumstances, judge
+from components.training.scoring import TokenLogps
 from tests.conftest import ROOT
 
 GATE = load_config(ROOT / "params.yaml").gate.model_copy(update={"min_pairs": 10})

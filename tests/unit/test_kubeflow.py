@@ -16,11 +16,12 @@ import pytest
 import yaml
 
 from components.common.errors import InputError
-from components.common.settings import load_config, pipeline_arguments
+from components.config.loading import load_config, pipeline_arguments
+from components.stages import STAGES
 from pipelines import cli, kubeflow
 from pipelines.alignment import compile_pipeline
 from pipelines.kubeflow import RunState, Server, ServerTrouble
-from pipelines.runner import QUIET, STAGES
+from pipelines.local.runner import QUIET
 from tests.conftest import ROOT
 from tests.unit.kfp_server import WORKFLOW, KfpServer, closed, cut_off, failed_pod, silent, status
 

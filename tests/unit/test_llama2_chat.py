@@ -12,13 +12,13 @@ import sentencepiece
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from components.common.chat import choose_template, encode, encode_conversation, encode_prompt, load_tokenizer
 from components.common.files import write_manifest
-from components.common.records import Instruction, Message, content_id, read_rows
-from components.common.settings import load_config
-from components.common.training_stage import instruction_examples
+from components.config.loading import load_config
+from components.dataset.chat import choose_template, encode, encode_conversation, encode_prompt, load_tokenizer
+from components.dataset.records import Instruction, Message, content_id, read_rows
 from components.dpo.stage import run_dpo
 from components.sft.stage import run_sft
+from components.training.run import instruction_examples
 from components.validate.stage import run_validate
 from tests.conftest import ROOT
 from tests.unit.conftest import rows

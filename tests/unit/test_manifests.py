@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from components.common.images import MLFLOW_IMAGE
-from components.common.settings import load_config
+from components.config.loading import load_config
+from components.stages import STAGES
 from pipelines.alignment import compile_pipeline
-from pipelines.runner import STAGES
 from tests.conftest import ROOT
 from tests.tools.manifests import OVERLAYS, STEPS, build, pods, problems, quantity
 from tests.tools.pod_security import violations

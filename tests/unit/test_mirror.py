@@ -8,7 +8,7 @@ import boto3
 import pytest
 
 from components.common.files import write_manifest
-from components.common.mirror import Mirror
+from components.training.checkpoint_mirror import Mirror
 from tests.services import S3, s3_server
 from tests.unit.conftest import Stages
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from components.training import objectives
+from components.engine import objectives
 
 
 def test_sequence_logps_sum_the_tokens_of_each_completion() -> None:

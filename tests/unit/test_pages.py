@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import websocket
 
-from components.common.report import page, table_html
+from components.report.html import page, table_html
 from tests.unit.conftest import Stages
 
 MAX_BYTES = 1_000_000

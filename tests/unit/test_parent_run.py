@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from components.common import tracking
+from components.tracking import run as tracking
 
 
 @pytest.fixture

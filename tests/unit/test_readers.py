@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from components.common.errors import InputError
-from components.common.records import MAX_LINE_BYTES, iter_lines, read_lines, write_lines
+from components.dataset.records import MAX_LINE_BYTES, iter_lines, read_lines, write_lines
 from components.prepare.convert import Facts, convert_files
 from tests.conftest import ROOT
 from tests.tools.fuzz_readers import read_everything
@@ -60,7 +60,7 @@ def test_a_line_of_a_hundred_megabytes_is_refused_before_it_fills_the_memory(tmp
         for _ in range(100):
             file.write(b"x" * 1_000_000)
     script = (
-        "import resource, sys; from pathlib import Path; from components.common.records import read_lines\n"
+        "import resource, sys; from pathlib import Path; from components.dataset.records import read_lines\n"
         "pages = int(Path('/proc/self/statm').read_text().split()[0])\n"
         "resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + 90_000_000,) * 2)\n"
         "read_lines(Path(sys.argv[1]))\n"

@@ -18,15 +18,15 @@ import yaml
 from mlflow.exceptions import MlflowException
 from typer.testing import CliRunner
 
-from components.common import tracking
-from components.common.audit import Audit
 from components.common.errors import KubealignError
 from components.common.files import digest, read_json, write_json, write_manifest
-from components.common.settings import load_config
+from components.config.loading import load_config
 from components.evaluate.candidates import download_incumbent
-from components.evaluate.gate import Circumstances, judge
-from components.register.champion import champion_alias, promote
+from components.gate.rules import Circumstances, judge
 from components.register.stage import Judged, Lineage, run_register
+from components.registry.audit import Audit
+from components.registry.champion import champion_alias, promote
+from components.tracking import run as tracking
 from pipelines.cli import app
 from tests.component_kit import Chain, empty_mlflow, own_home
 from tests.conftest import ROOT
@@ -420,7 +420,7 @@ def log_in(monkeypatch: pytest.MonkeyPatch, user: str, password: str) -> None:
 
 UPLOAD = """
 import sys
-from components.common import tracking
+from components.tracking import run as tracking
 from components.common.memory import peak_memory_mib
 from components.register.package import log_version
 with tracking.stage_run("register", {}) as run:
@@ -454,7 +454,7 @@ def test_reproduce_says_what_it_takes_and_checks_it_out(
 ) -> None:
     from dulwich import porcelain
 
-    monkeypatch.setattr("components.training.models.native_precision", lambda: "fp32")
+    monkeypatch.setattr("components.engine.models.native_precision", lambda: "fp32")
     project = tmp_path / "project"
     project.mkdir()
     (project / "params.yaml").write_text((ROOT / "params.yaml").read_text())
@@ -472,7 +472,7 @@ def test_reproduce_says_what_it_takes_and_checks_it_out(
     assert settings["dpo"] == CONFIG.sections()["dpo"] and "prepare" in settings
     assert "torch==" in (tmp_path / "again" / "environment.txt").read_text()
     assert "precision fp32, by model.precision=auto" in said.output and "auto is" not in said.output
-    monkeypatch.setattr("components.training.models.native_precision", lambda: "bf16")
+    monkeypatch.setattr("components.engine.models.native_precision", lambda: "bf16")
     elsewhere = CliRunner().invoke(app, list(words))
     assert "auto is bf16 on this machine" in elsewhere.output and "--set model.precision=fp32" in elsewhere.output
     full = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "again")])

@@ -16,14 +16,15 @@ from typing import Any
 
 import pytest
 
-from components.common import places, train_job
-from components.common.config import ClusterConfig
 from components.common.errors import InputError, KubealignError
 from components.common.files import write_manifest
-from components.common.settings import load_config
-from components.common.train_job import run_on_nodes, several_nodes
+from components.config.loading import load_config
+from components.config.sections import ClusterConfig
 from components.sft.stage import run_sft
-from pipelines import cluster as cluster_module
+from components.tracking import storage
+from components.training import train_job
+from components.training.train_job import run_on_nodes, several_nodes
+from pipelines import platform as cluster_module
 from tests.conftest import ROOT
 from tests.services import S3, mlflow_server, s3_server
 from tests.tools.manifests import dropped
@@ -255,8 +256,8 @@ def test_a_step_that_is_cancelled_removes_its_job(kube: KubeServer, tmp_path: Pa
     kube.command = [sys.executable, "-c", "import time; time.sleep(600)"]
     cluster = section().model_dump_json()
     program = (
-        "from components.common import train_job\n"
-        "from components.common.config import ClusterConfig\n"
+        "from components.training import train_job\n"
+        "from components.config.sections import ClusterConfig\n"
         "train_job.tracking.parent_run = lambda: ''\n"
         f"cluster = ClusterConfig.model_validate_json({cluster!r})\n"
         "train_job.TrainJob(cluster, 'sft', 'k3', []).run()\n"
@@ -310,7 +311,7 @@ def test_two_nodes_give_the_losses_of_one_process(
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     assert metrics["validation_loss"] == json.loads((tmp_path / "two" / "training.json").read_text())["validation_loss"]
     left = place if state == "s3" else str(train_job.tracking.home())
-    assert not places.exists(f"{left}/jobs/anything") and not list(places._keys(s3.bucket, f"{tmp_path.name}/jobs"))
+    assert not storage.exists(f"{left}/jobs/anything") and not list(storage._keys(s3.bucket, f"{tmp_path.name}/jobs"))
 
 
 @pytest.mark.long
@@ -384,10 +385,10 @@ def test_what_comes_back_damaged_is_refused(s3: S3, tmp_path: Path, monkeypatch:
     (folder / "a.txt").write_text("right")
     write_manifest(folder)
     place = f"s3://{s3.bucket}/{tmp_path.name}/x"
-    places.push(folder, place)
+    storage.push(folder, place)
     boto3.client("s3").put_object(Bucket=s3.bucket, Key=f"{tmp_path.name}/x/a.txt", Body=b"wrong")
     with pytest.raises(KubealignError, match="a.txt changed since it was written"):
-        places.pull(place, tmp_path / "back")
+        storage.pull(place, tmp_path / "back")
     assert not (tmp_path / "back").exists()
     with pytest.raises(KubealignError, match="no manifest.json there"):
-        places.pull(f"{place}/nothing", tmp_path / "back")
+        storage.pull(f"{place}/nothing", tmp_path / "back")

@@ -11,13 +11,14 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from components.common import identity, tracking
-from components.common.config import FORM_FIELDS, Config, DpoConfig, ModelConfig
+from components.common import provenance
 from components.common.errors import InputError, KubealignError
 from components.common.files import replacing, replacing_folder, verify_manifest, write_json, write_manifest
-from components.common.settings import load_config, pipeline_arguments, section
-from components.resolve.base import resolve_base
-from components.resolve.data import data_folders, resolve_data
+from components.config.loading import load_config, pipeline_arguments, section
+from components.config.sections import FORM_FIELDS, Config, DpoConfig, ModelConfig
+from components.sources.base_model import resolve_base
+from components.sources.data import data_folders, resolve_data
+from components.tracking import run as tracking
 from tests.conftest import ROOT
 
 PARAMS = ROOT / "params.yaml"
@@ -197,20 +198,20 @@ def test_data_that_is_not_there_is_a_clear_error(data_repo: Path, tmp_path: Path
 
 
 def test_the_code_digest_follows_what_a_stage_imports_and_nothing_else() -> None:
-    modules = identity.imported_modules("components.dpo.stage")
-    assert "components.training.objectives" in modules and "components.common.chat" in modules
+    modules = provenance.imported_modules("components.dpo.stage")
+    assert "components.engine.objectives" in modules and "components.dataset.chat" in modules
     assert "components.validate.stage" not in modules and "components.evaluate.stage" not in modules
-    assert identity.code_digest("dpo") != identity.code_digest("sft")
+    assert provenance.code_digest("dpo") != provenance.code_digest("sft")
 
 
 def test_the_code_digest_changes_with_one_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "components", tmp_path / "components")
-    monkeypatch.setattr(identity, "PACKAGES", tmp_path)
+    monkeypatch.setattr(provenance, "PACKAGES", tmp_path)
     stages = ("fetch", "validate", "sft", "dpo", "evaluate")
-    before = {stage: identity.code_digest(stage) for stage in stages}
+    before = {stage: provenance.code_digest(stage) for stage in stages}
     with (tmp_path / "components" / "training" / "packing.py").open("a") as file:
         file.write("# one more line\n")
-    after = {stage: identity.code_digest(stage) for stage in stages}
+    after = {stage: provenance.code_digest(stage) for stage in stages}
     assert [stage for stage in stages if before[stage] != after[stage]] == ["sft", "dpo", "evaluate"]
 
 
@@ -219,16 +220,16 @@ def test_an_image_without_a_library_has_the_digest_of_one_with_the_locked_versio
 ) -> None:
     """`resolve` runs in the data image, which has no torch, and keys the cache of steps in the one that has."""
     shutil.copytree(ROOT / "components", tmp_path / "components", ignore=shutil.ignore_patterns("__pycache__"))
-    installed = identity.versions(identity.LIBRARIES)
+    installed = provenance.versions(provenance.LIBRARIES)
     lock = "".join(f"{name.replace('-', '_')}=={version}\n" for name, version in installed.items())
-    monkeypatch.setattr(identity, "PACKAGES", tmp_path)
-    (tmp_path / identity.LOCK).write_text(lock)
-    everywhere = identity.code_digest("sft")
+    monkeypatch.setattr(provenance, "PACKAGES", tmp_path)
+    (tmp_path / provenance.LOCK).write_text(lock)
+    everywhere = provenance.code_digest("sft")
     without = {name: version for name, version in installed.items() if name not in ("torch", "peft", "accelerate")}
-    monkeypatch.setattr(identity, "versions", lambda names: without)
-    assert identity.code_digest("sft") == everywhere
-    (tmp_path / identity.LOCK).write_text(lock.replace(f"torch=={installed['torch']}", "torch==9.9.9"))
-    assert identity.code_digest("sft") != everywhere
+    monkeypatch.setattr(provenance, "versions", lambda names: without)
+    assert provenance.code_digest("sft") == everywhere
+    (tmp_path / provenance.LOCK).write_text(lock.replace(f"torch=={installed['torch']}", "torch==9.9.9"))
+    assert provenance.code_digest("sft") != everywhere
 
 
 # ---- files

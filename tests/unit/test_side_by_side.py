@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from components.common.errors import TrainingStop
-from components.common.settings import load_config
+from components.config.loading import load_config
 from components.dpo.stage import cached_reference, make_objective
-from components.training import loop
-from components.training.models import DPO_ADAPTER, PackedModel, add_lora, load_causal_lm, trainable_state
-from components.training.packing import Example, lanes
-from components.training.processes import side_by_side
+from components.engine import loop
+from components.engine.models import DPO_ADAPTER, PackedModel, add_lora, load_causal_lm, trainable_state
+from components.engine.packing import Example, lanes
+from components.engine.processes import side_by_side
 from tests.conftest import ROOT
 from tests.unit.test_engine import SETTINGS, packed, with_adapter
 
@@ -30,7 +30,7 @@ THREADED = replace(SETTINGS, batch_size=8, epochs=4.0, max_tokens_per_step=40)
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two threads, and lanes however little they have to do."""
-    monkeypatch.setattr("components.training.packing.LANE_TOKENS", 1)
+    monkeypatch.setattr("components.engine.packing.LANE_TOKENS", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -89,7 +89,7 @@ def test_training_side_by_side_is_training_in_one_and_the_same_every_time(
         threads.add(threading.get_ident())
         return forward(model, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("components.training.models.native_precision", lambda: "bf16")
+    monkeypatch.setattr("components.engine.models.native_precision", lambda: "bf16")
     monkeypatch.setattr(PackedModel, "forward", watched)
     alone = train(fresh(), tmp_path / "alone", pure=False)
     assert threads == {threading.get_ident()}

@@ -13,13 +13,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from components.common.chat import load_tokenizer
 from components.common.files import UNSEALED, write_manifest
-from components.common.records import Preference, read_rows
-from components.common.settings import load_config
-from components.common.training_stage import pair_examples
+from components.config.loading import load_config
+from components.dataset.chat import load_tokenizer
+from components.dataset.records import Preference, read_rows
 from components.dpo.stage import run_dpo
 from components.sft.stage import run_sft
+from components.training.run import pair_examples
 from tests.conftest import ROOT
 from tests.unit.conftest import SETTINGS, Stages
 
@@ -102,7 +102,7 @@ def test_auto_is_bf16_only_where_the_machine_computes_it(
     meant: str,
     other: str,
 ) -> None:
-    for module in ("components.common.training_stage", "components.training.models"):
+    for module in ("components.training.run", "components.engine.models"):
         monkeypatch.setattr(f"{module}.native_precision", lambda: meant)
     for precision in ("auto", meant, other):
         train(stages, tmp_path / precision, f"model.precision={precision}")

@@ -10,12 +10,12 @@ import numpy as np
 import orjson
 import pytest
 
-from components.common.distribution import Distribution, distance, remember
 from components.common.errors import DataStop, InputError, KubealignError
 from components.common.files import read_json, verify_manifest, write_json
-from components.common.records import SPLITS, content_id, read_lines
-from components.common.settings import load_config
-from components.common.similarity import near_groups, normal, sketch
+from components.config.loading import load_config
+from components.dataset.distribution import Distribution, distance, remember
+from components.dataset.records import SPLITS, content_id, read_lines
+from components.dataset.similarity import near_groups, normal, sketch
 from components.validate import checks as checks_module
 from components.validate import privacy, scan
 from components.validate.bias import Share, find_bias, interval, statistics
@@ -212,8 +212,8 @@ def test_a_long_text_takes_no_quadratic_time() -> None:
 
 def test_bounds_and_counts_agree_with_the_encoder(base_model: Path) -> None:
     """No row that is too long passes by its bound, and what is counted is counted as training does."""
-    from components.common.chat import encode, load_tokenizer
-    from components.common.records import Message
+    from components.dataset.chat import encode, load_tokenizer
+    from components.dataset.records import Message
 
     tokenizer = load_tokenizer(base_model)
     rows = read_lines(ROOT / "data" / "preferences" / "validation.jsonl")[:60]
@@ -235,7 +235,7 @@ def test_answers_that_a_tokenizer_cannot_tell_apart_are_found(
     """With a normaliser that lowers the case two answers that differ in it are the same tokens."""
     from tokenizers.normalizers import Lowercase
 
-    from components.common.chat import load_tokenizer
+    from components.dataset.chat import load_tokenizer
 
     tokenizer = load_tokenizer(base_model)
     tokenizer.backend_tokenizer.normalizer = Lowercase()

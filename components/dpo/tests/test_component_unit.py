@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from components.common.files import read_json, verify_manifest
-from components.common.records import read_lines
+from components.dataset.records import read_lines
 from components.dpo.component import dpo
 from tests.component_kit import Chain, assert_refused, call
 

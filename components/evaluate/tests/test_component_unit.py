@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from components.common.files import read_json, verify_manifest
-from components.common.settings import load_config
+from components.config.loading import load_config
 from components.evaluate.component import evaluate
 from tests.component_kit import Chain, assert_refused, call
 from tests.conftest import ROOT

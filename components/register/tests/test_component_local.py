@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from components.common import tracking
 from components.common.files import read_json
 from components.register.component import register
+from components.tracking import run as tracking
 from tests.component_kit import Chain, judged_inputs, run_locally
 
 

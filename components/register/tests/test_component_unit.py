@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from components.common import tracking
 from components.common.files import read_json
 from components.register.component import register
+from components.tracking import run as tracking
 from tests.component_kit import Chain, assert_refused, call, judged_inputs
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from components.common.files import read_json, verify_manifest
-from components.common.records import read_lines
+from components.dataset.records import read_lines
 from components.sft.component import sft
 from tests.component_kit import Chain, assert_refused, call
 

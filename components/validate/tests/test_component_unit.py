@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from components.common.records import read_lines
+from components.dataset.records import read_lines
 from components.validate.component import validate
 from tests.component_kit import Chain, assert_refused, call
 

@@ -1,0 +1,196 @@
+"""From messages to token ids, by the model's own chat template; the one place where text becomes tokens."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from components.common.errors import InputError
+from components.common.files import sha256_file
+from components.dataset.records import Message
+
+TEMPLATES = Path(__file__).parent / "templates"
+REFUSALS = (KeyError, TypeError, ValueError, AttributeError, TemplateError)
+CHANGES_PROMPT = "the chat template renders the prompt differently once an answer follows; choose another one"
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a local model folder, chat template included."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    # Llama 2's switch for the space before a piece of text; transformers reads it and forgets to save it.
+    if hasattr(tokenizer, "legacy"):
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+    return tokenizer
+
+
+def choose_template(name: str, own: str | None) -> str:
+    """The chat template that the configuration asks for.
+
+    Args:
+        name: `model`, `chatml`, `llama2`, or the path of a Jinja file.
+        own: the template that came with the model, if any.
+
+    Raises:
+        InputError: `model` without a template of its own, or an unknown name.
+    """
+    shipped = {path.stem: path for path in sorted(TEMPLATES.glob("*.jinja"))}
+    if name == "model":
+        if own:
+            return own
+        raise InputError(
+            f"the base model has no chat template; set model.template to {', '.join(shipped)} or a Jinja file"
+        )
+    path = shipped.get(name, Path(name))
+    if not path.is_file():
+        raise InputError(
+            f"model.template={name}: neither `model`, {', '.join(shipped)}, nor a file; expected one of them"
+        )
+    return path.read_text(encoding="utf-8").rstrip("\n")
+
+
+def template_digest(name: str) -> str:
+    """What names the template that the configuration asks for: the hash of the file when it is one, else its name."""
+    path = Path(name)
+    return sha256_file(path) if path.is_file() else name
+
+
+def encode_prompt(tokenizer: Any, prompt: Sequence[Message]) -> list[int]:
+    """Token ids of the conversation up to where the assistant's answer begins."""
+    return _ids(tokenizer, _render(tokenizer, prompt, answer=None))
+
+
+def encode(tokenizer: Any, prompt: Sequence[Message], answer: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of the answer that follows it, the end-of-sequence token included.
+
+    Both are tokenised apart, as generation sees them. What a template puts behind the end-of-sequence token is left
+    out, since the model never writes it.
+
+    Raises:
+        InputError: the template changes the prompt once an answer follows, or writes no end of sequence.
+    """
+    before = _render(tokenizer, prompt, answer=None)
+    whole = _render(tokenizer, prompt, answer)
+    if not whole.startswith(before):
+        raise InputError(CHANGES_PROMPT)
+    return _ids(tokenizer, before), _until_end(tokenizer, _ids(tokenizer, whole[len(before) :]))
+
+
+def encode_many(
+    tokenizer: Any, prompts: Sequence[list[dict[str, str]]], answers: Sequence[Sequence[str]]
+) -> list[tuple[list[int], list[list[int]]] | None]:
+    """As `encode` for many rows at once: the ids of each prompt, and of each answer that may follow it.
+
+    Args:
+        tokenizer: of the model.
+        prompts: conversations as plain messages.
+        answers: of each conversation.
+
+    Returns:
+        for each row prompt ids and completion ids; None for a conversation that the template refuses.
+
+    Raises:
+        InputError: as `encode`.
+    """
+    befores = _render_many(tokenizer, prompts, True)
+    good = [row for row, before in enumerate(befores) if before is not None]
+    owners = [row for row in good for _ in answers[row]]
+    asked = [[*prompts[row], {"role": "assistant", "content": answer}] for row in good for answer in answers[row]]
+    wholes = _render_many(tokenizer, asked, False)
+    refused = {row for row, whole in zip(owners, wholes, strict=True) if whole is None}
+    texts = [befores[row] or "" for row in good]
+    for row, whole in zip(owners, wholes, strict=True):
+        before = befores[row] or ""
+        if whole is not None and not whole.startswith(before):
+            raise InputError(CHANGES_PROMPT)
+        texts.append("" if whole is None else whole[len(before) :])
+    if not texts:
+        return [None] * len(prompts)
+    ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    found: list[tuple[list[int], list[list[int]]] | None] = [None] * len(prompts)
+    for row, before in zip(good, ids, strict=False):
+        found[row] = None if row in refused else (before, [])
+    for row, completion in zip(owners, ids[len(good) :], strict=True):
+        kept = found[row]
+        if kept is not None:
+            kept[1].append(_until_end(tokenizer, completion))
+    return found
+
+
+def encode_conversation(
+    tokenizer: Any, prompt: Sequence[Message], answer: str
+) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    """As `encode`, with the token ranges of the earlier assistant turns in the prompt, each with its end of sequence.
+
+    Returns:
+        prompt ids, completion ids, and ranges [start, end) of prompt ids.
+
+    Raises:
+        InputError: the template changes an earlier turn once another follows, or the tokenizer cannot say where in
+            the text a token stands.
+    """
+    before, completion = encode(tokenizer, prompt, answer)
+    text = _render(tokenizer, prompt, answer=None)
+    spans = []
+    for number, message in enumerate(prompt):
+        if message.role != "assistant":
+            continue
+        start = len(_render(tokenizer, prompt[:number], answer=None))
+        whole = _render(tokenizer, prompt[:number], message.content)
+        stop = whole.rfind(tokenizer.eos_token) + len(tokenizer.eos_token)
+        if stop <= start or not text.startswith(whole[:stop]):
+            raise InputError(
+                "the chat template renders an earlier answer differently once a turn follows, so it cannot be trained"
+                " there; set sft.loss_on=last"
+            )
+        spans.append((start, stop))
+    if not spans:
+        return before, completion, []
+    if not tokenizer.is_fast:
+        raise InputError("this tokenizer does not tell where its tokens stand in the text; set sft.loss_on=last")
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    ranges = []
+    for start, stop in spans:
+        inside = [index for index, (first, last) in enumerate(offsets) if first >= start and last <= stop > first]
+        ranges.append((inside[0], inside[-1] + 1))
+    return before, completion, ranges
+
+
+def _render(tokenizer: Any, prompt: Sequence[Message], answer: str | None) -> str:
+    messages = [message.model_dump() for message in prompt]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+    return text
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _until_end(tokenizer: Any, completion: list[int]) -> list[int]:
+    end = tokenizer.eos_token_id
+    if end not in completion:
+        raise InputError(f"the chat template does not end an answer with {tokenizer.eos_token!r}; choose another one")
+    last = len(completion) - 1 - completion[::-1].index(end)
+    return completion[: last + 1]
+
+
+def _render_many(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], generate: bool) -> list[str | None]:
+    """Conversations as text; None where the template refuses one, for the order of its roles or a field it lacks."""
+    if not conversations:
+        return []
+    try:
+        texts: list[str | None] = tokenizer.apply_chat_template(
+            list(conversations), tokenize=False, add_generation_prompt=generate
+        )
+        return texts
+    except REFUSALS:
+        if len(conversations) == 1:
+            return [None]
+        half = len(conversations) // 2
+        parts = (conversations[:half], conversations[half:])
+        return [text for part in parts for text in _render_many(tokenizer, part, generate)]

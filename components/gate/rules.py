@@ -1,0 +1,214 @@
+"""The gate: rules with names and numbers that decide whether a model may become the champion, and why in words.
+
+It reads evaluation.json and nothing else of the models, so that register can apply it again to the same numbers.
+
+A test set that is asked often enough says yes. Every decision on the same test set is therefore counted, and the k-th
+is tested at a level of its own, alpha / (k (k + 1)). The levels of all decisions that can ever come add up to alpha,
+which bounds the chance of any wrong promotion (alpha-spending; Tian and Ramdas, arXiv 1910.04900, section 2). The
+bound needs no independence. It does need that what is tried next does not follow from the test side's numbers: choose
+settings on the validation side.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+from components.config.sections import GateConfig
+from components.gate.results import Comparison, Estimate, Generation, Results
+
+Outcome = Literal["pass", "fail", "not applicable"]
+PER_TOKEN_LOSSES = ("ipo", "sigmoid_norm", "simpo", "orpo")
+"""Losses whose beta does not scale log-ratios of whole answers: ln 2 is not what a policy has that learnt nothing."""
+
+
+class Rule(TypedDict):
+    """One rule, with the number it looked at and the one it asked for."""
+
+    name: str
+    outcome: Outcome
+    found: float | None
+    expected: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What decides beside the numbers.
+
+    `incumbent` is the champion to beat as models:/name/version, empty for the SFT model; `test_use` counts the
+    decisions on this test set, from 1; `data_clean` says whether the data is what a commit records.
+    """
+
+    incumbent: str
+    test_use: int
+    data_clean: bool
+
+
+def level(alpha: float, test_use: int) -> float:
+    """Level of the `test_use`-th decision (from 1) on a test set; over all of them the levels add up to alpha."""
+    return alpha / (test_use * (test_use + 1))
+
+
+def judge(results: Results, circumstances: Circumstances, config: GateConfig) -> dict[str, Any]:
+    """Apply the rules.
+
+    Args:
+        results: evaluation.json.
+        circumstances: incumbent, count of decisions, state of the data.
+        config: the rules' numbers.
+
+    Returns:
+        `passed`, `verdict` (`better`, `not worse`, `no evidence`, `worse` or `refused`), `sentence`, `rules`, `level`,
+        and what it was judged by: `incumbent`, `test_use`, `data_clean`, `gate`, `policy_digest`.
+    """
+    rival = "incumbent" if circumstances.incumbent else "sft"
+    name = f"the champion {circumstances.incumbent}" if circumstances.incumbent else "the SFT model"
+    comparison = results["comparisons"][rival]
+    own_level = level(config.alpha, circumstances.test_use)
+    rules = [
+        _primary(comparison, name, own_level, results["bootstrap"], config),
+        _enough(comparison, config),
+        _own_loss(results, config),
+        *_generation(results, rival, name, config),
+        *_languages(comparison, config),
+        _data(circumstances, config),
+    ]
+    passed = all(rule["outcome"] != "fail" for rule in rules)
+    verdict = _verdict(comparison, rules, passed, config)
+    return {
+        "passed": passed,
+        "verdict": verdict,
+        "sentence": _sentence(name, rules, verdict, config),
+        "incumbent": circumstances.incumbent,
+        "test_use": circumstances.test_use,
+        "level": own_level,
+        "data_clean": circumstances.data_clean,
+        "gate": config.model_dump(mode="json"),
+        "policy_digest": results["policy_digest"],
+        "rules": rules,
+    }
+
+
+def _primary(comparison: Comparison, rival: str, own_level: float, resamples: int, config: GateConfig) -> Rule:
+    found, p_value = comparison["improvement"], comparison["p_value"]
+    what = (
+        f"an improvement above {config.margin:g} nats"
+        if config.test == "superiority"
+        else f"a loss of less than {config.margin:g} nats"
+    )
+    expected = f"p <= {own_level:.2g} for {what}"
+    sentence = (
+        f"log-loss is {found['value']:+.4f} nats better than {rival} [{found['low']:+.4f}, {found['high']:+.4f}],"
+        f" one-sided p = {p_value:.4f}"
+    )
+    if own_level * (resamples + 1) < 1:
+        sentence += f"; {resamples} resamples cannot show p <= {own_level:.2g}: use a new test set"
+    return _rule(config.test, p_value <= own_level, p_value, expected, sentence)
+
+
+def _enough(comparison: Comparison, config: GateConfig) -> Rule:
+    n = int(comparison["improvement"]["n"])
+    return _rule("min_pairs", n >= config.min_pairs, n, f"at least {config.min_pairs}", f"{n} held-out pairs")
+
+
+def _own_loss(results: Results, config: GateConfig) -> Rule:
+    expected = f"below {config.max_own_loss:.4f}"
+    if results["loss"] in PER_TOKEN_LOSSES:
+        return _not_applicable("own_loss", expected, f"trained by {results['loss']}, a loss per token")
+    loss = results["own"]["loss"]["value"]
+    sentence = f"DPO loss on held-out pairs with its own beta and reference is {loss:.4f}"
+    return _rule("own_loss", loss < config.max_own_loss, loss, expected, sentence)
+
+
+def _generation(results: Results, rival: str, rival_name: str, config: GateConfig) -> list[Rule]:
+    """KL, length and repetition of what the policy writes."""
+    policy, other = (results["models"][name]["generation"] for name in ("policy", rival))
+    kl, ratio = (policy["kl"], policy["length_ratio"]) if policy else (None, None)
+    return [
+        _limit("kl", kl, None, config.max_kl, "nats per answer from the SFT model, on its own samples"),
+        _limit(
+            "length_ratio",
+            ratio,
+            config.min_length_ratio,
+            config.max_length_ratio,
+            "times the tokens of the SFT model's answers",
+        ),
+        _repetition(policy, other, rival_name, config),
+    ]
+
+
+def _limit(name: str, found: Estimate | None, lowest: float | None, highest: float, meaning: str) -> Rule:
+    expected = f"at most {highest:g}" if lowest is None else f"from {lowest:g} to {highest:g}"
+    if found is None:
+        return _not_applicable(name, expected, "no answers were generated (evaluate.answers is 0)")
+    ok = found["value"] <= highest and (lowest is None or found["value"] >= lowest)
+    sentence = f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}] {meaning}"
+    return _rule(name, ok, found["value"], expected, sentence)
+
+
+def _repetition(policy: Generation | None, other: Generation | None, rival: str, config: GateConfig) -> Rule:
+    expected = f"at most {config.max_repetition_increase:g} more"
+    if policy is None or other is None:
+        return _not_applicable("repetition", expected, "no answers were generated (evaluate.answers is 0)")
+    mine, theirs = policy["greedy"]["repetition"]["value"], other["greedy"]["repetition"]["value"]
+    sentence = f"{mine:.3f} of the greedy answers' text repeats itself, {theirs:.3f} with {rival}"
+    return _rule("repetition", mine - theirs <= config.max_repetition_increase, mine - theirs, expected, sentence)
+
+
+def _languages(comparison: Comparison, config: GateConfig) -> list[Rule]:
+    """No language gets worse: a test of each, at a level that the languages share (Bonferroni).
+
+    It fails only on evidence, so an equal model is refused by noise with a chance of at most `language_alpha`.
+    """
+    shared = config.language_alpha / max(1, len(comparison["by_language"]))
+    rules = []
+    for lang, found in sorted(comparison["by_language"].items()):
+        p_value = comparison["regression_p"][lang]
+        sentence = (
+            f"{found['value']:+.4f} nats [{found['low']:+.4f}, {found['high']:+.4f}], {int(found['n'])} pairs,"
+            f" one-sided p = {p_value:.4f} for a regression"
+        )
+        expected = f"p > {shared:.2g} for a loss of more than {config.max_language_regression:g} nats"
+        rules.append(_rule(f"no_regression_{lang}", p_value > shared, p_value, expected, sentence))
+    return rules
+
+
+def _data(circumstances: Circumstances, config: GateConfig) -> Rule:
+    expected = "data as a commit records it"
+    if not config.clean_data:
+        return _not_applicable("clean_data", expected, "not asked for (gate.clean_data is false)")
+    clean = circumstances.data_clean
+    sentence = "the data is a recorded version" if clean else "the data differs from what is committed; commit dvc.lock"
+    return _rule("clean_data", clean, float(clean), expected, sentence)
+
+
+def _rule(name: str, ok: bool, found: float, expected: str, sentence: str) -> Rule:
+    return Rule(name=name, outcome="pass" if ok else "fail", found=found, expected=expected, sentence=sentence)
+
+
+def _not_applicable(name: str, expected: str, sentence: str) -> Rule:
+    return Rule(name=name, outcome="not applicable", found=None, expected=expected, sentence=sentence)
+
+
+def _verdict(comparison: Comparison, rules: list[Rule], passed: bool, config: GateConfig) -> str:
+    if passed:
+        return "better" if config.test == "superiority" else "not worse"
+    if rules[0]["outcome"] == "pass":
+        return "refused"
+    return "worse" if comparison["improvement"]["high"] < 0 else "no evidence"
+
+
+def _sentence(rival: str, rules: list[Rule], verdict: str, config: GateConfig) -> str:
+    shown = "better than" if config.test == "superiority" else f"at most {config.margin:g} nats worse than"
+    if verdict in ("better", "not worse"):
+        return f"The policy is {shown} {rival} on held-out pairs: {rules[0]['sentence']}."
+    failed = "; ".join(
+        f"{rule['name']}: {rule['sentence']}, expected {rule['expected']}"
+        for rule in rules
+        if rule["outcome"] == "fail"
+    )
+    opening = {
+        "worse": f"The policy is worse than {rival}",
+        "no evidence": f"There is no evidence that the policy is {shown} {rival}",
+        "refused": f"The policy is {shown} {rival}, but a guard rail refuses it",
+    }[verdict]
+    return f"{opening}. {failed}."

@@ -1,0 +1,29 @@
+"""The manifest of a registered version: the hash of every file of it, and whether a download is still the same."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from components.common.errors import KubealignError
+from components.common.files import difference, sha256_file
+
+MANIFEST_TAG = "kubealign.manifest"
+"""Tag of a version: sha256 of every file of it, as JSON."""
+MLFLOWS_OWN = {"registered_model_meta"}
+"""Files that MLflow writes into a download."""
+
+
+def changed(version: Any, folder: Path) -> str:
+    """What is not as it was registered in a version's downloaded files, such as `python_model.pkl is not in the
+    manifest`; empty for nothing.
+
+    Raises:
+        KubealignError: the version was not registered by this project.
+    """
+    if MANIFEST_TAG not in version.tags:
+        raise KubealignError(
+            f"{version.name} version {version.version} carries no manifest: kubealign did not register it"
+        )
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in MLFLOWS_OWN]
+    found = {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
+    return difference(json.loads(version.tags[MANIFEST_TAG]), found)

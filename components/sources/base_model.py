@@ -1,0 +1,90 @@
+"""Which base model a name means: where it is, and a digest that changes when its files do."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.common.errors import InputError
+from components.common.files import digest, folder_digest
+from components.config.sections import DataConfig, ModelConfig
+from components.sources.data import embedded_model, resolve_data
+from components.tracking import run as tracking
+
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model made definite: `reference` names the very version, `digest` its content."""
+
+    reference: str
+    digest: str
+
+
+def resolve_base(model: ModelConfig, data: DataConfig) -> BaseModel:
+    """Make the configured base model definite.
+
+    Raises:
+        InputError: it is not there, or may not be used as configured.
+    """
+    base = model.base
+    if base == EMBEDDED:
+        embedded = embedded_model(data.path)
+        version = resolve_data(data.repo, data.revision, (embedded,))
+        return BaseModel(f"{EMBEDDED}@{version.commit}", version.digests[embedded])
+    if base.startswith("models:/"):
+        return _registered(base)
+    if base.startswith("s3://"):
+        return _bucket(base)
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"model.base={base}: the folder has no config.json; expected a transformers model folder")
+        return BaseModel(str(folder.resolve()), folder_digest(folder))
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not base.startswith("."):
+        return _hub(model)
+    raise InputError(
+        f"model.base={base}: no such folder; expected `embedded`, a folder, s3://bucket/prefix, models:/name/version,"
+        " models:/name@alias, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
+
+
+def _hub(model: ModelConfig) -> BaseModel:
+    if not model.allow_network:
+        raise InputError(
+            f"model.base={model.base}: no such folder, and as a hub id it needs the network; set model.allow_network"
+            " and model.revision to the commit you mean"
+        )
+    if not model.revision:
+        raise InputError(f"model.base={model.base}: a hub id needs model.revision, a commit of 40 hexadecimal digits")
+    reference = f"hub:{model.base}@{model.revision}"
+    return BaseModel(reference, digest(reference))
+
+
+def _registered(uri: str) -> BaseModel:
+    from mlflow.exceptions import MlflowException
+
+    match = re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))", uri)
+    if not match:
+        raise InputError(f"model.base={uri}: expected models:/name/version or models:/name@alias")
+    name, version, alias = match.groups()
+    client = tracking.client()
+    try:
+        found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
+    except MlflowException as error:
+        raise InputError(f"model.base={uri}: {tracking.one_line(str(error))}") from error
+    reference = f"models:/{name}/{found.version}"
+    return BaseModel(reference, str(found.tags.get("kubealign.model") or digest(reference)))
+
+
+def _bucket(uri: str) -> BaseModel:
+    import s3fs
+
+    fs = s3fs.S3FileSystem()
+    try:
+        entries = fs.find(uri, detail=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.base={uri}: cannot be listed: {tracking.one_line(str(error))}") from error
+    if not any(path.endswith("/config.json") for path in entries):
+        raise InputError(f"model.base={uri}: no config.json below it; expected a transformers model folder")
+    return BaseModel(uri, digest({path: [entry["size"], entry["ETag"]] for path, entry in entries.items()}))

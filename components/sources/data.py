@@ -1,0 +1,230 @@
+"""Which data a revision means: its commit, the DVC digests of the folders, and whether a commit records just that."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from components.common.errors import InputError, KubealignError
+from components.tracking.run import causes, one_line, without_credentials
+
+WORKSPACE = "workspace"
+DATA_SETS = ("preferences", "instructions")
+LOCK = "dvc.lock"
+Folders = tuple[str, ...]
+Outs = dict[str, dict[str, Any]]
+"""What DVC records of each folder: md5, size in bytes, number of files."""
+
+
+@dataclass(frozen=True)
+class DataVersion:
+    """A version of the data set; digests are DVC's md5 of a folder, `<32 hex digits>.dir`.
+
+    `test_set` is the md5 of the test side's pairs, empty where none were asked for; `clean` says that a commit records
+    just these folders.
+    """
+
+    commit: str
+    digests: dict[str, str]
+    test_set: str
+    clean: bool
+
+
+def data_folders(path: str) -> Folders:
+    """The folders of both data sets in a repository whose data.path this is."""
+    return tuple((PurePosixPath(path) / name).as_posix() for name in DATA_SETS)
+
+
+def embedded_model(path: str) -> str:
+    """The folder of the embedded base model."""
+    return (PurePosixPath(path) / "base_model").as_posix()
+
+
+def is_url(repo: str) -> bool:
+    """Whether a repository is named by URL (or scp-like address) rather than by path."""
+    return "://" in repo or repo.startswith("git@")
+
+
+def workspace_digest(root: Path, folder: str) -> str:
+    """DVC's digest of a folder as it stands in the workspace, whatever dvc.lock says.
+
+    Raises:
+        InputError: the folder is not there, or `root` is no DVC repository.
+    """
+    from dvc.fs import localfs
+    from dvc_data.hashfile.build import build
+    from dvc_data.hashfile.db.local import LocalHashFileDB
+
+    path = root / folder
+    if not (root / ".dvc").is_dir():
+        raise InputError(f"{root}: not a DVC repository; `dvc init` makes it one, or name another data.repo")
+    if not path.is_dir() or not any(path.iterdir()):
+        raise InputError(f"{path}: not found or empty; `make data` (dvc repro) makes it, `dvc pull` fetches it")
+    # Without dvc.repo.Repo, which wants to write below .dvc: a step may see the repository read-only.
+    _, _, tree = build(LocalHashFileDB(localfs, str(root / ".dvc" / "cache")), str(path), localfs, "md5", dry_run=True)
+    return str(tree.hash_info.value)
+
+
+def resolve_data(repo: str, revision: str, folders: Folders) -> DataVersion:
+    """The commit and digests that a repository and revision mean now.
+
+    A revision resolves to the commit that gave the folders their present content, so that commits which leave the
+    data alone do not make a new version.
+
+    Raises:
+        InputError: no such repository, revision or folder.
+    """
+    if revision == WORKSPACE:
+        if is_url(repo):
+            raise InputError(
+                f"data.revision=workspace needs a local repository, and data.repo is {repo}; name a branch"
+            )
+        root = Path(repo).resolve()
+        digests = {folder: workspace_digest(root, folder) for folder in folders}
+        return DataVersion(WORKSPACE, digests, _workspace_test_set(root, folders), _is_committed(root, digests))
+    with opened(repo, revision) as fs:
+        digests = {}
+        for folder in folders:
+            try:
+                digests[folder] = str(fs.info(folder)["dvc_info"]["md5"])
+            except (FileNotFoundError, KeyError) as error:
+                raise InputError(f"{repo}@{revision}: {folder} is not a DVC-tracked folder there") from error
+        test_file = _test_file(folders)
+        # The list of a folder's files is content, which may have to come from a remote.
+        with remote_errors(repo, revision, str(PurePosixPath(test_file).parent)):
+            try:
+                test_set = str(fs.info(test_file)["dvc_info"]["md5"]) if test_file else ""
+            except FileNotFoundError:
+                test_set = ""
+        commit = fs.repo.scm.resolve_rev(revision)
+        return DataVersion(commit_of(Path(fs.repo.scm.root_dir), commit, digests), digests, test_set, clean=True)
+
+
+def _test_file(folders: Folders) -> str:
+    """The held-out pairs, when their folder is among these; validate refuses a data set without them."""
+    found = (folder for folder in folders if PurePosixPath(folder).name == DATA_SETS[0])
+    return next((f"{folder}/test.jsonl" for folder in found), "")
+
+
+def _workspace_test_set(root: Path, folders: Folders) -> str:
+    test_file = _test_file(folders)
+    if not test_file or not (root / test_file).is_file():
+        return ""
+    with (root / test_file).open("rb") as file:
+        # As DVC names the file, so that a commit and the workspace mean the same test set.
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _is_committed(root: Path, digests: dict[str, str]) -> bool:
+    """Whether the commit that is checked out records these digests, in dvc.lock or in a .dvc file."""
+    from dulwich.errors import NotGitRepository
+    from dulwich.repo import Repo
+
+    try:
+        with Repo.discover(str(root)) as repo:
+            recorded = _recorded(repo, repo[repo.head()], tuple(digests))
+    except (NotGitRepository, KeyError):
+        return False
+    return all(recorded.get(folder, {}).get("md5") == md5 for folder, md5 in digests.items())
+
+
+@contextmanager
+def remote_errors(repo: str, revision: str, folder: str) -> Iterator[None]:
+    """Say in one sentence why the content of a folder cannot be had."""
+    from botocore.exceptions import BotoCoreError
+    from dvc.exceptions import DvcException
+    from dvc_data.index import DataIndexDirError
+
+    where = f"{without_credentials(repo)}@{revision}: the content of {folder}"
+    try:
+        yield
+    except (OSError, BotoCoreError, DvcException, DataIndexDirError) as error:
+        # DVC hides why it could not read the list of a folder's files behind an error of its own.
+        why = error.__cause__ if isinstance(error, DataIndexDirError) and error.__cause__ else error
+        if isinstance(why, FileNotFoundError):
+            raise InputError(f"{where} is neither in the DVC cache nor in a remote; `dvc push` it") from error
+        if isinstance(why, OSError) and (why.filename or why.errno == errno.ENOSPC):
+            raise  # of this machine's disk: the errors of a remote name no file
+        said = one_line(str(why))
+        if isinstance(why, PermissionError):
+            raise InputError(
+                f"{where} may not be read from the DVC remote ({said}); check the key (AWS_ACCESS_KEY_ID,"
+                " AWS_SECRET_ACCESS_KEY, or cluster.s3_secret) and its rights"
+            ) from error
+        raise KubealignError(
+            f"{where} cannot be had from the DVC remote: {said}; what has arrived is kept, the same run goes on there"
+        ) from error
+
+
+class opened:  # noqa: N801 - reads as the context manager it is: `with opened(repo, revision) as fs`
+    """A repository at a revision as a read-only file system; a URL is cloned, without a git binary."""
+
+    def __init__(self, repo: str, revision: str) -> None:
+        self.repo, self.revision = repo, revision
+
+    def __enter__(self) -> Any:
+        from dvc.api import DVCFileSystem
+        from dvc.exceptions import DvcException
+        from dvc.scm import SCMError
+
+        # DVC clones without git, but reports progress by names of GitPython, which without git would refuse to load.
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        try:
+            self.fs = DVCFileSystem(url=self.repo, rev=self.revision)
+            self.fs.info("/")  # the repository is opened only when something is asked of it
+        except (DvcException, SCMError) as error:
+            # "SCM error" says nothing; what lies behind it does.
+            said = ": ".join(dict.fromkeys(one_line(str(cause)) for cause in causes(error) if str(cause)))
+            raise InputError(
+                f"data.repo={self.repo}, data.revision={self.revision}: {without_credentials(said)};"
+                " expected a git repository with DVC data and a branch, tag or commit of it"
+            ) from error
+        return self.fs
+
+    def __exit__(self, *exception: object) -> None:
+        self.fs.close()
+
+
+def history(root: Path, commit: str, folders: Folders) -> Iterator[tuple[Any, Outs]]:
+    """The commits that touched what DVC records, from `commit` back, each with what it records of the folders."""
+    from dulwich.repo import Repo
+
+    files = [LOCK, *(f"{folder}.dvc" for folder in folders)]
+    with Repo(str(root)) as repo:
+        for entry in repo.get_walker(include=[commit.encode()], paths=[file.encode() for file in files]):
+            yield entry.commit, _recorded(repo, entry.commit, folders)
+
+
+def commit_of(root: Path, commit: str, digests: dict[str, str]) -> str:
+    """The oldest commit of an unbroken line back from `commit` in which DVC records these digests of the folders."""
+    oldest = commit
+    for found, outs in history(root, commit, tuple(digests)):
+        if any(outs.get(folder, {}).get("md5") != md5 for folder, md5 in digests.items()):
+            break
+        oldest = found.id.decode()
+    return oldest
+
+
+def _recorded(repo: Any, commit: Any, folders: Folders) -> Outs:
+    stages = (_yaml_at(repo, commit, LOCK).get("stages") or {}).values()
+    outs = {out["path"]: out for stage in stages for out in stage.get("outs", [])}
+    for folder in folders:
+        for out in _yaml_at(repo, commit, f"{folder}.dvc").get("outs", []):
+            outs[folder] = out
+    return {folder: outs[folder] for folder in folders if "md5" in outs.get(folder, {})}
+
+
+def _yaml_at(repo: Any, commit: Any, path: str) -> dict[str, Any]:
+    from dulwich.object_store import tree_lookup_path
+
+    try:
+        _, blob = tree_lookup_path(repo.__getitem__, commit.tree, path.encode())
+    except KeyError:
+        return {}
+    return yaml.safe_load(repo[blob].data) or {}

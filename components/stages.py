@@ -1,0 +1,3 @@
+"""The stages of the pipeline, in the order in which they run."""
+
+STAGES = ("resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register")

@@ -1,0 +1,209 @@
+"""What sft and dpo share: from rows to examples, from configuration to the loop, and what MLflow hears of the steps."""
+
+import fcntl
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from components.common.files import digest, replacing_folder, write_text
+from components.common.provenance import code_digest
+from components.config.sections import ModelConfig, OptimiserConfig
+from components.dataset.chat import encode, encode_conversation
+from components.dataset.records import Instruction, Preference
+from components.engine.loop import LoopSettings, Objective, StepRecord, TrainingSet, Validation, best_step, train
+from components.engine.models import (
+    PackedModel,
+    add_lora,
+    choose_layout,
+    load_adapter,
+    load_causal_lm,
+    native_precision,
+    shard,
+)
+from components.engine.packing import Example
+from components.engine.processes import processes
+from components.tracking import run as tracking
+from components.training.checkpoint_mirror import Mirror
+
+LOG_EVERY_STEPS = 20
+
+
+def pair_examples(tokenizer: Any, rows: list[Preference]) -> list[Example]:
+    """Preference pairs as examples with two completions: chosen, then rejected."""
+    examples = []
+    for row in rows:
+        prompt, chosen = encode(tokenizer, row.prompt, row.chosen)
+        _, rejected = encode(tokenizer, row.prompt, row.rejected)
+        examples.append(Example(prompt, [chosen, rejected]))
+    return examples
+
+
+def instruction_examples(tokenizer: Any, rows: list[Instruction], loss_on: str) -> list[Example]:
+    """Instructions as examples with one completion; `every` predicts the earlier answers of a conversation too."""
+    if loss_on == "last":
+        encoded = [encode(tokenizer, row.prompt, row.response) for row in rows]
+        return [Example(prompt, [completion]) for prompt, completion in encoded]
+    conversations = [encode_conversation(tokenizer, row.prompt, row.response) for row in rows]
+    return [Example(prompt, [completion], answers) for prompt, completion, answers in conversations]
+
+
+def settle(model: ModelConfig) -> ModelConfig:
+    """The configuration with `precision: auto` decided for this machine, for a stage to begin with."""
+    if model.precision != "auto":
+        return model
+    return model.model_copy(update={"precision": native_precision()})
+
+
+def open_model(run: tracking.StageRun, path: Path, config: ModelConfig, trains: bool) -> PackedModel:
+    """The model of a local folder, as the configuration wants it run.
+
+    Args:
+        run: hears what the check of the layout found, and of a precision that this machine computes otherwise.
+        path: model folder.
+        config: of the model, settled.
+        trains: whether it will be trained: then it is ready for full fine-tuning and gradient checkpointing.
+    """
+    if config.precision == "auto":
+        raise ValueError("settle() the configuration of the model first")
+    if config.precision == "bf16" and native_precision() != "bf16":
+        run.say("this machine has no bf16 in hardware: frozen weights are kept in bf16, products are computed in fp32")
+    full = trains and config.tuning == "full"
+    lm = load_causal_lm(path, config.precision, full, config.quantization)
+    model = PackedModel(lm, config.precision, "fp32" if config.head_precision == "fp32" else None)
+    run.say(choose_layout(model, config.max_length))
+    if trains and config.gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if full and processes().num_processes > 1:
+        shard(model)
+    return model
+
+
+def open_tuned(
+    run: tracking.StageRun, base: Path, tuned: Path, config: ModelConfig, name: str, trains: bool = False
+) -> PackedModel:
+    """The model that sft or dpo wrote to `tuned`: its adapter, called `name`, on the base model, or its own weights."""
+    if not (tuned / "adapter").is_dir():
+        return open_model(run, tuned / "model", config, trains)
+    model = open_model(run, base, config, trains)
+    model.lm = load_adapter(model.lm, tuned / "adapter", name)
+    return model
+
+
+def add_adapter(model: PackedModel, name: str, config: OptimiserConfig) -> None:
+    """Give the model the trainable adapter of a stage's configuration."""
+    model.lm = add_lora(
+        model.lm,
+        name,
+        config.lora_rank,
+        config.lora_alpha,
+        config.lora_dropout,
+        config.lora_targets,
+        config.seed,
+    )
+
+
+def loop_settings(config: OptimiserConfig) -> LoopSettings:
+    """The loop's part of a stage's configuration."""
+    return LoopSettings(**{name: getattr(config, name) for name in LoopSettings.__dataclass_fields__})
+
+
+@contextmanager
+def checkpoint_folder(stage: str, config: OptimiserConfig, model: ModelConfig, *inputs: str) -> Iterator[Path]:
+    """The folder of this very training: same stage, configuration, inputs and code; held by one process at a time.
+
+    Args:
+        stage: `sft` or `dpo`.
+        config: of the stage.
+        model: how the model is run and tuned.
+        inputs: content hashes of data and models.
+    """
+    n_processes = processes().num_processes
+    key = digest([stage, config.model_dump(mode="json"), model.how(), inputs, code_digest(stage), n_processes])[:24]
+    folder = tracking.home() / "checkpoints" / f"{stage}-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not tracking.is_main_process():
+        processes().wait_for_everyone()
+        yield folder
+        return
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        Mirror(folder).pull()
+        processes().wait_for_everyone()
+        yield folder
+
+
+@contextmanager
+def stage_output(out: Path) -> Iterator[Path]:
+    """The folder to write a stage's output to: it becomes `out` whole; what further processes write is thrown away."""
+    if tracking.is_main_process():
+        with replacing_folder(out) as folder:
+            yield folder
+    else:
+        with TemporaryDirectory() as scratch:
+            yield Path(scratch)
+    processes().wait_for_everyone()
+
+
+def run_training(
+    run: tracking.StageRun,
+    model: PackedModel,
+    data: TrainingSet,
+    objective: Objective,
+    config: OptimiserConfig,
+    checkpoints: Path,
+    show: Callable[[StepRecord], dict[str, str]],
+    validate: Validation,
+    pure: bool = True,
+) -> list[StepRecord]:
+    """Train, with progress on the terminal and every step in MLflow.
+
+    Args:
+        pure: the objective leaves the model alone.
+        validate: gives loss and metrics on the validation split.
+        show: what the progress line says of a step besides loss and speed.
+    """
+    records: list[StepRecord] = []
+    logged = 0
+    mirror = Mirror(checkpoints) if tracking.is_main_process() else None
+    for record in train(model, data, objective, loop_settings(config), checkpoints, run.say, validate, pure):
+        records.append(record)
+        if mirror:
+            mirror.push()
+        speed = f"{record.tokens / record.seconds:.0f}"
+        run.progress(record.step, record.total_steps, loss=f"{record.loss:.4f}", tokens_per_s=speed, **show(record))
+        if len(records) - logged >= LOG_EVERY_STEPS:
+            run.log_metrics([(r.step, step_metrics(r)) for r in records[logged:]])
+            logged = len(records)
+    if mirror:
+        mirror.push()
+    run.log_metrics([(r.step, step_metrics(r)) for r in records[logged:]])
+    return records
+
+
+def kept_validation(records: list[StepRecord], validate: Validation) -> tuple[float, dict[str, float]]:
+    """Loss and metrics on the validation split of the parameters that training kept: as measured then, or else now."""
+    kept = best_step(records)
+    if not kept:
+        return validate()
+    found = dict(next(record.validation for record in records if record.step == kept))
+    return found.pop("loss"), found
+
+
+def step_metrics(record: StepRecord) -> dict[str, float]:
+    """A step as MLflow metrics."""
+    values = {"loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm} | record.metrics
+    values["tokens_per_second"] = record.tokens / record.seconds
+    values["memory_mib"] = record.memory_mib
+    named = {f"train/{name}": value for name, value in values.items()}
+    named |= {f"validation/{name}": value for name, value in record.validation.items()}
+    return {name: value for name, value in named.items() if math.isfinite(value)}
+
+
+def write_history(path: Path, records: list[StepRecord]) -> None:
+    """Every step as a JSON line, for the report's curves."""
+    write_text(path, "".join(json.dumps(asdict(record)) + "\n" for record in records))

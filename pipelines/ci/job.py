@@ -1,0 +1,117 @@
+"""What a retraining is to train: the commit that is checked out, its data, and the key that they have."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from components.common.errors import InputError
+from components.common.files import digest
+from components.config.loading import pipeline_arguments
+from components.config.sections import Config
+from components.sources.data import is_url
+from components.sources.lineage import Key, resolve_key
+from pipelines.ci import outcome
+from pipelines.ci.revisions import find_commit, is_own, opened_repository, origin
+from pipelines.local.runner import run_arguments
+from pipelines.project import run_config
+
+TRAINING = (
+    "validate_section",
+    *("sft_section", "sft_epochs", "sft_lr"),
+    *("dpo_section", "dpo_epochs", "dpo_lr", "dpo_beta", "dpo_loss"),
+)
+JUDGING = ("evaluate_section", "gate_section")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of the command."""
+
+    root: Path
+    config: Config
+    """With the data's repository and commit as the runner gets them."""
+    runner: str
+    commit: str
+    key: str
+    facts: Key
+    again: bool
+    out: Path
+    patience_s: float
+    timeout_s: float
+    console: Console
+
+    @property
+    def order(self) -> outcome.Order:
+        return outcome.Order(self.commit, self.key, next(iter(self.facts.data.digests.values())))
+
+    def say(self, sentence: str) -> None:
+        self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+
+def make_job(
+    root: Path,
+    overrides: list[str],
+    runner: str,
+    again: bool,
+    out: Path,
+    patience_s: float,
+    timeout_s: float,
+    console: Console,
+) -> Job:
+    """Settle what is to be trained: which commit, which data, and the key that they have.
+
+    Raises:
+        InputError: the project has uncommitted changes, or something that is named is not there.
+    """
+    config = run_config(root, overrides)
+    commit, own = _checkout(root, config)
+    if own and any(override.strip().startswith("data.") for override in overrides):
+        raise InputError("the data is in this repository: a retraining takes it from the commit that is checked out")
+    local = _with_data(config, str(root), commit) if own else config
+    settled = run_arguments(local, root)
+    template = json.loads(settled["model_section"])["template"]
+    model = local.model.model_copy(update={"base": settled["base_model"], "template": template})
+    arguments = pipeline_arguments(local)
+    training, judging = ([arguments[name] for name in names] for names in (TRAINING, JUDGING))
+    facts = resolve_key(local.data, model, training, judging, local.register_.format)
+    config = _with_data(config, own, commit) if own and runner == "kubeflow" else local
+    key = digest([facts.lineage, facts.config, facts.code["evaluate"], config.register_.name])[:16]
+    if runner == "kubeflow":
+        _refuse_what_only_this_machine_has(config, own)
+    return Job(root, config, runner, commit, key, facts, again, out, patience_s, timeout_s, console)
+
+
+def _checkout(root: Path, config: Config) -> tuple[str, str]:
+    """The commit that is checked out, and the URL (or path) of its repository when the data is in it.
+
+    Raises:
+        InputError: tracked files differ from the commit.
+    """
+    from dulwich import porcelain
+
+    with opened_repository(root) as (repo, folder):
+        state = porcelain.status(repo, untracked_files="no")
+        changed = [*state.unstaged, *(path for paths in state.staged.values() for path in paths)]
+        if changed:
+            names = ", ".join(os.fsdecode(path) for path in changed[:3])
+            raise InputError(f"{names} differ from the commit that is checked out; commit first")
+        own = is_own(repo, folder, config.data.repo)
+        return find_commit(repo, "HEAD"), (origin(repo) or str(root)) if own else ""
+
+
+def _with_data(config: Config, repo: str, commit: str) -> Config:
+    data = config.data.model_copy(update={"repo": repo, "revision": commit})
+    return config.model_copy(update={"data": data})
+
+
+def _refuse_what_only_this_machine_has(config: Config, own: str) -> None:
+    if own and not is_url(own):
+        raise InputError("the repository has no remote `origin` with a URL, from which Kubeflow could get the data")
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise InputError(
+            f"MLFLOW_TRACKING_URI is not set; the verdict is read there: the server of cluster.mlflow_uri"
+            f" ({config.cluster.mlflow_uri}), as it is reached from here"
+        )

@@ -1,0 +1,120 @@
+"""What `kubealign ci retrain` leaves for a CI system: summary.md, verdict.json, report.html and status.json."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.common.files import write_json, write_text
+from pipelines.local.results import NAMES, estimate_text
+
+MARKER = "<!-- kubealign:verdict -->"
+CONTEXT = "kubealign/retrain"
+MAX_DESCRIPTION = 140
+"""GitHub's limit of a commit status's description."""
+FILES = ("summary.md", "verdict.json", "report.html", "status.json")
+AGAINST = ("worse", "refused")
+"""Verdicts that speak against the model, rather than find no evidence for it."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What was asked for: the commit, the key of its data, settings and code, and where a person sees the run."""
+
+    commit: str
+    key: str
+    data: str
+    link: str = ""
+
+
+def forget(out: Path) -> None:
+    """Remove what an earlier call left."""
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)
+
+
+def write_verdict(out: Path, order: Order, result: dict[str, Any], new: bool) -> dict[str, Any]:
+    """Write the files of a finished run.
+
+    Args:
+        out: folder.
+        order: what was asked for.
+        result: the run's result, as `pipelines.local.results.load_result` gives it.
+        new: whether it was trained just now; else it was there.
+
+    Returns:
+        what verdict.json holds.
+    """
+    verdict = result["verdict"]
+    facts = {
+        "state": "verdict",
+        "new": new,
+        **{key: verdict[key] for key in ("passed", "verdict", "sentence", "rules")},
+        **{
+            key: result[key]
+            for key in ("decided", "model_uri", "aliases", "run_id", "data_commit", "preferences_digest")
+        },
+        **_facts(order),
+    }
+    write_json(out / "verdict.json", facts)
+    write_text(out / "summary.md", markdown(order, result, new))
+    write_text(out / "report.html", Path(result["report"]).read_text(encoding="utf-8"))
+    state = "failure" if verdict["verdict"] in AGAINST else "success"
+    _status(out, order, state, f"{verdict['verdict']}: {result['decided']['state']}. {verdict['sentence']}")
+    return facts
+
+
+def write_failure(out: Path, order: Order, state: str, message: str) -> dict[str, Any]:
+    """Write the files of a run that came to no verdict; `state` is `failed`, `canceled` or `unfinished`."""
+    facts = {"state": state, "error": message, **_facts(order)}
+    write_json(out / "verdict.json", facts)
+    quoted = "\n".join(f"> {line}" for line in message.splitlines())
+    lines = [MARKER, f"## Retraining: {state}", "", quoted, "", *_facts_lines(order)]
+    write_text(out / "summary.md", "\n".join(lines) + "\n")
+    _status(out, order, "error" if state == "canceled" else "failure", f"{state}: {message}")
+    return facts
+
+
+def _facts(order: Order) -> dict[str, str]:
+    return {"commit": order.commit, "key": order.key, "link": order.link}
+
+
+def _facts_lines(order: Order) -> list[str]:
+    facts = {"commit": order.commit, "cache key": order.key, "data": order.data}
+    lines = [f"- {name}: `{value}`" for name, value in facts.items() if value]
+    return [*lines, f"- [the run]({order.link})"] if order.link else lines
+
+
+def _status(out: Path, order: Order, state: str, text: str) -> None:
+    """The body of GitHub's request for a commit status."""
+    words = " ".join(text.split())
+    description = words if len(words) <= MAX_DESCRIPTION else f"{words[: MAX_DESCRIPTION - 1]}…"
+    server, repository, job = (os.environ.get(f"GITHUB_{name}", "") for name in ("SERVER_URL", "REPOSITORY", "RUN_ID"))
+    link = order.link or (f"{server}/{repository}/actions/runs/{job}" if job else "")
+    status = {"state": state, "description": description, "context": CONTEXT}
+    write_json(out / "status.json", status | ({"target_url": link} if link.startswith("http") else {}))
+
+
+def markdown(order: Order, result: dict[str, Any], new: bool) -> str:
+    """The verdict for a person: every rule, those that failed first, and the numbers."""
+    verdict = result["verdict"]
+    lines = [MARKER, f"## Verdict: {verdict['verdict']} ({result['decided']['state']})", "", verdict["sentence"], ""]
+    lines += ["| rule | outcome | found | expected |", "|---|---|---|---|"]
+    for rule in sorted(verdict["rules"], key=lambda rule: str(rule["outcome"]) != "fail"):
+        outcome = f"**{rule['outcome']}**" if rule["outcome"] == "fail" else rule["outcome"]
+        lines.append(f"| {rule['name']} | {outcome} | {_found(rule)} | {rule['expected']} |")
+    lines += ["", "| model | held-out pairs | log-loss, nats | accuracy | margin, nats |", "|---|---:|---|---|---|"]
+    for name, title in NAMES.items():
+        if name in result["metrics"]:
+            found = result["metrics"][name]
+            keys = ("preference_log_loss", "reward_accuracy", "reward_margin")
+            cells = [title, str(found["reward_accuracy"]["n"]), *(estimate_text(found[key]) for key in keys)]
+            lines.append(f"| {' | '.join(cells)} |")
+    model = f"- model: `{result['model_uri']}` ({', '.join(result['aliases']) or 'no alias'})"
+    told = [] if new else ["- nothing was trained: this commit's data, settings and code have been judged before"]
+    return "\n".join([*lines, "", model, *told, *_facts_lines(order)]) + "\n"
+
+
+def _found(rule: dict[str, Any]) -> str:
+    number = rule["found"]
+    return "" if number is None else f"{number:.4g}"

@@ -1,0 +1,139 @@
+"""`kubealign ci retrain`: a model of this commit and its data, once; the verdict in files, whatever happens.
+
+What has been judged before is not trained again: the key of data, settings and code is looked up in MLflow first.
+"""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from components.common.errors import InputError, KubealignError
+from components.config.loading import load_config
+from components.config.sections import PARAMS
+from components.tracking import run as tracking
+from pipelines.ci import notify, outcome
+from pipelines.ci.follow import Unfinished, run_on_kubeflow
+from pipelines.ci.job import Job
+from pipelines.local.display import Display
+from pipelines.local.results import load_result, show_result
+from pipelines.local.runner import Stopped, run_pipeline
+
+
+def retrain(job: Job) -> int:
+    """Come to a verdict.
+
+    Returns:
+        the exit code: 0 for any verdict.
+
+    Raises:
+        KubealignError: no verdict; why is in the files below `job.out`, too.
+    """
+    hook = notify.webhook()
+    outcome.forget(job.out)
+    try:
+        return _come_to_a_verdict(job, hook)
+    except Exception as error:
+        told = error if isinstance(error, KubealignError) else _trouble_with_mlflow(error)
+        if told is None:
+            raise
+        state = "canceled" if isinstance(told, Stopped) else "unfinished" if isinstance(told, Unfinished) else "failed"
+        _tell(hook, job, "failed", outcome.write_failure(job.out, job.order, state, str(told)))
+        raise told from error
+
+
+def _come_to_a_verdict(job: Job, hook: notify.Webhook | None) -> int:
+    versions = {Path(name).name: value[:8] for name, value in job.facts.data.digests.items()}
+    data = ", ".join(f"{name} {value}" for name, value in versions.items())
+    job.say(f"commit    {job.commit[:12]}  ({data}; base model {job.facts.base.digest[:8]})")
+    job.say(f"key       {job.key}")
+    known = None if job.again else judged_before(job)
+    if known:
+        outcome.write_verdict(job.out, job.order, known, new=False)
+        job.say("This commit's data, settings and code have been judged before; --again insists on a new run.")
+        show_result(job.console, known)
+        return 0
+    run_id, link = run_on_kubeflow(job) if job.runner == "kubeflow" else _here(job)
+    result = _checked(job, load_result(run_id))
+    found = outcome.write_verdict(job.out, outcome.Order(**vars(job.order) | {"link": link}), result, new=True)
+    show_result(job.console, result)
+    _tell(hook, job, "verdict", found)
+    return 0
+
+
+def _trouble_with_mlflow(error: Exception) -> KubealignError | None:
+    """A sentence for what MLflow, or the way to it, refused."""
+    if not type(error).__module__.startswith(("mlflow.", "sqlalchemy.", "requests.")):
+        return None
+    where, said = tracking.tracking_uri(), tracking.one_line(str(error))[:300]
+    return KubealignError(tracking.without_credentials(f"MLflow at {where}: {said}"))
+
+
+def _tell(hook: notify.Webhook | None, job: Job, kind: str, data: dict[str, Any]) -> None:
+    """Deliver what happened. A receiver that is down changes nothing of it."""
+    if hook is None:
+        return
+    try:
+        hook.send(f"retrain.{kind}", data)
+    except KubealignError as error:
+        print(f"warning: not notified: {error}", file=sys.stderr)
+
+
+def judged_before(job: Job) -> dict[str, Any] | None:
+    """The result of the newest run with the same key whose version still is in the registry."""
+    client = tracking.client()
+    facts = {"lineage": job.facts.lineage, "config": job.facts.config, "code_evaluate": job.facts.code["evaluate"]}
+    query = " AND ".join(["tags.`kubealign.stage` = 'resolve'", *(f"params.{k} = '{v}'" for k, v in facts.items())])
+    order = ["attributes.start_time DESC"]
+    for found in client.search_runs([tracking.experiment_id(client)], query, order_by=order, max_results=50):
+        parent = found.data.tags.get("mlflow.parentRunId")
+        tags = client.get_run(parent).data.tags if parent else {}
+        if not tags.get("kubealign.version", "").startswith(f"models:/{job.config.register_.name}/"):
+            continue
+        with contextlib.suppress(KubealignError):  # its version was deleted
+            result = load_result(parent)
+            if result.get("decided", {}).get("state") != "superseded":
+                return result
+    return None
+
+
+def _checked(job: Job, result: dict[str, Any]) -> dict[str, Any]:
+    """The result, if it is of what was asked for.
+
+    Raises:
+        KubealignError: the run had other data or other code.
+    """
+    wanted = {"lineage": job.facts.lineage, "config": job.facts.config}
+    if any(result[name] != value for name, value in wanted.items()):
+        raise KubealignError(
+            f"the run made {result['model_uri']} of something else than commit {job.commit[:12]} (lineage"
+            f" {result['lineage'][:12]}, expected {job.facts.lineage[:12]}); most likely the images are of other code:"
+            " `make images`, push them, and run again with cluster.pull_policy=Always"
+        )
+    return result
+
+
+def _here(job: Job) -> tuple[str, str]:
+    """Run on this machine; returns the parent run's id and no link."""
+    return run_pipeline(job.config, job.root, Display(job.console), job.runner, caching=not job.again), ""
+
+
+def version_summary(root: Path, version: str) -> str:
+    """The verdict on a version of the configured model, as Markdown.
+
+    Raises:
+        InputError: there is no run that made or judged it.
+    """
+    client = tracking.client()
+    uri = f"models:/{load_config(root / PARAMS).register_.name}/{version}"
+    query = f"tags.`kubealign.version` = '{uri}'"
+    if not version.isdigit():
+        raise InputError(f"version {version!r}: expected a number, such as 3")
+    order = ["attributes.start_time DESC"]
+    found = client.search_runs([tracking.experiment_id(client)], query, order_by=order, max_results=1)
+    if not found:
+        where = tracking.without_credentials(tracking.tracking_uri())
+        raise InputError(f"{uri}: no run at {where} judged it")
+    result = load_result(found[0].info.run_id)
+    facts = outcome.Order(result["git_commit"], "", result["preferences_digest"])
+    return outcome.markdown(facts, result, new=True)

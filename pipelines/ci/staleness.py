@@ -1,0 +1,76 @@
+"""Whether dvc.lock is what DVC would write at a commit: as `dvc status`, but of a commit, without its data."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from components.config.sections import PARAMS
+from components.sources.data import LOCK
+from pipelines.ci.revisions import Revision
+
+
+def stale(revision: Revision, tree: Path) -> Iterator[str]:
+    """A sentence for every stage of dvc.yaml that `dvc repro` would run.
+
+    Args:
+        revision: the commit.
+        tree: gets the files that stages depend on.
+    """
+    recorded = revision.yaml(LOCK).get("stages", {})
+    for name, stage in revision.yaml("dvc.yaml").get("stages", {}).items():
+        reasons = list(_reasons(revision, tree, stage, recorded.get(name)))
+        if reasons:
+            yield f"{name} is stale ({', '.join(reasons)}): run `dvc repro` and commit {LOCK}"
+
+
+def _reasons(revision: Revision, tree: Path, stage: dict[str, Any], lock: dict[str, Any] | None) -> Iterator[str]:
+    if lock is None:
+        yield f"not in {LOCK}"
+        return
+    if stage.get("cmd") != lock.get("cmd"):
+        yield "its command changed"
+    known = {str(dep["path"]): dep.get("md5") for dep in lock.get("deps", [])}
+    for dep in map(_path, stage.get("deps", [])):
+        now = revision.outputs.get(dep) or _md5(revision, tree, dep)
+        if dep not in known or now != known[dep]:
+            yield f"{dep} changed" if now else f"{dep} is not in this commit"
+    outputs = {str(out["path"]) for out in lock.get("outs", [])}
+    yield from (f"{out} is not in {LOCK}" for out in map(_path, stage.get("outs", [])) if out not in outputs)
+    for file, keys in _params(stage):
+        was = lock.get("params", {}).get(file, {})
+        yield from (f"{key} of {file} changed" for key in keys if was.get(key) != _value(revision.yaml(file), key))
+
+
+def _path(entry: str | dict[str, Any]) -> str:
+    return entry if isinstance(entry, str) else str(next(iter(entry)))
+
+
+def _params(stage: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    for entry in stage.get("params", []):
+        if isinstance(entry, str):
+            yield PARAMS, [entry]
+        else:
+            yield from entry.items()
+
+
+def _value(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def _md5(revision: Revision, tree: Path, name: str) -> str:
+    """DVC's md5 of a file, or of a folder with `.dir` behind it; empty when it is not in git."""
+    if name in revision.files:
+        return hashlib.md5(revision.content(name), usedforsecurity=False).hexdigest()
+    if not revision.below(name):
+        return ""
+    from dvc.fs import localfs
+    from dvc_data.hashfile.build import build
+    from dvc_data.hashfile.db.local import LocalHashFileDB
+
+    revision.write([name], tree)
+    cache = LocalHashFileDB(localfs, str(tree / ".cache"))
+    _, _, found = build(cache, str(tree / name), localfs, "md5", dry_run=True)
+    return str(found.hash_info.value)

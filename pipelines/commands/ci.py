@@ -1,0 +1,175 @@
+"""`kubealign ci`: what a CI system calls when data, settings or code change. The workflows only call these commands."""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from components.common.errors import InputError
+from components.common.files import read_json, write_text
+from pipelines.commands.options import Overrides, Project
+from pipelines.project import project_folder
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+console = Console()
+
+OUT = Path("build/ci")
+Base = Annotated[
+    str,
+    typer.Option(
+        help="Commit to compare with; by default where the head left main, and on main itself the commit before."
+    ),
+]
+Head = Annotated[str, typer.Option(help="Commit to look at.")]
+Out = Annotated[Path, typer.Option(help="Folder for the results.")]
+
+
+class Runner(StrEnum):
+    """Where the steps of a retraining run."""
+
+    KUBEFLOW = "kubeflow"
+    SUBPROCESS = "subprocess"
+    DOCKER = "docker"
+
+
+Where = Annotated[Runner, typer.Option(envvar="KUBEALIGN_RUNNER", help="Where the steps run.")]
+
+
+@app.command("plan")
+def plan_(
+    base: Base = "",
+    head: Head = "HEAD",
+    runner: Where = Runner.KUBEFLOW,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print it as Markdown.")] = False,
+    outputs: Annotated[
+        Path | None, typer.Option(help="File that gets lines such as `retrain=true`: $GITHUB_OUTPUT.")
+    ] = None,
+    project: Project = None,
+) -> None:
+    """Tell from git and DVC what changed, which steps have to run, and why; exit code 1 when dvc.lock is stale."""
+    from pipelines.ci.plan import make_plan
+
+    plan = make_plan(project_folder(project), base, head, runner.value)
+    if as_json:
+        print(json.dumps(plan.as_dict(), indent=1, ensure_ascii=False))
+    elif markdown:
+        lines = ["| step | state | why |", "|---|---|---|"]
+        lines += [
+            f"| {row.step} | {row.state} | {'; '.join(row.reasons).replace('|', '&#124;')} |" for row in plan.rows
+        ]
+        print("\n".join([*lines, "", plan.sentence(), *plan.errors]))
+    else:
+        table = Table("step", "state", "why")
+        for row in plan.rows:
+            table.add_row(row.step, row.state, "; ".join(row.reasons))
+        console.print(table)
+        console.print(plan.sentence(), markup=False, highlight=False, soft_wrap=True)
+    if outputs:
+        with outputs.open("a", encoding="utf-8") as file:
+            file.writelines(f"{name}={str(value).lower()}\n" for name, value in plan.outputs().items())
+    for error in plan.errors:
+        print(f"error: {error}", file=sys.stderr)
+    if plan.errors:
+        sys.exit(1)
+
+
+@app.command("data-report")
+def data_report_(base: Base = "", head: Head = "HEAD", out: Out = OUT, project: Project = None) -> None:
+    """Print what changed in the data and what validation says of it (OUT/data.md, too); exit code 1 when refused."""
+    from pipelines.ci.data_report import data_report
+
+    report = data_report(project_folder(project), base, head)
+    write_text(out / "data.md", report.text)
+    print(report.text, end="")
+    if not report.accepted:
+        print("error: the data is refused; the report says which rows and why", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command("retrain")
+def retrain_(
+    runner: Where = Runner.KUBEFLOW,
+    again: Annotated[
+        bool,
+        typer.Option("--again", envvar="KUBEALIGN_AGAIN", help="Also what has been judged before, and without cache."),
+    ] = False,
+    out: Out = OUT,
+    patience_s: Annotated[float, typer.Option("--patience", help="Seconds that Kubeflow may not answer.")] = 600,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait for the run at most.")] = 86400,
+    overrides: Overrides = [],  # noqa: B006 - typer copies the default
+    project: Project = None,
+) -> None:
+    """Come to a verdict on the commit that is checked out; OUT gets summary.md, verdict.json, report.html, status.json.
+
+    What has been judged before is not trained again. Any verdict is a success; the same command goes on with a run that
+    is under way, and SIGTERM or SIGINT cancel it.
+    """
+    from pipelines.ci.job import make_job
+    from pipelines.ci.retrain import retrain
+
+    root = project_folder(project)
+    retrain(make_job(root, overrides, runner.value, again, out, patience_s, timeout_s, console))
+
+
+@app.command()
+def cancel(out: Out = OUT, project: Project = None) -> None:
+    """End the run on Kubeflow that a stopped `ci retrain` may have left."""
+    from pipelines.ci.follow import cancel_left
+
+    for line in cancel_left(project_folder(project), out):
+        console.print(line, soft_wrap=True)
+
+
+@app.command()
+def summary(
+    version: Annotated[str, typer.Option(help="Of this model version instead, as the registry has it.")] = "",
+    out: Out = OUT,
+    project: Project = None,
+) -> None:
+    """Print the outcome of the last `ci retrain` as Markdown."""
+    if version:
+        from pipelines.ci.retrain import version_summary
+
+        print(version_summary(project_folder(project), version), end="")
+        return
+    if not (out / "summary.md").is_file():
+        raise InputError(f"{out / 'summary.md'}: not found; `kubealign ci retrain` writes it")
+    print((out / "summary.md").read_text(encoding="utf-8"), end="")
+
+
+@app.command()
+def comment(
+    file: Annotated[Path, typer.Argument(help="Markdown, such as build/ci/data.md.")],
+    pull_request: Annotated[int, typer.Option(help="Number of the pull request.")] = 0,
+    commit: Annotated[str, typer.Option(help="Or a commit: the pull requests that brought it.")] = "",
+    update_only: Annotated[
+        bool, typer.Option("--update-only", envvar="KUBEALIGN_UPDATE_ONLY", help="Make no comment where there is none.")
+    ] = False,
+) -> None:
+    """Put a file on a pull request on GitHub as a comment; a comment of the same kind is updated in place."""
+    from pipelines.ci.notify import GitHub
+
+    if bool(pull_request) == bool(commit):
+        raise InputError("name either --pull-request or --commit")
+    if not file.is_file():
+        raise InputError(f"{file}: not found")
+    github = GitHub()
+    for number in [pull_request] if pull_request else github.pull_requests(commit):
+        done = github.comment(file.read_text(encoding="utf-8"), number, update_only)
+        console.print(f"pull request {number}: comment {done}")
+
+
+@app.command()
+def status(commit: Annotated[str, typer.Option(help="The commit.")], out: Out = OUT) -> None:
+    """Set a commit's status on GitHub to the outcome of the last `ci retrain`."""
+    from pipelines.ci.notify import GitHub
+
+    found = read_json(out / "status.json")
+    GitHub().status(commit, found)
+    console.print(f"{commit[:12]}: {found['state']}: {found['description']}", markup=False, highlight=False)

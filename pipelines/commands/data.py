@@ -1,0 +1,177 @@
+"""`kubealign data`: bring your own pairs, and see how the data changed."""
+
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from components.common.errors import InputError
+from components.config.loading import load_config
+from components.config.sections import PARAMS, DataConfig
+from pipelines.commands.options import Project
+from pipelines.project import project_folder
+
+if TYPE_CHECKING:  # imports pandas by way of the data's libraries, which the other commands need not wait for
+    from pipelines.data.add import Preview
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+console = Console()
+RECORDS = ("sources.lock", "splits.lock", "statistics.json", "quarantine.jsonl")
+SHOWN = 5
+"""Reasons for which rows are set aside that are shown."""
+
+Json = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
+
+
+@app.command()
+def add(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="JSON lines, or a JSON array; gzip or not.")],
+    format_name: Annotated[
+        str, typer.Option("--format", help="kubealign, trl, sharegpt, alpaca, hh or ultrafeedback; seen from the rows.")
+    ] = "",
+    language: Annotated[
+        str, typer.Option(help="en, zh or auto, by the script; for rows that do not name theirs.")
+    ] = "auto",
+    licence: Annotated[str, typer.Option("--licence", "--license", help="For rows that do not name theirs.")] = "",
+    source: Annotated[str, typer.Option(help="Name of the source; by default the file's, without its endings.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    project: Project = None,
+) -> None:
+    """Make your own pairs a part of the data: converted, checked, kept by DVC; shows what changes and asks before."""
+    from components.dataset.records import LANGUAGES
+    from components.prepare.convert import AUTO, Facts
+    from components.prepare.formats import FORMATS
+    from pipelines.data.add import add as add_files
+
+    if format_name and format_name not in FORMATS:
+        raise InputError(f"--format {format_name}: expected one of {', '.join(FORMATS)}")
+    if language not in (*LANGUAGES, AUTO):
+        raise InputError(f"--language {language}: expected {', '.join(LANGUAGES)} or {AUTO}")
+    root = project_folder(project)
+
+    def agree(preview: "Preview") -> bool:
+        _show(preview)
+        if preview.known and not preview.difference:
+            return True  # an earlier call may have been stopped just before its last step
+        if yes:
+            return True
+        if not sys.stdin.isatty():
+            raise InputError("nothing is written without a yes; give --yes where nobody can be asked")
+        return typer.confirm("write this?")
+
+    facts = Facts(format_name, language, licence.strip(), source)
+    written = add_files(root, load_config(root / PARAMS), [path.absolute() for path in files], facts, agree)
+    if written is None:
+        console.print("nothing was written")
+        return
+    tracked = [f"{folder.relative_to(root)}.dvc" for folder in written.values()]
+    changed = [*tracked, "data/added/.gitignore", *(f"data/{name}" for name in RECORDS), "dvc.lock"]
+    console.print(f"the data is made; to keep this version:\n  git add {' '.join(changed)}", soft_wrap=True)
+    console.print("  git commit && dvc push")
+
+
+@app.command()
+def diff(
+    old: Annotated[str, typer.Argument(metavar="REV_A", help="Branch, tag, commit, or `workspace`.")] = "HEAD",
+    new: Annotated[str, typer.Argument(metavar="REV_B", help="Likewise.")] = "workspace",
+    as_json: Json = False,
+    project: Project = None,
+) -> None:
+    """Show which rows were added, removed and changed between two versions, by language and source."""
+    from pipelines.data import versions as data_versions
+
+    difference = data_versions.diff(_data(project), old, new)
+    if as_json:
+        keys = ("data_set", "language", "source")
+        rows = [dict(zip(keys, place, strict=True)) | _counts(found) for place, found in difference.items()]
+        print(json.dumps(rows, ensure_ascii=False, indent=1))
+    elif difference:
+        console.print(_table(difference))
+    else:
+        console.print(f"{old} and {new} hold the same rows")
+
+
+@app.command()
+def log(
+    revision: Annotated[str, typer.Argument(help="Branch, tag or commit to begin at.")] = "HEAD",
+    as_json: Json = False,
+    project: Project = None,
+) -> None:
+    """List the versions of the data, the newest first."""
+    from components.sources.data import is_url, opened
+    from pipelines.data import versions as data_versions
+
+    data = _data(project)
+    with opened(data.repo, revision) as fs:
+        scm = fs.repo.scm
+        versions = data_versions.log(Path(scm.root_dir), scm.resolve_rev(revision), data.path)
+    if as_json:
+        print(json.dumps(versions, ensure_ascii=False, indent=1))
+        return
+    if not versions:
+        where = data.repo if is_url(data.repo) else "this repository"
+        raise InputError(f"{where} has no version of the data at {revision}; commit dvc.lock after `make data`")
+    table = Table("commit", "date", "preferences", "instructions", "MB", "own sources", "message")
+    for version in versions:
+        name = " ".join([version["commit"][:10], *version["tags"]])
+        day = time.strftime("%Y-%m-%d", time.gmtime(version["time"]))
+        digests = (version[key][:10] for key in ("preferences", "instructions"))
+        megabytes = f"{version['bytes'] / 1e6:.1f}"
+        table.add_row(name, day, *digests, megabytes, ", ".join(version["added"]), version["message"])
+    console.print(table)
+
+
+def _data(project: Path | None) -> DataConfig:
+    """The configured data repository; a path in it is relative to the project."""
+    from components.sources.data import is_url
+
+    root = project_folder(project)
+    data = load_config(root / PARAMS).data
+    return data if is_url(data.repo) else data.model_copy(update={"repo": str((root / data.repo).resolve())})
+
+
+def _show(preview: "Preview") -> None:
+    table = Table("source", "file", "format", "pairs", "set aside")
+    for name, found in preview.converted.items():
+        for number, (path, format_name) in enumerate(found.formats.items()):
+            counts = (str(found.pairs), str(found.quarantined)) if number == 0 else ("", "")
+            table.add_row(name if number == 0 else "", Path(path).name, format_name, *counts)
+    console.print(table)
+    for found in preview.converted.values():
+        for reason, count in found.reasons.most_common(SHOWN):
+            console.print(f"set aside: {count} because {reason}, first at {found.first[reason]}", soft_wrap=True)
+    _show_findings(preview)
+    console.print(_table(preview.difference) if preview.difference else "no row of the data changes")
+
+
+def _show_findings(preview: "Preview") -> None:
+    if preview.findings is None:
+        console.print("the checks of `validate` look at the pairs in the next run: no tokenizer here, or an empty side")
+        return
+    table = Table("check", "severity", "rows", "what to do")
+    for finding in preview.findings:
+        table.add_row(finding.check, finding.severity, str(finding.rows), finding.advice)
+    console.print(table if preview.findings else "the new pairs pass every check of `validate`")
+
+
+def _table(difference: dict[tuple[str, str, str], Counter[str]]) -> Table:
+    table = Table("data set", "language", "source", "added", "removed", "changed")
+    total: Counter[str] = Counter()
+    for place, found in difference.items():
+        table.add_row(*place, *(str(count) for count in _counts(found).values()))
+        total += found
+    table.add_section()
+    table.add_row("all", "", "", *(str(count) for count in _counts(total).values()))
+    return table
+
+
+def _counts(found: Counter[str]) -> dict[str, int]:
+    from pipelines.data.versions import KINDS
+
+    return {kind: found[kind] for kind in KINDS}

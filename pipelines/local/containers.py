@@ -1,0 +1,249 @@
+"""`kubealign run --runner docker`: the steps in our images on this machine, with exit codes that can be trusted.
+
+KFP's DockerRunner removes a container as soon as it ends and takes one that is gone for a success, so a failed step can
+pass under load; `run_container` takes its place. Containers are labelled with the project's home folder, which one run
+at a time may use: whatever a killed run left behind is ended before the next one begins.
+"""
+
+import configparser
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from components.common.errors import InputError, KubealignError
+from components.common.files import digest, sha256_file
+from components.common.images import DATA_IMAGE, TRAIN_IMAGE
+from components.common.provenance import DATA_SUFFIXES, PACKAGES
+from components.sources.data import is_url
+from components.tracking import run as tracking
+
+HOME_LABEL = "kubealign.home"
+CODE_LABEL = "kubealign.code"
+PASSED_ON = ("AWS_", "MLFLOW_TRACKING_", "GIT_", "KUBEALIGN_", "OMP_", "GOMP_")
+"""Beginnings of the environment variables that a step's container gets from this process."""
+STEP_FOLDERS = ("steps", "workspace", "checkpoints", "cache", "mlartifacts")
+"""Folders of the home folder that steps write to, as its owner."""
+SERVER_STARTS_WITHIN_S = 120
+
+
+def code_in_images() -> str:
+    """Digest of what the images hold of this project: the package `components` and the locked versions."""
+    folder = PACKAGES / "components"
+    files = [path for path in folder.rglob("*") if path.suffix in (".py", *DATA_SUFFIXES) and "tests" not in path.parts]
+    hashes = {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+    lock = PACKAGES / "requirements.lock"
+    return digest([hashes, sha256_file(lock) if lock.is_file() else ""])[:16]
+
+
+def engine() -> Any:
+    """A client on the container engine (DOCKER_HOST, or the default socket).
+
+    Raises:
+        InputError: no engine answers.
+    """
+    import docker
+
+    try:
+        client = docker.from_env()
+        client.ping()
+    except docker.errors.DockerException as error:
+        raise InputError(
+            "no container engine answers; start Docker, or name its socket in DOCKER_HOST, or run without"
+            f" `--runner docker` ({tracking.one_line(str(error))[:200]})"
+        ) from error
+    return client
+
+
+def check_images(client: Any) -> None:
+    """Refuse images that are missing or were built from other code.
+
+    Raises:
+        InputError: `make images` is due.
+    """
+    import docker
+
+    for image in (DATA_IMAGE, TRAIN_IMAGE):
+        try:
+            labels = client.images.get(image).labels
+        except docker.errors.ImageNotFound as error:
+            raise InputError(f"image {image} is not built; `make images` builds it") from error
+        if labels.get(CODE_LABEL) != code_in_images():
+            raise InputError(f"image {image} was built from other code than this; `make images` builds it anew")
+
+
+def end_containers(client: Any) -> int:
+    """End and remove every container that steps of this home folder run in; returns how many there were."""
+    import docker
+
+    left = client.containers.list(all=True, filters={"label": f"{HOME_LABEL}={tracking.home()}"})
+    for container in left:
+        try:
+            container.remove(force=True)
+        except docker.errors.NotFound:
+            continue
+        except docker.errors.APIError as error:
+            if error.status_code != 409:  # its removal is under way already
+                raise
+    return len(left)
+
+
+def run_container(
+    client: Any, image: str, command: list[str], volumes: dict[str, Any], **container_run_args: Any
+) -> int:
+    """Run a step's container to its end, its output on ours; returns the exit code that the engine has recorded.
+
+    Takes the place of `kfp.local.docker_task_handler.run_docker_container`, of which it has the arguments.
+    """
+    container = client.containers.create(image=image, command=command, volumes=volumes, **container_run_args)
+    try:
+        for chunk in output(container):
+            sys.stdout.write(chunk.decode(errors="replace"))
+            sys.stdout.flush()
+        return int(container.wait()["StatusCode"])
+    finally:
+        container.remove(force=True)
+
+
+def output(container: Any) -> Iterator[bytes]:
+    """Start a container and give all that it writes; following its log would now and then lose the end."""
+    chunks: Iterator[bytes] = container.attach(stream=True)
+    container.start()
+    return chunks
+
+
+def runner(project: Path, arguments: dict[str, Any]) -> Any:
+    """KFP's DockerRunner with our settings and `run_container`.
+
+    A step's container has the network of this machine, reads the project, the data repository and its local remotes,
+    and a base model or template given as a path; it writes only to the home folder and /tmp, as the home folder's
+    owner, without capabilities.
+    """
+    from docker.types import Mount
+    from kfp import local
+    from kfp.local import docker_task_handler
+
+    docker_task_handler.run_docker_container = run_container
+    home = tracking.home()
+    owner = home.stat()
+    return local.DockerRunner(
+        network_mode="host",
+        read_only=True,
+        tmpfs={"/tmp": "rw,exec,mode=1777"},  # noqa: S108 - the container's own
+        user=f"{owner.st_uid}:{owner.st_gid}",
+        cap_drop=["ALL"],
+        security_opt=["no-new-privileges"],
+        labels={HOME_LABEL: str(home)},
+        environment=_environment(),
+        mounts=[
+            *(Mount(str(path), str(path), type="bind", read_only=True) for path in _read(project, arguments)),
+            Mount(str(home), str(home), type="bind"),
+        ],
+    )
+
+
+def _environment() -> dict[str, str]:
+    passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+    return passed | {"MLFLOW_TRACKING_URI": tracking.tracking_uri(), tracking.HOME_VARIABLE: str(tracking.home())}
+
+
+def _read(project: Path, arguments: dict[str, Any]) -> list[Path]:
+    """Folders and files of this machine that the steps of a run with these arguments read."""
+    repo = json.loads(arguments["data_section"])["repo"]
+    paths = [project, project / arguments["base_model"], project / json.loads(arguments["model_section"])["template"]]
+    if not is_url(repo):
+        paths += [Path(repo), *_local_stores(Path(repo))]
+    found = {path.resolve() for path in paths if path.exists()} - {tracking.home().resolve()}
+    return sorted(path for path in found if not any(path != other and path.is_relative_to(other) for other in found))
+
+
+def _local_stores(repo: Path) -> Iterator[Path]:
+    """Folders that a DVC repository names as its remotes and its cache."""
+    for name in ("config", "config.local"):
+        parser = configparser.ConfigParser()
+        parser.read(repo / ".dvc" / name)
+        for section in parser.values():
+            for key in ("url", "dir"):
+                if section.get(key) and "://" not in section[key]:
+                    yield repo / ".dvc" / section[key]
+
+
+@contextmanager
+def containers_for_a_run() -> Iterator[None]:
+    """All that a run in containers needs around it: an engine, fresh images, an MLflow server, and nothing left after.
+
+    Raises:
+        InputError: no engine, no fresh images, or another run in containers uses this home folder.
+    """
+    client = engine()
+    check_images(client)
+    home = tracking.home()
+    home.mkdir(parents=True, exist_ok=True)
+    for name in STEP_FOLDERS:
+        (home / name).mkdir(exist_ok=True)
+        if os.geteuid() == 0:
+            os.chown(home / name, home.stat().st_uid, home.stat().st_gid)
+    with (home / ".containers.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another run in containers uses {home}; wait for it or name another project") from error
+        end_containers(client)
+        try:
+            with mlflow_server():
+                yield
+        finally:
+            end_containers(client)
+            client.close()
+
+
+@contextmanager
+def mlflow_server() -> Iterator[None]:
+    """An MLflow server for steps that cannot open this machine's SQLite file; the same runs and models as without it.
+
+    Nothing is started when MLFLOW_TRACKING_URI names a server already.
+    """
+    uri = tracking.tracking_uri()
+    if uri.startswith("http"):
+        yield
+        return
+    # Made here, the experiment keeps its artifacts in the home folder, where this machine reads them without a server.
+    tracking.experiment_id(tracking.client())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}
+    words = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    words += ["--artifacts-destination", (tracking.home() / "mlartifacts").as_uri()]
+    with (tracking.home() / "mlflow-server.log").open("w") as log:
+        server = subprocess.Popen(
+            [str(Path(sys.executable).with_name("mlflow")), *words], env=environment, stdout=log, stderr=log
+        )
+        try:
+            _await(address, server, Path(log.name))
+            os.environ["MLFLOW_TRACKING_URI"] = address
+            yield
+        finally:
+            os.environ["MLFLOW_TRACKING_URI"] = uri
+            server.terminate()
+            server.wait()
+
+
+def _await(address: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + SERVER_STARTS_WITHIN_S
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=2).close()  # noqa: S310 - our own server
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise KubealignError(f"the MLflow server for this run did not start; its log says why: {log}")

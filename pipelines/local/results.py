@@ -1,0 +1,100 @@
+"""What is known of past runs: read from MLflow, shown as a table or as JSON."""
+
+import json
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from components.common.errors import InputError, KubealignError
+from components.common.files import write_text
+from components.tracking import run as tracking
+from pipelines.local.runner import run_folder
+
+NAMES = {"sft": "SFT", "policy": "DPO", "incumbent": "incumbent"}
+
+
+def find_run(run: str) -> str:
+    """The id of the named pipeline run, or of the last one.
+
+    Raises:
+        InputError: there is no such run, or it has not finished.
+    """
+    from mlflow.exceptions import MlflowException
+
+    client = tracking.client()
+    if run:
+        try:
+            found = client.get_run(run)
+        except MlflowException as error:
+            raise InputError(
+                f"run {run}: not found in {tracking.without_credentials(tracking.tracking_uri())}"
+            ) from error
+    else:
+        runs = client.search_runs(
+            [tracking.experiment_id(client)],
+            "tags.`kubealign.kind` = 'pipeline'",
+            max_results=1,
+            order_by=["attributes.start_time DESC"],
+        )
+        if not runs:
+            raise InputError("no run yet; start one with `kubealign run`")
+        found = runs[0]
+    if found.info.status != "FINISHED" or found.data.tags.get("kubealign.kind") != "pipeline":
+        raise KubealignError(f"run {found.info.run_id} has not finished as a pipeline run (status {found.info.status})")
+    return str(found.info.run_id)
+
+
+def load_result(run_id: str) -> dict[str, Any]:
+    """The result of a finished run, with the registry's present aliases; its report is brought here if need be."""
+    import mlflow
+
+    client = tracking.client()
+    folder = run_folder(run_id)
+    result: dict[str, Any] = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/result.json"))
+    report = folder / "report.html"
+    if not report.exists():
+        write_text(report, mlflow.artifacts.load_text(f"runs:/{run_id}/report.html"))
+    result["report"] = str(report)
+    parent = client.get_run(run_id)
+    query = f"tags.`mlflow.parentRunId` = '{run_id}' AND tags.`kubealign.stage` = 'register'"
+    for child in client.search_runs([parent.info.experiment_id], query):
+        found = {name: child.data.metrics.get(name) for name in ("seconds", "peak_memory_mib")}
+        result["stages"]["register"] = {"run_id": child.info.run_id, "cached": False} | found
+    try:
+        result["aliases"] = sorted(client.get_model_version(result["model"], result["version"]).aliases)
+    except mlflow.exceptions.MlflowException as error:
+        raise KubealignError(f"{result['model_uri']} is no longer in the registry") from error
+    return result
+
+
+def show_result(console: Console, result: dict[str, Any]) -> None:
+    """The short summary that ends a run."""
+    table = Table("model", "pairs", "log-loss", "accuracy", "margin, nats", box=box.SIMPLE_HEAD)
+    for name, title in NAMES.items():
+        if name in result["metrics"]:
+            found = result["metrics"][name]
+            keys = ("preference_log_loss", "reward_accuracy", "reward_margin")
+            table.add_row(title, str(found["reward_accuracy"]["n"]), *(estimate_text(found[key]) for key in keys))
+    console.print(
+        "Held-out pairs: preference log-loss (nats), reward accuracy, margin, with intervals", highlight=False
+    )
+    console.print(table)
+    words = "passed the gate" if result["verdict"]["passed"] else f"not promoted: {result['verdict']['verdict']}"
+    lines = [
+        f"verdict   {words}",
+        f"          {result['verdict']['sentence']}",
+        f"decision  {result['decided']['sentence']}; number {result['verdict']['test_use']} on this test set, tested at"
+        f" {result['verdict']['level']:.2g}",
+        f"model     {result['model_uri']}  ({', '.join(result['aliases']) or 'no alias'})",
+        f"report    {result['report']}",
+        "MLflow    kubealign ui",
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def estimate_text(estimate: dict[str, float]) -> str:
+    """An estimate with its interval."""
+    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"

@@ -1,0 +1,118 @@
+"""What the section `cluster` means to Kubernetes: images, secrets, resources and volumes of every step, by
+kfp-kubernetes. Nothing in it changes a result.
+"""
+
+from typing import Any
+
+from kfp import dsl, kubernetes
+
+from components.common.errors import InputError
+from components.common.images import DATA_IMAGE, TRAIN_IMAGE
+from components.config.sections import ClusterConfig, Config
+from components.training.train_job import HOME, MLFLOW_KEYS, S3_KEYS, VARIABLE, labels
+
+TRAIN_STEPS = ("sft", "dpo", "evaluate")
+SEVERAL_NODES = ("sft", "dpo")
+"""Steps that `cluster.nodes` above 1 makes TrainJobs; the step itself then only starts and follows one."""
+RUN_LABEL = "metadata.labels['pipeline/runid']"
+"""Kubeflow's label with the run's id, documented in kfp-kubernetes' README for use as an environment variable."""
+GIT_KEYS = {"username": "GIT_USERNAME", "password": "GIT_PASSWORD"}
+
+
+def check(config: Config) -> None:
+    """Refuse what can run on a laptop but not in a cluster.
+
+    Raises:
+        InputError: a setting that a pod cannot follow.
+    """
+    if not config.cluster.mlflow_uri:
+        raise InputError(
+            "cluster.mlflow_uri is empty: pods share no SQLite file; name your MLflow server, such as http://mlflow:5000"
+        )
+    if config.cluster.nodes > 1 and not config.cluster.state:
+        raise InputError(
+            f"cluster.nodes={config.cluster.nodes}, cluster.state is empty: data, model and checkpoints travel there;"
+            " set it to pvc:CLAIM (ReadWriteMany) or s3://bucket/prefix"
+        )
+    repo = config.data.repo
+    if config.data.revision == "workspace" or "://" not in repo or repo.startswith("file:"):
+        raise InputError(
+            f"data.repo={repo}, data.revision={config.data.revision}: a pod sees no folder of this machine;"
+            " set data.repo to the URL of the git repository and data.revision to a branch, tag or commit of it"
+        )
+
+
+def pipeline_config(cluster: ClusterConfig) -> dsl.PipelineConfig:
+    """Settings of the whole workflow."""
+    return dsl.PipelineConfig(ttl_seconds_after_finished=cluster.ttl_s or None)
+
+
+def configure(task: Any, cluster: ClusterConfig) -> None:
+    """Give a task its image, environment, resources, volumes and retries."""
+    follows = cluster.nodes > 1 and task.name in SEVERAL_NODES
+    trains = task.name in TRAIN_STEPS and not follows
+    task.set_container_image((cluster.train_image or TRAIN_IMAGE) if trains else (cluster.data_image or DATA_IMAGE))
+    kubernetes.set_image_pull_policy(task, cluster.pull_policy)
+    if cluster.pull_secrets:
+        kubernetes.set_image_pull_secrets(task, list(cluster.pull_secrets))
+    _environment(task, cluster)
+    if follows:
+        task.set_env_variable(VARIABLE, cluster.model_dump_json())
+    _resources(task, cluster, trains)
+    kubernetes.set_security_context(task, run_as_user=cluster.run_as_user, run_as_group=0, run_as_non_root=True)
+    kubernetes.set_timeout(task, cluster.timeout_s)
+    for key, value in labels(task.name, cluster).items():
+        kubernetes.add_pod_label(task, key, value)
+    if cluster.retries:
+        task.set_retry(cluster.retries, f"{cluster.backoff_s}s", 2.0, f"{max(3600, cluster.backoff_s)}s")
+
+
+def pod_template(cluster: ClusterConfig) -> str:
+    """Name of the Argo template that Kubeflow makes for a step configured like this; pods are named after it.
+
+    kubeflow/pipelines 2.17, argocompiler/container.go, addContainerExecutorTemplate: with numbers of annotations and
+    labels, and `retry` when there may be retries.
+    """
+    retry = "retry-" if cluster.retries else ""
+    return f"metadata-0-{len(labels('', cluster))}-{retry}system-container-impl"
+
+
+def _environment(task: Any, cluster: ClusterConfig) -> None:
+    task.set_env_variable("MLFLOW_TRACKING_URI", cluster.mlflow_uri)
+    kubernetes.use_field_path_as_env(task, "KUBEALIGN_KFP_RUN", RUN_LABEL)
+    if cluster.ui_url:
+        task.set_env_variable("KUBEALIGN_KFP_URL", cluster.ui_url)
+    if cluster.s3_endpoint:
+        task.set_env_variable("AWS_ENDPOINT_URL", cluster.s3_endpoint)
+    for secret, keys in (
+        (cluster.mlflow_secret, MLFLOW_KEYS),
+        (cluster.s3_secret, S3_KEYS),
+        (cluster.git_secret, GIT_KEYS),
+    ):
+        if secret:
+            kubernetes.use_secret_as_env(task, secret, keys)
+    kind, _, claim = cluster.state.partition(":")
+    if kind == "pvc":
+        kubernetes.mount_pvc(task, claim, HOME)
+        task.set_env_variable("KUBEALIGN_HOME", HOME)
+    elif kind == "s3":
+        task.set_env_variable("KUBEALIGN_STATE", cluster.state)
+
+
+def _resources(task: Any, cluster: ClusterConfig, trains: bool) -> None:
+    wanted = cluster.train if trains else cluster.data
+    task.set_cpu_request(wanted.cpu).set_cpu_limit(wanted.cpu)
+    task.set_memory_request(wanted.memory).set_memory_limit(wanted.memory)
+    if not trains:
+        return
+    train = cluster.train
+    if train.gpus:
+        task.set_accelerator_type(train.gpu_type).set_accelerator_limit(train.gpus)
+    if train.shm:
+        kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=train.shm)  # noqa: S108
+    for key, value in train.node_selector.items():
+        kubernetes.add_node_selector(task, key, value)
+    for toleration in train.tolerations:
+        kubernetes.add_toleration(
+            task, toleration.key or None, toleration.operator, toleration.value or None, toleration.effect or None
+        )

@@ -1,0 +1,27 @@
+"""The project a command works on: its folder, and the configuration of a run of it."""
+
+import os
+from pathlib import Path
+
+from components.common.errors import InputError
+from components.config.loading import load_config
+from components.config.sections import PARAMS, Config
+from components.tracking import run as tracking
+
+
+def project_folder(project: Path | None) -> Path:
+    here = Path.cwd()
+    folders = [project.resolve()] if project else [here, *here.parents]
+    for folder in folders:
+        if (folder / PARAMS).is_file():
+            os.environ.setdefault(tracking.HOME_VARIABLE, str(folder / ".kubealign"))
+            return folder
+    raise InputError(f"{folders[0]}: no {PARAMS} here or above; go to the project's folder or name it with --project")
+
+
+def run_config(root: Path, overrides: list[str]) -> Config:
+    """The configuration of a run, in which `prepare` cannot be changed: DVC's stage has done that part before."""
+    for override in overrides:
+        if override.strip().startswith("prepare."):
+            raise InputError(f"--set {override}: the data is made before a run; change params.yaml and run `make data`")
+    return load_config(root / PARAMS, overrides)
