@@ -42,6 +42,10 @@ test: data ## ruff, mypy, import-linter and all tests of the normal tier
 bench: data ## the training engine against TRL: time, memory, differences; an hour
 	TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1 python tests/bench/training.py $(ARGS)
 
+.PHONY: bench-gpu
+bench-gpu: ## the training engine on one GPU against TRL: exactness, speed, memory; needs torch with CUDA, trl, datasets
+	HF_HUB_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1 python tests/bench/gpu.py $(ARGS)
+
 .PHONY: gate-demo
 gate-demo: data ## a better, an equal, a worse and a lucky model before the gate, then rollback and verify; an hour and a half
 	TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1 python tests/bench/gate_demo.py $(ARGS)

@@ -2,19 +2,22 @@
 
 A completion sees its prompt and itself; other completions and other examples do not exist for it. The bounds arrive as
 the plain forward keyword `segments` (see `packing.py`), which transformers hands through to the attention function. As
-no mask is registered under the name, the library builds none. On a CPU a row is one autograd function over torch's
-flash kernels; elsewhere, and for what they do not cover, each piece of it is one call of torch's fused attention.
+no mask is registered under the name, the library builds none. On a GPU in bf16 a row is one call of torch's
+variable-length flash attention, on a CPU one autograd function over torch's flash kernels; for what neither covers,
+each piece of it is one call of torch's fused attention.
 
 Shapes: B=1, H query heads, K key-value heads (H is a multiple of K), T tokens of the row, D head width; Q and M are the
 query and key tokens of one piece.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from components.engine.packing import Segment
@@ -42,6 +45,107 @@ def pieces(segments: Sequence[Segment], size: int) -> Iterator[tuple[slice, list
             for first in range(begin, stop, size):
                 last = min(first + size, stop)
                 yield slice(first, last), [*prompt, slice(begin, last)]
+
+
+class Varlen(NamedTuple):
+    """A row as sequences of variable length: queries in the row's order, keys with each prompt repeated per completion.
+
+    U sequences: prompt + first completion of each example, and each further completion; M keys of all of them.
+    """
+
+    query_starts_U1: Tensor
+    """int32, where the queries of each sequence start, and their end."""
+    key_starts_U1: Tensor
+    longest_query: int
+    longest_key: int
+    key_M: Tensor | None
+    """Row index of each key; None where the keys are the row as it is."""
+    own_T: Tensor | None
+    """Where in the keys each token of the row stands as itself."""
+    copies: tuple[tuple[Tensor, Tensor], ...]
+    """(where in the keys, which token of the row) of the prompts' further copies; no token twice in one of them."""
+
+
+def varlen(segments: Sequence[Segment], device: torch.device) -> Varlen:
+    """The sequences of a row, once for all layers; a query sees what ends with it: flash attention's causal order."""
+    queries, keys = [0], [0]
+    key: list[int] = []
+    own: list[int] = []
+    copies: dict[int, tuple[list[int], list[int]]] = {}
+    for start, end, branches in segments:
+        for number, (begin, stop) in enumerate(branches or ((end, end),)):
+            if number == 0:
+                own += range(len(key), len(key) + stop - start)
+                key += range(start, stop)
+                queries.append(stop - start)
+                keys.append(stop - start)
+                continue
+            places, rows = copies.setdefault(number, ([], []))
+            places += range(len(key), len(key) + end - start)
+            rows += range(start, end)
+            key += range(start, end)
+            own += range(len(key), len(key) + stop - begin)
+            key += range(begin, stop)
+            queries.append(stop - begin)
+            keys.append(end - start + stop - begin)
+
+    def index(values: Sequence[int], dtype: torch.dtype = torch.long) -> Tensor:
+        tensor = torch.tensor(values, dtype=dtype)
+        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+    def starts(lengths: Sequence[int]) -> Tensor:
+        return index(list(accumulate(lengths)), torch.int32)
+
+    return Varlen(
+        starts(queries),
+        starts(keys),
+        max(queries),
+        max(keys),
+        index(key) if copies else None,
+        index(own) if copies else None,
+        tuple((index(places), index(rows)) for places, rows in copies.values()),
+    )
+
+
+class GatherKeys(torch.autograd.Function):
+    """Keys or values [T, K, D] with the prompts repeated, [M, K, D]; the gradient is summed in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, row_TKD: Tensor, layout: Varlen) -> Tensor:
+        ctx.layout = layout
+        assert layout.key_M is not None
+        return row_TKD.index_select(0, layout.key_M)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
+        layout: Varlen = ctx.layout
+        assert layout.own_T is not None
+        gradient_TKD = outputs[0].index_select(0, layout.own_T)
+        for place, row in layout.copies:
+            gradient_TKD[row] += outputs[0].index_select(0, place)
+        return gradient_TKD, None
+
+
+def attend_varlen(
+    query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, layout: Varlen, scaling: float | None, window: int | None
+) -> Tensor:
+    """Causal attention of all sequences of a row in one call, bf16 on a GPU; returns [T, H, D]."""
+    query_THD, key_MKD, value_MKD = (each.transpose(0, 1) for each in (query_HTD, key_KTD, value_KTD))
+    if layout.key_M is not None:
+        key_MKD, value_MKD = (GatherKeys.apply(each, layout) for each in (key_MKD, value_MKD))  # type: ignore[no-untyped-call]
+    output = varlen_attn(
+        query_THD,
+        key_MKD,
+        value_MKD,
+        layout.query_starts_U1,
+        layout.key_starts_U1,
+        layout.longest_query,
+        layout.longest_key,
+        scale=scaling,
+        window_size=(window - 1 if window else -1, 0),
+        enable_gqa=query_THD.shape[1] != key_MKD.shape[1],
+    )
+    return cast(Tensor, output)
 
 
 def gather(tensor_BHTD: Tensor, ranges: Sequence[slice]) -> Tensor:
@@ -188,6 +292,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segments: Sequence[Segment] = (),
+    layout: Varlen | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -211,6 +316,9 @@ def packed_attention(
         output: Tensor = FlashRow.apply(query, key, value, segments, scaling, sliding_window)  # type: ignore[no-untyped-call]
         return output, None
     device, dtype = query.device.type, value.dtype
+    if layout is not None and dtype == torch.bfloat16 and not (dropout or softcap or s_aux is not None):
+        low_query, low_key = query[0].to(dtype), key[0].to(dtype)
+        return attend_varlen(low_query, low_key, value[0], layout, scaling, sliding_window)[None], None
     # On a CPU the bf16 kernel is slower than the fp32 one, and less exact.
     with torch.autocast(device, enabled=device != "cpu" and torch.is_autocast_enabled(device)):
         if device == "cpu":

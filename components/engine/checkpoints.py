@@ -35,7 +35,7 @@ class Checkpoint:
     parameters: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     rng: dict[str, Tensor]
-    """State of the CPU's random numbers, by process."""
+    """State of the random numbers by process: of the CPU, and of its GPU as `<process>.cuda`."""
     history: list[dict[str, Any]]
 
 

@@ -8,7 +8,7 @@ on the packs of a step side by side, a thread each: many small operations keep o
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -147,13 +147,17 @@ def train(
         say(f"resuming after step {checkpoint.step} of {len(steps)}")
         checkpoints.restore(parameters, checkpoint.parameters)
         checkpoints.unpack_optimizer(optimizer, names, checkpoint.optimizer)
-        torch.set_rng_state(checkpoint.rng[str(accelerator.process_index)])
+        _set_random_state(checkpoint.rng, str(accelerator.process_index))
     yield from history
 
     def save() -> None:
         whole = {name: checkpoints.whole(parameter) for name, parameter in parameters.items()}
         state = checkpoints.pack_optimizer(optimizer, names)
-        rng = {str(rank): found for rank, found in enumerate(gather_object([torch.get_rng_state()]))}
+        rng = {
+            f"{rank}{device}": state
+            for rank, states in enumerate(gather_object([_random_state()]))
+            for device, state in states.items()
+        }
         done = [asdict(record) for record in history]
         if accelerator.is_main_process:
             made = checkpoints.Checkpoint(len(history), whole, state, rng, done)
@@ -184,6 +188,17 @@ def train(
         say(f"step {best_step(history)} of {len(history)} has the lowest validation loss; its parameters are kept")
         checkpoints.restore(parameters, checkpoints.load(checkpoint_folder, best_step(history)).parameters)
     model.eval()
+
+
+def _random_state() -> dict[str, Tensor]:
+    """State of the random numbers of the CPU and, with a GPU, of its own; by what follows the process's number."""
+    return {"": torch.get_rng_state()} | ({".cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_random_state(rng: Mapping[str, Tensor], process: str) -> None:
+    torch.set_rng_state(rng[process])
+    if torch.cuda.is_available() and f"{process}.cuda" in rng:
+        torch.cuda.set_rng_state(rng[f"{process}.cuda"])
 
 
 def best_step(history: Sequence[StepRecord]) -> int:

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from components.common.errors import InputError
 from components.common.files import replacing_folder
 from components.engine import checkpoints, fused, lora
-from components.engine.attention import PACKED
+from components.engine.attention import PACKED, varlen
 from components.engine.head import token_logps
 from components.engine.packing import Example, Pack, pack
 from components.engine.processes import keep_freed_memory, processes
@@ -128,6 +128,7 @@ class PackedModel(nn.Module):
             input_ids=batch.input_ids_T[None],
             position_ids=batch.positions_T[None],
             segments=batch.segments,
+            layout=varlen(batch.segments, self.device) if self.device.type == "cuda" else None,
             use_cache=False,
         )
         hidden_NE: Tensor = output.last_hidden_state[0].index_select(0, batch.predictor_N)
@@ -165,7 +166,7 @@ def load_causal_lm(
     keep_freed_memory()
     low, computes_low = precision == "bf16" and not full, precision == native_precision() == "bf16"
     dtype = torch.bfloat16 if low else torch.float32
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"device_map": {"": processes().device}} if torch.cuda.is_available() else {}
     if quantization == "nf4":
         options["quantization_config"] = _nf4(torch.bfloat16 if computes_low else torch.float32)
     if _takes_attention(path):
@@ -200,7 +201,7 @@ def _compute_in_fp32(model: PreTrainedModel) -> None:
     lora.compute_in_fp32(model)
     try:
         with plain_attention(model, "eager"):
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     except RuntimeError:
         # Mamba's layers read weights of others by themselves, and would multiply different dtypes.
         model.float()
@@ -324,7 +325,7 @@ def fingerprint(lm: nn.Module) -> dict[str, list[float]]:
     """
     vocabulary = lm.get_input_embeddings().num_embeddings  # type: ignore[operator]
     tokens = [(11 + 997 * number) % vocabulary for number in range(16)]
-    logits_V = lm(torch.tensor([tokens]), use_cache=False).logits[0, -1].float()
+    logits_V = lm(torch.tensor([tokens], device=next(lm.parameters()).device), use_cache=False).logits[0, -1].float()
     picked = torch.linspace(0, len(logits_V) - 1, 64).long()
     return {"tokens": tokens, "logits": logits_V[picked].tolist()}
 
