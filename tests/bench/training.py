@@ -2,7 +2,7 @@
 
 `make bench`, or `python tests/bench/training.py --rounds 5`. It prints and writes (build/bench/training.json) the
 paired ratios TRL / ours of CPU time and wall time for the same optimiser steps, differences of loss and gradient, and
-peak memory in processes of their own, and puts a table into README between its markers. TRL runs in the fastest of the
+peak memory in processes of their own, and puts a table into docs/performance.md between its markers. TRL runs in the fastest of the
 settings that are tried first; ours as params.yaml has it. The reference log-probs are cached on both sides. Errors of
 gradients are against one that transformers computes in fp64. Without bf16 in hardware TRL is at its best in fp32, as it
 would compute bf16 by software: ours in bf16 is compared with that.
@@ -378,7 +378,7 @@ def overhead() -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The README's rows."""
+    """The rows of docs/performance.md."""
     trl = "at its best" if native_precision() == "bf16" else "in fp32, as the machine has no bf16 in hardware"
     names = {
         "dpo_fp32": "DPO, fp32, TRL at its best",
@@ -476,8 +476,8 @@ def main() -> None:
     parts.measure(f"sizes_{shipped}", lambda: [peak("ours", False, shipped, length) for length in sizes])
     parts.measure("overhead", overhead)
     parts.finish(arguments.out)
-    readme = ROOT / "README.md"
-    readme.write_text(MARK.sub(lambda found: found[1] + table(parts.results) + found[2], readme.read_text()))
+    page = ROOT / "docs" / "performance.md"
+    page.write_text(MARK.sub(lambda found: found[1] + table(parts.results) + found[2], page.read_text()))
     print(table(parts.results))
     print(f"data preparation and logging: {parts.results['overhead']:.1%} of the steps; written to {arguments.out}")
 
