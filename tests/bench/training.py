@@ -2,10 +2,10 @@
 
 `make bench`, or `python tests/bench/training.py --rounds 5`. It prints and writes (build/bench/training.json) the
 paired ratios TRL / ours of CPU time and wall time for the same optimiser steps, differences of loss and gradient, and
-peak memory in processes of their own, and puts a table into docs/performance.md between its markers. TRL runs in the fastest of the
-settings that are tried first; ours as params.yaml has it. The reference log-probs are cached on both sides. Errors of
-gradients are against one that transformers computes in fp64. Without bf16 in hardware TRL is at its best in fp32, as it
-would compute bf16 by software: ours in bf16 is compared with that.
+peak memory in processes of their own, and puts a table into docs/performance.md between its markers. TRL runs in the
+fastest of the settings that are tried first; ours as params.yaml has it. The reference log-probs are cached on both
+sides. Errors of gradients are against one that transformers computes in fp64. Without bf16 in hardware TRL is at its
+best in fp32, as it would compute bf16 by software: ours in bf16 is compared with that.
 """
 
 import argparse
