@@ -23,47 +23,47 @@ from pipelines.project import project_folder, run_config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(kubeflow.app)
-app.add_typer(data.app, name="data")
+app.add_typer(data.app, name="data", rich_help_panel="Data and CI")
 app.add_typer(registry.app)
-app.add_typer(ci.app, name="ci")
+app.add_typer(ci.app, name="ci", rich_help_panel="Data and CI")
 console = Console()
 
 PARTS = {
-    "steps": "outputs of pipeline steps, which KFP's cache serves again",
-    "checkpoints": "training states that an interrupted run goes on from",
-    "cache": "log-probabilities of models that have been scored",
+    "steps": "outputs of pipeline steps, which KFP's cache reuses",
+    "checkpoints": "training states from which an interrupted run resumes",
+    "cache": "log-probabilities of scored models",
     "runs": "logs and reports of runs",
-    "downloads": "packages of data/sources.lock, and what interrupted downloads have brought so far",
-    "workspace": "scratch folder of the local runner and of `data add`",
+    "downloads": "packages of data/sources.lock, and partial downloads",
+    "workspace": "scratch space of the local runner and of `data add`",
 }
-"""What `kubealign clean` removes; the MLflow registry (mlflow.db, mlartifacts) is never touched."""
+"""Folders that `kubealign clean` can remove; the MLflow registry (mlflow.db, mlartifacts) is never touched."""
 MAX_JUDGEMENTS = 3
-"""How often a run judges a model whose verdict was overtaken by another run; only the evaluation is repeated."""
+"""Attempts to judge a model whose verdict another run superseded; only the evaluation is repeated."""
 
 
 class Runner(StrEnum):
-    """Where the steps of a run on this machine run."""
+    """How the steps of a local run are executed."""
 
     SUBPROCESS = "subprocess"
     DOCKER = "docker"
 
 
 class Target(StrEnum):
-    """What a compiled pipeline is for."""
+    """Target of a compiled pipeline."""
 
     LOCAL = "local"
     KUBEFLOW = "kubeflow"
 
 
-@app.command()
+@app.command(rich_help_panel="This machine")
 def run(
     overrides: Overrides = [],  # noqa: B006 - typer copies the default
     runner: Annotated[
-        Runner, typer.Option(help="Steps as processes of this environment, or in containers of our images.")
+        Runner, typer.Option(help="Run steps as processes in this environment, or in containers of our images.")
     ] = Runner.SUBPROCESS,
     project: Project = None,
 ) -> None:
-    """Run the whole pipeline on this machine; what has not changed is served from the cache."""
+    """Run the whole pipeline on this machine; unchanged steps come from the cache."""
     from pipelines.local.display import Display
     from pipelines.local.results import load_result, show_result
     from pipelines.local.runner import run_pipeline
@@ -75,20 +75,20 @@ def run(
         show_result(console, result)
         if result["decided"]["state"] != "superseded":
             return
-        console.print("judging again against what is champion now")
-    raise KubealignError(f"{MAX_JUDGEMENTS} times another run decided first; run again when they are done")
+        console.print("judging again, against the new champion")
+    raise KubealignError(f"other runs promoted first {MAX_JUDGEMENTS} times; run again when they are done")
 
 
-@app.command("compile")
+@app.command("compile", rich_help_panel="This machine")
 def compile_(
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("build/alignment.yaml"),
     target: Annotated[
-        Target, typer.Option(help="kubeflow adds images, secrets, resources and volumes from the section cluster.")
+        Target, typer.Option(help="kubeflow adds images, secrets, resources and volumes from section cluster.")
     ] = Target.KUBEFLOW,
     overrides: Overrides = [],  # noqa: B006
     project: Project = None,
 ) -> None:
-    """Write the pipeline as IR YAML, for upload to Kubeflow Pipelines or KFP's local runner."""
+    """Compile the pipeline to IR YAML, for upload to Kubeflow Pipelines or KFP's local runner."""
     from components.common.files import replacing
     from pipelines.alignment import compile_pipeline
 
@@ -102,14 +102,14 @@ def compile_(
     console.print(f"{final}", soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel="This machine")
 def images(
-    kind: Annotated[str, typer.Argument(help="data, train or mlflow; by default all.")] = "",
+    kind: Annotated[str, typer.Argument(help="data, train or mlflow; all by default.")] = "",
     build_args: Annotated[
-        bool, typer.Option("--build-args", help="Print what `make images` tells the build about this code instead.")
+        bool, typer.Option("--build-args", help="Print the build arguments for `make images` instead.")
     ] = False,
 ) -> None:
-    """Print the references of our images, for steps and for MLflow in a cluster; `make images` builds them."""
+    """Print the image references, for steps and for MLflow in a cluster; `make images` builds them."""
     from components.common.images import DATA_IMAGE, MLFLOW_IMAGE, TRAIN_IMAGE, VERSION
     from components.common.provenance import git_commit
     from pipelines.local.containers import code_in_images
@@ -125,9 +125,9 @@ def images(
         print(image)
 
 
-@app.command()
+@app.command(rich_help_panel="This machine")
 def report(
-    run: Annotated[str, typer.Argument(help="MLflow id of a pipeline run; by default the last one.")] = "",
+    run: Annotated[str, typer.Argument(help="MLflow id of a pipeline run; by default the last.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     project: Project = None,
 ) -> None:
@@ -142,12 +142,12 @@ def report(
         show_result(console, result)
 
 
-@app.command()
+@app.command(rich_help_panel="This machine")
 def ui(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
     project: Project = None,
 ) -> None:
-    """Open MLflow on the runs and models of this project, until Ctrl-C."""
+    """Serve the MLflow UI for this project until Ctrl-C."""
     project_folder(project)
     uri = tracking.tracking_uri()
     if uri.startswith("http"):
@@ -163,13 +163,13 @@ def ui(
     os.execv(program, [program, *words, "--port", str(port)])  # noqa: S606 - our own program and words
 
 
-@app.command()
+@app.command(rich_help_panel="This machine")
 def config(
-    explain: Annotated[bool, typer.Option("--explain", help="With the meaning of every key.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Explain every key.")] = False,
     overrides: Overrides = [],  # noqa: B006
     project: Project = None,
 ) -> None:
-    """Show the configuration as it would be used."""
+    """Show the effective configuration."""
     found = load_config(project_folder(project) / PARAMS, overrides)
     if not explain:
         print(yaml.safe_dump(found.sections(), sort_keys=False, allow_unicode=True), end="")
@@ -191,20 +191,20 @@ def _explained(found: Config) -> list[tuple[str, str, str]]:
     return rows
 
 
-@app.command()
+@app.command(rich_help_panel="This machine")
 def clean(
-    parts: Annotated[list[str] | None, typer.Argument(help=f"Of: {', '.join(PARTS)}, all. Without: show only.")] = None,
+    parts: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(PARTS)}, or all; without, only show.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     project: Project = None,
 ) -> None:
-    """Show what runs have left on this machine and how big it is, and remove it; the MLflow registry stays."""
+    """Show, and optionally delete, local run data; the MLflow registry stays."""
     project_folder(project)
     home = tracking.home()
     chosen = list(PARTS) if parts and "all" in parts else parts or []
     unknown = [part for part in chosen if part not in PARTS]
     if unknown:
         raise InputError(f"clean {unknown[0]}: expected {', '.join(PARTS)} or all")
-    table = Table("part", "MB", "what it is")
+    table = Table("part", "MB", "contents")
     for part, meaning in PARTS.items():
         table.add_row(part, f"{_size(home / part) / 1e6:.0f}", meaning)
     console.print(table)
@@ -223,7 +223,7 @@ def _size(folder: Path) -> int:
 
 
 def main() -> None:
-    """Entry point: failures that are meant for a person are one line and an exit code."""
+    """Entry point; expected failures become one line and an exit code."""
     from pipelines.local.runner import QUIET
 
     for name, value in QUIET.items():

@@ -162,7 +162,7 @@ class Server:
         return RunState(run_id, str(run.display_name), str(run.state or "PENDING"), one_line(error), steps)
 
     def wait(
-        self, run_id: str, tell: Callable[[RunState], None], timeout_s: float, patience_s: float | None = None
+        self, run_id: str, tell: Callable[[RunState], None], timeout_s: float, retry_timeout_s: float | None = None
     ) -> RunState:
         """Poll a run until it has ended; KFP's own wait never returns for a cancelled one.
 
@@ -170,13 +170,13 @@ class Server:
             run_id: the run.
             tell: hears every state that differs from the one before.
             timeout_s: seconds to wait at most.
-            patience_s: seconds that the server may not answer; `PATIENCE_S` by default.
+            retry_timeout_s: seconds that the server may not answer; `PATIENCE_S` by default.
 
         Raises:
             TimeIsUp: the run goes on.
             ServerTrouble: the server has not answered for so long, or refuses.
         """
-        patience_s = PATIENCE_S if patience_s is None else patience_s
+        retry_timeout_s = PATIENCE_S if retry_timeout_s is None else retry_timeout_s
         started = answered = time.monotonic()
         last: RunState | None = None
         while True:
@@ -185,7 +185,7 @@ class Server:
                 answered = time.monotonic()
             except ServerTrouble as error:
                 now_s = time.monotonic()
-                if not error.passing or now_s - answered > patience_s or now_s - started > timeout_s:
+                if not error.passing or now_s - answered > retry_timeout_s or now_s - started > timeout_s:
                     raise
                 now = last or RunState(run_id, "", "PENDING", "", [])
             if now != last:

@@ -76,10 +76,10 @@ def _run(client: Any, version: Any) -> Check:
 def _audit(client: Any, name: str) -> Check:
     try:
         audit = Audit.find(client, name)
-        reigns = audit.reigns() if audit else []
+        champions = audit.champions() if audit else []
     except KubealignError as error:
         return Check("history", "warn", str(error))
-    return Check("history", "pass", f"{len(reigns)} champions so far")
+    return Check("history", "pass", f"{len(champions)} champions so far")
 
 
 def _files(version: Any, folder: Path) -> Check:

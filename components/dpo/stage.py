@@ -38,8 +38,8 @@ from components.training.run import (
     kept_validation,
     open_tuned,
     pair_examples,
+    resolve_precision,
     run_training,
-    settle,
     stage_output,
     write_history,
 )
@@ -76,7 +76,7 @@ def run_dpo(
     Raises:
         TrainingStop: the policy does not equal its reference before the first step, or a loss is not finite.
     """
-    model = settle(model)
+    model = resolve_precision(model)
     with tracking.stage_run("dpo", config.model_dump() | model.how()) as run:
         base_digest, data_digest, sft_digest = map(verify_manifest, (base_model, dataset, sft_model))
         tokenizer = load_tokenizer(base_model)

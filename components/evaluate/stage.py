@@ -26,7 +26,7 @@ from components.evaluate.statistics import GroupBootstrap
 from components.gate.results import Results
 from components.gate.rules import Circumstances, judge
 from components.tracking import run as tracking
-from components.training.run import pair_examples, settle
+from components.training.run import pair_examples, resolve_precision
 from components.training.scoring import TokenLogps, score
 
 MODELS = ("base", "sft", "policy", "incumbent")
@@ -61,7 +61,7 @@ def run_evaluate(
     Raises:
         InputError: the incumbent cannot be loaded.
     """
-    model = settle(model)
+    model = resolve_precision(model)
     params = config.model_dump() | {f"gate_{key}": value for key, value in gate.model_dump().items()}
     params |= {"incumbent": inputs.incumbent or "sft", "precision": model.precision}
     with tracking.stage_run("evaluate", params) as run:

@@ -15,7 +15,7 @@ from components.gate.rules import Circumstances, judge
 from components.register import package
 from components.register.card import model_card
 from components.registry.audit import CHALLENGER, Audit
-from components.registry.champion import ROLLED_BACK, ChampionChanged, champion_alias, promote, settle
+from components.registry.champion import ROLLED_BACK, ChampionChanged, champion_alias, promote, reconcile_alias
 from components.tracking import run as tracking
 
 KFP_URL_VARIABLE = "KUBEALIGN_KFP_URL"
@@ -186,7 +186,7 @@ def _decide(
         return _superseded(f"another run made decision {lineage.test_use} on this test set meanwhile")
     client.set_registered_model_tag(name, f"kubealign.test_uses.{lineage.test_set}", str(lineage.test_use))
     client.set_registered_model_tag(name, "kubealign.audit_run", audit.run_id)
-    settle(audit)
+    reconcile_alias(audit)
     against = _against_promotion(client, config, version, verdict)
     if against:
         return against

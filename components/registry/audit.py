@@ -1,15 +1,15 @@
-"""What the registry remembers beside versions and aliases: who was champion when, and every decision on a test set.
+"""Append-only history of champions and of decisions on each test set.
 
 MLflow's aliases and tags are blind overwrites: two pipelines that set them at the same moment do not notice each other.
-The one compare-and-set that every MLflow server offers is a run's parameter, which can be written once. So every
-registered model has one audit run, and its parameters are the truth that aliases and tags follow:
+The one compare-and-set that every MLflow server offers is a run's parameter, which can be written only once. So each
+registered model has one audit run, whose parameters are the source of truth for aliases and tags:
 
     champion.<n>       the n-th champion, as JSON
-    champion.<n>.set   the alias has followed it
+    champion.<n>.set   the alias was set to it
     test.<digest>.<k>  the k-th decision on that test set
 
-Which run is the audit run is decided the same way: an experiment's name is unique and its tags come into being with
-it, so a tag of the experiment `kubealign-audit/<model>` names the run for everybody.
+The audit run itself is chosen the same way: an experiment's name is unique and its tags are created with it, so a tag
+of the experiment `kubealign-audit/<model>` names the run for everybody.
 """
 
 import getpass
@@ -32,11 +32,11 @@ MAX_REASON = 1000
 
 
 @dataclass(frozen=True)
-class Reign:
-    """A champion's time in office, as its parameter tells; `version` is empty when there was none.
+class ChampionRecord:
+    """One entry of the champion history; `version` is empty for "no champion".
 
-    `how` is `gate`, `promote`, `force`, `copy`, `rollback` or `outside` (the alias was moved by other means, and found
-    like that later).
+    `how` is `gate`, `promote`, `force`, `copy`, `rollback` or `outside` (the alias was moved by other means, which was
+    detected later).
     """
 
     number: int
@@ -46,8 +46,8 @@ class Reign:
     by: str
     at: str
     run: str
-    followed: bool = False
-    """Whether the alias has followed."""
+    alias_set: bool = False
+    """Whether the alias was set to it."""
 
 
 class Audit:
@@ -58,13 +58,13 @@ class Audit:
 
     @classmethod
     def find(cls, client: Any, name: str) -> "Audit | None":
-        """The audit run, or None before the first decision about this registered model."""
+        """Return the audit run, or None before the first decision on this registered model."""
         experiment = client.get_experiment_by_name(_pointer(name))
         return cls(client, name, experiment.tags[AUDIT_RUN]) if experiment else None
 
     @classmethod
     def open(cls, client: Any, name: str) -> "Audit":
-        """The audit run, made if need be; of two that make it at once, both get the same."""
+        """Return the audit run, creating it if needed; concurrent callers get the same one."""
         from mlflow.exceptions import MlflowException
 
         found = cls.find(client, name)
@@ -85,7 +85,7 @@ class Audit:
         return found
 
     def claim(self, key: str, value: str) -> bool:
-        """Write a parameter, once for all; False when somebody else was first. A value holds something of its own."""
+        """Write a parameter once; return False if another value was written first. Values must be unique per caller."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -97,30 +97,30 @@ class Audit:
             return written == value
         return True
 
-    def reigns(self) -> list[Reign]:
-        """Every champion so far, in order."""
+    def champions(self) -> list[ChampionRecord]:
+        """All champions so far, in order."""
         facts = self._facts()
-        reigns: list[Reign] = []
-        while (text := facts.get(f"champion.{len(reigns) + 1}")) is not None:
+        records: list[ChampionRecord] = []
+        while (text := facts.get(f"champion.{len(records) + 1}")) is not None:
             found = {key: value for key, value in json.loads(text).items() if key != "claim"}
-            number = len(reigns) + 1
-            reigns.append(Reign(number=number, followed=f"champion.{number}.set" in facts, **found))
-        return reigns
+            number = len(records) + 1
+            records.append(ChampionRecord(number=number, alias_set=f"champion.{number}.set" in facts, **found))
+        return records
 
-    def claim_reign(self, number: int, version: str, how: str, reason: str, run: str = "") -> Reign | None:
-        """Make `version` the `number`-th champion; None when another one has become that meanwhile."""
+    def claim_champion(self, number: int, version: str, how: str, reason: str, run: str = "") -> ChampionRecord | None:
+        """Record `version` as the `number`-th champion; return None if another version already is."""
         at = datetime.now(UTC).isoformat(timespec="seconds")
-        reign = Reign(number, version, how, reason[:MAX_REASON], _user(), at, run)
-        facts = {key: value for key, value in asdict(reign).items() if key not in ("number", "followed")}
+        record = ChampionRecord(number, version, how, reason[:MAX_REASON], _user(), at, run)
+        facts = {key: value for key, value in asdict(record).items() if key not in ("number", "alias_set")}
         value = json.dumps(facts | {"claim": uuid.uuid4().hex}, ensure_ascii=False)
-        return reign if self.claim(f"champion.{number}", value) else None
+        return record if self.claim(f"champion.{number}", value) else None
 
-    def mark_followed(self, number: int) -> None:
-        """Note that the alias has followed the `number`-th champion."""
+    def mark_alias_set(self, number: int) -> None:
+        """Record that the alias was set to the `number`-th champion."""
         self.claim(f"champion.{number}.set", "yes")
 
     def decisions(self, test_set: str) -> list[str]:
-        """The decisions on a test set, in order: the first has number 1."""
+        """Decisions on a test set in order, numbered from 1."""
         facts = self._facts()
         found: list[str] = []
         while (decision := facts.get(f"test.{test_set}.{len(found) + 1}")) is not None:
@@ -128,12 +128,12 @@ class Audit:
         return found
 
     def test_sets(self) -> dict[str, int]:
-        """How many decisions every test set has seen."""
+        """Number of decisions made on each test set."""
         names = {match[1] for key in self._facts() if (match := re.fullmatch(r"test\.(.+)\.\d+", key))}
         return {name: len(self.decisions(name)) for name in sorted(names)}
 
     def claim_decision(self, test_set: str, number: int, decision: str) -> bool:
-        """Make `decision` the `number`-th on a test set; False when another one is that. Twice the same is once."""
+        """Record the `number`-th decision on a test set; return False if another one has that number. Idempotent."""
         return self.claim(f"test.{test_set}.{number}", decision)
 
     def _facts(self) -> dict[str, str]:
@@ -145,20 +145,20 @@ class Audit:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             raise KubealignError(
-                f"the audit run {self.run_id} of {self.name} is gone, and with it who was champion and how often each"
-                " test set was used (was it deleted, and `mlflow gc` run?); restore it from a backup of MLflow"
+                f"the audit run {self.run_id} of {self.name} no longer exists, and with it the history of"
+                " champions and test-set uses (was it deleted and `mlflow gc` run?); restore it from a backup of MLflow"
             ) from error
         if run.info.lifecycle_stage != "active":
             raise KubealignError(
-                f"the audit run {self.run_id} of {self.name} is marked deleted; `mlflow runs restore --run-id"
-                f" {self.run_id}` brings it back"
+                f"the audit run {self.run_id} of {self.name} is marked as deleted; restore it with `mlflow runs restore"
+                f" --run-id {self.run_id}`"
             )
         params: dict[str, str] = run.data.params
         return params
 
 
 def next_use(decisions: list[str], decision: str) -> int:
-    """Number of a decision on its test set: the one that it got before, else the next."""
+    """Number of a decision on its test set: the recorded one if it was made before, else the next."""
     return decisions.index(decision) + 1 if decision in decisions else len(decisions) + 1
 
 

@@ -1,4 +1,4 @@
-"""The manifest of a registered version: the hash of every file of it, and whether a download is still the same."""
+"""Manifest of a registered version: the hash of each file, to verify downloads against."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,9 @@ from components.common.errors import KubealignError
 from components.common.files import difference, sha256_file
 
 MANIFEST_TAG = "kubealign.manifest"
-"""Tag of a version: sha256 of every file of it, as JSON."""
+"""Version tag with the sha256 of each file, as JSON."""
 MLFLOWS_OWN = {"registered_model_meta"}
-"""Files that MLflow writes into a download."""
+"""Files that MLflow itself adds to a download."""
 
 
 def changed(version: Any, folder: Path) -> str:

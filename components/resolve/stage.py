@@ -13,7 +13,7 @@ from components.common.files import digest
 from components.common.provenance import git_commit
 from components.config.sections import DataConfig, ModelConfig, RegisterConfig
 from components.registry.audit import Audit, next_use
-from components.registry.champion import champion_alias, settle
+from components.registry.champion import champion_alias, reconcile_alias
 from components.sources.data import data_folders
 from components.sources.lineage import resolve_key
 from components.tracking import run as tracking
@@ -116,7 +116,7 @@ def _incumbent(run: tracking.StageRun, name: str, lineage: str) -> str:
     """
     audit = Audit.find(run.client, name)
     if audit:
-        settle(audit)
+        reconcile_alias(audit)
     version = champion_alias(run.client, name)
     if not version:
         return ""

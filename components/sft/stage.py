@@ -23,8 +23,8 @@ from components.training.run import (
     kept_validation,
     open_model,
     pair_examples,
+    resolve_precision,
     run_training,
-    settle,
     stage_output,
     write_history,
 )
@@ -47,7 +47,7 @@ def run_sft(
     Returns:
         id of the MLflow run, and the metrics: loss on the validation answers before and after (nats per token).
     """
-    model = settle(model)
+    model = resolve_precision(model)
     with tracking.stage_run("sft", config.model_dump() | model.how()) as run:
         base_digest, data_digest = verify_manifest(base_model), verify_manifest(dataset)
         tokenizer = load_tokenizer(base_model)

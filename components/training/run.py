@@ -52,7 +52,7 @@ def instruction_examples(tokenizer: Any, rows: list[Instruction], loss_on: str) 
     return [Example(prompt, [completion], answers) for prompt, completion, answers in conversations]
 
 
-def settle(model: ModelConfig) -> ModelConfig:
+def resolve_precision(model: ModelConfig) -> ModelConfig:
     """The configuration with `precision: auto` decided for this machine, for a stage to begin with."""
     if model.precision != "auto":
         return model
@@ -69,7 +69,7 @@ def open_model(run: tracking.StageRun, path: Path, config: ModelConfig, trains: 
         trains: whether it will be trained: then it is ready for full fine-tuning and gradient checkpointing.
     """
     if config.precision == "auto":
-        raise ValueError("settle() the configuration of the model first")
+        raise ValueError("resolve_precision() the configuration of the model first")
     if config.precision == "bf16" and native_precision() != "bf16":
         run.say("this machine has no bf16 in hardware: frozen weights are kept in bf16, products are computed in fp32")
     full = trains and config.tuning == "full"

@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -45,10 +46,11 @@ def run_on_kubeflow(job: Job) -> tuple[str, str]:
         with _signals():
             if not state["run_id"]:
                 write_json(file, state)
-                state["run_id"] = _patiently(job, job.patience_s, lambda: _adopt_or_start(job, server, state["name"]))
+                start = partial(_adopt_or_start, job, server, state["name"])
+                state["run_id"] = _retry(job, job.retry_timeout_s, start)
                 write_json(file, state)
             job.say(server.link(state["run_id"]))
-            ended = server.wait(state["run_id"], _teller(job), job.timeout_s, job.patience_s)
+            ended = server.wait(state["run_id"], _teller(job), job.timeout_s, job.retry_timeout_s)
     except Stopped:
         _cancel(job, server, state)
         raise
@@ -71,7 +73,7 @@ def _state(job: Job, server: Server) -> dict[str, str]:
         if (found.get("key"), found.get("endpoint")) == (job.key, server.endpoint):
             job.say(f"going on with run {found['run_id'] or '(not started yet)'} of {file}")
             return dict(found)
-    name = f"{NAME} {job.commit[:12]} {job.key}" + (f" again {uuid.uuid4().hex[:8]}" if job.again else "")
+    name = f"{NAME} {job.commit[:12]} {job.key}" + (f" again {uuid.uuid4().hex[:8]}" if job.rerun else "")
     return {"key": job.key, "endpoint": server.endpoint, "name": name, "run_id": ""}
 
 
@@ -80,14 +82,14 @@ def _adopt_or_start(job: Job, server: Server, name: str) -> str:
     if under_way:
         job.say(f"a run of this key is under way: {under_way[0]}")
         return under_way[0]
-    run_id, version = submit(job.config, server, name=name, caching=not job.again)
+    run_id, version = submit(job.config, server, name=name, caching=not job.rerun)
     job.say(f"run {run_id} of version {version}")
     return run_id
 
 
-def _patiently(job: Job, patience_s: float, call: Callable[[], T]) -> T:
+def _retry(job: Job, retry_timeout_s: float, call: Callable[[], T]) -> T:
     """Call until the server answers, for a bounded time, with longer and longer pauses."""
-    deadline, delay_s = time.monotonic() + patience_s, FIRST_DELAY_S
+    deadline, delay_s = time.monotonic() + retry_timeout_s, FIRST_DELAY_S
     while True:
         try:
             return call()
@@ -164,7 +166,7 @@ def _cancel(job: Job, server: Server, state: dict[str, str]) -> None:
             job.say(f"{run_id}: is being canceled")
 
     try:
-        _patiently(job, CANCEL_WITHIN_S, cancel)
+        _retry(job, CANCEL_WITHIN_S, cancel)
     except ServerTrouble as error:
         print(f"warning: the run could not be canceled: {error}; `kubealign ci cancel` does", file=sys.stderr)
     else:

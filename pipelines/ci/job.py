@@ -37,9 +37,9 @@ class Job:
     commit: str
     key: str
     facts: Key
-    again: bool
+    rerun: bool
     out: Path
-    patience_s: float
+    retry_timeout_s: float
     timeout_s: float
     console: Console
 
@@ -55,9 +55,9 @@ def make_job(
     root: Path,
     overrides: list[str],
     runner: str,
-    again: bool,
+    rerun: bool,
     out: Path,
-    patience_s: float,
+    retry_timeout_s: float,
     timeout_s: float,
     console: Console,
 ) -> Job:
@@ -81,7 +81,7 @@ def make_job(
     key = digest([facts.lineage, facts.config, facts.code["evaluate"], config.register_.name])[:16]
     if runner == "kubeflow":
         _refuse_what_only_this_machine_has(config, own)
-    return Job(root, config, runner, commit, key, facts, again, out, patience_s, timeout_s, console)
+    return Job(root, config, runner, commit, key, facts, rerun, out, retry_timeout_s, timeout_s, console)
 
 
 def _checkout(root: Path, config: Config) -> tuple[str, str]:

@@ -47,10 +47,10 @@ def _come_to_a_verdict(job: Job, hook: notify.Webhook | None) -> int:
     data = ", ".join(f"{name} {value}" for name, value in versions.items())
     job.say(f"commit    {job.commit[:12]}  ({data}; base model {job.facts.base.digest[:8]})")
     job.say(f"key       {job.key}")
-    known = None if job.again else judged_before(job)
+    known = None if job.rerun else judged_before(job)
     if known:
         outcome.write_verdict(job.out, job.order, known, new=False)
-        job.say("This commit's data, settings and code have been judged before; --again insists on a new run.")
+        job.say("This commit's data, settings and code were judged before; --rerun forces a new run.")
         show_result(job.console, known)
         return 0
     run_id, link = run_on_kubeflow(job) if job.runner == "kubeflow" else _here(job)
@@ -115,7 +115,7 @@ def _checked(job: Job, result: dict[str, Any]) -> dict[str, Any]:
 
 def _here(job: Job) -> tuple[str, str]:
     """Run on this machine; returns the parent run's id and no link."""
-    return run_pipeline(job.config, job.root, Display(job.console), job.runner, caching=not job.again), ""
+    return run_pipeline(job.config, job.root, Display(job.console), job.runner, caching=not job.rerun), ""
 
 
 def version_summary(root: Path, version: str) -> str:

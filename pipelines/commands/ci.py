@@ -1,4 +1,4 @@
-"""`kubealign ci`: what a CI system calls when data, settings or code change. The workflows only call these commands."""
+"""`kubealign ci`: commands for CI systems, for when data, settings or code change; the workflows call only these."""
 
 import json
 import sys
@@ -22,10 +22,10 @@ OUT = Path("build/ci")
 Base = Annotated[
     str,
     typer.Option(
-        help="Commit to compare with; by default where the head left main, and on main itself the commit before."
+        help="Commit to compare with; by default where the head branched from main, or the previous commit on main."
     ),
 ]
-Head = Annotated[str, typer.Option(help="Commit to look at.")]
+Head = Annotated[str, typer.Option(help="Commit to examine.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 
 
@@ -48,11 +48,11 @@ def plan_(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print it as Markdown.")] = False,
     outputs: Annotated[
-        Path | None, typer.Option(help="File that gets lines such as `retrain=true`: $GITHUB_OUTPUT.")
+        Path | None, typer.Option(help="File to append lines such as `retrain=true` to: $GITHUB_OUTPUT.")
     ] = None,
     project: Project = None,
 ) -> None:
-    """Tell from git and DVC what changed, which steps have to run, and why; exit code 1 when dvc.lock is stale."""
+    """Show what changed since BASE, which steps must run, and why; exit code 1 if dvc.lock is stale."""
     from pipelines.ci.plan import make_plan
 
     plan = make_plan(project_folder(project), base, head, runner.value)
@@ -81,45 +81,47 @@ def plan_(
 
 @app.command("data-report")
 def data_report_(base: Base = "", head: Head = "HEAD", out: Out = OUT, project: Project = None) -> None:
-    """Print what changed in the data and what validation says of it (OUT/data.md, too); exit code 1 when refused."""
+    """Report what changed in the data and what validation finds (also in OUT/data.md); exit code 1 if rejected."""
     from pipelines.ci.data_report import data_report
 
     report = data_report(project_folder(project), base, head)
     write_text(out / "data.md", report.text)
     print(report.text, end="")
     if not report.accepted:
-        print("error: the data is refused; the report says which rows and why", file=sys.stderr)
+        print("error: the data was rejected; the report says which rows and why", file=sys.stderr)
         sys.exit(1)
 
 
 @app.command("retrain")
 def retrain_(
     runner: Where = Runner.KUBEFLOW,
-    again: Annotated[
+    rerun: Annotated[
         bool,
-        typer.Option("--again", envvar="KUBEALIGN_AGAIN", help="Also what has been judged before, and without cache."),
+        typer.Option("--rerun", envvar="KUBEALIGN_RERUN", help="Train again what was judged before, without cache."),
     ] = False,
     out: Out = OUT,
-    patience_s: Annotated[float, typer.Option("--patience", help="Seconds that Kubeflow may not answer.")] = 600,
-    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait for the run at most.")] = 86400,
+    retry_timeout_s: Annotated[
+        float, typer.Option("--retry-timeout", help="Seconds to keep retrying while Kubeflow does not answer.")
+    ] = 600,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Longest wait for the run, in seconds.")] = 86400,
     overrides: Overrides = [],  # noqa: B006 - typer copies the default
     project: Project = None,
 ) -> None:
-    """Come to a verdict on the commit that is checked out; OUT gets summary.md, verdict.json, report.html, status.json.
+    """Train and evaluate the checked-out commit; writes summary.md, verdict.json, report.html and status.json to OUT.
 
-    What has been judged before is not trained again. Any verdict is a success; the same command goes on with a run that
-    is under way, and SIGTERM or SIGINT cancel it.
+    What was judged before is not trained again. Any verdict is a success. Running the same command again resumes
+    following a run in progress; SIGTERM and SIGINT cancel it.
     """
     from pipelines.ci.job import make_job
     from pipelines.ci.retrain import retrain
 
     root = project_folder(project)
-    retrain(make_job(root, overrides, runner.value, again, out, patience_s, timeout_s, console))
+    retrain(make_job(root, overrides, runner.value, rerun, out, retry_timeout_s, timeout_s, console))
 
 
 @app.command()
 def cancel(out: Out = OUT, project: Project = None) -> None:
-    """End the run on Kubeflow that a stopped `ci retrain` may have left."""
+    """Cancel the Kubeflow run that an interrupted `ci retrain` left behind."""
     from pipelines.ci.follow import cancel_left
 
     for line in cancel_left(project_folder(project), out):
@@ -128,7 +130,7 @@ def cancel(out: Out = OUT, project: Project = None) -> None:
 
 @app.command()
 def summary(
-    version: Annotated[str, typer.Option(help="Of this model version instead, as the registry has it.")] = "",
+    version: Annotated[str, typer.Option(help="Summarize this registered version instead.")] = "",
     out: Out = OUT,
     project: Project = None,
 ) -> None:
@@ -147,16 +149,16 @@ def summary(
 def comment(
     file: Annotated[Path, typer.Argument(help="Markdown, such as build/ci/data.md.")],
     pull_request: Annotated[int, typer.Option(help="Number of the pull request.")] = 0,
-    commit: Annotated[str, typer.Option(help="Or a commit: the pull requests that brought it.")] = "",
+    commit: Annotated[str, typer.Option(help="Or a commit: its pull requests.")] = "",
     update_only: Annotated[
-        bool, typer.Option("--update-only", envvar="KUBEALIGN_UPDATE_ONLY", help="Make no comment where there is none.")
+        bool, typer.Option("--update-only", envvar="KUBEALIGN_UPDATE_ONLY", help="Only update an existing comment.")
     ] = False,
 ) -> None:
-    """Put a file on a pull request on GitHub as a comment; a comment of the same kind is updated in place."""
+    """Post a Markdown file as a comment on a GitHub pull request; an earlier one of the same kind is updated."""
     from pipelines.ci.notify import GitHub
 
     if bool(pull_request) == bool(commit):
-        raise InputError("name either --pull-request or --commit")
+        raise InputError("give either --pull-request or --commit")
     if not file.is_file():
         raise InputError(f"{file}: not found")
     github = GitHub()

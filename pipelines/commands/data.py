@@ -1,4 +1,4 @@
-"""`kubealign data`: bring your own pairs, and see how the data changed."""
+"""`kubealign data`: add your own pairs, and see how the data changed."""
 
 import json
 import sys
@@ -24,26 +24,25 @@ app = typer.Typer(no_args_is_help=True, help=__doc__)
 console = Console()
 RECORDS = ("sources.lock", "splits.lock", "statistics.json", "quarantine.jsonl")
 SHOWN = 5
-"""Reasons for which rows are set aside that are shown."""
+"""Quarantine reasons shown."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 
 
 @app.command()
 def add(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="JSON lines, or a JSON array; gzip or not.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="JSON lines or a JSON array; gzip or not.")],
     format_name: Annotated[
-        str, typer.Option("--format", help="kubealign, trl, sharegpt, alpaca, hh or ultrafeedback; seen from the rows.")
+        str,
+        typer.Option("--format", help="kubealign, trl, sharegpt, alpaca, hh, ultrafeedback; detected by default."),
     ] = "",
-    language: Annotated[
-        str, typer.Option(help="en, zh or auto, by the script; for rows that do not name theirs.")
-    ] = "auto",
-    licence: Annotated[str, typer.Option("--licence", "--license", help="For rows that do not name theirs.")] = "",
-    source: Annotated[str, typer.Option(help="Name of the source; by default the file's, without its endings.")] = "",
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    language: Annotated[str, typer.Option(help="en, zh or auto (by script), for rows without a language.")] = "auto",
+    licence: Annotated[str, typer.Option("--licence", "--license", help="Licence of rows that do not name one.")] = "",
+    source: Annotated[str, typer.Option(help="Source name; by default the file name without extension.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     project: Project = None,
 ) -> None:
-    """Make your own pairs a part of the data: converted, checked, kept by DVC; shows what changes and asks before."""
+    """Add your own pairs to the data: convert, check and version them; shows the changes and asks first."""
     from components.dataset.records import LANGUAGES
     from components.prepare.convert import AUTO, Facts
     from components.prepare.formats import FORMATS
@@ -62,7 +61,7 @@ def add(
         if yes:
             return True
         if not sys.stdin.isatty():
-            raise InputError("nothing is written without a yes; give --yes where nobody can be asked")
+            raise InputError("confirmation needed and there is no terminal; pass --yes")
         return typer.confirm("write this?")
 
     facts = Facts(format_name, language, licence.strip(), source)
@@ -72,14 +71,14 @@ def add(
         return
     tracked = [f"{folder.relative_to(root)}.dvc" for folder in written.values()]
     changed = [*tracked, "data/added/.gitignore", *(f"data/{name}" for name in RECORDS), "dvc.lock"]
-    console.print(f"the data is made; to keep this version:\n  git add {' '.join(changed)}", soft_wrap=True)
+    console.print(f"the data is ready; to keep this version:\n  git add {' '.join(changed)}", soft_wrap=True)
     console.print("  git commit && dvc push")
 
 
 @app.command()
 def diff(
     old: Annotated[str, typer.Argument(metavar="REV_A", help="Branch, tag, commit, or `workspace`.")] = "HEAD",
-    new: Annotated[str, typer.Argument(metavar="REV_B", help="Likewise.")] = "workspace",
+    new: Annotated[str, typer.Argument(metavar="REV_B", help="Branch, tag, commit, or `workspace`.")] = "workspace",
     as_json: Json = False,
     project: Project = None,
 ) -> None:
@@ -99,11 +98,11 @@ def diff(
 
 @app.command()
 def log(
-    revision: Annotated[str, typer.Argument(help="Branch, tag or commit to begin at.")] = "HEAD",
+    revision: Annotated[str, typer.Argument(help="Branch, tag or commit to start from.")] = "HEAD",
     as_json: Json = False,
     project: Project = None,
 ) -> None:
-    """List the versions of the data, the newest first."""
+    """List the versions of the data, newest first."""
     from components.sources.data import is_url, opened
     from pipelines.data import versions as data_versions
 
@@ -128,7 +127,7 @@ def log(
 
 
 def _data(project: Path | None) -> DataConfig:
-    """The configured data repository; a path in it is relative to the project."""
+    """The configured data repository; a relative path is relative to the project."""
     from components.sources.data import is_url
 
     root = project_folder(project)
@@ -137,7 +136,7 @@ def _data(project: Path | None) -> DataConfig:
 
 
 def _show(preview: "Preview") -> None:
-    table = Table("source", "file", "format", "pairs", "set aside")
+    table = Table("source", "file", "format", "pairs", "quarantined")
     for name, found in preview.converted.items():
         for number, (path, format_name) in enumerate(found.formats.items()):
             counts = (str(found.pairs), str(found.quarantined)) if number == 0 else ("", "")
@@ -145,19 +144,19 @@ def _show(preview: "Preview") -> None:
     console.print(table)
     for found in preview.converted.values():
         for reason, count in found.reasons.most_common(SHOWN):
-            console.print(f"set aside: {count} because {reason}, first at {found.first[reason]}", soft_wrap=True)
+            console.print(f"quarantined: {count} because {reason}, first at {found.first[reason]}", soft_wrap=True)
     _show_findings(preview)
-    console.print(_table(preview.difference) if preview.difference else "no row of the data changes")
+    console.print(_table(preview.difference) if preview.difference else "no rows change")
 
 
 def _show_findings(preview: "Preview") -> None:
     if preview.findings is None:
-        console.print("the checks of `validate` look at the pairs in the next run: no tokenizer here, or an empty side")
+        console.print("validation checks the pairs in the next run: there is no tokenizer here, or a split is empty")
         return
     table = Table("check", "severity", "rows", "what to do")
     for finding in preview.findings:
         table.add_row(finding.check, finding.severity, str(finding.rows), finding.advice)
-    console.print(table if preview.findings else "the new pairs pass every check of `validate`")
+    console.print(table if preview.findings else "the new pairs pass every validation check")
 
 
 def _table(difference: dict[tuple[str, str, str], Counter[str]]) -> Table:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # KFP takes half a second to import, which the other commands
 app = typer.Typer()
 console = Console()
 
-RunId = Annotated[str, typer.Argument(help="Id of a run on Kubeflow; by default the last one submitted from here.")]
+RunId = Annotated[str, typer.Argument(help="Kubeflow run id; by default the last run submitted from here.")]
 
 
 def _last() -> Path:
@@ -33,7 +33,7 @@ def _run_id(run_id: str) -> str:
     if run_id:
         return run_id
     if not _last().is_file():
-        raise InputError("no run was submitted from here; name a run's id")
+        raise InputError("no run was submitted from here; give a run id")
     return str(read_json(_last())["run_id"])
 
 
@@ -43,13 +43,13 @@ def _server(project: Path | None) -> "Server":
     return Server(load_config(project_folder(project) / PARAMS).cluster)
 
 
-@app.command("submit")
+@app.command("submit", rich_help_panel="Kubeflow")
 def submit_(
     wait_for_it: Annotated[bool, typer.Option("--wait", help="Follow the run to its end.")] = False,
     overrides: Overrides = [],  # noqa: B006 - typer copies the default
     project: Project = None,
 ) -> None:
-    """Upload the pipeline to Kubeflow as a version named by the git commit, and start a run of it."""
+    """Upload the pipeline to Kubeflow as a version named after the git commit, and start a run."""
     from pipelines.kubeflow import Server, submit
 
     config = run_config(project_folder(project), overrides)
@@ -61,13 +61,13 @@ def submit_(
         _follow(server, run_id, config.cluster.timeout_s)
 
 
-@app.command()
+@app.command(rich_help_panel="Kubeflow")
 def schedule(
     cron: Annotated[str, typer.Option(help="Six fields, seconds first, in UTC: `0 0 3 * * 1` is Mondays at 3.")],
     overrides: Overrides = [],  # noqa: B006
     project: Project = None,
 ) -> None:
-    """Run the pipeline on Kubeflow again and again; one run at a time, none is made up for."""
+    """Schedule recurring runs on Kubeflow (one at a time, no catch-up)."""
     from pipelines.kubeflow import Server, submit
 
     if len(cron.split()) != 6:
@@ -79,9 +79,9 @@ def schedule(
     console.print(f"recurring run {recurring} of version {version}\n{link}", soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel="Kubeflow")
 def status(run_id: RunId = "", project: Project = None) -> None:
-    """Show how a run on Kubeflow stands, step by step."""
+    """Show a Kubeflow run's status, step by step."""
     server = _server(project)
     state = server.state(_run_id(run_id))
     table = Table("step", "state", "message")
@@ -91,36 +91,36 @@ def status(run_id: RunId = "", project: Project = None) -> None:
     console.print(f"{state.state} {state.error}\n{server.link(state.run_id)}", soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel="Kubeflow")
 def wait(
     run_id: RunId = "",
-    timeout_s: Annotated[int, typer.Option("--timeout", help="Seconds to wait at most.")] = 86400,
+    timeout_s: Annotated[int, typer.Option("--timeout", help="Longest time to wait, in seconds.")] = 86400,
     project: Project = None,
 ) -> None:
-    """Follow a run on Kubeflow to its end; only SUCCEEDED is a success."""
+    """Follow a Kubeflow run to its end; only SUCCEEDED is a success."""
     server = _server(project)
     _follow(server, _run_id(run_id), timeout_s)
 
 
-@app.command()
+@app.command(rich_help_panel="Kubeflow")
 def cancel(run_id: RunId = "", project: Project = None) -> None:
-    """End a run on Kubeflow."""
+    """Cancel a Kubeflow run."""
     server = _server(project)
-    found = _run_id(run_id)
-    server.cancel(found)
-    console.print(f"{found}: is being canceled")
+    run_id = _run_id(run_id)
+    server.cancel(run_id)
+    console.print(f"{run_id}: cancellation requested")
 
 
 def _follow(server: "Server", run_id: str, timeout_s: float) -> None:
     shown: dict[str, str] = {}
 
-    def tell(state: "RunState") -> None:
+    def on_change(state: "RunState") -> None:
         for step in state.steps:
             if shown.get(step.name) != step.state:
                 shown[step.name] = step.state
                 console.print(f"{step.name}: {step.state.lower()}")
 
-    state = server.wait(run_id, tell, timeout_s)
+    state = server.wait(run_id, on_change, timeout_s)
     if state.state == "SUCCEEDED":
         console.print(f"succeeded: {server.link(run_id)}", soft_wrap=True)
         return

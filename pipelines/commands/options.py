@@ -1,4 +1,4 @@
-"""Options that the commands share, and what they mean."""
+"""Options shared by the commands."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value of params.yaml for this call.")
+    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value of params.yaml.")
 ]
 Project = Annotated[
-    Path | None, typer.Option("--project", help="Folder with params.yaml; by default this one or the nearest above.")
+    Path | None,
+    typer.Option("--project", help="Folder with params.yaml; by default this one or the nearest parent."),
 ]

@@ -13,7 +13,14 @@ import pytest
 from components.common.errors import InputError, KubealignError
 from components.registry import champion
 from components.registry.audit import Audit, next_use
-from components.registry.champion import ROLLED_BACK, ChampionChanged, champion_alias, promote, rollback, settle
+from components.registry.champion import (
+    ROLLED_BACK,
+    ChampionChanged,
+    champion_alias,
+    promote,
+    reconcile_alias,
+    rollback,
+)
 from components.tracking import run as tracking
 from tests.component_kit import empty_mlflow, own_home
 from tests.conftest import ROOT
@@ -47,7 +54,7 @@ def client(own_home: Path) -> Any:
 def versions(client: Any) -> list[str]:
     audit = Audit.find(client, NAME)
     assert audit
-    return [reign.version for reign in audit.reigns()]
+    return [record.version for record in audit.champions()]
 
 
 def test_a_promotion_is_claimed_and_the_alias_follows(client: Any) -> None:
@@ -69,7 +76,7 @@ def test_a_model_that_was_judged_against_another_champion_is_not_promoted(client
 def test_a_claim_is_written_once_whoever_comes_second(client: Any) -> None:
     one, two = Audit.open(client, NAME), Audit.open(client, NAME)
     assert one.run_id == two.run_id
-    assert one.claim_reign(1, "1", "gate", "") and two.claim_reign(1, "1", "gate", "") is None
+    assert one.claim_champion(1, "1", "gate", "") and two.claim_champion(1, "1", "gate", "") is None
     assert one.claim_decision("t", 1, "a") and one.claim_decision("t", 1, "a"), "the same decision is one"
     assert not two.claim_decision("t", 1, "b") and two.decisions("t") == ["a"] and one.test_sets() == {"t": 1}
 
@@ -96,18 +103,18 @@ def test_the_same_decision_keeps_its_number_and_another_gets_the_next() -> None:
 def test_rollback_goes_back_one_champion_at_a_time_and_says_why(client: Any) -> None:
     for version in ("1", "2", "3"):
         promote(client, NAME, version, "promote", "")
-    reign, gone = rollback(client, NAME, "it insults people")
-    assert (reign.version, gone, champion_alias(client, NAME)) == ("2", "3", "2")
+    record, gone = rollback(client, NAME, "it insults people")
+    assert (record.version, gone, champion_alias(client, NAME)) == ("2", "3", "2")
     assert "it insults people" in client.get_model_version(NAME, "3").tags[ROLLED_BACK]
     assert rollback(client, NAME, "and this one too")[0].version == "1"
     with pytest.raises(InputError, match="version 1 is the first champion"):
         rollback(client, NAME, "more")
     audit = Audit.find(client, NAME)
-    assert audit and [(reign.version, reign.how) for reign in audit.reigns()][-2:] == [
+    assert audit and [(record.version, record.how) for record in audit.champions()][-2:] == [
         ("2", "rollback"),
         ("1", "rollback"),
     ]
-    assert audit.reigns()[-2].reason == "it insults people"
+    assert audit.champions()[-2].reason == "it insults people"
 
 
 def test_rollback_after_rollback_and_promotion_skips_what_was_taken_back(client: Any) -> None:
@@ -139,7 +146,7 @@ def test_an_alias_moved_by_other_means_is_respected_and_recorded(client: Any) ->
     client.delete_registered_model_alias(NAME, "champion")
     promote(client, NAME, "3", "gate", "", expected="")
     audit = Audit.find(client, NAME)
-    assert audit and [reign.how for reign in audit.reigns()] == ["outside", "gate", "outside", "outside", "gate"]
+    assert audit and [record.how for record in audit.champions()] == ["outside", "gate", "outside", "outside", "gate"]
 
 
 CRASH = """
@@ -172,7 +179,7 @@ def test_a_crash_between_claim_and_alias_is_completed_by_the_next_that_looks(cli
     assert champion_alias(client, NAME) == "1" and versions(client) == ["1", "2"]
     audit = Audit.find(client, NAME)
     assert audit
-    last = settle(audit)
+    last = reconcile_alias(audit)
     assert last and last.version == "2" and champion_alias(client, NAME) == "2"
 
 
@@ -209,13 +216,13 @@ RACER = """
 import sys
 from components.tracking import run as tracking
 from components.registry.audit import Audit
-from components.registry.champion import ChampionChanged, promote, settle
+from components.registry.champion import ChampionChanged, promote, reconcile_alias
 client, lost = tracking.client(), 0
 print("ready", flush=True)
 sys.stdin.readline()
 for version in sys.argv[1].split(","):
     while True:
-        last = settle(Audit.open(client, "m"))  # judged against the champion of this moment ...
+        last = reconcile_alias(Audit.open(client, "m"))  # judged against the champion of this moment ...
         try:
             promote(client, "m", version, "gate", "", expected=last.version if last else "")
             break
@@ -247,10 +254,10 @@ def test_two_pipelines_that_promote_at_the_same_moment_end_in_one_champion(serve
     assert [racer.returncode for racer in racers] == [0, 0], told
     audit = Audit.find(client, NAME)
     assert audit
-    reigns = audit.reigns()
-    assert sorted(int(reign.version) for reign in reigns) == list(range(1, 2 * each + 1)), "each was champion once"
-    assert all(reign.how == "gate" and reign.followed for reign in reigns)
-    assert champion_alias(client, NAME) == reigns[-1].version
+    records = audit.champions()
+    assert sorted(int(record.version) for record in records) == list(range(1, 2 * each + 1)), "each was champion once"
+    assert all(record.how == "gate" and record.followed for record in records)
+    assert champion_alias(client, NAME) == records[-1].version
     for numbers in mine:
-        order = [reign.version for reign in reigns if reign.version in numbers]
+        order = [record.version for record in records if record.version in numbers]
         assert order == numbers

@@ -58,7 +58,7 @@ def environment(
     monkeypatch.setattr(kubeflow, "SERVICE_ACCOUNT_TOKEN", Path("/nonexistent"))
     monkeypatch.setattr(follow, "FIRST_DELAY_S", 0.01)
     monkeypatch.setattr(notify, "FIRST_DELAY_S", 0.001)
-    monkeypatch.setattr("sys.argv", ["/x/kubealign", "ci", "retrain", "--patience", "5"])
+    monkeypatch.setattr("sys.argv", ["/x/kubealign", "ci", "retrain", "--retry-timeout", "5"])
 
 
 _EMPTY: list[bytes] = []
@@ -92,9 +92,9 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
         yield found
 
 
-def make_job(clone: Clone, out: Path, *sets: str, again: bool = False, patience_s: float = 5.0) -> job_module.Job:
+def make_job(clone: Clone, out: Path, *sets: str, rerun: bool = False, retry_timeout_s: float = 5.0) -> job_module.Job:
     console = Console(width=200, force_terminal=False)
-    return job_module.make_job(clone.root, list(sets), "kubeflow", again, out, patience_s, 60, console)
+    return job_module.make_job(clone.root, list(sets), "kubeflow", rerun, out, retry_timeout_s, 60, console)
 
 
 def record(job: job_module.Job, kfp_run: str, **changes: Any) -> None:
@@ -176,7 +176,7 @@ def test_a_verdict_is_told_in_files_and_to_the_webhook_and_not_asked_for_twice(
     capsys.readouterr()
     assert retrain.retrain(make_job(clone, out)) == 0
     said = capsys.readouterr()
-    assert f"key       {job.key}" in said.out and "have been judged before; --again insists" in said.out
+    assert f"key       {job.key}" in said.out and "were judged before; --rerun forces" in said.out
     assert len(kfp.runs) == 1 and len(receiver.events) == 1 and not written(out)[0]["new"]
     assert "t0k3n" not in said.out + said.err + summary
 
@@ -187,7 +187,7 @@ def test_insisting_starts_a_run_in_which_nothing_is_cached(
     job = make_job(clone, tmp_path / "ci")
     recording(kfp, job, monkeypatch)
     retrain.retrain(job)
-    retrain.retrain(make_job(clone, tmp_path / "ci", again=True))
+    retrain.retrain(make_job(clone, tmp_path / "ci", rerun=True))
     assert len(kfp.runs) == 2 and len(kfp.versions) == 2
     first, second = (package.spec.root.dag.tasks for package in kfp.packages.values())
     assert {name for name, task in first.items() if task.caching_options.enable_cache} == set(first) - {
@@ -243,10 +243,10 @@ def test_a_server_that_stays_down_leaves_a_state_with_which_the_same_command_goe
     clone: Clone, kfp: KfpServer, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "ci"
-    job = make_job(clone, out, patience_s=0.2)
+    job = make_job(clone, out, retry_timeout_s=0.2)
     recording(kfp, job, monkeypatch)
     kfp.fail("GET", f"{RUNS}/.*", status(503), times=10_000)
-    with pytest.raises(follow.Unfinished, match="the same command goes on: kubealign ci retrain --patience 5") as error:
+    with pytest.raises(follow.Unfinished, match="kubealign ci retrain --retry-timeout 5") as error:
         retrain.retrain(job)
     assert error.value.exit_code == 1
     state = json.loads((out / follow.STATE).read_text())
@@ -406,4 +406,4 @@ def test_the_options_of_the_command_stand_in_its_help() -> None:
 
     command: Any = typer.main.get_command(app)
     names = {name for parameter in command.commands["ci"].commands["retrain"].params for name in parameter.opts}
-    assert {"--runner", "--again", "--patience", "--timeout", "--set", "--out"} <= names
+    assert {"--runner", "--rerun", "--retry-timeout", "--timeout", "--set", "--out"} <= names

@@ -48,7 +48,7 @@ def unread(workflows: str) -> list[str]:
 def test_what_a_workflow_sets_is_read() -> None:
     texts = "".join(path.read_text() for path in WORKFLOWS)
     assert unread(texts) == []
-    assert unread(texts.replace("KUBEALIGN_AGAIN:", "KUBEALIGN_ANEW:")) == ["KUBEALIGN_ANEW"]
+    assert unread(texts.replace("KUBEALIGN_RERUN:", "KUBEALIGN_ANEW:")) == ["KUBEALIGN_ANEW"]
 
 
 def test_the_schema_and_zizmor_accept_the_workflows() -> None:
