@@ -33,7 +33,7 @@ NAME = "m"
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(champion, "SETTLES_AFTER_S", 0.01)
+    monkeypatch.setattr(champion, "RECONCILE_AFTER_S", 0.01)
 
 
 def with_versions(client: Any, n: int, name: str = NAME) -> Any:
