@@ -1,8 +1,8 @@
-"""How a version of the preference data is distributed, and how far that is from the version before.
+"""Distribution of each version of the preference data, and its distance from the previous version.
 
-`prepare` remembers the versions in data/statistics.json, oldest first; a version is added when it is made for the first
-time, so what was before a version never changes. It puts the distribution of the version before beside the rows, where
-it travels with them and belongs to their digest.
+`prepare` keeps all versions in data/statistics.json, oldest first; a version is added when it is first made, so the
+previous version never changes. The previous distribution is stored beside the rows, travels with them and is part of
+their digest.
 """
 
 from collections import Counter
@@ -15,15 +15,15 @@ from components.common.errors import InputError
 from components.common.files import read_json, write_json
 
 STATISTICS = "statistics.json"
-"""File of data/ with the distribution of every version."""
+"""File in data/ with the distribution of every version."""
 PREVIOUS = "previous.json"
-"""File of data/preferences with the distribution of the version before; the first version has none."""
+"""File in data/preferences with the distribution of the previous version; the first version has none."""
 LENGTHS = ("prompt_characters", "chosen_characters", "rejected_characters")
 MEASURES = ("language", "source", *LENGTHS)
 
 
 class Distribution(BaseModel):
-    """Counts of preference pairs: by language, by source, and by length in steps of powers of two."""
+    """Counts of preference pairs: by language, by source, and by length in power-of-two buckets."""
 
     model_config = ConfigDict(extra="forbid")
     rows: int = 0
@@ -38,44 +38,44 @@ class Distribution(BaseModel):
         self.rows += 1
         self.language[row["lang"]] += 1
         self.source[row["source"]] += 1
-        self.prompt_characters[step(sum([len(turn["content"]) for turn in row["prompt"]]))] += 1
-        self.chosen_characters[step(len(row["chosen"]))] += 1
-        self.rejected_characters[step(len(row["rejected"]))] += 1
+        self.prompt_characters[length_bucket(sum([len(turn["content"]) for turn in row["prompt"]]))] += 1
+        self.chosen_characters[length_bucket(len(row["chosen"]))] += 1
+        self.rejected_characters[length_bucket(len(row["rejected"]))] += 1
 
 
 class Version(BaseModel):
-    """A version of the data, and how it is distributed."""
+    """A version of the data with its distribution."""
 
     model_config = ConfigDict(extra="forbid")
     digest: str
     distribution: Distribution
 
 
-def step(characters: int) -> str:
-    """The power of two that a length reaches, as the name of its class."""
+def length_bucket(characters: int) -> str:
+    """Name of a length's bucket: the largest power of two that it reaches."""
     return str(1 << max(0, characters.bit_length() - 1))
 
 
 def distance(now: Distribution, before: Distribution, measure: str) -> float:
-    """Total variation distance: the share of the rows that would have to change places to make both the same."""
-    one, other = getattr(now, measure), getattr(before, measure)
-    moved = sum(abs(one[name] / now.rows - other[name] / before.rows) for name in one.keys() | other.keys())
+    """Total variation distance: the share of rows that would have to move to make both distributions equal."""
+    left, right = getattr(now, measure), getattr(before, measure)
+    moved = sum(abs(left[name] / now.rows - right[name] / before.rows) for name in left.keys() | right.keys())
     return float(moved) / 2
 
 
 def remember(path: Path, digest: str, distribution: Distribution) -> Distribution | None:
-    """Add a version to the remembered ones, unless it is there; returns the distribution of the version before it.
+    """Add a version unless it is recorded already; return the distribution of the version before it.
 
     Raises:
-        InputError: the file is no list of versions.
+        InputError: the file is not a list of versions.
     """
     try:
         versions = TypeAdapter(list[Version]).validate_python(read_json(path) if path.exists() else [])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; `git checkout` it") from error
-    place = next((place for place, version in enumerate(versions) if version.digest == digest), len(versions))
-    if place == len(versions):
+    index = next((index for index, version in enumerate(versions) if version.digest == digest), len(versions))
+    if index == len(versions):
         versions.append(Version(digest=digest, distribution=distribution))
     write_json(path, [version.model_dump() for version in versions])
-    return versions[place - 1].distribution if place else None
+    return versions[index - 1].distribution if index else None

@@ -1,4 +1,4 @@
-"""What a row is (a preference pair or an instruction), and how JSON-lines files of rows are read and written."""
+"""Rows (preference pairs and instructions), and reading and writing them as JSON lines."""
 
 import codecs
 import gzip
@@ -18,7 +18,7 @@ SPLITS = ("train", "validation", "test")
 LANGUAGES = ("en", "zh")
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 MAX_LINE_BYTES = 16 << 20
-"""The longest line that is read: a row that is longer is a file of another kind, and would fill the memory."""
+"""Longest accepted line: a longer one means another kind of file, and would fill the memory."""
 MAX_DEPTH = 100
 SHOWN_CHARACTERS = 120
 GZIP_MAGIC = b"\x1f\x8b"
@@ -34,7 +34,7 @@ class Message(BaseModel):
 
 
 class Row(BaseModel):
-    """What preferences and instructions have in common."""
+    """Fields shared by preferences and instructions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,7 +47,7 @@ class Row(BaseModel):
 
 
 class Preference(Row):
-    """A prompt with the answer that was preferred and the one that was not."""
+    """A prompt with its chosen and its rejected answer."""
 
     chosen: Text
     rejected: Text
@@ -63,7 +63,7 @@ RowT = TypeVar("RowT", bound=Row)
 
 
 def content_id(prompt: list[dict[str, str]], *answers: str) -> str:
-    """16 hexadecimal digits that name a row by what it says."""
+    """Content hash of a row, 16 hexadecimal digits."""
     text = orjson.dumps([prompt, *answers], option=orjson.OPT_SORT_KEYS)
     return hashlib.sha256(text).hexdigest()[:16]
 
@@ -74,7 +74,7 @@ def line_of(row: Any) -> bytes:
 
 
 def iter_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON-lines file, plain or gzip, one at a time with the number of their line; blank lines count.
+    """Iterate over the objects of a JSON-lines file, plain or gzip, with their line numbers; blank lines count.
 
     Raises:
         InputError: as `raw_lines` and `parse_line`.
@@ -84,10 +84,10 @@ def iter_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file of rows that are not blank, as they are, with their numbers.
+    """Iterate over the raw non-blank lines of a file, with their numbers.
 
     Raises:
-        InputError: no such file, a gzip stream that is cut off, a line that is too long.
+        InputError: no such file, a truncated gzip stream, a line that is too long.
     """
     number = 0
     with open_rows(path) as file:
@@ -113,10 +113,10 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """The object of a line.
+    """Parse one line as a JSON object.
 
     Raises:
-        InputError: not UTF-8, or no JSON object; names file and line, and never shows text.
+        InputError: not UTF-8, or not a JSON object; names file and line, never shows text.
     """
     try:
         row = orjson.loads(line)
@@ -130,7 +130,7 @@ def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def is_too_deep(value: Any) -> bool:
-    """Whether a JSON value is nested deeper than what this project writes can be."""
+    """Whether a JSON value is nested more than `MAX_DEPTH` levels deep."""
     level = [value]
     for _ in range(MAX_DEPTH):
         inner = [entry.values() if isinstance(entry, dict) else entry for entry in level]
@@ -141,7 +141,7 @@ def is_too_deep(value: Any) -> bool:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """Read a JSON-lines file without looking at what its objects mean.
+    """Read a JSON-lines file without checking a schema.
 
     Raises:
         InputError: as `iter_lines`, or the file holds no row.
@@ -153,7 +153,7 @@ def read_lines(path: Path) -> list[Any]:
 
 
 def open_rows(path: Path) -> IO[bytes]:
-    """A file of rows, opened for reading; whether it is gzip is seen from its first bytes."""
+    """Open a file of rows for reading; gzip is detected from its first bytes."""
     if not path.exists():
         raise InputError(f"{path}: not found; `dvc repro` makes the data, `dvc pull` fetches it")
     if not path.is_file():
@@ -164,7 +164,7 @@ def open_rows(path: Path) -> IO[bytes]:
 
 
 def _why_no_json(line: bytes, error: orjson.JSONDecodeError) -> str:
-    """What is wrong with a line that could not be parsed, and what to do, without its text."""
+    """Explain why a line could not be parsed and what to do, without its text."""
     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line:
         return f"NUL byte or UTF-16 at byte {max(line.find(0), 0)} of the line; save the file as UTF-8"
     try:
@@ -175,7 +175,7 @@ def _why_no_json(line: bytes, error: orjson.JSONDecodeError) -> str:
 
 
 def read_rows(path: Path, kind: type[RowT]) -> list[RowT]:
-    """Read a JSON-lines file of rows of one kind.
+    """Read a JSON-lines file of rows of one schema.
 
     Raises:
         InputError: as `read_lines`, or a row that does not fit the schema; names file, row and field.
@@ -190,19 +190,19 @@ def read_rows(path: Path, kind: type[RowT]) -> list[RowT]:
 
 
 def schema_problem(error: ValidationError) -> str:
-    """The first problem of a row, without its text: the field and what was expected."""
+    """First schema violation of a row: the field and what was expected, without the row's text."""
     first = error.errors(include_input=False, include_url=False)[0]
     return f"'{shown('.'.join(map(str, first['loc'])))}': {first['msg']}"
 
 
 def shown(names: str) -> str:
-    """Names of a file's columns as a message may show them: on one line, and not too long."""
+    """Column names, made safe to show in a message: one line, bounded length."""
     printable = "".join(character if character.isprintable() else "?" for character in names[:SHOWN_CHARACTERS])
     return printable + ("…" if len(names) > SHOWN_CHARACTERS else "")
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Write JSON lines to a file that appears whole."""
+    """Write JSON lines atomically."""
     with replacing(path) as aside, aside.open("wb") as file:
         for row in rows:
             file.write(line_of(row.model_dump() if isinstance(row, BaseModel) else row))

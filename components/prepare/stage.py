@@ -25,7 +25,7 @@ from components.dataset.records import SPLITS, content_id, iter_lines, line_of
 from components.dataset.similarity import Sketches, join_sketches, prompt_key, prompt_text, sketch
 from components.prepare.formats import RowProblem, convert
 from components.prepare.sources import Member, Sources, added_pairs, read_sources, unpack
-from components.prepare.split import Place, place_prompts, read_splits, write_splits
+from components.prepare.split import Assignment, assign_prompts, read_splits, write_splits
 from components.tracking import run as tracking
 
 RawRow = dict[str, Any]
@@ -62,7 +62,7 @@ def prepare_data(config: PrepareConfig, data: Path) -> None:
 
     keys, unique, sketches = _sketched(rows())
     known = read_splits(data / "splits.lock")
-    places, bridges = place_prompts(unique, sketches, known, config.split.model_dump(), config.near_duplicate)
+    assignments, bridges = assign_prompts(unique, sketches, known, config.split.model_dump(), config.near_duplicate)
     del unique, sketches
     distribution = Distribution()
     with (
@@ -77,7 +77,7 @@ def prepare_data(config: PrepareConfig, data: Path) -> None:
                 if name in bridges:
                     writer.set_aside(row, bridges[name])
                 else:
-                    writer.write(row, places[name])
+                    writer.write(row, assignments[name])
                     if "chosen" in row:
                         distribution.add(row)
                 _say(number, len(keys), "written")
@@ -87,7 +87,7 @@ def prepare_data(config: PrepareConfig, data: Path) -> None:
         before = remember(data / STATISTICS, folder_digest(preferences), distribution)
         if before is not None:
             write_json(preferences / PREVIOUS, before.model_dump())
-    write_splits(data / "splits.lock", known | places)
+    write_splits(data / "splits.lock", known | assignments)
     counts = ", ".join(f"{side} {writer.pairs[side]}" for side in SPLITS)
     print(f"preference pairs: {counts}; quarantined {writer.quarantined}", flush=True)
 
@@ -140,21 +140,21 @@ class _Writer:
     def __exit__(self, *exception: object) -> None:
         self._files.close()
 
-    def write(self, row: RawRow, place: Place) -> None:
+    def write(self, row: RawRow, assignment: Assignment) -> None:
         """Write a row, and what it teaches as an instruction; an instruction that repeats stands once."""
         answers = [row[key] for key in ("chosen", "rejected", "response") if key in row]
         if "chosen" in row:
-            placed = {"id": content_id(row["prompt"], *answers), "group": place.group, **row}
-            self._preferences[place.side].write(line_of(placed))
-            self.pairs[place.side] += 1
+            placed = {"id": content_id(row["prompt"], *answers), "group": assignment.group, **row}
+            self._preferences[assignment.split].write(line_of(placed))
+            self.pairs[assignment.split] += 1
         response = answers[0]
         identity = content_id(row["prompt"], response)
         number = int(identity, 16)
         if number not in self._seen:
             self._seen.add(number)
             kept = {key: row[key] for key in ("prompt", "lang", "source", "license")}
-            line = {"id": identity, "group": place.group, **kept, "response": response}
-            self._instructions[place.side].write(line_of(line))
+            line = {"id": identity, "group": assignment.group, **kept, "response": response}
+            self._instructions[assignment.split].write(line_of(line))
 
     def set_aside(self, row: RawRow, reason: str) -> None:
         """Put a row that belongs nowhere into quarantine."""

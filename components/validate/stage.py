@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from components.common.errors import DataStop, InputError
 from components.common.files import read_json, replacing_folder, write_json, write_manifest, write_text
 from components.config.sections import ModelConfig, ValidateConfig
-from components.dataset.distribution import MEASURES, PREVIOUS, Distribution, distance, step
+from components.dataset.distribution import MEASURES, PREVIOUS, Distribution, distance, length_bucket
 from components.dataset.records import SPLITS, parse_line, raw_lines, schema_problem
 from components.tracking import run as tracking
 from components.validate.bias import ALL, Bias, find_bias, statistics
@@ -181,7 +181,7 @@ def _drift(dataset: Path, found: Found) -> dict[str, float] | None:
         lengths, numbers = np.unique(columns[column], return_counts=True)
         steps: dict[str, int] = {}
         for length, number in zip(lengths.tolist(), numbers.tolist(), strict=True):
-            steps[step(length)] = steps.get(step(length), 0) + number
+            steps[length_bucket(length)] = steps.get(length_bucket(length), 0) + number
         counts[measure] = steps
     now = Distribution.model_validate({"rows": len(columns["line"])} | counts)
     return {measure: distance(now, before, measure) for measure in MEASURES}

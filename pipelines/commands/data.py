@@ -44,7 +44,7 @@ def add(
 ) -> None:
     """Add your own pairs to the data: convert, check and version them; shows the changes and asks first."""
     from components.dataset.records import LANGUAGES
-    from components.prepare.convert import AUTO, Facts
+    from components.prepare.convert import AUTO, RowDefaults
     from components.prepare.formats import FORMATS
     from pipelines.data.add import add as add_files
 
@@ -64,7 +64,7 @@ def add(
             raise InputError("confirmation needed and there is no terminal; pass --yes")
         return typer.confirm("write this?")
 
-    facts = Facts(format_name, language, licence.strip(), source)
+    facts = RowDefaults(format_name, language, licence.strip(), source)
     written = add_files(root, load_config(root / PARAMS), [path.absolute() for path in files], facts, agree)
     if written is None:
         console.print("nothing was written")

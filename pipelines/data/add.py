@@ -28,7 +28,7 @@ from components.common.errors import InputError, KubealignError
 from components.common.files import replacing, replacing_folder
 from components.config.sections import Config
 from components.dataset.records import SPLITS
-from components.prepare.convert import Converted, Facts, convert_files
+from components.prepare.convert import Converted, RowDefaults, convert_files
 from components.prepare.sources import ADDED, Sources, added_pairs, read_sources, record_added
 from components.prepare.stage import prepare_data
 from components.sources.base_model import EMBEDDED
@@ -76,7 +76,7 @@ class Preview:
 
 
 def add(
-    root: Path, config: Config, files: list[Path], facts: Facts, agree: Callable[[Preview], bool]
+    root: Path, config: Config, files: list[Path], facts: RowDefaults, agree: Callable[[Preview], bool]
 ) -> dict[str, Path] | None:
     """Add files to the data.
 
@@ -105,7 +105,7 @@ def add(
         return _write(root, staged, list(preview.converted))
 
 
-def _stage(data: Path, staged: Path, config: Config, files: list[Path], facts: Facts) -> Preview:
+def _stage(data: Path, staged: Path, config: Config, files: list[Path], facts: RowDefaults) -> Preview:
     sources = read_sources(data / "sources.lock")
     named = _named(files, facts, sources)
     first = not config.prepare.preferences and sources.added.keys() <= named.keys()
@@ -167,7 +167,7 @@ def _write(root: Path, staged: Path, names: list[str]) -> dict[str, Path]:
     return written
 
 
-def _named(files: list[Path], facts: Facts, sources: Sources) -> dict[str, list[Path]]:
+def _named(files: list[Path], facts: RowDefaults, sources: Sources) -> dict[str, list[Path]]:
     """The files of each source."""
     named: dict[str, list[Path]] = {}
     for path in files:

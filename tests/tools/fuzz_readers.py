@@ -6,7 +6,7 @@ from pathlib import Path
 
 from components.common.errors import InputError
 from components.dataset.records import Preference, read_lines, read_rows
-from components.prepare.convert import Facts, convert_files
+from components.prepare.convert import RowDefaults, convert_files
 from components.prepare.formats import FORMATS
 
 
@@ -23,7 +23,7 @@ def read_everything(content: bytes, folder: Path) -> None:
     out.mkdir(exist_ok=True)
     for format_name in ("", *FORMATS):
         try:
-            done, added = convert_files([path], Facts(format_name, "auto", "MIT", "fuzzed"), out, print)
+            done, added = convert_files([path], RowDefaults(format_name, "auto", "MIT", "fuzzed"), out, print)
             assert added.rows == done.pairs == len(read_lines(out / "pairs.jsonl"))
         except InputError as error:
             _assert_readable(error)

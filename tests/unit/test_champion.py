@@ -126,7 +126,7 @@ def test_rollback_after_rollback_and_promotion_skips_what_was_taken_back(client:
 
 
 def test_rollback_to_a_version_that_is_gone_or_without_history_is_refused(client: Any) -> None:
-    with pytest.raises(InputError, match="nothing to go back to"):
+    with pytest.raises(InputError, match="nothing to roll back to"):
         rollback(client, NAME, "x")
     promote(client, NAME, "1", "promote", "")
     promote(client, NAME, "2", "promote", "")

@@ -15,7 +15,7 @@ from components.dataset.chat import choose_template, encode, load_tokenizer
 from components.dataset.records import Message, Preference, content_id, read_lines, read_rows
 from components.dataset.similarity import prompt_key, prompt_text, sketch
 from components.prepare.sources import Package, Sources, read_sources, unpack
-from components.prepare.split import Place, place_prompts, read_splits, write_splits
+from components.prepare.split import Assignment, assign_prompts, read_splits, write_splits
 from components.prepare.stage import prepare_data
 from tests.conftest import ROOT
 
@@ -92,11 +92,13 @@ def test_both_languages_are_on_every_side_and_no_group_is_on_two() -> None:
 # ---- splits
 
 
-def place(texts: list[str], known: dict[str, Place], lang: str = "en") -> tuple[list[Place | None], dict[str, str]]:
+def place(
+    texts: list[str], known: dict[str, Assignment], lang: str = "en"
+) -> tuple[list[Assignment | None], dict[str, str]]:
     """The place of each text, None for a bridge; and the reasons of the bridges."""
     asked = [prompt_text([{"role": "user", "content": text}]) for text in texts]
     keys = [prompt_key(text) for text in asked]
-    places, bridges = place_prompts(keys, sketch(asked, [lang] * len(asked)), known, SHARES, 0.8)
+    places, bridges = assign_prompts(keys, sketch(asked, [lang] * len(asked)), known, SHARES, 0.8)
     return [places.get(key) for key in keys], bridges
 
 
@@ -123,23 +125,23 @@ def test_white_space_case_and_width_make_no_new_prompt() -> None:
 
 def test_a_known_side_is_kept_and_a_new_near_duplicate_joins_it() -> None:
     for side in SHARES:
-        places, bridges = place([LONG, LONG + " today"], {key_of(LONG): Place("feed", side)})
+        places, bridges = place([LONG, LONG + " today"], {key_of(LONG): Assignment("feed", side)})
         assert not bridges
-        assert places[1] == Place("feed", side)
+        assert places[1] == Assignment("feed", side)
 
 
 def test_a_prompt_that_bridges_two_sides_is_quarantined_with_its_reason() -> None:
     words = LONG.split()
     left, right = " ".join(words[:-1]), " ".join(words[1:])
-    known = {key_of(left): Place("a" * 16, "train"), key_of(right): Place("b" * 16, "test")}
+    known = {key_of(left): Assignment("a" * 16, "train"), key_of(right): Assignment("b" * 16, "test")}
     (first, second, bridge), bridges = place([left, right, LONG], known)
-    reason = "its prompt is nearly the same as prompts on both the test and the train side"
+    reason = "its prompt nearly equals prompts in both the test and the train split"
     assert bridges == {key_of(LONG): reason}
-    assert bridge is None and first and first.side == "train" and second and second.side == "test"
+    assert bridge is None and first and first.split == "train" and second and second.split == "test"
 
 
 def test_splits_are_remembered_and_a_broken_line_is_named(tmp_path: Path) -> None:
-    places = {"b" * 16: Place("c" * 16, "test"), "a" * 16: Place("a" * 16, "train")}
+    places = {"b" * 16: Assignment("c" * 16, "test"), "a" * 16: Assignment("a" * 16, "train")}
     write_splits(tmp_path / "splits.lock", places)
     assert read_splits(tmp_path / "splits.lock") == places
     with (tmp_path / "splits.lock").open("a") as file:

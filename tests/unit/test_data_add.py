@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from components.common.errors import InputError, KubealignError
 from components.config.loading import load_config
 from components.dataset.records import read_lines
-from components.prepare.convert import Facts
+from components.prepare.convert import RowDefaults
 from components.prepare.sources import Added, added_pairs, read_sources, record_added
 from components.prepare.split import read_splits
 from components.prepare.stage import prepare_data
@@ -28,7 +28,7 @@ from tests.conftest import ROOT
 from tests.unit.test_data import LONG
 from tests.unit.test_shell import dvc, git
 
-TEAM = Facts("", "auto", "MIT", "")
+TEAM = RowDefaults("", "auto", "MIT", "")
 SPLITS = ("train", "validation", "test")
 
 
@@ -113,7 +113,7 @@ def test_a_version_is_shown_then_made_and_its_history_is_told(project: Path, tmp
     before = state(project)
     asked = kubealign(project, *words)
     assert asked.returncode == 2 and "nothing is written without a yes" in asked.stderr
-    assert "set aside: 1 because no 'chosen', first at" in asked.stdout and "team.jsonl:21" in asked.stdout
+    assert "quarantined: 1 because no 'chosen', first at" in asked.stdout and "team.jsonl:21" in asked.stdout
     assert ["preferences", "en", "team", "10", "0", "0"] in table(asked.stdout)
     assert ["preferences", "zh", "team", "10", "0", "0"] in table(asked.stdout)
     assert state(project) == before, "nothing is written before the answer"
@@ -247,14 +247,14 @@ def _rows(path: Path) -> list[Any]:
     ],
 )
 def test_what_cannot_be_added_is_refused_and_nothing_is_written(
-    project: Path, tmp_path: Path, names: list[str], facts: Facts, message: str
+    project: Path, tmp_path: Path, names: list[str], facts: RowDefaults, message: str
 ) -> None:
     (tmp_path / "x").mkdir()
     for name in ("a b.jsonl", "alpaca_en_demo.jsonl", "x/a.jsonl", "a.json"):
         write(tmp_path / name, rows(1))
     write(tmp_path / "half.jsonl", [*rows(1, 2, 3, 4), *({"prompt": str(i), "rejected": "x"} for i in range(4))])
     before = state(project)
-    changed = Facts(facts.format, facts.language, facts.licence, "team" if names == ["."] else facts.source)
+    changed = RowDefaults(facts.format, facts.language, facts.licence, "team" if names == ["."] else facts.source)
     with pytest.raises(InputError, match=message):
         add(project, load_config(project / "params.yaml"), [tmp_path / name for name in names], changed, lambda _: True)
     assert state(project) == before and not list((project / ".kubealign" / "workspace").iterdir())
@@ -322,7 +322,7 @@ def test_a_row_that_bridges_two_sides_stands_in_the_quarantine_with_its_reason(t
     put(data, "bridge", [bridge])
     prepare_data(load_config(ROOT / "params.yaml", ["prepare.preferences=[]"]).prepare, data)
     (entry,) = read_lines(data / "quarantine.jsonl")
-    assert entry["reason"].startswith("bridge: its prompt is nearly the same as prompts on both the ")
+    assert entry["reason"].startswith("bridge: its prompt nearly equals prompts in both the ")
     assert entry["row"]["prompt"][0]["content"] == bridge
     after = {key: (place.group, place.side) for key, place in read_splits(data / "splits.lock").items()}
     assert after == sides, "and what was there stays where it was"

@@ -8,7 +8,7 @@ import pytest
 
 from components.common.errors import InputError
 from components.dataset.records import read_lines
-from components.prepare.convert import Facts, convert_files, guess_language
+from components.prepare.convert import RowDefaults, convert_files, guess_language
 from components.prepare.formats import RowProblem, convert, detect
 
 USER = {"role": "user", "content": "法国的首都是哪里？"}
@@ -163,8 +163,8 @@ def write(path: Path, *rows: Any) -> Path:
     return path
 
 
-def facts(**changes: str) -> Facts:
-    return Facts(**{"format": "", "language": "auto", "licence": "MIT", "source": "team"} | changes)
+def facts(**changes: str) -> RowDefaults:
+    return RowDefaults(**{"format": "", "language": "auto", "licence": "MIT", "source": "team"} | changes)
 
 
 def converted(tmp_path: Path, *files: Path, **changes: str) -> Any:

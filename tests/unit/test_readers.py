@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from components.common.errors import InputError
 from components.dataset.records import MAX_LINE_BYTES, iter_lines, read_lines, write_lines
-from components.prepare.convert import Facts, convert_files
+from components.prepare.convert import RowDefaults, convert_files
 from tests.conftest import ROOT
 from tests.tools.fuzz_readers import read_everything
 
@@ -157,7 +157,7 @@ def test_every_row_of_any_shape_is_a_pair_or_set_aside(tmp_path: Path, found: li
         out = tmp_path / "out"
         out.mkdir(exist_ok=True)
         try:
-            done, _ = convert_files([tmp_path / "rows"], Facts(format_name, "auto", "MIT", "x"), out, print)
+            done, _ = convert_files([tmp_path / "rows"], RowDefaults(format_name, "auto", "MIT", "x"), out, print)
         except InputError as error:
             assert "no preference pair" in str(error)
             continue
