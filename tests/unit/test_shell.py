@@ -209,7 +209,7 @@ def test_the_code_digest_changes_with_one_byte(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(provenance, "PACKAGES", tmp_path)
     stages = ("fetch", "validate", "sft", "dpo", "evaluate")
     before = {stage: provenance.code_digest(stage) for stage in stages}
-    with (tmp_path / "components" / "training" / "packing.py").open("a") as file:
+    with (tmp_path / "components" / "engine" / "packing.py").open("a") as file:
         file.write("# one more line\n")
     after = {stage: provenance.code_digest(stage) for stage in stages}
     assert [stage for stage in stages if before[stage] != after[stage]] == ["sft", "dpo", "evaluate"]
