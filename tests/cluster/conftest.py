@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.services import free_ports, server
+from tests.support.services import free_ports, server
 from tests.tools.manifests import build
 
 SECRETS = {

@@ -17,8 +17,8 @@ from components.config.loading import load_config
 from components.sft.stage import run_sft
 from tests.conftest import ROOT
 from tests.containers.test_containers import IMAGE_USER, client
-from tests.services import free_port, mlflow_server
-from tests.unit.conftest import SETTINGS, Stages, stages
+from tests.support.services import free_port, mlflow_server
+from tests.support.stages import SETTINGS, Stages, stages
 
 __all__ = ["client", "stages"]
 

@@ -21,8 +21,8 @@ from components.prepare.sources import read_sources, unpack
 from components.registry.audit import Audit
 from components.registry.manifest import MANIFEST_TAG
 from tests.conftest import ROOT, environment_without_home
-from tests.services import mlflow_server
-from tests.unit.test_shell import git
+from tests.pipelines.test_shell import git
+from tests.support.services import mlflow_server
 
 ALL = {"resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register"}
 SMALL = [

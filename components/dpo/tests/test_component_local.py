@@ -4,7 +4,7 @@ from pathlib import Path
 
 from components.common.files import read_json, verify_manifest
 from components.dpo.component import dpo
-from tests.component_kit import Chain, run_locally
+from tests.support.component_kit import Chain, run_locally
 
 
 def test_the_policy_and_its_metrics_are_output_artifacts(chain: Chain, tmp_path: Path) -> None:

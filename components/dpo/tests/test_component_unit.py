@@ -8,7 +8,7 @@ import pytest
 from components.common.files import read_json, verify_manifest
 from components.dataset.records import read_lines
 from components.dpo.component import dpo
-from tests.component_kit import Chain, assert_refused, call
+from tests.support.component_kit import Chain, assert_refused, call
 
 
 def test_it_starts_at_ln_2_and_writes_the_policy_whole_and_as_an_adapter(chain: Chain, tmp_path: Path) -> None:

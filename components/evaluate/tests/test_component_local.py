@@ -4,7 +4,7 @@ from pathlib import Path
 
 from components.common.files import read_json, verify_manifest
 from components.evaluate.component import evaluate
-from tests.component_kit import Chain, run_locally
+from tests.support.component_kit import Chain, run_locally
 
 
 def test_verdict_report_and_curve_are_output_artifacts(chain: Chain, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 from components.common.files import read_json, verify_manifest
 from components.config.loading import load_config
 from components.evaluate.component import evaluate
-from tests.component_kit import Chain, assert_refused, call
 from tests.conftest import ROOT
+from tests.support.component_kit import Chain, assert_refused, call
 
 
 def test_it_writes_numbers_verdict_and_report_on_that_very_policy(chain: Chain, tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from components.common.files import file_hashes
 from components.fetch.component import fetch
-from tests.component_kit import run_locally
 from tests.conftest import ROOT
+from tests.support.component_kit import run_locally
 
 
 def test_data_and_model_are_output_artifacts(facts: dict[str, str], tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from components.common.files import file_hashes, verify_manifest
 from components.fetch.component import fetch
-from tests.component_kit import assert_refused, call
 from tests.conftest import ROOT
+from tests.support.component_kit import assert_refused, call
 
 
 def test_it_brings_the_data_unchanged_and_the_model_with_a_manifest(facts: dict[str, str], tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from components.common.files import read_json
 from components.register.component import register
 from components.tracking import run as tracking
-from tests.component_kit import Chain, judged_inputs, run_locally
+from tests.support.component_kit import Chain, judged_inputs, run_locally
 
 
 def test_the_version_is_in_the_registry_and_the_result_an_output_artifact(

@@ -7,7 +7,7 @@ import pytest
 from components.common.files import read_json
 from components.register.component import register
 from components.tracking import run as tracking
-from tests.component_kit import Chain, assert_refused, call, judged_inputs
+from tests.support.component_kit import Chain, assert_refused, call, judged_inputs
 
 
 def test_it_makes_a_version_with_its_lineage_and_aliases(chain: Chain, runs: dict[str, str], tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from components.common.files import folder_digest
 from components.resolve.component import resolve
-from tests.component_kit import run_locally
+from tests.support.component_kit import run_locally
 
 
 def test_every_fact_is_an_output_parameter(tiny_model: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import yaml
 
 from components.common.files import folder_digest
 from components.resolve.component import resolve
-from tests.component_kit import assert_refused, call
 from tests.conftest import ROOT
+from tests.support.component_kit import assert_refused, call
 
 
 def test_it_returns_the_digests_that_dvc_recorded_and_those_of_the_model(tiny_model: Path, tmp_path: Path) -> None:

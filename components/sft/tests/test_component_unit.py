@@ -7,7 +7,7 @@ import pytest
 from components.common.files import read_json, verify_manifest
 from components.dataset.records import read_lines
 from components.sft.component import sft
-from tests.component_kit import Chain, assert_refused, call
+from tests.support.component_kit import Chain, assert_refused, call
 
 
 def test_it_writes_an_adapter_its_steps_and_its_losses(chain: Chain, tmp_path: Path) -> None:

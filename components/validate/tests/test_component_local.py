@@ -4,7 +4,7 @@ from pathlib import Path
 
 from components.common.files import read_json, verify_manifest
 from components.validate.component import validate
-from tests.component_kit import Chain, run_locally
+from tests.support.component_kit import Chain, run_locally
 
 
 def test_clean_rows_and_counts_are_output_artifacts(chain: Chain, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from components.dataset.records import read_lines
 from components.validate.component import validate
-from tests.component_kit import Chain, assert_refused, call
+from tests.support.component_kit import Chain, assert_refused, call
 
 
 def test_a_bad_row_is_set_aside_and_counted(chain: Chain, tmp_path: Path) -> None:

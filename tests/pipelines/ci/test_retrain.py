@@ -1,0 +1,409 @@
+"""`kubealign ci retrain` on Kubeflow: KFP's real client against the strict stub, a real git and DVC repository, a real
+MLflow database in which a stand-in for the cluster's steps records what they would.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from rich.console import Console
+
+from components.common.errors import InputError, KubealignError
+from components.tracking import run as tracking
+from pipelines import kubeflow
+from pipelines.ci import follow, notify, retrain
+from pipelines.ci import job as job_module
+from pipelines.local.runner import Stopped
+from tests.pipelines.ci.test_plan import Clone, appended, setting
+from tests.pipelines.test_shell import git
+from tests.stubs.kfp_server import KfpServer, Refused, Run, closed, status
+from tests.stubs.receiver import Receiver
+from tests.support.services import free_port
+
+RUNS = "/apis/v2beta1/runs"
+RULES = [
+    {"name": "superiority", "outcome": "fail", "found": 0.31, "expected": "p <= 0.025", "sentence": "p = 0.31"},
+    {"name": "min_pairs", "outcome": "pass", "found": 98, "expected": "at least 50", "sentence": "98 held-out pairs"},
+]
+ESTIMATE = {"value": 0.61, "low": 0.5, "high": 0.7, "n": 98}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    clone = Clone(tmp_path_factory.mktemp("clone"))
+    (clone.root / ".gitignore").write_text(".kubealign/\nbuild/\n")
+    clone.base = clone.commit(setting("cluster.retries", 2))
+    git(clone.root, "remote", "add", "origin", "https://robot:t0k3n@git.example.com/team/alignment.git")
+    return clone
+
+
+@pytest.fixture(autouse=True)
+def environment(
+    clone: Clone, own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast_compiler: None
+) -> None:
+    for name in list(os.environ):
+        if name.startswith(("KFP_", "KF_PIPELINES_", "KUBEALIGN_WEBHOOK")):
+            monkeypatch.delenv(name)
+    git(clone.root, "checkout", "-q", clone.base)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database(tmp_path)}")
+    monkeypatch.setattr(kubeflow, "POLL_S", 0.01)
+    monkeypatch.setattr(kubeflow, "SERVICE_ACCOUNT_TOKEN", Path("/nonexistent"))
+    monkeypatch.setattr(follow, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(notify, "FIRST_DELAY_S", 0.001)
+    monkeypatch.setattr("sys.argv", ["/x/kubealign", "ci", "retrain", "--retry-timeout", "5"])
+
+
+_EMPTY: list[bytes] = []
+
+
+def database(folder: Path) -> Path:
+    """An MLflow database of the test's own; making its tables takes two seconds, once."""
+    path = folder / "mlflow.db"
+    if not _EMPTY:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+            tracking.client().search_experiments()
+        _EMPTY.append(path.read_bytes())
+    path.write_bytes(_EMPTY[0])
+    return path
+
+
+@pytest.fixture
+def kfp(monkeypatch: pytest.MonkeyPatch) -> Iterator[KfpServer]:
+    with KfpServer() as server:
+        monkeypatch.setenv("KFP_ENDPOINT", server.url)
+        server.next_run = Run(None, ["PENDING", "RUNNING", "SUCCEEDED"])
+        yield server
+
+
+@pytest.fixture
+def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
+    with Receiver() as found:
+        for name, value in found.environment.items():
+            monkeypatch.setenv(name, value)
+        yield found
+
+
+def make_job(clone: Clone, out: Path, *sets: str, rerun: bool = False, retry_timeout_s: float = 5.0) -> job_module.Job:
+    console = Console(width=200, force_terminal=False)
+    return job_module.make_job(clone.root, list(sets), "kubeflow", rerun, out, retry_timeout_s, 60, console)
+
+
+def record(job: job_module.Job, kfp_run: str, **changes: Any) -> None:
+    """What the steps of a run record in MLflow."""
+    client = tracking.client()
+    experiment = tracking.experiment_id(client)
+    parent = client.create_run(
+        experiment, tags={"kubealign.kind": "pipeline", "kubealign.kfp_run": kfp_run}
+    ).info.run_id
+    tags = {"kubealign.stage": "resolve", "mlflow.parentRunId": parent}
+    resolve = client.create_run(experiment, tags=tags).info.run_id
+    facts = {"lineage": job.facts.lineage, "config": job.facts.config}
+    for key, value in (facts | {"code_evaluate": job.facts.code["evaluate"]}).items():
+        client.log_param(resolve, key, value)
+    if not client.search_registered_models():
+        client.create_registered_model("kubealign")
+    version = client.create_model_version("kubealign", "file:///nowhere").version
+    client.set_registered_model_alias("kubealign", "challenger", version)
+    uri = f"models:/kubealign/{version}"
+    metrics = {"preference_log_loss": ESTIMATE, "reward_accuracy": ESTIMATE, "reward_margin": ESTIMATE}
+    sentence = "There is no evidence that the policy is better than the SFT model."
+    verdict = {"passed": False, "verdict": "no evidence", "sentence": sentence, "rules": RULES, "test_use": 1}
+    verdict["level"] = 0.025
+    result = {"run_id": parent, "model": "kubealign", "version": version, "model_uri": uri, "verdict": verdict}
+    result |= {"metrics": {"sft": metrics, "policy": metrics}, "stages": {}, "data_commit": job.commit} | facts
+    result["decided"] = {"state": "not passed", "sentence": "not promoted: no evidence"}
+    result |= {"preferences_digest": "p", "git_commit": job.commit} | changes
+    client.log_dict(parent, result, "result.json")
+    client.log_text(parent, "<!doctype html>", "report.html")
+    for key, value in (("version", uri), ("verdict", "no evidence"), ("lineage", facts["lineage"])):
+        client.set_tag(parent, f"kubealign.{key}", value)
+    client.set_terminated(parent)
+
+
+def recording(kfp: KfpServer, job: job_module.Job, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Let every run that the stub starts record a result at once."""
+    original: Callable[..., Any] = kfp._create_run
+
+    def create(request: Any) -> Any:
+        answer = original(request)
+        record(job, answer["run_id"], **changes)
+        return answer
+
+    monkeypatch.setattr(kfp, "_create_run", create)
+
+
+def written(out: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """verdict.json, status.json, summary.md."""
+    found = [json.loads((out / name).read_text()) for name in ("verdict.json", "status.json")]
+    return found[0], found[1], (out / "summary.md").read_text()
+
+
+def test_a_verdict_is_told_in_files_and_to_the_webhook_and_not_asked_for_twice(
+    clone: Clone,
+    kfp: KfpServer,
+    receiver: Receiver,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "ci"
+    job = make_job(clone, out)
+    recording(kfp, job, monkeypatch)
+    assert retrain.retrain(job) == 0
+    ((run_id, run),) = kfp.runs.items()
+    given = run.body.runtime_config.parameters
+    assert given["data_revision"] == clone.base and run.body.display_name == f"alignment {clone.base[:12]} {job.key}"
+    assert json.loads(given["data_section"])["repo"] == "https://git.example.com/team/alignment.git"
+    verdict, state, summary = written(out)
+    assert verdict["state"] == "verdict" and verdict["new"] and not verdict["passed"]
+    assert (verdict["commit"], verdict["key"]) == (clone.base, job.key)
+    assert verdict["link"] == f"{kfp.url}/#/runs/details/{run_id}" == state["target_url"]
+    assert state["state"] == "success" and state["description"].startswith("no evidence: not passed. There is no")
+    assert len(state["description"]) <= 140
+    assert "| superiority | **fail** | 0.31 | p <= 0.025 |" in summary and "| min_pairs | pass | 98 |" in summary
+    assert summary.index("superiority") < summary.index("min_pairs") and "| DPO | 98 | 0.610 [0.500, 0.700]" in summary
+    assert (out / "report.html").read_text() == "<!doctype html>" and not (out / follow.STATE).exists()
+    assert receiver.events[0]["type"] == "retrain.verdict" and receiver.events[0]["data"] == verdict
+    capsys.readouterr()
+    assert retrain.retrain(make_job(clone, out)) == 0
+    said = capsys.readouterr()
+    assert f"key       {job.key}" in said.out and "were judged before; --rerun forces" in said.out
+    assert len(kfp.runs) == 1 and len(receiver.events) == 1 and not written(out)[0]["new"]
+    assert "t0k3n" not in said.out + said.err + summary
+
+
+def test_insisting_starts_a_run_in_which_nothing_is_cached(
+    clone: Clone, kfp: KfpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(clone, tmp_path / "ci")
+    recording(kfp, job, monkeypatch)
+    retrain.retrain(job)
+    retrain.retrain(make_job(clone, tmp_path / "ci", rerun=True))
+    assert len(kfp.runs) == 2 and len(kfp.versions) == 2
+    first, second = (package.spec.root.dag.tasks for package in kfp.packages.values())
+    assert {name for name, task in first.items() if task.caching_options.enable_cache} == set(first) - {
+        "resolve",
+        "register",
+    }
+    assert not any(task.caching_options.enable_cache for task in second.values())
+
+
+def test_other_settings_code_or_names_have_another_key_and_cluster_settings_have_not(
+    clone: Clone, tmp_path: Path
+) -> None:
+    def key(*sets: str) -> str:
+        return make_job(clone, tmp_path, *sets).key
+
+    same = {key(), key("cluster.retries=9"), key("register.promote=false")}
+    other = {key("dpo.beta=0.3"), key("gate.alpha=0.01"), key("register.name=x"), key("model.max_length=99")}
+    other |= {key("register.format=adapter")}
+    assert len(same) == 1 and len(other) == 5 and not same & other
+
+
+def test_a_server_that_is_down_for_a_while_is_asked_again(
+    clone: Clone,
+    kfp: KfpServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = make_job(clone, tmp_path)
+    recording(kfp, job, monkeypatch)
+    kfp.fail("GET", RUNS, status(503), times=2)
+    kfp.fail("POST", RUNS, closed, times=1)
+    assert retrain.retrain(job) == 0 and len(kfp.runs) == 1
+    assert capsys.readouterr().out.count("; again in 0 s") == 3
+
+
+def test_a_run_whose_start_was_never_answered_is_found_by_its_name(
+    clone: Clone, kfp: KfpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(clone, tmp_path)
+    recording(kfp, job, monkeypatch)
+    create = kfp._create_run
+
+    def started_and_lost(request: Any) -> Any:
+        create(request)
+        raise Refused(504, "upstream timed out", "a proxy's")
+
+    monkeypatch.setattr(kfp, "_create_run", started_and_lost)
+    assert retrain.retrain(job) == 0 and len(kfp.runs) == 1
+
+
+def test_a_server_that_stays_down_leaves_a_state_with_which_the_same_command_goes_on(
+    clone: Clone, kfp: KfpServer, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "ci"
+    job = make_job(clone, out, retry_timeout_s=0.2)
+    recording(kfp, job, monkeypatch)
+    kfp.fail("GET", f"{RUNS}/.*", status(503), times=10_000)
+    with pytest.raises(follow.Unfinished, match="kubealign ci retrain --retry-timeout 5") as error:
+        retrain.retrain(job)
+    assert error.value.exit_code == 1
+    state = json.loads((out / follow.STATE).read_text())
+    (run_id,) = kfp.runs
+    assert (state["run_id"], state["key"]) == (run_id, job.key)
+    assert written(out)[0]["state"] == "unfinished" and receiver.events[-1]["type"] == "retrain.failed"
+    kfp.faults.clear()
+    monkeypatch.setattr(retrain, "judged_before", lambda job: None)  # the stand-in records before the run has ended
+    assert retrain.retrain(job) == 0
+    assert len(kfp.runs) == 1 and not (out / follow.STATE).exists() and written(out)[0]["state"] == "verdict"
+
+
+def test_a_state_file_of_another_key_is_not_gone_on_with(
+    clone: Clone, kfp: KfpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(clone, tmp_path)
+    recording(kfp, job, monkeypatch)
+    other = {"key": "other", "endpoint": kfp.url, "name": "x", "run_id": "of-another-key"}
+    (tmp_path / follow.STATE).write_text(json.dumps(other))
+    assert retrain.retrain(job) == 0
+    assert not kfp.asked("GET", f"{RUNS}/of-another-key")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_signal_cancels_the_run_also_when_its_id_was_never_heard(
+    clone: Clone, kfp: KfpServer, tmp_path: Path, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "ci"
+    job = make_job(clone, out)
+    kfp.next_run = Run(None, ["RUNNING"])
+    if not known:
+        create = kfp._create_run
+
+        def started_and_lost(request: Any) -> Any:
+            create(request)
+            kfp.fail("GET", RUNS, status(503), times=1)
+            raise Refused(504, "upstream timed out", "a proxy's")
+
+        monkeypatch.setattr(kfp, "_create_run", started_and_lost)
+        monkeypatch.setattr(follow, "FIRST_DELAY_S", 0.5)
+
+    def interrupt() -> None:
+        while not kfp.runs or (known and len(kfp.asked("GET", f"{RUNS}/.*")) < 3):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)  # a second one does not end the cancelling
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        with pytest.raises(Stopped) as stopped:
+            retrain.retrain(job)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    kfp.faults.clear()
+    (run,) = kfp.runs.values()
+    assert run.states[-1] == "CANCELED" and stopped.value.exit_code in (130, 143)
+    assert not (out / follow.STATE).exists()
+    verdict, state, _ = written(out)
+    assert verdict["state"] == "canceled" and state["state"] == "error"
+
+
+def test_what_a_killed_command_left_is_canceled_by_its_state_file(clone: Clone, kfp: KfpServer, tmp_path: Path) -> None:
+    run_id = kfp.add_run("RUNNING")
+    state = {"key": "k", "endpoint": kfp.url, "name": "a run", "run_id": run_id}
+    (tmp_path / follow.STATE).write_text(json.dumps(state))
+    assert follow.cancel_left(clone.root, tmp_path) == [f"{run_id}: is being canceled"]
+    assert kfp.runs[run_id].states[-1] == "CANCELED"
+    assert follow.cancel_left(clone.root, tmp_path) == ["no run is under way"]
+
+
+def test_a_failed_step_is_told_with_the_end_of_its_log(
+    clone: Clone, kfp: KfpServer, receiver: Receiver, tmp_path: Path
+) -> None:
+    job = make_job(clone, tmp_path / "ci")
+    kfp.next_run = Run(
+        None, ["RUNNING", "FAILED"], "validate", "x\n[error:1] validate preferences: 90 of 100 rows are bad"
+    )
+    with pytest.raises(KubealignError, match="step validate failed"):
+        retrain.retrain(job)
+    verdict, state, summary = written(tmp_path / "ci")
+    assert verdict["state"] == "failed" and state["state"] == "failure"
+    assert "> step validate failed" in summary and "90 of 100 rows are bad" in summary
+    assert not (tmp_path / "ci" / "report.html").exists() and receiver.events[-1]["type"] == "retrain.failed"
+
+
+def test_a_model_of_something_else_is_no_verdict_on_this_commit(
+    clone: Clone, kfp: KfpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(clone, tmp_path)
+    recording(kfp, job, monkeypatch, lineage="f" * 32)
+    with pytest.raises(KubealignError, match="most likely the images are of other code: `make images`"):
+        retrain.retrain(job)
+
+
+def test_a_webhook_that_is_down_changes_no_verdict(
+    clone: Clone,
+    kfp: KfpServer,
+    receiver: Receiver,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = make_job(clone, tmp_path)
+    recording(kfp, job, monkeypatch)
+    receiver.answers = [500] * notify.TRIES
+    assert retrain.retrain(job) == 0
+    said = capsys.readouterr()
+    assert "warning: not notified: the webhook at 127.0.0.1 answered 500, 5 times" in said.err
+    assert "t0k3n" not in said.out + said.err
+
+
+def test_an_mlflow_that_fails_is_told_in_the_files_too(
+    clone: Clone, kfp: KfpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(clone, tmp_path / "ci")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:t0k3n@127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(KubealignError, match=r"^MLflow at http://\*\*\*@127.0.0.1:") as error:
+        retrain.retrain(job)
+    verdict, state, summary = written(tmp_path / "ci")
+    assert verdict["state"] == "failed" and state["state"] == "failure"
+    assert "t0k3n" not in str(error.value) + json.dumps(verdict) + summary
+
+
+def test_bad_input_is_refused_before_anything_runs(
+    clone: Clone, kfp: KfpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="a retraining takes it from the commit that is checked out"):
+        make_job(clone, tmp_path, "data.revision=v1")
+    appended("params.yaml", "\n# more\n")(clone.root)
+    with pytest.raises(InputError, match="params.yaml differ from the commit that is checked out; commit first"):
+        make_job(clone, tmp_path)
+    git(clone.root, "checkout", "-q", "--", "params.yaml")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with pytest.raises(InputError, match="MLFLOW_TRACKING_URI is not set; the verdict is read there"):
+        make_job(clone, tmp_path)
+    assert not kfp.requests
+
+
+def test_the_outcome_of_a_version_is_shown_again(
+    clone: Clone, kfp: KfpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(clone, tmp_path)
+    record(job, "a-run")
+    text = retrain.version_summary(clone.root, "1")
+    assert "## Verdict: no evidence" in text and "`models:/kubealign/1` (challenger)" in text
+    with pytest.raises(InputError, match="models:/kubealign/7: no run at"):
+        retrain.version_summary(clone.root, "7")
+    with pytest.raises(InputError, match="expected a number"):
+        retrain.version_summary(clone.root, "' OR 1")
+
+
+def test_the_options_of_the_command_stand_in_its_help() -> None:
+    from pipelines.cli import app
+
+    command: Any = typer.main.get_command(app)
+    names = {name for parameter in command.commands["ci"].commands["retrain"].params for name in parameter.opts}
+    assert {"--runner", "--rerun", "--retry-timeout", "--timeout", "--set", "--out"} <= names

@@ -1,0 +1,305 @@
+"""What the section `cluster` becomes in the compiled pipeline, compared with a golden file.
+
+`RENEW_GOLDEN=1 pytest tests/pipelines/test_platform.py -k golden` writes tests/pipelines/golden/alignment-kubeflow.yaml
+anew; read its diff before you commit it. Two things are left out of it: the SDK's version and the source text of the
+components.
+The configuration is golden/params.yaml, a copy that does not follow params.yaml, with the settings below.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from components.common.errors import InputError
+from components.common.images import DATA_IMAGE, TRAIN_IMAGE
+from components.config.loading import load_config, pipeline_arguments
+from components.config.sections import ClusterConfig
+from components.stages import STAGES
+from pipelines.alignment import compile_pipeline
+from pipelines.platform import TRAIN_STEPS, pod_template
+from tests.stubs.kfp_server import POD_TEMPLATE, parse_package
+
+FOLDER = Path(__file__).parent / "golden"
+PARAMS = FOLDER / "params.yaml"
+GOLDEN = FOLDER / "alignment-kubeflow.yaml"
+REMOTE = ["data.repo=https://git.example.com/alignment.git", "data.revision=v1.2"]
+FULL = {
+    "data_image": f"registry.example.com/python-data@sha256:{'d' * 64}",
+    "train_image": f"registry.example.com/python-train@sha256:{'e' * 64}",
+    "pull_policy": "Always",
+    "pull_secrets": "[registry]",
+    "run_as_user": "12345",
+    "mlflow_uri": "https://mlflow.example.com",
+    "ui_url": "https://kubeflow.example.com/pipeline",
+    "mlflow_secret": "mlflow",
+    "s3_endpoint": "https://s3.example.com",
+    "s3_secret": "s3",
+    "git_secret": "git",
+    "state": "pvc:alignment-state",
+    "data.cpu": "500m",
+    "data.memory": "3Gi",
+    "train.cpu": "6",
+    "train.memory": "48Gi",
+    "train.gpus": "1",
+    "train.gpu_type": "nvidia.com/gpu",
+    "train.shm": "8Gi",
+    "train.node_selector": "{pool: gpu}",
+    "train.tolerations": "[{key: gpu, operator: Equal, value: a100, effect: NoSchedule}]",
+    "retries": "3",
+    "backoff_s": "30",
+    "timeout_s": "7200",
+    "ttl_s": "3600",
+    "labels": "{team: nlp}",
+}
+"""Every feature of the section that reaches the IR."""
+OTHER = {"namespace", "experiment", "service_account", "nodes", "runtime"}
+"""Keys that a run is started with, of which the IR has nothing, and those of training on several nodes."""
+CHANGES = {
+    "data_image": f"x@sha256:{'a' * 64}",
+    "train_image": f"x@sha256:{'a' * 64}",
+    "pull_policy": "Never",
+    "state": "s3://bucket/state",
+    "train.node_selector": "{}",
+    "train.tolerations": "[]",
+    "pull_secrets": "[]",
+    "labels": "{}",
+    "mlflow_uri": "https://other.example.com",
+    "data.memory": "2Gi",
+    "train.memory": "2Gi",
+    "train.gpu_type": "amd.com/gpu",
+    "ui_url": "https://x",
+    "mlflow_secret": "''",
+    "s3_endpoint": "''",
+    "s3_secret": "''",
+    "git_secret": "''",
+    "train.shm": "''",
+} | dict.fromkeys(
+    ["run_as_user", "data.cpu", "train.cpu", "train.gpus", "retries", "backoff_s", "timeout_s", "ttl_s"], "2"
+)
+"""Another value for each of them."""
+
+pytestmark = pytest.mark.usefixtures("fast_compiler")
+
+
+def compiled(folder: Path, settings: list[str], target: str = "kubeflow") -> list[Any]:
+    """The documents of the IR."""
+    out = folder / "alignment.yaml"
+    compile_pipeline(load_config(PARAMS, [*REMOTE, *settings]), out, target)
+    return list(yaml.safe_load_all(out.read_text(encoding="utf-8")))
+
+
+def full(**changes: str) -> list[str]:
+    return [f"cluster.{key}={value}" for key, value in (FULL | changes).items()]
+
+
+def comparable(documents: list[Any]) -> list[Any]:
+    """Without the SDK's version and the components' source text."""
+    del documents[0]["sdkVersion"]
+    for executor in documents[0]["deploymentSpec"]["executors"].values():
+        del executor["container"]["command"], executor["container"]["args"]
+    return documents
+
+
+def containers(documents: list[Any]) -> dict[str, Any]:
+    """The container of each step."""
+    executors = documents[0]["deploymentSpec"]["executors"]
+    return {name.removeprefix("exec-"): executor["container"] for name, executor in executors.items()}
+
+
+def platform(documents: list[Any]) -> dict[str, Any]:
+    """What kfp-kubernetes says of each step."""
+    executors = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    return {name.removeprefix("exec-"): executor for name, executor in executors.items()}
+
+
+def variables(container: dict[str, Any]) -> dict[str, str]:
+    return {entry["name"]: entry["value"] for entry in container.get("env", [])}
+
+
+# ---- the golden file
+
+
+def test_the_compiled_pipeline_is_the_golden_one(tmp_path: Path) -> None:
+    found = comparable(compiled(tmp_path, full()))
+    if os.environ.get("RENEW_GOLDEN"):
+        GOLDEN.write_text(yaml.safe_dump_all(found, allow_unicode=True), encoding="utf-8")
+    assert found == list(yaml.safe_load_all(GOLDEN.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("key", FULL)
+def test_the_golden_file_notices_every_setting(tmp_path: Path, key: str) -> None:
+    golden = list(yaml.safe_load_all(GOLDEN.read_text(encoding="utf-8")))
+    assert comparable(compiled(tmp_path, full(**{key: CHANGES[key]}))) != golden
+
+
+def test_every_key_of_the_section_is_in_the_golden_file() -> None:
+    assert {key.partition(".")[0] for key in FULL} | OTHER == set(ClusterConfig.model_fields)
+    for name in ("data", "train"):
+        inner = ClusterConfig.model_fields[name].annotation.model_fields  # type: ignore[union-attr]
+        assert {key.partition(".")[2] for key in FULL if key.startswith(f"{name}.")} == set(inner)
+
+
+def test_the_golden_configuration_parses_strictly(tmp_path: Path) -> None:
+    compiled(tmp_path, full())
+    package = parse_package((tmp_path / "alignment.yaml").read_text(encoding="utf-8"))
+    assert set(package.executors) == {f"exec-{stage}" for stage in STAGES}
+    assert package.executors["exec-sft"].tolerations[0].value == "a100"
+
+
+# ---- what has to hold whatever the golden file says
+
+
+def test_the_cache_is_off_for_resolve_and_register_alone(tmp_path: Path) -> None:
+    tasks = compiled(tmp_path, full())[0]["root"]["dag"]["tasks"]
+    cached = {name: task["cachingOptions"].get("enableCache", False) for name, task in tasks.items()}
+    assert cached == {stage: stage not in ("resolve", "register") for stage in STAGES}
+
+
+def test_every_parameter_has_a_description_a_type_and_the_default_of_the_configuration(tmp_path: Path) -> None:
+    fields = compiled(tmp_path, full())[0]["root"]["inputDefinitions"]["parameters"]
+    assert all(field["description"].strip() and field["parameterType"] for field in fields.values())
+    defaults = {name: field["defaultValue"] for name, field in fields.items()}
+    assert defaults == pipeline_arguments(load_config(PARAMS, REMOTE))
+
+
+def test_secrets_are_named_never_copied(tmp_path: Path) -> None:
+    documents = compiled(tmp_path, full())
+    secret = {
+        "mlflow": {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"},
+        "s3": {"access_key": "AWS_ACCESS_KEY_ID", "secret_key": "AWS_SECRET_ACCESS_KEY"},
+        "git": {"username": "GIT_USERNAME", "password": "GIT_PASSWORD"},
+    }
+    for stage in STAGES:
+        named = {
+            entry["secretName"]: {pair["secretKey"]: pair["envVar"] for pair in entry["keyToEnv"]}
+            for entry in platform(documents)[stage]["secretAsEnv"]
+        }
+        assert named == secret
+        plain = variables(containers(documents)[stage])
+        assert not {variable for keys in secret.values() for variable in keys.values()} & plain.keys()
+        assert set(plain) == {"MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "KUBEALIGN_HOME", "KUBEALIGN_KFP_URL"}
+
+
+def test_state_on_a_claim_is_mounted_in_every_step(tmp_path: Path) -> None:
+    documents = compiled(tmp_path, full())
+    for stage in STAGES:
+        (mount,) = platform(documents)[stage]["pvcMount"]
+        assert (mount["constant"], mount["mountPath"]) == ("alignment-state", "/kubealign")
+        assert variables(containers(documents)[stage])["KUBEALIGN_HOME"] == "/kubealign"
+
+
+@pytest.mark.parametrize("state", ["s3://bucket/state", "''"])
+def test_state_elsewhere_mounts_nothing(tmp_path: Path, state: str) -> None:
+    documents = compiled(tmp_path, full(state=state))
+    for stage in STAGES:
+        plain = variables(containers(documents)[stage])
+        assert "pvcMount" not in platform(documents)[stage] and "KUBEALIGN_HOME" not in plain
+        assert plain.get("KUBEALIGN_STATE") == (state if state.startswith("s3") else None)
+
+
+def test_steps_that_need_a_model_have_the_train_image_and_the_gpu(tmp_path: Path) -> None:
+    documents = compiled(tmp_path, full())
+    for stage in STAGES:
+        container, more = containers(documents)[stage], platform(documents)[stage]
+        trains = stage in TRAIN_STEPS
+        assert container["image"] == FULL["train_image" if trains else "data_image"]
+        found = {"accelerator"} & container["resources"].keys() | {"nodeSelector", "tolerations"} & more.keys()
+        assert found == ({"accelerator", "nodeSelector", "tolerations"} if trains else set())
+        mounted = [mount["mountPath"] for mount in more.get("emptyDirMounts", [])]
+        assert mounted == (["/dev/shm"] if trains else [])  # noqa: S108
+    assert set(TRAIN_STEPS) == {"sft", "dpo", "evaluate"}
+
+
+@pytest.mark.parametrize("target", ["kubeflow", "local"])
+def test_our_own_images_have_a_version(tmp_path: Path, target: str) -> None:
+    images = {stage: box["image"] for stage, box in containers(compiled(tmp_path, [], target)).items()}
+    assert images == {stage: TRAIN_IMAGE if stage in TRAIN_STEPS else DATA_IMAGE for stage in STAGES}
+    assert all(image.rpartition(":")[2] not in ("", "latest", image) for image in images.values())
+
+
+def test_nothing_that_is_empty_leaves_a_trace(tmp_path: Path) -> None:
+    names = ["mlflow_secret", "s3_endpoint", "s3_secret", "git_secret", "state", "train.shm", "ui_url"]
+    empty = dict.fromkeys(names, "''")
+    none = {"pull_secrets": "[]", "labels": "{}", "train.tolerations": "[]", "train.node_selector": "{}"}
+    documents = compiled(tmp_path, full(**empty | none, retries="0", ttl_s="0", **{"train.gpus": "0"}))
+    assert "pipelineConfig" not in documents[1]["platforms"]["kubernetes"]
+    for stage in STAGES:
+        known = {"imagePullPolicy", "fieldPathAsEnv", "activeDeadlineSeconds", "podMetadata", "securityContext"}
+        assert set(platform(documents)[stage]) == known
+        assert set(variables(containers(documents)[stage])) == {"MLFLOW_TRACKING_URI"}
+        assert "accelerator" not in containers(documents)[stage]["resources"]
+        assert "retryPolicy" not in documents[0]["root"]["dag"]["tasks"][stage]
+
+
+def test_on_several_nodes_sft_and_dpo_only_start_and_follow_a_job(tmp_path: Path) -> None:
+    """They are told the whole section, and need neither the training image nor a GPU themselves."""
+    documents = compiled(tmp_path, full(nodes="2", runtime="our-torch"))
+    for stage in STAGES:
+        container, more = containers(documents)[stage], platform(documents)[stage]
+        follows = stage in ("sft", "dpo")
+        trains = stage == "evaluate"
+        assert container["image"] == FULL["train_image" if trains else "data_image"]
+        assert ("accelerator" in container["resources"]) == trains and ("emptyDirMounts" in more) == trains
+        told = variables(container).get("KUBEALIGN_CLUSTER")
+        assert (told is not None) == follows
+        if told:
+            section = ClusterConfig.model_validate_json(told)
+            assert section == load_config(PARAMS, [*REMOTE, *full(nodes="2", runtime="our-torch")]).cluster
+
+
+def test_the_local_target_has_nothing_of_the_cluster(tmp_path: Path) -> None:
+    (document,) = compiled(tmp_path, full(), "local")
+    assert not any("env" in box or "resources" in box for box in containers([document]).values())
+
+
+def test_a_pods_name_is_told_from_the_settings() -> None:
+    named = {"": POD_TEMPLATE, "cluster.retries=0": "metadata-0-2-system-container-impl"}
+    named["cluster.labels={team: nlp}"] = "metadata-0-3-retry-system-container-impl"
+    for override, template in named.items():
+        assert pod_template(load_config(PARAMS, [override] if override else []).cluster) == template
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cluster.data_image=python:latest", "cluster.data_image: `latest` means another image tomorrow"),
+        ("cluster.train_image=registry.example.com/x:latest", "cluster.train_image: `latest` means another image"),
+        ("cluster.data_image=python", "cluster.data_image: string should match .*with a tag or @sha256 digest"),
+        ("cluster.train_image=registry.example.com:5000/x", "cluster.train_image: "),
+        ("cluster.mlflow_uri=https://me:s3cr3t@mlflow", "cluster.mlflow_uri: string should match"),
+        ("cluster.state=nfs:x", "cluster.state: string should match .*pvc:CLAIM or s3://bucket/prefix"),
+        ("cluster.run_as_user=0", "cluster.run_as_user: input should be greater than or equal to 1"),
+        ("cluster.train.memory=lots", "cluster.train.memory: string should match"),
+        ("cluster.train.gpu=1", "cluster.train.gpu: no such key; did you mean cluster.train.gpus"),
+        ("cluster.train.tolerations=[{kee: gpu}]", "no such key"),
+    ],
+)
+def test_a_setting_that_would_not_hold_in_a_cluster_is_refused(override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        load_config(PARAMS, [override])
+    assert error.value.exit_code == 2 and "s3cr3t" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([REMOTE[0], "data.revision=workspace"], "data.revision=workspace: a pod sees no folder of this machine; set"),
+        (["data.repo=.", REMOTE[1]], "data.repo=., .*set data.repo to the URL of the git repository"),
+        (["data.repo=file:///home/me/x", REMOTE[1]], "data.repo=file:///home/me/x, .*a pod sees no folder"),
+        ([*REMOTE, "cluster.mlflow_uri=''"], "cluster.mlflow_uri is empty: .*name your MLflow server"),
+    ],
+)
+def test_what_only_this_machine_has_is_refused_for_kubeflow_alone(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    config = load_config(PARAMS, overrides)
+    with pytest.raises(InputError, match=message) as error:
+        compile_pipeline(config, tmp_path / "p.yaml", "kubeflow")
+    assert error.value.exit_code == 2 and not (tmp_path / "p.yaml").exists()
+    compile_pipeline(config, tmp_path / "p.yaml", "local")

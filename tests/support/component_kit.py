@@ -1,0 +1,186 @@
+"""What the tests beside the components share: small real inputs, and a component's function and compiled form run."""
+
+import inspect
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from kfp import compiler, dsl, local
+from kfp.components import load_component_from_file
+from kfp.local.config import LocalExecutionConfig
+
+from components.config.loading import load_config, pipeline_arguments
+from components.resolve.component import resolve
+from components.tracking import run as tracking
+from tests.conftest import ROOT, move_home
+
+SMALL = [
+    f"data.repo={ROOT}",
+    "model.precision=fp32",
+    "model.max_length=128",
+    "validate.min_rows=1",
+    "sft.max_steps=1",
+    "dpo.max_steps=1",
+    "evaluate.answers=0",
+    "evaluate.bootstrap=1000",
+]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What each stage made from the one before, in folders."""
+
+    dataset: Path
+    base: Path
+    clean: Path
+    sft_model: Path
+    policy: Path
+    evaluation: Path
+    report: Path
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables and nothing in them; making them takes two seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        home = move_home(tmp_path_factory.mktemp("mlflow"), patch)
+        tracking.client().search_experiments()
+        return home / "mlflow.db"
+
+
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Path) -> Path:
+    """MLflow, checkpoints and caches of this test alone."""
+    home = move_home(tmp_path / "home", monkeypatch)
+    home.mkdir()
+    shutil.copy(empty_mlflow, home)
+    return home
+
+
+@pytest.fixture(scope="session")
+def chain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """All stages run once on the tiny model."""
+    from tests.support.stages import Stages
+
+    folder = tmp_path_factory.mktemp("chain")
+    with pytest.MonkeyPatch.context() as patch:
+        move_home(folder / "home", patch)
+        stages = Stages(folder, tiny_model)
+        stages.align("aligned", "dpo.max_steps=1", "evaluate.answers=0")
+    aligned = folder / "aligned"
+    return Chain(
+        dataset=folder / "data",
+        base=stages.base,
+        clean=folder / "clean",
+        sft_model=folder / "sft",
+        policy=aligned / "policy",
+        evaluation=aligned / "evaluation",
+        report=aligned / "report.html",
+    )
+
+
+@pytest.fixture(scope="session")
+def facts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What resolve finds out about the real data and the tiny model."""
+    folder = tmp_path_factory.mktemp("facts")
+    with pytest.MonkeyPatch.context() as patch:
+        move_home(folder / "home", patch)
+        found: dict[str, str] = call(resolve, folder, base_model=str(tiny_model))[0]._asdict()
+        return found
+
+
+@pytest.fixture
+def runs(own_home: Path) -> dict[str, str]:
+    """A run for every stage before register, in the test's own MLflow."""
+    client = tracking.client()
+    run_id = client.create_run(tracking.experiment_id(client)).info.run_id
+    client.log_text(run_id, (ROOT / "params.yaml").read_text(encoding="utf-8"), tracking.SETTINGS)
+    return {f"{stage}_run": run_id for stage in ("resolve", "fetch", "validate", "sft", "dpo", "evaluate")}
+
+
+def judged_inputs(chain: Chain) -> dict[str, Any]:
+    """Inputs of register as the chain's evaluation was made with them."""
+    from tests.support.stages import SETTINGS
+
+    gate = load_config(ROOT / "params.yaml", SETTINGS).gate
+    folders = {"dataset": chain.clean, "base": chain.base, "policy": chain.policy}
+    folders |= {"evaluation": chain.evaluation, "report": chain.report}
+    return folders | {"gate_section": gate.model_dump_json(), "incumbent": "", "test_use": 1, "data_clean": True}
+
+
+def call(component: Any, folder: Path, **given: Any) -> tuple[Any, dict[str, dsl.Artifact]]:
+    """Call a component's function.
+
+    Args:
+        component: a KFP component.
+        folder: gets the output artifacts, each at its name.
+        given: the path of every input artifact, and the parameters that differ from the small configuration.
+
+    Returns:
+        what the function returned, and the artifacts.
+    """
+    artifacts = {
+        name: kind(name=name, uri=str(given.get(name, folder / name))) for name, kind in _artifacts(component).items()
+    }
+    return component.python_func(**_parameters(component, given), **artifacts), artifacts
+
+
+def assert_refused(
+    message: str, output: pytest.CaptureFixture[str], component: Any, folder: Path, **given: Any
+) -> None:
+    """Assert that a call ends with exit code 2 and one line for it, which holds `message`."""
+    with pytest.raises(SystemExit) as stop:
+        call(component, folder, **given)
+    errors = [line for line in output.readouterr().out.splitlines() if line.startswith("[error")]
+    assert stop.value.code == 2 and len(errors) == 1, errors
+    assert errors[0].startswith(f"[error:2] {component.name} ") and message in errors[0]
+
+
+def run_locally(component: Any, folder: Path, **given: Any) -> Path:
+    """Run a compiled component under KFP's local runner, its input artifacts imported.
+
+    Args:
+        component: a KFP component.
+        folder: to work in.
+        given: as for `call`.
+
+    Returns:
+        the folder with the output artifacts, each at its name.
+    """
+    compiled = folder / "component.yaml"
+    compiler.Compiler().compile(component, str(compiled))
+    step = load_component_from_file(str(compiled))
+    kinds = {name: kind for name, kind in _artifacts(component).items() if name in given}
+
+    @dsl.pipeline(name="one-step")
+    def one_step() -> None:
+        imported = {
+            name: dsl.importer(artifact_uri=str(given[name]), artifact_class=kind).output
+            for name, kind in kinds.items()
+        }
+        step(**_parameters(component, given), **imported)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalExecutionConfig, "instance", None)
+        runner = local.SubprocessRunner(use_venv=False)
+        local.init(runner, pipeline_root=str(folder / "steps"), workspace_root=str(folder / "workspace"))
+        one_step()
+    return next((folder / "steps").glob(f"one-step-*/{component.name}"))
+
+
+def _artifacts(component: Any) -> dict[str, type[dsl.Artifact]]:
+    """The artifacts of a component's signature, inputs and outputs, by their names."""
+    parameters = inspect.signature(component.python_func).parameters.values()
+    return {found.name: get_args(found.annotation)[0] for found in parameters if get_args(found.annotation)}
+
+
+def _parameters(component: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a component: as given, else as configured; a fact that is neither has its name for a value."""
+    configured = pipeline_arguments(load_config(ROOT / "params.yaml", SMALL))
+    values = {}
+    for name in inspect.signature(component.python_func).parameters.keys() - _artifacts(component).keys():
+        own = configured.get(f"{component.name}_{name}", name)
+        values[name] = given.get(name, configured.get(name, own))
+    return values
