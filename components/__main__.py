@@ -12,7 +12,8 @@ from components.common.errors import KubealignError
 from components.config.loading import load_config, load_section
 from components.config.sections import PARAMS
 from components.tracking import storage
-from components.tracking.run import explain_os_error, is_main_process
+from components.tracking.errors import explain_os_error
+from components.tracking.run import is_main_process
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -36,18 +37,19 @@ def prepare(project: Path = Path(), base_model: bool = False) -> None:
 SECRETS_VARIABLE = "KUBEALIGN_SECRETS"
 """Environment variable with a folder of further ones, a file each: secrets that a pod gets as files."""
 
-Params = Annotated[Path, typer.Option(parser=storage.local_copy, metavar="PLACE", help="The configuration file.")]
+Params = Annotated[Path, typer.Option(parser=storage.materialize, metavar="LOCATION", help="The configuration file.")]
 DatasetIn = Annotated[
     Path,
-    typer.Option(parser=storage.local_copy, metavar="PLACE", help="Folder with preferences/ and instructions/."),
+    typer.Option(parser=storage.materialize, metavar="LOCATION", help="Folder with preferences/ and instructions/."),
 ]
 BaseIn = Annotated[
-    Path, typer.Option(parser=storage.local_copy, metavar="PLACE", help="Folder of the base model, as fetch writes it.")
+    Path,
+    typer.Option(parser=storage.materialize, metavar="LOCATION", help="Folder of the base model, as fetch writes it."),
 ]
-SftIn = Annotated[Path, typer.Option(parser=storage.local_copy, metavar="PLACE", help="Folder that sft wrote.")]
+SftIn = Annotated[Path, typer.Option(parser=storage.materialize, metavar="LOCATION", help="Folder that sft wrote.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
-OutPlace = Annotated[str, typer.Option(metavar="PLACE", help="Folder to write; a path or s3://bucket/prefix.")]
-Result = Annotated[str, typer.Option(metavar="PLACE", help="JSON file for the MLflow run's id and the metrics.")]
+OutLocation = Annotated[str, typer.Option(metavar="LOCATION", help="Folder to write; a path or s3://bucket/prefix.")]
+Result = Annotated[str, typer.Option(metavar="LOCATION", help="JSON file for the MLflow run's id and the metrics.")]
 
 
 @app.command()
@@ -75,14 +77,14 @@ def validate(dataset: DatasetIn, base: BaseIn, out: Out, params: Params = Path(P
 
 
 @app.command()
-def sft(dataset: DatasetIn, base: BaseIn, out: OutPlace, params: Params = Path(PARAMS), result: Result = "") -> None:
+def sft(dataset: DatasetIn, base: BaseIn, out: OutLocation, params: Params = Path(PARAMS), result: Result = "") -> None:
     """Fine-tune the base model on the instructions of a validated data set."""
     from components.sft.stage import run_sft
 
     config, model = load_section(params, "sft"), load_section(params, "model")
     with storage.output(out) as folder:
         done = run_sft(config, model, dataset, base, folder)
-    _tell(result, *done)
+    _write_result(result, *done)
 
 
 @app.command()
@@ -90,7 +92,7 @@ def dpo(
     dataset: DatasetIn,
     base: BaseIn,
     sft_model: SftIn,
-    out: OutPlace,
+    out: OutLocation,
     params: Params = Path(PARAMS),
     result: Result = "",
 ) -> None:
@@ -100,7 +102,7 @@ def dpo(
     config, model = load_section(params, "dpo"), load_section(params, "model")
     with storage.output(out) as folder:
         done = run_dpo(config, model, dataset, base, sft_model, folder)
-    _tell(result, *done)
+    _write_result(result, *done)
 
 
 @app.command()
@@ -125,7 +127,7 @@ def evaluate(
     run_evaluate(config.evaluate, config.gate, config.model, inputs, {"base_model": config.model.base}, out, *reports)
 
 
-def _tell(result: str, run_id: str, metrics: dict[str, float]) -> None:
+def _write_result(result: str, run_id: str, metrics: dict[str, float]) -> None:
     """Write what a stage gives besides its files, by the main process; last, so that it stands for a finished stage."""
     if result and is_main_process():
         storage.write(result, json.dumps({"run_id": run_id, "metrics": metrics}))

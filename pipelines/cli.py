@@ -16,7 +16,8 @@ from rich.table import Table
 from components.common.errors import InputError, KubealignError
 from components.config.loading import load_config
 from components.config.sections import PARAMS, Config
-from components.tracking import run as tracking
+from components.tracking import store
+from components.tracking.errors import explain_mlflow_error, explain_os_error, is_mlflow_failure
 from pipelines.commands import ci, data, kubeflow, registry
 from pipelines.commands.options import Overrides, Project
 from pipelines.project import project_folder, run_config
@@ -149,15 +150,15 @@ def ui(
 ) -> None:
     """Serve the MLflow UI for this project until Ctrl-C."""
     project_folder(project)
-    uri = tracking.tracking_uri()
+    uri = store.tracking_uri()
     if uri.startswith("http"):
-        console.print(f"MLflow is at {tracking.without_credentials(uri)}")
+        console.print(f"MLflow is at {store.without_credentials(uri)}")
         return
-    tracking.client()
+    store.client()
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     console.print(f"MLflow: http://127.0.0.1:{port}  (Ctrl-C ends it)")
     program = str(Path(sys.executable).with_name("mlflow"))
-    artifacts = (tracking.home() / "mlartifacts").as_uri()
+    artifacts = (store.home() / "mlartifacts").as_uri()
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # not a word of the command, as it may hold a password
     words = ["server", "--artifacts-destination", artifacts, "--host", "127.0.0.1"]
     os.execv(program, [program, *words, "--port", str(port)])  # noqa: S606 - our own program and words
@@ -199,7 +200,7 @@ def clean(
 ) -> None:
     """Show, and optionally delete, local run data; the MLflow registry stays."""
     project_folder(project)
-    home = tracking.home()
+    home = store.home()
     chosen = list(PARTS) if parts and "all" in parts else parts or []
     unknown = [part for part in chosen if part not in PARTS]
     if unknown:
@@ -234,12 +235,12 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        print(f"error: {tracking.explain_os_error(error)}", file=sys.stderr)
+        print(f"error: {explain_os_error(error)}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        if not tracking.is_mlflow_failure(error):
+        if not is_mlflow_failure(error):
             raise
-        print(f"error: {tracking.explain_mlflow(error)}", file=sys.stderr)
+        print(f"error: {explain_mlflow_error(error)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -21,13 +21,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from components.common.errors import InputError, KubealignError
+from components.common.errors import InputError, KubeflowApiError, WaitTimeoutError, single_line
 from components.common.files import sha256_file
 from components.common.provenance import git_commit
 from components.config.loading import pipeline_arguments
 from components.config.sections import ClusterConfig, Config
 from components.stages import STAGES
-from components.tracking.run import one_line, without_credentials
+from components.tracking.store import without_credentials
 from pipelines.alignment import DESCRIPTION, NAME, compile_pipeline
 from pipelines.platform import pod_template
 
@@ -159,22 +159,22 @@ class Server:
         details = (run.run_details and run.run_details.task_details) or []
         steps = _steps(details, pod_template(self.cluster))
         error = (run.error and run.error.message) or ""
-        return RunState(run_id, str(run.display_name), str(run.state or "PENDING"), one_line(error), steps)
+        return RunState(run_id, str(run.display_name), str(run.state or "PENDING"), single_line(error), steps)
 
     def wait(
-        self, run_id: str, tell: Callable[[RunState], None], timeout_s: float, retry_timeout_s: float | None = None
+        self, run_id: str, on_change: Callable[[RunState], None], timeout_s: float, retry_timeout_s: float | None = None
     ) -> RunState:
         """Poll a run until it has ended; KFP's own wait never returns for a cancelled one.
 
         Args:
             run_id: the run.
-            tell: hears every state that differs from the one before.
+            on_change: is called with every state that differs from the one before.
             timeout_s: seconds to wait at most.
             retry_timeout_s: seconds that the server may not answer; `PATIENCE_S` by default.
 
         Raises:
-            TimeIsUp: the run goes on.
-            ServerTrouble: the server has not answered for so long, or refuses.
+            WaitTimeoutError: the run goes on.
+            KubeflowApiError: the server has not answered for so long, or refuses.
         """
         retry_timeout_s = PATIENCE_S if retry_timeout_s is None else retry_timeout_s
         started = answered = time.monotonic()
@@ -183,19 +183,20 @@ class Server:
             try:
                 now = self.state(run_id)
                 answered = time.monotonic()
-            except ServerTrouble as error:
+            except KubeflowApiError as error:
                 now_s = time.monotonic()
-                if not error.passing or now_s - answered > retry_timeout_s or now_s - started > timeout_s:
+                if not error.retryable or now_s - answered > retry_timeout_s or now_s - started > timeout_s:
                     raise
                 now = last or RunState(run_id, "", "PENDING", "", [])
             if now != last:
-                tell(now)
+                on_change(now)
                 last = now
             if now.state in ENDED:
                 return now
             if time.monotonic() - started > timeout_s:
-                raise TimeIsUp(
-                    f"run {run_id} is {now.state} after {timeout_s:.0f} s; it goes on: `kubealign wait {run_id}`"
+                raise WaitTimeoutError(
+                    f"run {run_id} is {now.state} after {timeout_s:.0f} s: still running;"
+                    f" follow it with `kubealign wait {run_id}`"
                 )
             time.sleep(min(POLL_S, max(0.0, started + timeout_s - time.monotonic())))
 
@@ -218,7 +219,7 @@ class Server:
                     request.add_unredirected_header("Authorization", key)
                 with urllib.request.urlopen(request, timeout=ANSWER_S, context=_tls(self.endpoint)) as answer:  # noqa: S310
                     text: str = answer.read().decode(errors="replace")
-            except (OSError, ValueError, http.client.HTTPException, ServerTrouble):
+            except (OSError, ValueError, http.client.HTTPException, KubeflowApiError):
                 continue
             if text.strip():
                 return text.splitlines()[-LOG_LINES:]
@@ -234,18 +235,6 @@ class Server:
             return call()
 
 
-class ServerTrouble(KubealignError):
-    """The server refused, failed or did not answer; `passing` when a later try may succeed."""
-
-    def __init__(self, message: str, passing: bool) -> None:
-        super().__init__(message)
-        self.passing = passing
-
-
-class TimeIsUp(KubealignError):
-    """A run has not ended in time; it goes on."""
-
-
 @contextlib.contextmanager
 def _sentences(endpoint: str, api: type[Exception], http: type[Exception]) -> Iterator[None]:
     try:
@@ -258,14 +247,16 @@ def _sentences(endpoint: str, api: type[Exception], http: type[Exception]) -> It
             403: "; the token's owner may not do this in this namespace (cluster.namespace)",
             404: "; check the id and KFP_ENDPOINT",
         }.get(status, "")
-        raise ServerTrouble(f"{endpoint} answered {status}: {said}{advice}", status >= 500 or status == 429) from error
+        raise KubeflowApiError(
+            f"{endpoint} answered {status}: {said}{advice}", status >= 500 or status == 429
+        ) from error
     except (http, OSError) as error:
-        text = without_credentials(one_line(str(error)))[:300]
-        raise ServerTrouble(f"{endpoint} does not answer: {text}", True) from error
+        text = without_credentials(single_line(str(error)))[:300]
+        raise KubeflowApiError(f"{endpoint} does not answer: {text}", True) from error
     except ValueError as error:  # the client's word for an answer that is no JSON or lacks a field
-        raise ServerTrouble(f"{endpoint} gave an answer that cannot be read: {one_line(str(error))[:300]}", True) from (
-            error
-        )
+        raise KubeflowApiError(
+            f"{endpoint} gave an answer that cannot be read: {single_line(str(error))[:300]}", True
+        ) from (error)
 
 
 def _named(name: str) -> str:
@@ -280,7 +271,7 @@ def _message(body: Any) -> str:
         text = str(found.get("message") or found.get("error_message") or found.get("error") or text)
     except (ValueError, AttributeError):
         pass
-    return without_credentials(one_line(text))[:300]
+    return without_credentials(single_line(text))[:300]
 
 
 @contextlib.contextmanager
@@ -320,7 +311,7 @@ def _guarded(request: Callable[..., Any]) -> Callable[..., Any]:
         except ValueError:
             whole = False
         if not whole:
-            raise ValueError(f"expected JSON, found {one_line(text)[:60]!r}; check {ENDPOINT} and the token")
+            raise ValueError(f"expected JSON, found {single_line(text)[:60]!r}; check {ENDPOINT} and the token")
         return reply
 
     return guarded
@@ -354,10 +345,10 @@ def _token(file: Path | None, token: str) -> str:
     try:
         text = (file.read_text(encoding="utf-8", errors="replace") if file else token).strip()
     except OSError as error:
-        raise ServerTrouble(f"{where}: {error.strerror}; expected a token", True) from error
+        raise KubeflowApiError(f"{where}: {error.strerror}; expected a token", True) from error
     if not text or not text.isascii() or not text.isprintable():
         found = "nothing" if not text else "line breaks or other letters"
-        raise ServerTrouble(f"{where}: expected a token in one line of ASCII, found {found}", True)
+        raise KubeflowApiError(f"{where}: expected a token in one line of ASCII, found {found}", True)
     return text
 
 
@@ -383,7 +374,7 @@ def _steps(details: list[Any], template: str) -> list[Step]:
         error = (task.error and task.error.message) or ""
         nodes = [node for children in [*attempts, _children(task)] for node in reversed(children)]
         pods = [pod for node in nodes for pod in (_pod(node, template), node)]
-        steps.append(Step(name, str(task.state), one_line(error), tuple(pods) if task.state == "FAILED" else ()))
+        steps.append(Step(name, str(task.state), single_line(error), tuple(pods) if task.state == "FAILED" else ()))
     return steps
 
 

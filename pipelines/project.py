@@ -6,7 +6,7 @@ from pathlib import Path
 from components.common.errors import InputError
 from components.config.loading import load_config
 from components.config.sections import PARAMS, Config
-from components.tracking import run as tracking
+from components.tracking import store
 
 
 def project_folder(project: Path | None) -> Path:
@@ -14,7 +14,7 @@ def project_folder(project: Path | None) -> Path:
     folders = [project.resolve()] if project else [here, *here.parents]
     for folder in folders:
         if (folder / PARAMS).is_file():
-            os.environ.setdefault(tracking.HOME_VARIABLE, str(folder / ".kubealign"))
+            os.environ.setdefault(store.HOME_VARIABLE, str(folder / ".kubealign"))
             return folder
     raise InputError(f"{folders[0]}: no {PARAMS} here or above; go to the project's folder or name it with --project")
 

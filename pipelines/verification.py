@@ -14,7 +14,7 @@ from components.common.files import read_json, write_text
 from components.common.provenance import environment
 from components.config.sections import PARAMS
 from components.registry.audit import Audit
-from components.registry.manifest import changed
+from components.registry.manifest import manifest_mismatch
 
 TOLERANCE = 1e-3
 """Largest difference of a logit, in fp32, between machines; another adapter or base differs by far more."""
@@ -83,7 +83,7 @@ def _audit(client: Any, name: str) -> Check:
 
 
 def _files(version: Any, folder: Path) -> Check:
-    if wrong := changed(version, folder):
+    if wrong := manifest_mismatch(version, folder):
         return Check("files", "fail", f"{wrong}: not what was registered")
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return Check("files", "pass", f"{len(sizes)} files, {sum(sizes) / 1e6:.0f} MB, have the registered sha256")

@@ -1,10 +1,31 @@
-"""The exceptions that a person is meant to read: what was found, where, what was expected, what to do."""
+"""Every exception that a person is meant to read: what was found, where, what was expected, what to do.
+
+Exception
+└── KubealignError                 exit code 1, shown without a traceback
+    ├── InputError                 a key, file, model or data set the user gave is wrong; exit code 2
+    │   └── RowError               why a row cannot be a preference pair
+    ├── DataValidationError        the data is too bad to train on
+    ├── TrainingError              a loss that is not finite, a wrong reference, not enough memory
+    ├── ChampionChangedError       another model became champion meanwhile
+    ├── StepFailedError            a step of a local run failed; carries the step's exit code
+    ├── InterruptedRunError        SIGINT or SIGTERM; exit code 128 + signal            (retryable)
+    ├── RunPendingError            a run on Kubeflow may still reach a verdict          (retryable)
+    │   └── WaitTimeoutError       it did not end within the time to wait
+    └── ApiError                   a server refused, failed or did not answer           (retryable if it may pass)
+        ├── KubeflowApiError       Kubeflow Pipelines
+        ├── KubernetesApiError     Kubernetes
+        └── RequestRejectedError   GitHub or a webhook said no; carries the HTTP status
+"""
+
+from collections.abc import Iterator
 
 
 class KubealignError(Exception):
     """A failure that its message explains in full; it is shown without a traceback."""
 
     exit_code = 1
+    retryable = False
+    """Whether the same call or command may succeed later, with nothing changed by the user."""
 
 
 class InputError(KubealignError):
@@ -13,9 +34,91 @@ class InputError(KubealignError):
     exit_code = 2
 
 
-class DataStop(KubealignError):
-    """The data is too bad to train on; validation says why."""
+class RowError(InputError):
+    """Why a row cannot be a preference pair; never with the row's text."""
 
 
-class TrainingStop(KubealignError):
-    """Training cannot go on: a loss that is not finite, a reference that is not the right one."""
+class DataValidationError(KubealignError):
+    """The data is too bad to train on; the validation report says why."""
+
+
+class TrainingError(KubealignError):
+    """Training cannot continue: a loss that is not finite, a reference that is not the right one, out of memory."""
+
+
+class ChampionChangedError(KubealignError):
+    """The champion is not the one that the model was judged against."""
+
+
+class StepFailedError(KubealignError):
+    """A step of a local run failed; the message and the exit code are the step's own."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class InterruptedRunError(KubealignError):
+    """SIGINT or SIGTERM ended the command; running it again resumes the work."""
+
+    retryable = True
+
+    def __init__(self, signal_number: int, message: str = "interrupted; run the same command to resume") -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class RunPendingError(KubealignError):
+    """A run on Kubeflow may still reach a verdict; the same command picks it up."""
+
+    retryable = True
+
+
+class WaitTimeoutError(RunPendingError):
+    """A run on Kubeflow did not end within the time to wait; it is still running."""
+
+
+class ApiError(KubealignError):
+    """A server refused, failed or did not answer.
+
+    Args:
+        message: for a person.
+        retryable: whether a later try may succeed.
+    """
+
+    def __init__(self, message: str, retryable: bool) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+
+class KubeflowApiError(ApiError):
+    """Kubeflow Pipelines refused, failed or did not answer."""
+
+
+class KubernetesApiError(ApiError):
+    """Kubernetes refused, failed or did not answer."""
+
+
+class RequestRejectedError(ApiError):
+    """GitHub or a webhook's receiver rejected a request.
+
+    Args:
+        message: for a person.
+        status: of HTTP.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message, retryable=False)
+        self.status = status
+
+
+def error_chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, then each one that it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def single_line(text: str) -> str:
+    """The text with every run of white space, line breaks included, replaced by one space."""
+    return " ".join(text.split())

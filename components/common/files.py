@@ -14,17 +14,17 @@ from components.common.errors import InputError, KubealignError
 
 MANIFEST = "manifest.json"
 UNSEALED = "cache"
-"""Folder beside the sealed files for what may be lost or damaged, since it can be computed again."""
+"""Folder beside the sealed files for data that can be recomputed and so may be lost or damaged."""
 
 
 def sha256_file(path: Path) -> str:
-    """Hexadecimal sha256 of a file's content."""
+    """The sha256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(value: Any) -> str:
-    """Hexadecimal sha256 of a JSON value, the same for every order of its keys."""
+    """The sha256 of a JSON value, in hexadecimal; the order of keys does not matter."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -75,7 +75,7 @@ def difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a file path beside `path` to write to; on success it takes `path`'s place, synced, in one rename."""
+    """Yield a file path beside `path` to write to; on success it is synced and replaces `path` in one rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -93,7 +93,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """As `replacing`, for a folder: it appears with all its files, readable by everyone, or not at all."""
+    """Like `replacing`, for a folder: it appears with all its files, readable by everyone, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -122,13 +122,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file that appears whole."""
+    """Write a UTF-8 file; it appears whole or not at all."""
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that appears whole; a number that is not finite is an error."""
+    """Write a JSON file; it appears whole or not at all. Raises ValueError for a number that is not finite."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 

@@ -1,6 +1,4 @@
-"""The two images that the components run in, and that of the MLflow server in a cluster; named here so that a
-component's definition and the build agree.
-"""
+"""The names of the two images that components run in and of the MLflow server's, for definitions and build."""
 
 import os
 

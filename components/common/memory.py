@@ -1,4 +1,4 @@
-"""How much memory this program took."""
+"""The peak memory of this process."""
 
 import re
 import resource
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def peak_memory_mib() -> float:
-    """Peak resident memory of this program so far, MiB.
+    """Peak resident memory of this process so far, in MiB.
 
-    Linux keeps it for each program; getrusage's begins at the size of the process that started this one.
+    Linux keeps it per program; getrusage's value starts at the size of the parent process.
     """
     try:
         found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)

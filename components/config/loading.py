@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from components.common.errors import InputError
 from components.config.sections import FORM_FIELDS, Config, Section
-from components.tracking.run import without_credentials
+from components.tracking.store import without_credentials
 
 S = TypeVar("S", bound=Section)
 

@@ -44,10 +44,11 @@ def dpo(
 
     from components.config.loading import section
     from components.config.sections import DpoConfig, ModelConfig
-    from components.tracking.run import boundary, show_metrics
+    from components.tracking.errors import report_errors
+    from components.tracking.run import show_metrics
     from components.training.train_job import run_on_nodes, several_nodes
 
-    with boundary("dpo"):
+    with report_errors("dpo"):
         config = section(DpoConfig, dpo_section, epochs=epochs, lr=lr, beta=beta, loss=loss)
         model = section(ModelConfig, model_section, base=base.metadata.get("reference", "base"))
         inputs = {"dataset": Path(dataset.path), "base": Path(base.path), "sft-model": Path(sft_model.path)}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from components.common.errors import TrainingStop
+from components.common.errors import TrainingError
 from components.common.files import UNSEALED, verify_manifest, write_json, write_manifest, write_text
 from components.common.provenance import environment, versions
 from components.config.sections import DpoConfig, ModelConfig
@@ -31,7 +31,7 @@ from components.engine.models import (
     save_model,
 )
 from components.engine.packing import Pack
-from components.tracking import run as tracking
+from components.tracking.run import is_main_process, stage_run
 from components.training.run import (
     add_adapter,
     checkpoint_folder,
@@ -74,10 +74,10 @@ def run_dpo(
         id of the MLflow run, and loss, margin, accuracy and rewards on the validation pairs.
 
     Raises:
-        TrainingStop: the policy does not equal its reference before the first step, or a loss is not finite.
+        TrainingError: the policy does not equal its reference before the first step, or a loss is not finite.
     """
     model = resolve_precision(model)
-    with tracking.stage_run("dpo", config.model_dump() | model.how()) as run:
+    with stage_run("dpo", config.model_dump() | model.how()) as run:
         base_digest, data_digest, sft_digest = map(verify_manifest, (base_model, dataset, sft_model))
         tokenizer = load_tokenizer(base_model)
         rows = {
@@ -136,7 +136,7 @@ def run_dpo(
                 write_json(folder / "training.json", metrics | facts | {"libraries": versions(MADE_WITH)})
                 write_manifest(folder)
         run.log_metrics([(len(records), metrics)])
-        run.say(
+        run.log(
             f"validation: loss {metrics['validation_loss']:.4f},"
             f" accuracy {metrics['validation_reward_accuracy']:.3f}, margin {metrics['validation_reward_margin']:.3f}"
         )
@@ -254,13 +254,13 @@ def check_reference(policy: PackedModel, examples: Sequence[Any], reference_logp
     """Before the first step policy and reference are one model: every margin is 0 and the loss ln 2, or the run stops.
 
     Raises:
-        TrainingStop: the reference log-probs are those of another model, data set or layout.
+        TrainingError: the reference log-probs are those of another model, data set or layout.
     """
     some = list(examples[:REFERENCE_PAIRS])
     ratios = np.asarray(sequence_logps(policy, some)) - reference_logps[: len(some)]
     worst = float(np.abs(ratios).max())
     if not worst <= REFERENCE_TOLERANCE_NATS:
-        raise TrainingStop(
+        raise TrainingError(
             f"before the first step the policy's log-probs differ from the reference's by {worst:.3g} nats; expected 0,"
             " a loss of ln 2: the reference is not the SFT model that is being trained. Remove the reference cache"
             " (`kubealign clean cache`) and run again"
@@ -272,15 +272,15 @@ def _write_policy(
 ) -> None:
     if model.tuning == "full":
         save_model(policy, folder / "model")
-    elif tracking.is_main_process():
+    elif is_main_process():
         concatenate_adapters(policy.lm)
         save_adapter(policy.lm, SHIPPED_ADAPTER, folder / "adapter", f"sha256:{base_digest}")
         merge(base_model, folder / "adapter", folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    if tracking.is_main_process():
+    if is_main_process():
         write_json(folder / "fingerprint.json", fingerprint(load_plain(folder / "model")))
         write_text(folder / "environment.txt", environment())
 
 
-def _show(record: StepRecord) -> dict[str, str]:
-    return {"margin": f"{record.metrics['reward_margin']:.3f}", "accuracy": f"{record.metrics['reward_accuracy']:.2f}"}
+def _show(record: StepRecord) -> dict[str, float]:
+    return {"margin": record.metrics["reward_margin"], "accuracy": record.metrics["reward_accuracy"]}

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from components.common.errors import TrainingStop
+from components.common.errors import TrainingError
 from components.common.files import write_json
 from components.common.memory import peak_memory_mib
 from components.engine import checkpoints
@@ -111,7 +111,7 @@ def train(
     objective: Objective,
     settings: LoopSettings,
     checkpoint_folder: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     validate: Validation | None = None,
     pure: bool = True,
 ) -> Iterator[StepRecord]:
@@ -127,7 +127,7 @@ def train(
         a record per optimiser step; when resumed, first the records of the steps already done.
 
     Raises:
-        TrainingStop: a loss or gradient that is not finite, with the ids of the records in that step; or no memory.
+        TrainingError: a loss or gradient that is not finite, with the ids of the records in that step; or no memory.
     """
     accelerator = make_accelerator()
     parameters = trainable_state(model)
@@ -141,10 +141,10 @@ def train(
     torch.manual_seed(settings.seed + accelerator.process_index)
     checkpoint, passed_over = checkpoints.load_newest(checkpoint_folder)
     for sentence in passed_over:
-        say(sentence)
+        log(sentence)
     history = [StepRecord(**record) for record in checkpoint.history] if checkpoint else []
     if checkpoint:
-        say(f"resuming after step {checkpoint.step} of {len(steps)}")
+        log(f"resuming after step {checkpoint.step} of {len(steps)}")
         checkpoints.restore(parameters, checkpoint.parameters)
         checkpoints.unpack_optimizer(optimizer, names, checkpoint.optimizer)
         _set_random_state(checkpoint.rng, str(accelerator.process_index))
@@ -169,7 +169,7 @@ def train(
     saved_at, saved_step = time.monotonic(), len(history)
     for number in range(len(history) + 1, len(steps) + 1):
         if _patience_is_over(history, settings.early_stopping_patience):
-            say(f"stopped early after step {len(history)}: no better validation loss since step {best_step(history)}")
+            log(f"stopped early after step {len(history)}: no better validation loss since step {best_step(history)}")
             break
         step = _Step(number, len(steps), steps[number - 1], learning_rate(number, len(steps), settings), n_lanes)
         record = _run_step(wrapped, data, objective, step, optimizer, accelerator, settings, checkpoint_folder)
@@ -185,7 +185,7 @@ def train(
     if saved_step < len(history):
         save()
     if 0 < best_step(history) < len(history):
-        say(f"step {best_step(history)} of {len(history)} has the lowest validation loss; its parameters are kept")
+        log(f"step {best_step(history)} of {len(history)} has the lowest validation loss; its parameters are kept")
         checkpoints.restore(parameters, checkpoints.load(checkpoint_folder, best_step(history)).parameters)
     model.eval()
 
@@ -267,7 +267,7 @@ def _run_step(
         with _enough_memory(step.number, batch):
             loss, shares = objective(model(batch), batch, indices, normaliser)
             if not math.isfinite(loss.item()):
-                raise TrainingStop(_not_finite("loss", step.number, data, indices, folder))
+                raise TrainingError(_not_finite("loss", step.number, data, indices, folder))
             backward(loss)
         return {"loss": loss.item(), "tokens": float(len(batch.input_ids_T))} | shares
 
@@ -297,7 +297,7 @@ def _run_step(
             _add(sums, shares)
     norm = float(checkpoints.whole(torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm)))
     if not math.isfinite(norm):
-        raise TrainingStop(_not_finite("gradient", step.number, data, step.indices, folder))
+        raise TrainingError(_not_finite("gradient", step.number, data, step.indices, folder))
     for group in optimizer.param_groups:
         group["lr"] = step.lr
     optimizer.step()
@@ -354,7 +354,7 @@ def _enough_memory(number: int, batch: Pack) -> Iterator[None]:
         n_tokens = len(batch.input_ids_T)
         alone = len(batch.segments) == 1
         knob = "a lower model.max_length" if alone else "a lower max_tokens_per_step"
-        raise TrainingStop(
+        raise TrainingError(
             f"out of memory in step {number}, on a pass of {n_tokens} tokens ({len(batch.segments)} examples); what"
             f" helps: {knob}, model.gradient_checkpointing=true, or model.precision=bf16"
         ) from error

@@ -24,7 +24,8 @@ from components.dataset.records import LANGUAGES, Preference
 from components.engine.models import PackedModel, plain_attention
 from components.evaluate.statistics import Floats, GroupBootstrap
 from components.gate.results import Estimate, Generation, Metrics
-from components.tracking import run as tracking
+from components.tracking import store
+from components.tracking.run import StageRun
 
 BATCH_PROMPTS = 8
 REPEATED_TOKENS = 4
@@ -68,7 +69,7 @@ def fixed_prompts(rows: Sequence[Preference], per_language: int) -> list[Prefere
 
 
 def answer(
-    run: tracking.StageRun,
+    run: StageRun,
     open_model: Callable[[], PackedModel],
     how: Sequence[Any],
     tokenizer: Any,
@@ -91,10 +92,10 @@ def answer(
     """
     prompts = [encode_prompt(tokenizer, row.prompt) for row in rows]
     key = digest([list(how), prompts, max_new_tokens, seed, modules_digest("components.evaluate.answers")])
-    place = tracking.home() / "cache" / "answers" / f"{key}.json"
+    place = store.home() / "cache" / "answers" / f"{key}.json"
     kept = _load(place, len(rows))
     if kept is not None:
-        run.say(f"answers of {what}: {len(rows)} prompts from the cache")
+        run.log(f"answers of {what}: {len(rows)} prompts from the cache")
         return kept
     found: list[Answer] = [Answer([], "", False)] * (2 * len(rows))
     shortest_first = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
@@ -103,7 +104,7 @@ def answer(
         batch = shortest_first[first : first + BATCH_PROMPTS]
 
         def progress(step: int, before: int = number * max_new_tokens) -> None:
-            run.progress(before + step, total, answering=what)
+            run.progress(before + step, total, f"answers of {what}")
 
         made = _generate(open_model(), tokenizer, [prompts[i] for i in batch], max_new_tokens, seed + number, progress)
         for position, index in enumerate(batch):

@@ -11,13 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.common.errors import InputError
+from components.common.errors import InputError, single_line
 from components.common.files import digest, read_json, sha256_file, verify_manifest
 from components.config.sections import ModelConfig
 from components.dataset.chat import load_tokenizer
 from components.engine.models import PackedModel, keep_first_ranks
-from components.registry.manifest import changed
-from components.tracking import run as tracking
+from components.registry.manifest import manifest_mismatch
+from components.tracking import store
+from components.tracking.run import StageRun
 from components.training.run import open_model, open_tuned
 from components.training.scoring import adapted_digest, weights_digest, whole_digest
 
@@ -64,7 +65,7 @@ class Candidate:
     loss: str = ""
 
 
-def find_candidates(run: tracking.StageRun, model: ModelConfig, inputs: Inputs) -> list[Candidate]:
+def find_candidates(run: StageRun, model: ModelConfig, inputs: Inputs) -> list[Candidate]:
     """All of them, each before its reference, so that what a model samples is there when its reference is opened.
 
     Raises:
@@ -88,9 +89,7 @@ def find_candidates(run: tracking.StageRun, model: ModelConfig, inputs: Inputs) 
     return [*_incumbent(run, model, inputs, base_digest, sft_digest), policy, sft, base]
 
 
-def _incumbent(
-    run: tracking.StageRun, model: ModelConfig, inputs: Inputs, base_digest: str, sft_digest: str
-) -> list[Candidate]:
+def _incumbent(run: StageRun, model: ModelConfig, inputs: Inputs, base_digest: str, sft_digest: str) -> list[Candidate]:
     """The incumbent, and its reference where that is not the SFT model."""
     folder = download_incumbent(inputs.incumbent)
     training = read_json(folder / "training.json") if (folder / "training.json").is_file() else {}
@@ -126,7 +125,7 @@ def download_incumbent(uri: str) -> Path:
     """
     name, number = uri.removeprefix("models:/").rsplit("/", 1)
     whole = _fetch(uri, f"incumbent {uri}")
-    if wrong := changed(tracking.client().get_model_version(name, number), whole):
+    if wrong := manifest_mismatch(store.client().get_model_version(name, number), whole):
         raise InputError(f"incumbent {uri}: {wrong}: not what was registered; `kubealign rollback` names another")
     folder = whole / "artifacts"
     if not (folder / "model" / "config.json").is_file() and not (folder / "adapter").is_dir():
@@ -147,11 +146,11 @@ def _fetch(uri: str, what: str) -> Path:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    tracking.client()
+    store.client()
     try:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
     except (MlflowException, OSError) as error:
-        raise InputError(f"{what} cannot be downloaded: {tracking.one_line(str(error))}") from error
+        raise InputError(f"{what} cannot be downloaded: {single_line(str(error))}") from error
 
 
 def _base_of(adapter: Path) -> str:

@@ -62,9 +62,10 @@ def evaluate(
     from components.config.sections import EvaluateConfig, GateConfig, ModelConfig
     from components.evaluate.candidates import Inputs
     from components.evaluate.stage import run_evaluate
-    from components.tracking.run import boundary, show_metrics
+    from components.tracking.errors import report_errors
+    from components.tracking.run import show_metrics
 
-    with boundary("evaluate"):
+    with report_errors("evaluate"):
         facts = {
             "data_commit": data_commit,
             "preferences_digest": preferences_digest,

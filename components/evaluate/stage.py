@@ -25,7 +25,7 @@ from components.evaluate.page import markdown, report
 from components.evaluate.statistics import GroupBootstrap
 from components.gate.results import Results
 from components.gate.rules import Circumstances, judge
-from components.tracking import run as tracking
+from components.tracking.run import StageRun, stage_run
 from components.training.run import pair_examples, resolve_precision
 from components.training.scoring import TokenLogps, score
 
@@ -64,7 +64,7 @@ def run_evaluate(
     model = resolve_precision(model)
     params = config.model_dump() | {f"gate_{key}": value for key, value in gate.model_dump().items()}
     params |= {"incumbent": inputs.incumbent or "sft", "precision": model.precision}
-    with tracking.stage_run("evaluate", params) as run:
+    with stage_run("evaluate", params) as run:
         rows = {side: read_rows(inputs.dataset / "preferences" / f"{side}.jsonl", Preference) for side in SIDES}
         asked = fixed_prompts(rows["test"], config.answers)
         measured = _measure(run, config, model, find_candidates(run, model, inputs), rows, asked)
@@ -86,8 +86,8 @@ def run_evaluate(
         for path in (out / "evaluation.json", out / "verdict.json"):
             run.log_artifact(path)
         for finding in evaluation["findings"]:
-            run.say(f"{finding['severity']}: {finding['evidence']}")
-        run.say(verdict["sentence"])
+            run.log(f"{finding['severity']}: {finding['evidence']}")
+        run.log(verdict["sentence"])
         return run.run_id, evaluation | {"verdict": verdict}
 
 
@@ -101,7 +101,7 @@ class _Measured:
 
 
 def _measure(
-    run: tracking.StageRun,
+    run: StageRun,
     config: EvaluateConfig,
     model: ModelConfig,
     candidates: Sequence[Candidate],
@@ -135,7 +135,7 @@ def _measure(
 
 
 def _scorer(
-    run: tracking.StageRun, model: ModelConfig, candidate: Candidate, opened: Callable[[], PackedModel]
+    run: StageRun, model: ModelConfig, candidate: Candidate, opened: Callable[[], PackedModel]
 ) -> Callable[[list[Example], str], TokenLogps]:
     return lambda examples, what: score(run, opened, model, candidate.content, examples, what)
 

@@ -43,9 +43,9 @@ def fetch(
     from components.config.sections import DataConfig, ModelConfig
     from components.fetch.stage import run_fetch
     from components.sources.data import data_folders
-    from components.tracking.run import boundary
+    from components.tracking.errors import report_errors
 
-    with boundary("fetch"):
+    with report_errors("fetch"):
         data = section(DataConfig, data_section, revision=data_commit)
         digests = dict(zip(data_folders(data.path), (preferences_digest, instructions_digest), strict=True))
         dataset.metadata.update({"data_commit": data_commit, **digests})

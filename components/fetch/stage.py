@@ -10,7 +10,8 @@ from components.config.sections import DataConfig, ModelConfig
 from components.dataset.chat import choose_template
 from components.sources.base_model import EMBEDDED
 from components.sources.data import WORKSPACE, embedded_model, opened, remote_errors, workspace_digest
-from components.tracking import run as tracking
+from components.tracking import store
+from components.tracking.run import stage_run
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 """What a model folder may hold: weights in safetensors, configuration and tokenizer. Never pickles, never code."""
@@ -49,9 +50,9 @@ def run_fetch(
     params = {"data_commit": data.revision, "base_model": base_reference, "base_digest": base_digest} | {
         f"{Path(folder).name}_digest": value for folder, value in digests.items()
     }
-    with tracking.stage_run("fetch", params) as run:
+    with stage_run("fetch", params) as run:
         fetch_data(data, digests, dataset_out)
-        repo = tracking.without_credentials(data.repo)
+        repo = store.without_credentials(data.repo)
         for folder, found in digests.items():
             source = {"repo": repo, "commit": data.revision, "path": folder}
             run.log_dataset(Path(folder).name, source, found, "alignment")
@@ -60,7 +61,7 @@ def run_fetch(
             _settle_model(model, aside)
             content = write_manifest(aside)
         run.log_params({"base_content": content})
-        run.say(f"data set and base model are here; base model content {content[:12]}")
+        run.log(f"data set and base model are here; base model content {content[:12]}")
         return run.run_id
 
 
@@ -89,7 +90,7 @@ def _copy_folder(data: DataConfig, folder: str, expected: str, out: Path) -> Non
 
 def _download(data: DataConfig, folder: str, expected: str, out: Path) -> None:
     """Bring a folder here file by file, each checked by its md5; an interrupted download goes on from the last file."""
-    kept = tracking.home() / DOWNLOADS / expected
+    kept = store.home() / DOWNLOADS / expected
     with remote_errors(data.repo, data.revision, folder), opened(data.repo, data.revision) as fs:
         found = str(fs.info(folder)["dvc_info"]["md5"])
         if found != expected:
@@ -133,7 +134,7 @@ def _fetch_base(data: DataConfig, reference: str, expected: str, out: Path) -> N
     elif reference.startswith("models:/"):
         import mlflow
 
-        tracking.client()
+        store.client()
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=reference))
         inner = next((path.parent for path in sorted(folder.rglob("config.json"))), None)
         if inner is None:

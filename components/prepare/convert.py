@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
-from components.common.errors import InputError
+from components.common.errors import InputError, RowError
 from components.common.files import sha256_file
 from components.dataset.records import (
     LANGUAGES,
@@ -25,7 +25,7 @@ from components.dataset.records import (
     shown,
     write_lines,
 )
-from components.prepare.formats import FORMATS, RowProblem, convert, detect, language_of
+from components.prepare.formats import FORMATS, convert, detect, language_of
 from components.prepare.sources import PAIRS, Added
 
 QUARANTINE = "quarantine.jsonl"
@@ -110,7 +110,7 @@ def _pairs(
         for number, (where, row) in enumerate(chain(start, rows), start=1):
             try:
                 made = [_complete_pair(pair, row, defaults, where) for pair in convert(row, name)]
-            except RowProblem as problem:
+            except RowError as problem:
                 reason = str(problem)
                 done.reasons[reason] += 1
                 done.first.setdefault(reason, where)
@@ -131,7 +131,7 @@ def _complete_pair(
     if lang == AUTO:
         lang = guess_language(" ".join([*(turn["content"] for turn in prompt), chosen, rejected]))
     if lang not in LANGUAGES:
-        raise RowProblem(f"its language is none of {', '.join(LANGUAGES)}")
+        raise RowError(f"its language is none of {', '.join(LANGUAGES)}")
     licence = _first_text(row, "license", "licence") or defaults.licence
     if not licence:
         raise InputError(
@@ -143,7 +143,7 @@ def _complete_pair(
     try:
         Preference.model_validate(PLACEHOLDER | made)
     except ValidationError as error:
-        raise RowProblem(schema_problem(error)) from error
+        raise RowError(schema_problem(error)) from error
     return made
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any
 
+from components.common.errors import RowError
+
 Message = dict[str, str]
 Pair = tuple[list[Message], str, str]
 Raw = dict[str, Any]
@@ -16,10 +18,6 @@ SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 SCORES = ("overall_score", "score", "rating", "fine-grained_score")
 ANSWERS = ("response", "content", "text")
 LANGUAGE_NAMES = {"english": "en", "eng": "en", "chinese": "zh", "zho": "zh", "cmn": "zh"}
-
-
-class RowProblem(ValueError):
-    """Why a row cannot be a preference pair; never with the row's text."""
 
 
 def detect(row: Raw) -> str | None:
@@ -47,7 +45,7 @@ def convert(row: Raw, format_name: str) -> list[Pair]:
     """The pairs of a row: its prompt as messages, the chosen and the rejected answer.
 
     Raises:
-        RowProblem: the row does not fit the format, or cannot be a pair.
+        RowError: the row does not fit the format, or cannot be a pair.
     """
     return FORMATS[format_name](row)
 
@@ -75,7 +73,7 @@ def _trl(row: Raw) -> list[Pair]:
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     same = min(len(chosen), len(rejected)) if same is None else same
     if not chosen[:same].strip():
-        raise RowProblem("no 'prompt', and 'chosen' and 'rejected' do not begin with the same text")
+        raise RowError("no 'prompt', and 'chosen' and 'rejected' do not begin with the same text")
     return [([_said("user", chosen[:same].strip())], chosen[same:].strip(), rejected[same:].strip())]
 
 
@@ -99,7 +97,7 @@ def _ultrafeedback(row: Raw) -> list[Pair]:
         return [(_instruction(row), best, worst)]
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if not isinstance(chosen, list) or not isinstance(rejected, list) or not chosen or not rejected:
-        raise RowProblem("'chosen' and 'rejected' are expected to be lists that are not empty")
+        raise RowError("'chosen' and 'rejected' are expected to be lists that are not empty")
     if all(isinstance(answer, str) for answer in [*chosen, *rejected]):
         prompt = _instruction(row)
         return [(prompt, good, bad) for good, bad in product(chosen, rejected)]
@@ -123,13 +121,13 @@ def _said(role: str, content: str) -> Message:
 
 def _has(row: Raw, key: str) -> None:
     if row.get(key) is None:
-        raise RowProblem(f"no '{key}'")
+        raise RowError(f"no '{key}'")
 
 
 def _text(row: Raw, key: str) -> str:
     _has(row, key)
     if not isinstance(row[key], str):
-        raise RowProblem(f"'{key}' is {_kind(row[key])}; expected text")
+        raise RowError(f"'{key}' is {_kind(row[key])}; expected text")
     return str(row[key])
 
 
@@ -140,19 +138,19 @@ def _kind(value: Any) -> str:
 
 def _message(turn: Any, key: str) -> Message:
     if not isinstance(turn, dict):
-        raise RowProblem(f"'{key}' holds {_kind(turn)}; expected messages with role and content (or from and value)")
+        raise RowError(f"'{key}' holds {_kind(turn)}; expected messages with role and content (or from and value)")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(role, str) or role not in ROLES:
-        raise RowProblem(f"'{key}' holds a message whose role is none of {', '.join(ROLES)}")
+        raise RowError(f"'{key}' holds a message whose role is none of {', '.join(ROLES)}")
     if not isinstance(content, str):
-        raise RowProblem(f"'{key}' holds a message whose content is {_kind(content)}; expected text")
+        raise RowError(f"'{key}' holds a message whose content is {_kind(content)}; expected text")
     return _said(ROLES[role], content)
 
 
 def _messages(row: Raw, key: str) -> list[Message]:
     _has(row, key)
     if not isinstance(row[key], list):
-        raise RowProblem(f"'{key}' is {_kind(row[key])}; expected a list of messages")
+        raise RowError(f"'{key}' is {_kind(row[key])}; expected a list of messages")
     return [_message(turn, key) for turn in row[key]]
 
 
@@ -168,7 +166,7 @@ def _answer(row: Raw, key: str) -> str:
         return str(row[key])
     message = _message(row[key], key)
     if message["role"] != "assistant":
-        raise RowProblem(f"'{key}' is said by the {message['role']}; expected the assistant")
+        raise RowError(f"'{key}' is said by the {message['role']}; expected the assistant")
     return message["content"]
 
 
@@ -185,7 +183,7 @@ def _instruction(row: Raw) -> list[Message]:
     turns = [_said("system", _text(row, "system"))] if row.get("system") else []
     for turn in row.get("history") or []:
         if not isinstance(turn, list) or [type(said) for said in turn] != [str, str]:
-            raise RowProblem("'history' is expected to be a list of question and answer")
+            raise RowError("'history' is expected to be a list of question and answer")
         turns += [_said("user", turn[0]), _said("assistant", turn[1])]
     return [*turns, _said("user", "\n\n".join(part for part in parts if part))]
 
@@ -193,7 +191,7 @@ def _instruction(row: Raw) -> list[Message]:
 def _dialogue(row: Raw, key: str) -> list[Message]:
     before, *pieces = SPEAKER.split(_text(row, key))
     if before.strip() or not pieces:
-        raise RowProblem(f"'{key}' does not begin with `Human:` or `Assistant:`")
+        raise RowError(f"'{key}' does not begin with `Human:` or `Assistant:`")
     turns = zip(pieces[::2], pieces[1::2], strict=True)
     return [_said(SPEAKERS[speaker], said.strip()) for speaker, said in turns]
 
@@ -207,37 +205,37 @@ def _dialogues(context: list[Message], chosen: list[Message], rejected: list[Mes
         same += 1
     ends = chosen[same:], rejected[same:]
     if any(len(end) != 1 or end[0]["role"] != "assistant" for end in ends):
-        raise RowProblem("'chosen' and 'rejected' differ by more than one last message of the assistant")
+        raise RowError("'chosen' and 'rejected' differ by more than one last message of the assistant")
     return [*context, *chosen[:same]], ends[0][0]["content"], ends[1][0]["content"]
 
 
 def _extremes(completions: Any) -> tuple[str, str]:
     """The best and the worst of scored completions; the first of equals."""
     if not isinstance(completions, list):
-        raise RowProblem(f"'completions' is {_kind(completions)}; expected a list")
+        raise RowError(f"'completions' is {_kind(completions)}; expected a list")
     scored = [(_score(entry), _completion(entry)) for entry in completions]
     if len(scored) < 2 or len({score for score, _ in scored}) < 2:
-        raise RowProblem("'completions' need at least two different scores")
+        raise RowError("'completions' need at least two different scores")
     return max(scored, key=lambda pair: pair[0])[1], min(scored, key=lambda pair: pair[0])[1]
 
 
 def _completion(entry: Raw) -> str:
     found: str | None = next((entry[key] for key in ANSWERS if isinstance(entry.get(key), str)), None)
     if found is None:
-        raise RowProblem(f"a completion has no text; expected one of {', '.join(ANSWERS)}")
+        raise RowError(f"a completion has no text; expected one of {', '.join(ANSWERS)}")
     return str(found)
 
 
 def _score(entry: Any) -> float:
     if not isinstance(entry, dict):
-        raise RowProblem(f"'completions' holds {_kind(entry)}; expected objects")
+        raise RowError(f"'completions' holds {_kind(entry)}; expected objects")
     value = next((entry[key] for key in SCORES if entry.get(key) is not None), None)
     try:
         if isinstance(value, bool):
             raise ValueError
         score = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        raise RowProblem(f"a completion has no score; expected a number in one of {', '.join(SCORES)}") from error
+        raise RowError(f"a completion has no score; expected a number in one of {', '.join(SCORES)}") from error
     if not math.isfinite(score):
-        raise RowProblem("a completion's score is not finite")
+        raise RowError("a completion's score is not finite")
     return score

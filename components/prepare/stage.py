@@ -17,16 +17,16 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from components.common.errors import InputError
+from components.common.errors import InputError, RowError
 from components.common.files import folder_digest, replacing, replacing_folder, write_json
 from components.config.sections import PrepareConfig
 from components.dataset.distribution import PREVIOUS, STATISTICS, Distribution, remember
 from components.dataset.records import SPLITS, content_id, iter_lines, line_of
 from components.dataset.similarity import Sketches, join_sketches, prompt_key, prompt_text, sketch
-from components.prepare.formats import RowProblem, convert
+from components.prepare.formats import convert
 from components.prepare.sources import Member, Sources, added_pairs, read_sources, unpack
 from components.prepare.split import Assignment, assign_prompts, read_splits, write_splits
-from components.tracking import run as tracking
+from components.tracking import store
 
 RawRow = dict[str, Any]
 DECONTAMINATE = "decontaminate.jsonl"
@@ -176,13 +176,13 @@ def _rows(sources: Sources, kind: str, names: list[str]) -> list[RawRow]:
         member = available[name]
         with tempfile.TemporaryDirectory(prefix="kubealign-") as temporary:
             file = Path(temporary) / "rows.json"
-            unpack(sources, member, tracking.home() / "downloads", file)
+            unpack(sources, member, store.home() / "downloads", file)
             entries = json.loads(file.read_text(encoding="utf-8"))
         made = _pair if kind == "preferences" else _instruction
         facts = {"lang": member.lang, "source": name, "license": member.license}
         try:
             rows += [made(entry) | facts for entry in entries]
-        except (KeyError, TypeError, RowProblem) as error:
+        except (KeyError, TypeError, RowError) as error:
             raise InputError(f"{member.member}: an entry has another shape than expected: {error!r}") from error
     return rows
 
@@ -209,7 +209,7 @@ def prepare_base_model(data: Path) -> None:
     sources = read_sources(data / "sources.lock")
     with tempfile.TemporaryDirectory(prefix="kubealign-") as temporary:
         file = Path(temporary) / "model.gguf"
-        unpack(sources, sources.model, tracking.home() / "downloads", file)
+        unpack(sources, sources.model, store.home() / "downloads", file)
         print("converting to safetensors, about 20 s", flush=True)
         tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=file.name, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(

@@ -76,9 +76,9 @@ def register(
     from components.config.loading import section
     from components.config.sections import GateConfig, RegisterConfig
     from components.register.stage import Judged, Lineage, run_register
-    from components.tracking.run import boundary
+    from components.tracking.errors import report_errors
 
-    with boundary("register"):
+    with report_errors("register"):
         found = run_register(
             section(RegisterConfig, register_section, promote=promote),
             section(GateConfig, gate_section),

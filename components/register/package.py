@@ -14,7 +14,7 @@ from typing import Any
 from components.common.files import digest, file_hashes, read_json, sha256_file, write_json
 from components.common.provenance import versions
 from components.registry.manifest import MANIFEST_TAG
-from components.tracking import run as tracking
+from components.tracking.run import StageRun
 
 CODE = Path(__file__).with_name("chat_model.py")
 CARD, ENVIRONMENT, FINGERPRINT = "README.md", "environment.txt", "fingerprint.json"
@@ -67,7 +67,7 @@ def staged(sources: Sources, kind: str, card: str, base_reference: str) -> Itera
 
 
 def log_version(
-    run: tracking.StageRun, name: str, artifacts: dict[str, str], requirements: list[str], tags: dict[str, str]
+    run: StageRun, name: str, artifacts: dict[str, str], requirements: list[str], tags: dict[str, str]
 ) -> str:
     """Log the artifacts as a pyfunc model and make a version of it; the version appears last, with all its tags.
 
@@ -96,7 +96,7 @@ def log_version(
     return str(made.version)
 
 
-def register_base(run: tracking.StageRun, name: str, base: Path, base_digest: str) -> str:
+def register_base(run: StageRun, name: str, base: Path, base_digest: str) -> str:
     """The base model as a version in the registry, once per content; returns its URI.
 
     An adapter names it there, so that whoever reaches the registry can load the whole.
@@ -109,7 +109,7 @@ def register_base(run: tracking.StageRun, name: str, base: Path, base_digest: st
         tags = {"kubealign.base_content": base_digest}
         source = f"runs:/{run.run_id}/base"
         found = str(run.client.create_model_version(registered, source, run_id=run.run_id, tags=tags).version)
-        run.say(f"the base model is {registered} version {found}")
+        run.log(f"the base model is {registered} version {found}")
     return f"models:/{registered}/{found}"
 
 

@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from components.common.errors import KubealignError
+from components.common.errors import ChampionChangedError, KubealignError
 from components.common.files import read_json, sha256_file, verify_manifest, write_json
 from components.config.sections import GateConfig, RegisterConfig
 from components.gate.rules import Circumstances, judge
 from components.register import package
 from components.register.card import model_card
 from components.registry.audit import CHALLENGER, Audit
-from components.registry.champion import ROLLED_BACK, ChampionChanged, champion_alias, promote, reconcile_alias
-from components.tracking import run as tracking
+from components.registry.champion import ROLLED_BACK, champion_alias, promote, reconcile_alias
+from components.tracking.errors import explain_mlflow_error, is_mlflow_failure
+from components.tracking.run import KFP_RUN_VARIABLE, SETTINGS, StageRun, parent_run, stage_run
 
 KFP_URL_VARIABLE = "KUBEALIGN_KFP_URL"
 """Environment variable with the address of the Kubeflow UI, from cluster.ui_url."""
@@ -77,7 +78,7 @@ def run_register(
         KubealignError: the verdict is about another model or does not follow from its numbers, a file changed since it
             was written, or MLflow does not do its part.
     """
-    with _kept(judged.policy), tracking.stage_run("register", config.model_dump() | asdict(lineage)) as run:
+    with _kept(judged.policy), stage_run("register", config.model_dump() | asdict(lineage)) as run:
         verdict, found = check_verdict(judged, gate, lineage)
         version = _version(run, config, lineage, stage_runs, judged, verdict, found)
         decided = _decide(run, config, version, verdict, lineage)
@@ -85,7 +86,7 @@ def run_register(
         aliases = sorted(run.client.get_model_version(config.name, version).aliases)
         shown = ("passed", "verdict", "sentence", "incumbent", "test_use", "level", "rules")
         result = {
-            "run_id": tracking.parent_run() or run.run_id,
+            "run_id": parent_run() or run.run_id,
             "model": config.name,
             "version": version,
             "model_uri": f"models:/{config.name}/{version}",
@@ -101,8 +102,8 @@ def run_register(
             "stages": _stages(run.client, stage_runs),
         }
         write_json(out, result)
-        _tell_parent(run, result, stage_runs, judged.report)
-        run.say(f"{config.name} version {version}: {', '.join(aliases) or 'no alias'}; {decided['sentence']}")
+        _update_parent_run(run, result, stage_runs, judged.report)
+        run.log(f"{config.name} version {version}: {', '.join(aliases) or 'no alias'}; {decided['sentence']}")
         return result
 
 
@@ -129,7 +130,7 @@ def check_verdict(judged: Judged, gate: GateConfig, lineage: Lineage) -> tuple[d
 
 
 def _version(
-    run: tracking.StageRun,
+    run: StageRun,
     config: RegisterConfig,
     lineage: Lineage,
     stage_runs: dict[str, str],
@@ -153,7 +154,7 @@ def _version(
     version = package.find_version(run.client, config.name, "kubealign.model", model_digest)
     if version:
         # The same weights, judged anew: the tags tell of the newest judgement, and still which run made them.
-        run.say(f"these weights are {config.name} version {version} already")
+        run.log(f"these weights are {config.name} version {version} already")
         for key, value in tags.items():
             run.client.set_model_version_tag(config.name, version, key, value)
         return version
@@ -164,7 +165,7 @@ def _version(
     counts = read_json(judged.dataset / "validation.json")
     card = model_card(config.name, lineage.tags(), verdict, found, counts)
     sources = package.Sources(judged.policy, judged.base, judged.evaluation, _settings(stage_runs))
-    tags["kubealign.run"] = tracking.parent_run() or run.run_id
+    tags["kubealign.run"] = parent_run() or run.run_id
     with package.staged(sources, config.format, card, base) as artifacts:
         return package.log_version(
             run, config.name, artifacts, package.requirements(judged.policy, config.format), tags
@@ -172,7 +173,7 @@ def _version(
 
 
 def _decide(
-    run: tracking.StageRun, config: RegisterConfig, version: str, verdict: dict[str, Any], lineage: Lineage
+    run: StageRun, config: RegisterConfig, version: str, verdict: dict[str, Any], lineage: Lineage
 ) -> dict[str, str]:
     """Count the decision, and make the version champion if it passed against the champion that there is now.
 
@@ -192,7 +193,7 @@ def _decide(
         return against
     try:
         promote(client, name, version, "gate", verdict["sentence"], lineage.incumbent.rpartition("/")[2], run.run_id)
-    except ChampionChanged as error:
+    except ChampionChangedError as error:
         return _superseded(str(error))
     return {"state": "promoted", "sentence": f"promoted: {verdict['verdict']}"}
 
@@ -233,16 +234,16 @@ class _kept:  # noqa: N801 - reads as the context manager it is
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is not None and tracking.is_mlflow_failure(error):
+        if error is not None and is_mlflow_failure(error):
             raise KubealignError(
-                f"{tracking.explain_mlflow(error)}. Nothing is lost: the model is kept in {self.policy}, and its"
+                f"{explain_mlflow_error(error)}. Nothing is lost: the model is kept in {self.policy}, and its"
                 " evaluation beside it; when MLflow answers again, the same `kubealign run` (on Kubeflow: a retry of"
                 " this step, or the same submit) finishes the job, with every step before it from the cache"
             ) from error
 
 
 def _kubeflow() -> dict[str, str]:
-    run = os.environ.get(tracking.KFP_RUN_VARIABLE, "")
+    run = os.environ.get(KFP_RUN_VARIABLE, "")
     address = os.environ.get(KFP_URL_VARIABLE, "")
     tags = {"kubealign.kfp_run": run} if run else {}
     if run and address:
@@ -254,7 +255,7 @@ def _settings(stage_runs: dict[str, str]) -> str:
     """All settings of the run, which resolve wrote down."""
     import mlflow
 
-    return str(mlflow.artifacts.load_text(f"runs:/{stage_runs['resolve']}/{tracking.SETTINGS}"))
+    return str(mlflow.artifacts.load_text(f"runs:/{stage_runs['resolve']}/{SETTINGS}"))
 
 
 def _stages(client: Any, stage_runs: dict[str, str]) -> dict[str, Any]:
@@ -263,16 +264,16 @@ def _stages(client: Any, stage_runs: dict[str, str]) -> dict[str, Any]:
         found = client.get_run(run_id)
         stages[stage] = {
             "run_id": run_id,
-            "cached": found.data.tags.get("mlflow.parentRunId", "") != tracking.parent_run(),
+            "cached": found.data.tags.get("mlflow.parentRunId", "") != parent_run(),
             "seconds": found.data.metrics.get("seconds"),
             "peak_memory_mib": found.data.metrics.get("peak_memory_mib"),
         }
     return stages
 
 
-def _tell_parent(run: tracking.StageRun, result: dict[str, Any], stage_runs: dict[str, str], report: Path) -> None:
+def _update_parent_run(run: StageRun, result: dict[str, Any], stage_runs: dict[str, str], report: Path) -> None:
     """Let the parent run carry result and report, and name the original run of every cached stage."""
-    parent = tracking.parent_run() or run.run_id
+    parent = parent_run() or run.run_id
     run.client.log_dict(parent, result, "result.json")
     run.client.log_text(parent, report.read_text(encoding="utf-8"), "report.html")
     for stage, found in result["stages"].items():

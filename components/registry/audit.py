@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from components.common.errors import KubealignError
-from components.tracking import run as tracking
+from components.tracking import store
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
@@ -71,7 +71,7 @@ class Audit:
         if found:
             return found
         tags = {"kubealign.kind": "audit", "kubealign.registered_model": name}
-        run = client.create_run(tracking.experiment_id(client), tags=tags, run_name=f"audit of {name}")
+        run = client.create_run(store.experiment_id(client), tags=tags, run_name=f"audit of {name}")
         client.set_terminated(run.info.run_id)
         try:
             client.create_experiment(_pointer(name), tags={AUDIT_RUN: run.info.run_id})
@@ -163,7 +163,7 @@ def next_use(decisions: list[str], decision: str) -> int:
 
 
 def _pointer(name: str) -> str:
-    return f"{tracking.EXPERIMENT}-audit/{name}"
+    return f"{store.EXPERIMENT}-audit/{name}"
 
 
 def _user() -> str:

@@ -8,16 +8,12 @@ finishes the job.
 import time
 from typing import Any
 
-from components.common.errors import InputError, KubealignError
+from components.common.errors import ChampionChangedError, InputError
 from components.registry.audit import CHAMPION, Audit, ChampionRecord
 
 ROLLED_BACK = "kubealign.rolled_back"
 """Tag of a version that was rolled back, with the reason: only a person can make it champion again."""
 RECONCILE_AFTER_S = 1.0
-
-
-class ChampionChanged(KubealignError):
-    """The champion is not the version that the model was judged against."""
 
 
 def promote(
@@ -35,7 +31,7 @@ def promote(
         run: MLflow run that made the decision.
 
     Raises:
-        ChampionChanged: another version is champion; nothing was changed.
+        ChampionChangedError: another version is champion; nothing was changed.
     """
     audit = Audit.open(client, name)
     while True:
@@ -44,7 +40,7 @@ def promote(
         if last and present == version:
             return last
         if expected is not None and present != expected:
-            raise ChampionChanged(
+            raise ChampionChangedError(
                 f"{name} version {version} was judged against {_named(expected)}, and the champion is {_named(present)}"
             )
         record = audit.claim_champion((last.number if last else 0) + 1, version, how, reason, run)
@@ -62,7 +58,7 @@ def rollback(client: Any, name: str, reason: str) -> tuple[ChampionRecord, str]:
 
     Raises:
         InputError: there was no previous champion, or it is no longer in the registry.
-        ChampionChanged: the champion was changed at the same moment.
+        ChampionChangedError: the champion was changed at the same moment.
     """
     audit = Audit.find(client, name)
     last = reconcile_alias(audit) if audit else None
@@ -80,7 +76,7 @@ def rollback(client: Any, name: str, reason: str) -> tuple[ChampionRecord, str]:
         )
     record = audit.claim_champion(last.number + 1, previous, "rollback", reason)
     if not record:
-        raise ChampionChanged(f"the champion of {name} changed meanwhile; check `kubealign history`")
+        raise ChampionChangedError(f"the champion of {name} changed meanwhile; check `kubealign history`")
     client.set_model_version_tag(name, current, ROLLED_BACK, f"{record.at} {reason}")
     follow(audit)
     return record, current

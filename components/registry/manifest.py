@@ -13,7 +13,7 @@ MLFLOWS_OWN = {"registered_model_meta"}
 """Files that MLflow itself adds to a download."""
 
 
-def changed(version: Any, folder: Path) -> str:
+def manifest_mismatch(version: Any, folder: Path) -> str:
     """What is not as it was registered in a version's downloaded files, such as `python_model.pkl is not in the
     manifest`; empty for nothing.
 

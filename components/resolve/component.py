@@ -99,9 +99,9 @@ def resolve(
     from components.config.loading import section
     from components.config.sections import DataConfig, ModelConfig, RegisterConfig
     from components.resolve.stage import run_resolve
-    from components.tracking.run import boundary
+    from components.tracking.errors import report_errors
 
-    with boundary("resolve"):
+    with report_errors("resolve"):
         settings = {
             "data": json.loads(data_section) | {"revision": data_revision},
             "model": json.loads(model_section) | {"base": base_model},

@@ -16,7 +16,8 @@ from components.registry.audit import Audit, next_use
 from components.registry.champion import champion_alias, reconcile_alias
 from components.sources.data import data_folders
 from components.sources.lineage import resolve_key
-from components.tracking import run as tracking
+from components.tracking import store
+from components.tracking.run import SETTINGS, StageRun, stage_run
 
 
 class Resolved(NamedTuple):
@@ -72,11 +73,11 @@ def run_resolve(
     if register.format == "adapter" and model.tuning == "full":
         raise InputError("register.format=adapter: full fine-tuning makes no adapter; set register.format=merged")
     named = {
-        "data_repo": tracking.without_credentials(data.repo),
+        "data_repo": store.without_credentials(data.repo),
         "data_revision": data.revision,
         "data_path": data.path,
     }
-    with tracking.stage_run("resolve", named) as run:
+    with stage_run("resolve", named) as run:
         key = resolve_key(data, model, training, judging, register.format)
         version, base, lineage = key.data, key.base, key.lineage
         preferences, instructions = data_folders(data.path)
@@ -102,14 +103,14 @@ def run_resolve(
         )
         run.log_params(facts._asdict())
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        run.client.log_text(run.run_id, tracking.without_credentials(text), tracking.SETTINGS)
-        run.say(f"data {version.commit[:12]}, base model {base.reference}, incumbent {facts.incumbent or 'none'}")
+        run.client.log_text(run.run_id, store.without_credentials(text), SETTINGS)
+        run.log(f"data {version.commit[:12]}, base model {base.reference}, incumbent {facts.incumbent or 'none'}")
         if facts.test_use > 1:
-            run.say(f"this will be decision {facts.test_use} on the test set; the gate's level follows")
+            run.log(f"this will be decision {facts.test_use} on the test set; the gate's level follows")
         return facts
 
 
-def _incumbent(run: tracking.StageRun, name: str, lineage: str) -> str:
+def _incumbent(run: StageRun, name: str, lineage: str) -> str:
     """The version to beat, as models:/name/version, or nothing before the first champion.
 
     When the champion is what this very lineage once made, the run repeats that one, and so has the same incumbent.

@@ -38,10 +38,11 @@ def sft(
 
     from components.config.loading import section
     from components.config.sections import ModelConfig, SftConfig
-    from components.tracking.run import boundary, show_metrics
+    from components.tracking.errors import report_errors
+    from components.tracking.run import show_metrics
     from components.training.train_job import run_on_nodes, several_nodes
 
-    with boundary("sft"):
+    with report_errors("sft"):
         config = section(SftConfig, sft_section, epochs=epochs, lr=lr)
         model = section(ModelConfig, model_section, base=base.metadata.get("reference", "base"))
         inputs = {"dataset": Path(dataset.path), "base": Path(base.path)}

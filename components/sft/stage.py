@@ -15,7 +15,7 @@ from components.engine import objectives
 from components.engine.loop import StepRecord, TrainingSet, evaluate
 from components.engine.models import SFT_ADAPTER, PackedModel, save_adapter, save_model
 from components.engine.packing import Pack
-from components.tracking import run as tracking
+from components.tracking.run import StageRun, is_main_process, stage_run
 from components.training.run import (
     add_adapter,
     checkpoint_folder,
@@ -48,7 +48,7 @@ def run_sft(
         id of the MLflow run, and the metrics: loss on the validation answers before and after (nats per token).
     """
     model = resolve_precision(model)
-    with tracking.stage_run("sft", config.model_dump() | model.how()) as run:
+    with stage_run("sft", config.model_dump() | model.how()) as run:
         base_digest, data_digest = verify_manifest(base_model), verify_manifest(dataset)
         tokenizer = load_tokenizer(base_model)
         sets = {split: _training_set(tokenizer, dataset, split, config.loss_on) for split in ("train", "validation")}
@@ -73,12 +73,12 @@ def run_sft(
                 if config.reference_logps:
                     _score_pairs(run, lm, model, dataset, tokenizer, base_digest, folder)
         run.log_metrics([(len(records), metrics)])
-        run.say(f"validation loss {before:.4f} before, {after:.4f} after, nats per token")
+        run.log(f"validation loss {before:.4f} before, {after:.4f} after, nats per token")
         return run.run_id, metrics
 
 
 def _score_pairs(
-    run: tracking.StageRun,
+    run: StageRun,
     lm: PackedModel,
     model: ModelConfig,
     dataset: Path,
@@ -87,7 +87,7 @@ def _score_pairs(
     folder: Path,
 ) -> None:
     """Put the reference log-probs of the pairs beside the model, where dpo finds them on any machine."""
-    content = broadcast_object_list([weights_digest(base_digest, folder) if tracking.is_main_process() else None])[0]
+    content = broadcast_object_list([weights_digest(base_digest, folder) if is_main_process() else None])[0]
     for split in ("train", "validation"):
         rows = read_rows(dataset / "preferences" / f"{split}.jsonl", Preference)
         examples = pair_examples(tokenizer, rows)
@@ -109,5 +109,5 @@ def _training_set(tokenizer: object, dataset: Path, split: str, loss_on: str) ->
     return TrainingSet(examples, [row.id for row in rows], weights)
 
 
-def _show(record: StepRecord) -> dict[str, str]:
+def _show(record: StepRecord) -> dict[str, float]:
     return {}

@@ -4,11 +4,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.common.errors import InputError
+from components.common.errors import InputError, single_line
 from components.common.files import digest, folder_digest
 from components.config.sections import DataConfig, ModelConfig
 from components.sources.data import embedded_model, resolve_data
-from components.tracking import run as tracking
+from components.tracking import store
 
 EMBEDDED = "embedded"
 
@@ -68,11 +68,11 @@ def _registered(uri: str) -> BaseModel:
     if not match:
         raise InputError(f"model.base={uri}: expected models:/name/version or models:/name@alias")
     name, version, alias = match.groups()
-    client = tracking.client()
+    client = store.client()
     try:
         found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
     except MlflowException as error:
-        raise InputError(f"model.base={uri}: {tracking.one_line(str(error))}") from error
+        raise InputError(f"model.base={uri}: {single_line(str(error))}") from error
     reference = f"models:/{name}/{found.version}"
     return BaseModel(reference, str(found.tags.get("kubealign.model") or digest(reference)))
 
@@ -84,7 +84,7 @@ def _bucket(uri: str) -> BaseModel:
     try:
         entries = fs.find(uri, detail=True)
     except (OSError, ValueError) as error:
-        raise InputError(f"model.base={uri}: cannot be listed: {tracking.one_line(str(error))}") from error
+        raise InputError(f"model.base={uri}: cannot be listed: {single_line(str(error))}") from error
     if not any(path.endswith("/config.json") for path in entries):
         raise InputError(f"model.base={uri}: no config.json below it; expected a transformers model folder")
     return BaseModel(uri, digest({path: [entry["size"], entry["ETag"]] for path, entry in entries.items()}))

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from components.common.errors import InputError, KubealignError
-from components.tracking.run import causes, one_line, without_credentials
+from components.common.errors import InputError, KubealignError, error_chain, single_line
+from components.tracking.store import without_credentials
 
 WORKSPACE = "workspace"
 DATA_SETS = ("preferences", "instructions")
@@ -151,7 +151,7 @@ def remote_errors(repo: str, revision: str, folder: str) -> Iterator[None]:
             raise InputError(f"{where} is neither in the DVC cache nor in a remote; `dvc push` it") from error
         if isinstance(why, OSError) and (why.filename or why.errno == errno.ENOSPC):
             raise  # of this machine's disk: the errors of a remote name no file
-        said = one_line(str(why))
+        said = single_line(str(why))
         if isinstance(why, PermissionError):
             raise InputError(
                 f"{where} may not be read from the DVC remote ({said}); check the key (AWS_ACCESS_KEY_ID,"
@@ -180,7 +180,7 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
             self.fs.info("/")  # the repository is opened only when something is asked of it
         except (DvcException, SCMError) as error:
             # "SCM error" says nothing; what lies behind it does.
-            said = ": ".join(dict.fromkeys(one_line(str(cause)) for cause in causes(error) if str(cause)))
+            said = ": ".join(dict.fromkeys(single_line(str(cause)) for cause in error_chain(error) if str(cause)))
             raise InputError(
                 f"data.repo={self.repo}, data.revision={self.revision}: {without_credentials(said)};"
                 " expected a git repository with DVC data and a branch, tag or commit of it"

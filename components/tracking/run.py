@@ -1,86 +1,35 @@
-"""What MLflow remembers of a stage, and how a stage speaks: one child run, plain progress lines, one last error line.
+"""A stage's run in MLflow: parameters, metrics, data and artifacts, below the parent run of the whole pipeline run."""
 
-Lines that the command line reads begin with a word in brackets, so that they also read well in a pod's log:
-`[stage] dpo started`, `[progress] dpo 12/36 loss=0.61 left=3:20`, `[error:2] dpo pairs.jsonl:17: …`
-(2 is the exit code).
-"""
-
-import errno
 import json
 import os
-import re
-import sys
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from components.common.errors import KubealignError
+from components.common.errors import error_chain
 from components.common.files import write_json
 from components.common.memory import peak_memory_mib
+from components.tracking import events
+from components.tracking.errors import is_unreachable
+from components.tracking.store import client, experiment_id
 
-HOME_VARIABLE = "KUBEALIGN_HOME"
 PARENT_VARIABLES = ("KUBEALIGN_PARENT_RUN", "MLFLOW_RUN_ID")
 """Environment variables that name the parent run: ours, and that of KFP's MLflow plugin."""
 KFP_RUN_VARIABLE = "KUBEALIGN_KFP_RUN"
-"""Environment variable with the id of the run on Kubeflow, whose parent run in MLflow carries it as a tag."""
-EXPERIMENT = "kubealign"
+"""Environment variable with the id of the run on Kubeflow, which its parent run in MLflow carries as a tag."""
 LAST_STAGE = "register"
 SETTINGS = "settings.yaml"
 """Artifact of resolve's run: every setting of the pipeline run, as sections of params.yaml."""
 PROGRESS_EVERY_S = 1.0
 
 
-def home() -> Path:
-    """The folder for what outlives a stage: checkpoints, caches, the local MLflow."""
-    return Path(os.environ.get(HOME_VARIABLE, ".kubealign")).resolve()
-
-
-def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or SQLite in the home folder; a relative SQLite path is made absolute."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home()}/mlflow.db"
-    scheme, relative, path = uri.partition("sqlite:///")
-    return f"{relative}{Path(path).resolve()}" if relative and not scheme else uri
-
-
-def without_credentials(url: str) -> str:
-    """The URL as it may be shown: without user and password."""
-    return re.sub(r"(?<=://)[^/@]*@", "***@", url)
-
-
-def client() -> Any:
-    """An MLflow client on `tracking_uri`."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    import logging
-
-    import mlflow
-
-    for chatty in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    if tracking_uri().startswith("sqlite:"):
-        home().mkdir(parents=True, exist_ok=True)
-    mlflow.set_tracking_uri(tracking_uri())
-    mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI") or tracking_uri())
-    return mlflow.MlflowClient()
-
-
-def experiment_id(mlflow_client: Any) -> str:
-    """The experiment of all runs (MLFLOW_EXPERIMENT_NAME or `kubealign`), made if it is not there."""
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-    found = mlflow_client.get_experiment_by_name(name)
-    if found:
-        return str(found.experiment_id)
-    local = tracking_uri().startswith("sqlite:")
-    return str(mlflow_client.create_experiment(name, (home() / "mlartifacts").as_uri() if local else None))
-
-
 def parent_run() -> str:
-    """Id of the pipeline run's parent run, or nothing.
+    """The id of the pipeline run's parent run, or an empty string.
 
-    On Kubeflow it is found by its tag; the first step makes it, and a step that is started again finds it.
+    On Kubeflow it is found by its tag: the first step creates it, and a restarted step finds it.
     """
     named = next((os.environ[name] for name in PARENT_VARIABLES if os.environ.get(name)), "")
     return named or _parent_on_kubeflow(os.environ.get(KFP_RUN_VARIABLE, ""))
@@ -92,41 +41,46 @@ def _parent_on_kubeflow(kfp_run: str) -> str:
         return ""
     mlflow_client = client()
     experiment = experiment_id(mlflow_client)
-    found = mlflow_client.search_runs([experiment], f"tags.`kubealign.kfp_run` = '{kfp_run}'")
-    if found:
-        return str(found[0].info.run_id)
+    runs = mlflow_client.search_runs([experiment], f"tags.`kubealign.kfp_run` = '{kfp_run}'")
+    if runs:
+        return str(runs[0].info.run_id)
     tags = {"kubealign.kind": "pipeline", "kubealign.kfp_run": kfp_run}
     return str(mlflow_client.create_run(experiment, tags=tags, run_name=f"kubeflow {kfp_run}").info.run_id)
 
 
 class StageRun:
-    """A stage's run in MLflow, and its voice."""
+    """A stage's run in MLflow, and its notes and progress in the log."""
 
     def __init__(self, name: str, mlflow_client: Any, run_id: str) -> None:
         self.name = name
         self.client = mlflow_client
         self.run_id = run_id
-        self._phase = time.monotonic()
-        self._shown = 0.0
-        self._first = 0
+        self._started_at = time.monotonic()
+        self._reported_at = 0.0
+        self._first_done = 0
 
-    def say(self, sentence: str) -> None:
-        """Print a line for the log."""
-        print(f"[note] {self.name} {sentence}", flush=True)
+    def log(self, message: str) -> None:
+        """Put a note into the log."""
+        events.note(self.name, message)
 
-    def progress(self, done: int, total: int, **fields: str) -> None:
-        """Print how far the stage is, at most once a second, with the time left; `done` counts from 1."""
+    def progress(self, done: int, total: int, message: str = "", metrics: Mapping[str, float] | None = None) -> None:
+        """Report how far the stage is, at most once a second, with the time left.
+
+        Args:
+            done: how many are done, counted from 1.
+            total: how many there are.
+            message: what is being done.
+            metrics: numbers worth watching.
+        """
         now = time.monotonic()
         if done <= 1:
-            self._first, self._phase = done, now
-        if now - self._shown < PROGRESS_EVERY_S and done < total:
+            self._first_done, self._started_at = done, now
+        if now - self._reported_at < PROGRESS_EVERY_S and done < total:
             return
-        self._shown = now
-        seconds = (now - self._phase) / max(1, done - self._first) * (total - done)
-        words = [f"{name}={value}" for name, value in fields.items()]
-        if done > self._first:
-            words.append(f"left={int(seconds) // 60}:{int(seconds) % 60:02d}")
-        print(f"[progress] {self.name} {done}/{total} {' '.join(words)}", flush=True)
+        self._reported_at = now
+        counted = done - self._first_done
+        seconds_left = (now - self._started_at) / counted * (total - done) if counted > 0 else None
+        events.progress(self.name, done, total, message, metrics or {}, seconds_left)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record parameters."""
@@ -137,7 +91,7 @@ class StageRun:
             self.client.log_batch(self.run_id, params=entities[first : first + 100])
 
     def log_metrics(self, rows: list[tuple[int, Mapping[str, float]]]) -> None:
-        """Record metrics of many steps in few requests."""
+        """Record the metrics of many steps in few requests."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -146,7 +100,7 @@ class StageRun:
             self.client.log_batch(self.run_id, metrics=entities[first : first + 1000])
 
     def log_dataset(self, name: str, origin: Mapping[str, str], digest: str, context: str) -> None:
-        """Record which data the stage read: where it comes from, and its DVC digest."""
+        """Record which data the stage read: its origin and DVC digest."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         source = json.dumps({"uri": origin["path"], **origin})
@@ -159,32 +113,32 @@ class StageRun:
         self.client.log_artifact(self.run_id, str(path))
 
 
-class SilentRun(StageRun):
-    """What a stage's further processes have in place of a run: nothing is printed or recorded."""
+class NoOpRun(StageRun):
+    """The run of every process but the main one: it records and reports nothing."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, None, "")
 
-    def say(self, sentence: str) -> None:
-        """Nothing."""
+    def log(self, message: str) -> None:
+        """Do nothing."""
 
-    def progress(self, done: int, total: int, **fields: str) -> None:
-        """Nothing."""
+    def progress(self, done: int, total: int, message: str = "", metrics: Mapping[str, float] | None = None) -> None:
+        """Do nothing."""
 
     def log_metrics(self, rows: list[tuple[int, Mapping[str, float]]]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def is_main_process() -> bool:
-    """False in all processes but the first of those that torchrun started."""
+    """Whether this is rank 0; False in the further processes that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def stage_run(name: str, params: Mapping[str, Any]) -> Iterator[StageRun]:
-    """Open the stage's child run in MLflow; it ends with the seconds and the peak memory, finished or failed."""
+    """Open the stage's child run in MLflow; finished or failed, it records the seconds and the peak memory."""
     if not is_main_process():
-        yield SilentRun(name)
+        yield NoOpRun(name)
         return
     mlflow_client = client()
     tags = {"mlflow.runName": name, "kubealign.stage": name}
@@ -200,8 +154,8 @@ def stage_run(name: str, params: Mapping[str, Any]) -> Iterator[StageRun]:
         yield run
         status = "FINISHED"
     except Exception as error:
-        # Each further request to an MLflow that does not answer would be retried for minutes.
-        if any(is_unreachable(cause) for cause in causes(error)):
+        # Further requests to an MLflow that does not answer would each be retried for minutes.
+        if any(is_unreachable(cause) for cause in error_chain(error)):
             status = ""
         raise
     finally:
@@ -216,44 +170,8 @@ def _end_run(run: StageRun, name: str, status: str, seconds: float) -> None:
         run.client.set_terminated(parent_run(), status)
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it came from."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def is_mlflow_failure(error: BaseException) -> bool:
-    """Whether MLflow or the way to it failed, rather than we."""
-    return type(error).__module__.startswith(("mlflow.", "sqlalchemy.", "requests.", "urllib3."))
-
-
-def is_unreachable(error: BaseException) -> bool:
-    """Whether MLflow does not answer, or answers that it cannot serve now."""
-    if type(error).__module__.startswith(("requests.", "urllib3.")):
-        return True
-    text = str(error)
-    return is_mlflow_failure(error) and (
-        "Max retries exceeded" in text or "too many 5" in text or "failed with exception" in text
-    )
-
-
-def explain_mlflow(error: BaseException) -> str:
-    """A sentence for the failures of MLflow that a person can mend."""
-    where = without_credentials(tracking_uri())
-    said = without_credentials(one_line(str(error)))[:300]
-    status = getattr(error, "get_http_status_code", lambda: 0)()
-    if status in (401, 403):
-        user = os.environ.get("MLFLOW_TRACKING_USERNAME") or "nobody (MLFLOW_TRACKING_USERNAME is not set)"
-        return (
-            f"MLflow at {where} does not let {user} do this ({said}); to write runs it takes EDIT on the experiment, to"
-            " register and promote EDIT on the registered model, and their owner or an administrator grants it"
-        )
-    return f"MLflow at {where}: {said}"
-
-
 def _begin_on_kubeflow(mlflow_client: Any, stage: str) -> None:
-    """On Kubeflow nobody else closes what an evicted pod left open: the run of its stage, and the parent's status."""
+    """Close the stage run that an evicted pod left open and set the parent to running; on Kubeflow nobody else does."""
     if not os.environ.get(KFP_RUN_VARIABLE):
         return
     query = (
@@ -265,50 +183,10 @@ def _begin_on_kubeflow(mlflow_client: Any, stage: str) -> None:
     mlflow_client.update_run(parent_run(), "RUNNING")
 
 
-@contextmanager
-def boundary(name: str) -> Iterator[None]:
-    """The edge between a stage and Kubeflow: a failure becomes one `[error:…]` line and an exit code.
-
-    An error meant for a person is shown as it is; anything else after its traceback.
-    """
-    print(f"[stage] {name} started", flush=True)
-    try:
-        yield
-    except KubealignError as error:
-        print(f"[error:{error.exit_code}] {name} {one_line(str(error))}", flush=True)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        print(without_credentials(traceback.format_exc()))
-        print(f"[error:1] {name} {one_line(explain_os_error(error))}", flush=True)
-        sys.exit(1)
-    except Exception as error:
-        print(without_credentials(traceback.format_exc()))
-        message = without_credentials(one_line(str(error)))
-        said = explain_mlflow(error) if is_mlflow_failure(error) else f"{type(error).__name__}: {message}"
-        print(f"[error:1] {name} {said}", flush=True)
-        sys.exit(1)
-    print(f"[stage] {name} finished", flush=True)
-
-
 def show_metrics(artifact: Any, values: Mapping[str, float]) -> None:
-    """Put values on a KFP Metrics artifact, and into a file at its path: to KFP's local cache an output without a file
-    is a lost one, and the step would run again.
+    """Put values on a KFP Metrics artifact and into a file at its path: KFP's local cache takes an output without a
+    file for lost and would run the step again.
     """
     for name, value in values.items():
         artifact.log_metric(name, value)
     write_json(Path(artifact.path), values)
-
-
-def explain_os_error(error: OSError) -> str:
-    """A sentence for the failures of a disk that a person can mend."""
-    where = error.filename2 or error.filename or "the disk"
-    if error.errno == errno.ENOSPC:
-        return f"{where}: no space left; free some (`kubealign clean` shows what runs left behind) and run again"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{where}: cannot be written or read ({error.strerror}); check its owner and mode and run again"
-    return f"{type(error).__name__}: {error}"
-
-
-def one_line(text: str) -> str:
-    """The text without line breaks."""
-    return " ".join(text.split())

@@ -27,7 +27,8 @@ from components.engine.models import (
 )
 from components.engine.packing import Example
 from components.engine.processes import processes
-from components.tracking import run as tracking
+from components.tracking import store
+from components.tracking.run import StageRun, is_main_process
 from components.training.checkpoint_mirror import Mirror
 
 LOG_EVERY_STEPS = 20
@@ -59,7 +60,7 @@ def resolve_precision(model: ModelConfig) -> ModelConfig:
     return model.model_copy(update={"precision": native_precision()})
 
 
-def open_model(run: tracking.StageRun, path: Path, config: ModelConfig, trains: bool) -> PackedModel:
+def open_model(run: StageRun, path: Path, config: ModelConfig, trains: bool) -> PackedModel:
     """The model of a local folder, as the configuration wants it run.
 
     Args:
@@ -71,11 +72,11 @@ def open_model(run: tracking.StageRun, path: Path, config: ModelConfig, trains: 
     if config.precision == "auto":
         raise ValueError("resolve_precision() the configuration of the model first")
     if config.precision == "bf16" and native_precision() != "bf16":
-        run.say("this machine has no bf16 in hardware: frozen weights are kept in bf16, products are computed in fp32")
+        run.log("this machine has no bf16 in hardware: frozen weights are kept in bf16, products are computed in fp32")
     full = trains and config.tuning == "full"
     lm = load_causal_lm(path, config.precision, full, config.quantization)
     model = PackedModel(lm, config.precision, "fp32" if config.head_precision == "fp32" else None)
-    run.say(choose_layout(model, config.max_length))
+    run.log(choose_layout(model, config.max_length))
     if trains and config.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if full and processes().num_processes > 1:
@@ -84,7 +85,7 @@ def open_model(run: tracking.StageRun, path: Path, config: ModelConfig, trains: 
 
 
 def open_tuned(
-    run: tracking.StageRun, base: Path, tuned: Path, config: ModelConfig, name: str, trains: bool = False
+    run: StageRun, base: Path, tuned: Path, config: ModelConfig, name: str, trains: bool = False
 ) -> PackedModel:
     """The model that sft or dpo wrote to `tuned`: its adapter, called `name`, on the base model, or its own weights."""
     if not (tuned / "adapter").is_dir():
@@ -124,9 +125,9 @@ def checkpoint_folder(stage: str, config: OptimiserConfig, model: ModelConfig, *
     """
     n_processes = processes().num_processes
     key = digest([stage, config.model_dump(mode="json"), model.how(), inputs, code_digest(stage), n_processes])[:24]
-    folder = tracking.home() / "checkpoints" / f"{stage}-{key}"
+    folder = store.home() / "checkpoints" / f"{stage}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
-    if not tracking.is_main_process():
+    if not is_main_process():
         processes().wait_for_everyone()
         yield folder
         return
@@ -140,7 +141,7 @@ def checkpoint_folder(stage: str, config: OptimiserConfig, model: ModelConfig, *
 @contextmanager
 def stage_output(out: Path) -> Iterator[Path]:
     """The folder to write a stage's output to: it becomes `out` whole; what further processes write is thrown away."""
-    if tracking.is_main_process():
+    if is_main_process():
         with replacing_folder(out) as folder:
             yield folder
     else:
@@ -150,13 +151,13 @@ def stage_output(out: Path) -> Iterator[Path]:
 
 
 def run_training(
-    run: tracking.StageRun,
+    run: StageRun,
     model: PackedModel,
     data: TrainingSet,
     objective: Objective,
     config: OptimiserConfig,
     checkpoints: Path,
-    show: Callable[[StepRecord], dict[str, str]],
+    show: Callable[[StepRecord], dict[str, float]],
     validate: Validation,
     pure: bool = True,
 ) -> list[StepRecord]:
@@ -169,13 +170,13 @@ def run_training(
     """
     records: list[StepRecord] = []
     logged = 0
-    mirror = Mirror(checkpoints) if tracking.is_main_process() else None
-    for record in train(model, data, objective, loop_settings(config), checkpoints, run.say, validate, pure):
+    mirror = Mirror(checkpoints) if is_main_process() else None
+    for record in train(model, data, objective, loop_settings(config), checkpoints, run.log, validate, pure):
         records.append(record)
         if mirror:
             mirror.push()
-        speed = f"{record.tokens / record.seconds:.0f}"
-        run.progress(record.step, record.total_steps, loss=f"{record.loss:.4f}", tokens_per_s=speed, **show(record))
+        metrics = {"loss": record.loss, "tokens_per_s": record.tokens / record.seconds} | show(record)
+        run.progress(record.step, record.total_steps, metrics=metrics)
         if len(records) - logged >= LOG_EVERY_STEPS:
             run.log_metrics([(r.step, step_metrics(r)) for r in records[logged:]])
             logged = len(records)

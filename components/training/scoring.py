@@ -26,7 +26,8 @@ from components.engine.loop import completion_logps
 from components.engine.models import PackedModel
 from components.engine.packing import Example
 from components.engine.processes import processes
-from components.tracking import run as tracking
+from components.tracking import store
+from components.tracking.run import StageRun, is_main_process
 
 Scores = NDArray[np.float64]
 
@@ -69,7 +70,7 @@ class TokenLogps:
 
 
 def score(
-    run: tracking.StageRun,
+    run: StageRun,
     open_model: Callable[[], PackedModel],
     how: ModelConfig,
     model_digest: str,
@@ -98,16 +99,16 @@ def score(
     layout = [how.precision, how.head_precision, how.quantization, how.max_length, as_trained and how.tuning == "full"]
     key = digest([model_digest, tokens, layout, modules_digest("components.engine.loop")])
     name = f"{key}.safetensors"
-    cache = tracking.home() / "cache" / "logps" / name
+    cache = store.home() / "cache" / "logps" / name
     places = ({"the model's folder": look_in / name} if look_in else {}) | {"the cache": cache}
     lengths_EC = np.array([[len(c) for c in example.completions] for example in examples], dtype=np.int64)
     processes()
     # The main process decides for all, which would wait for each other in vain otherwise.
-    mine = _find(run, places, lengths_EC, what) if tracking.is_main_process() else None
+    mine = _find(run, places, lengths_EC, what) if is_main_process() else None
     kept: TokenLogps | None = broadcast_object_list([mine])[0]
 
     def progress(done: int) -> None:
-        run.progress(done, len(examples), scoring=what)
+        run.progress(done, len(examples), f"log-probs of {what}")
 
     if kept is None:
         found = completion_logps(open_model(), examples, progress)
@@ -118,19 +119,19 @@ def score(
     return kept
 
 
-def _find(run: tracking.StageRun, places: dict[str, Path], lengths_EC: Any, what: str) -> TokenLogps | None:
+def _find(run: StageRun, places: dict[str, Path], lengths_EC: Any, what: str) -> TokenLogps | None:
     for name, path in places.items():
         found = _load(path, lengths_EC)
         if found is not None:
-            run.say(f"log-probs of {what}: {len(lengths_EC)} examples from {name}")
+            run.log(f"log-probs of {what}: {len(lengths_EC)} examples from {name}")
             return found
         if path.exists():
-            run.say(f"log-probs of {what}: {path.name} in {name} is damaged and passed over")
+            run.log(f"log-probs of {what}: {path.name} in {name} is damaged and passed over")
     return None
 
 
 def _keep(path: Path, logps: TokenLogps) -> None:
-    if not tracking.is_main_process():
+    if not is_main_process():
         return
     with replacing(path) as aside:
         save_file({"logps": logps.values_N}, aside, metadata={"sha256": _checksum(logps.values_N)})

@@ -1,8 +1,8 @@
 """sft and dpo on several nodes: the step becomes a Kubeflow TrainJob, whose log and fate are the step's own.
 
-The step brings its inputs to the place that `cluster.state` names, starts a job whose nodes run `python -m components
-sft` under torchrun, and takes the output back. A step that is started again finds the job of the attempt before and
-follows it; after a failed one it starts a new job, which goes on from the checkpoint.
+The step uploads its inputs to the location that `cluster.state` names, starts a job whose nodes run
+`python -m components sft` under torchrun, and downloads the output. A step that is started again finds the job of the
+previous attempt and follows it; after a failed one it starts a new job, which resumes from the checkpoint.
 """
 
 import functools
@@ -19,13 +19,13 @@ from typing import Any
 
 import yaml
 
-from components.common.errors import KubealignError
+from components.common.errors import KubealignError, KubernetesApiError, single_line
 from components.common.files import digest, verify_manifest
 from components.common.images import TRAIN_IMAGE
 from components.config.loading import validated
 from components.config.sections import ClusterConfig, ModelConfig, OptimiserConfig
-from components.tracking import run as tracking
-from components.tracking import storage
+from components.tracking import events, storage, store
+from components.tracking.run import KFP_RUN_VARIABLE, parent_run
 
 VARIABLE = "KUBEALIGN_CLUSTER"
 """Environment variable of a step that is to run on several nodes: the section `cluster` as JSON."""
@@ -35,7 +35,7 @@ SECRETS = "/var/run/kubealign"
 """Where the nodes find a file for every secret, named as the environment variable that it becomes."""
 MLFLOW_KEYS = {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"}
 S3_KEYS = {"access_key": "AWS_ACCESS_KEY_ID", "secret_key": "AWS_SECRET_ACCESS_KEY"}
-PASSED_ON = ("MLFLOW_EXPERIMENT_NAME", "AWS_DEFAULT_REGION", tracking.KFP_RUN_VARIABLE)
+PASSED_ON = ("MLFLOW_EXPERIMENT_NAME", "AWS_DEFAULT_REGION", KFP_RUN_VARIABLE)
 KEY_LABEL = "kubealign/key"
 POLL_S = 5.0
 PATIENCE_S = 600.0
@@ -66,7 +66,7 @@ def run_on_nodes(
     """Run `sft` or `dpo` as a TrainJob and wait for its end.
 
     Args:
-        cluster: nodes, image, resources, and the place that all of them see.
+        cluster: nodes, image, resources, and the location that all of them see.
         stage: `sft` or `dpo`.
         config: of the stage.
         model: how the model is run and tuned.
@@ -81,20 +81,20 @@ def run_on_nodes(
     """
     sections = {stage: config.model_dump(mode="json"), "model": model.model_dump(mode="json")}
     digests = {name: verify_manifest(folder) for name, folder in inputs.items()}
-    run = os.environ.get(tracking.KFP_RUN_VARIABLE, "")
+    run = os.environ.get(KFP_RUN_VARIABLE, "")
     key = digest([stage, sections, digests, cluster.model_dump(mode="json"), run])[:12]
-    state = str(tracking.home()) if cluster.state.startswith("pvc:") else cluster.state.rstrip("/")
+    state = str(store.home()) if cluster.state.startswith("pvc:") else cluster.state.rstrip("/")
     job = f"{state}/jobs/{stage}-{key}"
     if not storage.exists(f"{job}/result.json"):
         shared = {name: f"{state}/inputs/{digests[name]}" for name in inputs}
         for name, folder in inputs.items():
-            storage.push(folder, shared[name])
+            storage.upload(folder, shared[name])
         storage.write(f"{job}/params.yaml", yaml.safe_dump(sections))
-        words = [f"--{name}={place}" for name, place in shared.items()]
+        words = [f"--{name}={location}" for name, location in shared.items()]
         words += [f"--params={job}/params.yaml", f"--out={job}/out", f"--result={job}/result.json"]
         TrainJob(cluster, stage, key, words).run()
     result = json.loads(storage.read(f"{job}/result.json"))
-    storage.pull(f"{job}/out", out)
+    storage.download(f"{job}/out", out)
     storage.remove(job)
     return str(result["run_id"]), dict(result["metrics"])
 
@@ -164,17 +164,17 @@ class TrainJob:
                     pod_patch(cluster, self.stage),
                 ],
             )
-        print(f"[note] {self.stage} TrainJob {name} on {cluster.nodes} nodes is started", flush=True)
+        events.note(self.stage, f"TrainJob {name} on {cluster.nodes} nodes is started")
         return name
 
     def _environment(self) -> dict[str, str]:
         cluster = self.cluster
         known = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
-        known |= {"MLFLOW_TRACKING_URI": cluster.mlflow_uri, "KUBEALIGN_PARENT_RUN": tracking.parent_run()}
+        known |= {"MLFLOW_TRACKING_URI": cluster.mlflow_uri, "KUBEALIGN_PARENT_RUN": parent_run()}
         known |= {"AWS_ENDPOINT_URL": cluster.s3_endpoint} if cluster.s3_endpoint else {}
-        place = {"KUBEALIGN_HOME": HOME} if cluster.state.startswith("pvc:") else {"KUBEALIGN_STATE": cluster.state}
+        state = {"KUBEALIGN_HOME": HOME} if cluster.state.startswith("pvc:") else {"KUBEALIGN_STATE": cluster.state}
         secrets = {"KUBEALIGN_SECRETS": SECRETS} if cluster.mlflow_secret or cluster.s3_secret else {}
-        return {name: value for name, value in (known | place | secrets).items() if value}
+        return {name: value for name, value in (known | state | secrets).items() if value}
 
     def _running(self) -> str:
         """The job of an attempt before, when it has not failed; a failed one is removed."""
@@ -185,7 +185,7 @@ class TrainJob:
             if job["metadata"].get("deletionTimestamp") or _condition(job)[0] == "Failed":
                 self._remove(name)
             else:
-                print(f"[note] {self.stage} TrainJob {name} of an attempt before is followed", flush=True)
+                events.note(self.stage, f"TrainJob {name} of a previous attempt is followed")
                 return name
         return ""
 
@@ -201,8 +201,8 @@ class TrainJob:
                 with _explained(f"ask for the TrainJob {self.name}"):
                     state, message = _condition(self.api.get_namespaced_custom_object(*self._kind(), self.name))
                 answered = time.monotonic()
-            except KubernetesTrouble as error:
-                if not error.passing or time.monotonic() - answered > PATIENCE_S:
+            except KubernetesApiError as error:
+                if not error.retryable or time.monotonic() - answered > PATIENCE_S:
                     raise
             ended.wait(POLL_S if state not in ("Complete", "Failed") else 0)
         ended.set()
@@ -224,7 +224,7 @@ class TrainJob:
                         printed = number + 1
             except (RuntimeError, TimeoutError) as error:
                 if last and not printed:
-                    print(f"[note] {self.stage} no log: {tracking.one_line(str(error))}", flush=True)
+                    events.note(self.stage, f"no log: {error}")
             ended.wait(POLL_S)
 
     def _print_other_logs(self) -> None:
@@ -242,11 +242,11 @@ class TrainJob:
         try:
             with _explained(f"remove the TrainJob {name}"):
                 self.client.delete_job(name)
-        except KubernetesTrouble as error:
+        except KubernetesApiError as error:
             cause = error.__cause__ and (error.__cause__.__cause__ or error.__cause__)
             if isinstance(cause, ApiException) and cause.status == 404:
                 return
-            print(f"[note] {self.stage} {error}", flush=True)
+            events.note(self.stage, str(error))
 
     def _kind(self) -> tuple[str, str, str, str]:
         return "trainer.kubeflow.org", "v1alpha1", self.client.backend.namespace, "trainjobs"
@@ -314,14 +314,6 @@ def pod_patch(cluster: ClusterConfig, stage: str) -> Any:
     )
 
 
-class KubernetesTrouble(KubealignError):
-    """Kubernetes refused, failed or did not answer; `passing` when a later try may succeed."""
-
-    def __init__(self, message: str, passing: bool) -> None:
-        super().__init__(message)
-        self.passing = passing
-
-
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
     """Make one sentence of what Kubeflow's client raises, with the reason that the server gave."""
@@ -338,8 +330,8 @@ def _explained(what: str) -> Iterator[None]:
         said = f"{error}: {said}" if cause is not error else said
         if isinstance(error, ConfigException):
             said = f"{said}; on several nodes a step runs in a cluster"
-        text = tracking.without_credentials(tracking.one_line(said))[:600]
-        raise KubernetesTrouble(f"cannot {what}: {text}", not 400 <= status < 500 or status == 429) from error
+        text = store.without_credentials(single_line(said))[:600]
+        raise KubernetesApiError(f"cannot {what}: {text}", not 400 <= status < 500 or status == 429) from error
 
 
 def _message(error: Any) -> str:

@@ -37,10 +37,11 @@ def validate(
 
     from components.config.loading import section
     from components.config.sections import ModelConfig, ValidateConfig
-    from components.tracking.run import boundary, show_metrics
+    from components.tracking.errors import report_errors
+    from components.tracking.run import show_metrics
     from components.validate.stage import run_validate
 
-    with boundary("validate"):
+    with report_errors("validate"):
         run_id, counts = run_validate(
             section(ValidateConfig, validate_section),
             section(ModelConfig, model_section, base=base.metadata.get("reference", "base")),

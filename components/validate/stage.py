@@ -12,12 +12,12 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from components.common.errors import DataStop, InputError
+from components.common.errors import DataValidationError, InputError
 from components.common.files import read_json, replacing_folder, write_json, write_manifest, write_text
 from components.config.sections import ModelConfig, ValidateConfig
 from components.dataset.distribution import MEASURES, PREVIOUS, Distribution, distance, length_bucket
 from components.dataset.records import SPLITS, parse_line, raw_lines, schema_problem
-from components.tracking import run as tracking
+from components.tracking.run import StageRun, stage_run
 from components.validate.bias import ALL, Bias, find_bias, statistics
 from components.validate.checks import KINDS, TOO_LONG, Check, row_checks, statistic_checks, with_severities
 from components.validate.duplicates import Listed, mark_prompts, mark_rows, read_listed
@@ -56,12 +56,12 @@ def run_validate(
         id of the MLflow run, and the counts and shares as metrics.
 
     Raises:
-        DataStop: a check with severity `stop` fails, there are too many bad rows, or too few good ones. The reports are
-            written first.
+        DataValidationError: a check with severity `stop` fails, there are too many bad rows, or too few good ones. The
+            reports are written first.
         InputError: a file that is not JSON lines.
     """
     params = config.model_dump() | {"max_length": model.max_length}
-    with tracking.stage_run("validate", params) as run:
+    with stage_run("validate", params) as run:
         overall = with_severities(statistic_checks(), config)
         checked = check_rows(config, model, dataset, base_model, run)
         sets, sides, checks, failed = checked.sets, checked.sides, checked.checks, checked.failed
@@ -91,7 +91,7 @@ def run_validate(
         for path in (clean_out / "validation.json", html_out):
             run.log_artifact(path)
         for name in KINDS:
-            run.say(f"{name}: {summaries[name]['rows']} rows = {_counts(summaries[name], model.max_length)}")
+            run.log(f"{name}: {summaries[name]['rows']} rows = {_counts(summaries[name], model.max_length)}")
         _stop_when_bad(config, summaries)
         return run.run_id, metrics
 
@@ -108,9 +108,7 @@ class Checked:
     suite: Suite
 
 
-def check_rows(
-    config: ValidateConfig, model: ModelConfig, dataset: Path, base_model: Path, run: tracking.StageRun
-) -> Checked:
+def check_rows(config: ValidateConfig, model: ModelConfig, dataset: Path, base_model: Path, run: StageRun) -> Checked:
     """Look at every row of both data sets, and write nothing.
 
     Raises:
@@ -135,7 +133,7 @@ def _read_list(config: ValidateConfig, dataset: Path) -> Listed | None:
 
 
 def _scan(
-    config: ValidateConfig, model: ModelConfig, dataset: Path, base_model: Path, run: tracking.StageRun
+    config: ValidateConfig, model: ModelConfig, dataset: Path, base_model: Path, run: StageRun
 ) -> tuple[dict[str, Found], dict[str, NDArray[np.uint8]]]:
     """Each data set as columns, and the side of every row as its position in SPLITS."""
     paths = {name: [dataset / name / f"{split}.jsonl" for split in SPLITS] for name in KINDS}
@@ -155,7 +153,7 @@ def _scan(
                     parts.append(part)
                     side.append(np.full(len(part.columns["line"]), position, np.uint8))
                     done += part.size
-                    run.progress(min(total, (done >> 10) + 1), total, reading=name, unit="KiB")
+                    run.progress(min(total, (done >> 10) + 1), total, f"KiB of {name}")
                 if len(parts) == before:
                     raise InputError(f"{path}: no rows; expected at least one")
             sets[name], sides[name] = join_found(parts), np.concatenate(side)
@@ -354,7 +352,7 @@ def _stop_when_bad(config: ValidateConfig, summaries: Summary) -> None:
     for name in KINDS:
         for check in every_check(summaries[name]):
             if check["severity"] == "stop" and check["failed"]:
-                raise DataStop(
+                raise DataValidationError(
                     f"{name}: {check['failed']} fail `{check['name']}`: {check['advice']}; see the validation report"
                 )
     for name in KINDS:
@@ -364,7 +362,7 @@ def _stop_when_bad(config: ValidateConfig, summaries: Summary) -> None:
         if share > config.max_quarantined:
             errors = [c for c in summary["checks"] if c["severity"] == "error" and c["name"] != TOO_LONG]
             worst = max(errors, key=lambda c: int(c["failed"]))
-            raise DataStop(
+            raise DataValidationError(
                 f"{name}: {bad} of {summary['rows']} rows are bad ({share:.1%}; validate"
                 f".max_quarantined allows {config.max_quarantined:.1%}); most fail `{worst['name']}`"
                 f" ({worst['failed']}): {worst['advice']}; see the validation report"

@@ -19,7 +19,8 @@ import yaml
 from components.common.errors import InputError
 from components.config.loading import load_config
 from components.config.sections import PARAMS, Config
-from components.tracking import run as tracking
+from components.tracking import store
+from components.tracking.run import KFP_RUN_VARIABLE, PARENT_VARIABLES
 from pipelines.ci.plan import data_changed
 from pipelines.ci.revisions import Revision, default_base, find_commit, is_own, opened_repository
 from pipelines.data.versions import KINDS, diff
@@ -121,10 +122,10 @@ def _validation(root: Path, config: Config, commit: str) -> tuple[bool, list[str
 
 def _step(folder: Path, *words: str) -> str:
     """Run a stage; returns its error message, or nothing."""
-    own = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", tracking.HOME_VARIABLE: str(folder / "home")}
+    own = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", store.HOME_VARIABLE: str(folder / "home")}
     if os.environ.get("MLFLOW_TRACKING_URI"):  # a base model may be in the team's registry; runs are not for it
-        own.setdefault("MLFLOW_REGISTRY_URI", os.environ.get("MLFLOW_REGISTRY_URI") or tracking.tracking_uri())
-    unwanted = (*tracking.PARENT_VARIABLES, tracking.KFP_RUN_VARIABLE)
+        own.setdefault("MLFLOW_REGISTRY_URI", os.environ.get("MLFLOW_REGISTRY_URI") or store.tracking_uri())
+    unwanted = (*PARENT_VARIABLES, KFP_RUN_VARIABLE)
     inherited = {name: value for name, value in os.environ.items() if name not in unwanted}
     done = subprocess.run(
         [sys.executable, "-P", "-m", "components", *words],
@@ -137,7 +138,7 @@ def _step(folder: Path, *words: str) -> str:
         return ""
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     said = errors[-1].removeprefix("error: ") if errors else f"{words[0]} ended with code {done.returncode}"
-    return tracking.without_credentials(said).replace(f"{folder}/", "")
+    return store.without_credentials(said).replace(f"{folder}/", "")
 
 
 def _refused(folder: Path) -> list[str]:

@@ -16,25 +16,26 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-from components.common.errors import KubealignError
+from components.common.errors import (
+    InterruptedRunError,
+    KubealignError,
+    KubeflowApiError,
+    RunPendingError,
+    WaitTimeoutError,
+)
 from components.common.files import read_json, write_json
 from components.config.loading import load_config
 from components.config.sections import PARAMS
-from components.tracking import run as tracking
+from components.tracking import store
 from pipelines.alignment import NAME
 from pipelines.ci.job import Job
-from pipelines.kubeflow import RunState, Server, ServerTrouble, TimeIsUp, submit
-from pipelines.local.runner import Stopped
+from pipelines.kubeflow import RunState, Server, submit
 
 STATE = "retrain.json"
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0
 CANCEL_WITHIN_S = 6.0
 """CI systems end a job for good some seconds after they asked it to stop; GitHub Actions after ten."""
 T = TypeVar("T")
-
-
-class Unfinished(KubealignError):
-    """The run may still come to a verdict; the same command goes on."""
 
 
 def run_on_kubeflow(job: Job) -> tuple[str, str]:
@@ -49,16 +50,16 @@ def run_on_kubeflow(job: Job) -> tuple[str, str]:
                 start = partial(_adopt_or_start, job, server, state["name"])
                 state["run_id"] = _retry(job, job.retry_timeout_s, start)
                 write_json(file, state)
-            job.say(server.link(state["run_id"]))
-            ended = server.wait(state["run_id"], _teller(job), job.timeout_s, job.retry_timeout_s)
-    except Stopped:
+            job.log(server.link(state["run_id"]))
+            ended = server.wait(state["run_id"], _log_changes(job), job.timeout_s, job.retry_timeout_s)
+    except InterruptedRunError:
         _cancel(job, server, state)
         raise
-    except (ServerTrouble, TimeIsUp) as error:
-        if isinstance(error, ServerTrouble) and not error.passing:
+    except (KubeflowApiError, WaitTimeoutError) as error:
+        if not error.retryable:
             file.unlink(missing_ok=True)
             raise
-        raise Unfinished(f"{error}\nnothing is lost; the same command goes on: {_command()}") from error
+        raise RunPendingError(f"{error}\nnothing is lost; the same command goes on: {_command()}") from error
     file.unlink(missing_ok=True)
     if ended.state != "SUCCEEDED":
         raise KubealignError(_failure(server, ended))
@@ -71,7 +72,7 @@ def _state(job: Job, server: Server) -> dict[str, str]:
     if file.is_file():
         found = read_json(file)
         if (found.get("key"), found.get("endpoint")) == (job.key, server.endpoint):
-            job.say(f"going on with run {found['run_id'] or '(not started yet)'} of {file}")
+            job.log(f"going on with run {found['run_id'] or '(not started yet)'} of {file}")
             return dict(found)
     name = f"{NAME} {job.commit[:12]} {job.key}" + (f" again {uuid.uuid4().hex[:8]}" if job.rerun else "")
     return {"key": job.key, "endpoint": server.endpoint, "name": name, "run_id": ""}
@@ -80,10 +81,10 @@ def _state(job: Job, server: Server) -> dict[str, str]:
 def _adopt_or_start(job: Job, server: Server, name: str) -> str:
     under_way = server.under_way(name)
     if under_way:
-        job.say(f"a run of this key is under way: {under_way[0]}")
+        job.log(f"a run of this key is under way: {under_way[0]}")
         return under_way[0]
     run_id, version = submit(job.config, server, name=name, caching=not job.rerun)
-    job.say(f"run {run_id} of version {version}")
+    job.log(f"run {run_id} of version {version}")
     return run_id
 
 
@@ -93,42 +94,43 @@ def _retry(job: Job, retry_timeout_s: float, call: Callable[[], T]) -> T:
     while True:
         try:
             return call()
-        except ServerTrouble as error:
-            if not error.passing or time.monotonic() + delay_s > deadline:
+        except KubeflowApiError as error:
+            if not error.retryable or time.monotonic() + delay_s > deadline:
                 raise
-            job.say(f"{error}; again in {delay_s:.0f} s")
+            job.log(f"{error}; again in {delay_s:.0f} s")
             time.sleep(delay_s)
             delay_s = min(2 * delay_s, LONGEST_DELAY_S)
 
 
-def _teller(job: Job) -> Callable[[RunState], None]:
+def _log_changes(job: Job) -> Callable[[RunState], None]:
+    """A callback for `Server.wait` that logs each change of a step's state."""
     shown: dict[str, str] = {}
 
-    def tell(state: RunState) -> None:
+    def on_change(state: RunState) -> None:
         for step in state.steps:
             if shown.get(step.name) != step.state:
                 shown[step.name] = step.state
-                job.say(f"{step.name}: {step.state.lower()}")
+                job.log(f"{step.name}: {step.state.lower()}")
 
-    return tell
+    return on_change
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `Stopped`, once."""
+    """SIGINT and SIGTERM raise `InterruptedRunError`, once."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         for each in numbers:
             signal.signal(each, lambda *_: None)
-        raise Stopped(number, "canceled")
+        raise InterruptedRunError(number, "canceled")
 
     for number in numbers:
         signal.signal(number, stop)
     try:
         yield
-    except Stopped:
+    except InterruptedRunError:
         raise  # a second signal must not end the cancelling
     except BaseException:
         _restore(before)
@@ -163,11 +165,11 @@ def _cancel(job: Job, server: Server, state: dict[str, str]) -> None:
     def cancel() -> None:
         for run_id in [state["run_id"]] if state["run_id"] else server.under_way(state["name"]):
             server.cancel(run_id)
-            job.say(f"{run_id}: is being canceled")
+            job.log(f"{run_id}: is being canceled")
 
     try:
         _retry(job, CANCEL_WITHIN_S, cancel)
-    except ServerTrouble as error:
+    except KubeflowApiError as error:
         print(f"warning: the run could not be canceled: {error}; `kubealign ci cancel` does", file=sys.stderr)
     else:
         (job.out / STATE).unlink(missing_ok=True)
@@ -184,11 +186,11 @@ def _failure(server: Server, ended: RunState) -> str:
 
 def _parent_of(kfp_run: str) -> str:
     """The parent run in MLflow of a run on Kubeflow."""
-    client = tracking.client()
+    client = store.client()
     query = f"tags.`kubealign.kfp_run` = '{kfp_run}'"
-    found = client.search_runs([tracking.experiment_id(client)], query, max_results=1)
+    found = client.search_runs([store.experiment_id(client)], query, max_results=1)
     if not found:
-        where = tracking.without_credentials(tracking.tracking_uri())
+        where = store.without_credentials(store.tracking_uri())
         raise KubealignError(
             f"run {kfp_run} succeeded, but MLflow at {where} knows nothing of it; is it another server?"
         )

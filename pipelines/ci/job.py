@@ -47,8 +47,8 @@ class Job:
     def order(self) -> outcome.Order:
         return outcome.Order(self.commit, self.key, next(iter(self.facts.data.digests.values())))
 
-    def say(self, sentence: str) -> None:
-        self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    def log(self, message: str) -> None:
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def make_job(

@@ -21,26 +21,18 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from components.common.errors import InputError, KubealignError
+from components.common.errors import ApiError, InputError, KubealignError, RequestRejectedError
 
 URL, SECRET = "KUBEALIGN_WEBHOOK_URL", "KUBEALIGN_WEBHOOK_SECRET"
 TRIES = 5
 FIRST_DELAY_S = 1.0
 """Before the second try; doubled before every further one."""
 ANSWER_S = 10.0
-PASSING = (408, 425, 429)
+RETRYABLE = (408, 425, 429)
 """Answers below 500 after which a later try may succeed."""
 MAX_COMMENT = 65_000
 """GitHub takes 65536 characters."""
 MARKER = re.compile(r"<!-- kubealign:[\w-]+ -->")
-
-
-class Refused(KubealignError):
-    """A server's answer that is an error."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
@@ -65,8 +57,8 @@ def ask(method: str, url: str, body: bytes | None, headers: dict[str, str], show
         tries: how often; once for what must not happen twice.
 
     Raises:
-        Refused: the server says no.
-        KubealignError: it failed so often.
+        RequestRejectedError: the server says no.
+        ApiError: it failed so often; a later try may succeed.
     """
     delay_s, problem = FIRST_DELAY_S, ""
     for number in range(tries):
@@ -80,12 +72,12 @@ def ask(method: str, url: str, body: bytes | None, headers: dict[str, str], show
                 return found
         except urllib.error.HTTPError as error:
             problem = f"answered {error.code}"
-            if error.code < 500 and error.code not in PASSING:
+            if error.code < 500 and error.code not in RETRYABLE:
                 said = " ".join(error.read(2000).decode(errors="replace").split())[:200]
-                raise Refused(f"{shown} {problem}: {said}", error.code) from None
+                raise RequestRejectedError(f"{shown} {problem}: {said}", error.code) from None
         except (OSError, http.client.HTTPException) as error:
             problem = f"does not answer ({type(getattr(error, 'reason', error)).__name__})"
-    raise KubealignError(f"{shown} {problem}" + (f", {tries} times" if tries > 1 else ""))
+    raise ApiError(f"{shown} {problem}" + (f", {tries} times" if tries > 1 else ""), retryable=True)
 
 
 @dataclass(frozen=True, repr=False)
@@ -186,7 +178,7 @@ class GitHub:
                 self._ask("POST", f"issues/{pull_request}/comments", {"body": text}, tries=1)
             except KubealignError as error:
                 # It may have been made all the same: look before the next try.
-                if isinstance(error, Refused) or number + 1 == TRIES:
+                if not error.retryable or number + 1 == TRIES:
                     raise
                 time.sleep(FIRST_DELAY_S * 2**number)
             else:
@@ -207,7 +199,7 @@ class GitHub:
         """Give a comment a new text; False when it is somebody else's, with our marker in it."""
         try:
             self._ask("PATCH", f"issues/comments/{comment}", {"body": text})
-        except Refused as error:
+        except RequestRejectedError as error:
             if error.status == 403:
                 return False
             raise
@@ -234,4 +226,4 @@ class GitHub:
         try:
             return json.loads(answer)
         except ValueError as error:
-            raise KubealignError(f"GitHub gave an answer that is no JSON; check GITHUB_API_URL ({error})") from error
+            raise ApiError(f"GitHub gave an answer that is no JSON; check GITHUB_API_URL ({error})", True) from error

@@ -8,16 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from components.common.errors import InputError, KubealignError
+from components.common.errors import InputError, InterruptedRunError, KubealignError, RunPendingError
 from components.config.loading import load_config
 from components.config.sections import PARAMS
-from components.tracking import run as tracking
+from components.tracking import store
+from components.tracking.errors import explain_mlflow_error, is_mlflow_failure
 from pipelines.ci import notify, outcome
-from pipelines.ci.follow import Unfinished, run_on_kubeflow
+from pipelines.ci.follow import run_on_kubeflow
 from pipelines.ci.job import Job
 from pipelines.local.display import Display
 from pipelines.local.results import load_result, show_result
-from pipelines.local.runner import Stopped, run_pipeline
+from pipelines.local.runner import run_pipeline
 
 
 def retrain(job: Job) -> int:
@@ -34,42 +35,47 @@ def retrain(job: Job) -> int:
     try:
         return _come_to_a_verdict(job, hook)
     except Exception as error:
-        told = error if isinstance(error, KubealignError) else _trouble_with_mlflow(error)
-        if told is None:
+        explained = _explained(error)
+        if explained is None:
             raise
-        state = "canceled" if isinstance(told, Stopped) else "unfinished" if isinstance(told, Unfinished) else "failed"
-        _tell(hook, job, "failed", outcome.write_failure(job.out, job.order, state, str(told)))
-        raise told from error
+        failure = outcome.write_failure(job.out, job.order, _state_after(explained), str(explained))
+        _notify(hook, job, "failed", failure)
+        raise explained from error
+
+
+def _state_after(error: KubealignError) -> str:
+    if isinstance(error, InterruptedRunError):
+        return "canceled"
+    return "unfinished" if isinstance(error, RunPendingError) else "failed"
 
 
 def _come_to_a_verdict(job: Job, hook: notify.Webhook | None) -> int:
     versions = {Path(name).name: value[:8] for name, value in job.facts.data.digests.items()}
     data = ", ".join(f"{name} {value}" for name, value in versions.items())
-    job.say(f"commit    {job.commit[:12]}  ({data}; base model {job.facts.base.digest[:8]})")
-    job.say(f"key       {job.key}")
+    job.log(f"commit    {job.commit[:12]}  ({data}; base model {job.facts.base.digest[:8]})")
+    job.log(f"key       {job.key}")
     known = None if job.rerun else judged_before(job)
     if known:
         outcome.write_verdict(job.out, job.order, known, new=False)
-        job.say("This commit's data, settings and code were judged before; --rerun forces a new run.")
+        job.log("This commit's data, settings and code were judged before; --rerun forces a new run.")
         show_result(job.console, known)
         return 0
     run_id, link = run_on_kubeflow(job) if job.runner == "kubeflow" else _here(job)
     result = _checked(job, load_result(run_id))
     found = outcome.write_verdict(job.out, outcome.Order(**vars(job.order) | {"link": link}), result, new=True)
     show_result(job.console, result)
-    _tell(hook, job, "verdict", found)
+    _notify(hook, job, "verdict", found)
     return 0
 
 
-def _trouble_with_mlflow(error: Exception) -> KubealignError | None:
-    """A sentence for what MLflow, or the way to it, refused."""
-    if not type(error).__module__.startswith(("mlflow.", "sqlalchemy.", "requests.")):
-        return None
-    where, said = tracking.tracking_uri(), tracking.one_line(str(error))[:300]
-    return KubealignError(tracking.without_credentials(f"MLflow at {where}: {said}"))
+def _explained(error: Exception) -> KubealignError | None:
+    """The error for a person; None for one that is a bug."""
+    if isinstance(error, KubealignError):
+        return error
+    return KubealignError(explain_mlflow_error(error)) if is_mlflow_failure(error) else None
 
 
-def _tell(hook: notify.Webhook | None, job: Job, kind: str, data: dict[str, Any]) -> None:
+def _notify(hook: notify.Webhook | None, job: Job, kind: str, data: dict[str, Any]) -> None:
     """Deliver what happened. A receiver that is down changes nothing of it."""
     if hook is None:
         return
@@ -81,11 +87,11 @@ def _tell(hook: notify.Webhook | None, job: Job, kind: str, data: dict[str, Any]
 
 def judged_before(job: Job) -> dict[str, Any] | None:
     """The result of the newest run with the same key whose version still is in the registry."""
-    client = tracking.client()
+    client = store.client()
     facts = {"lineage": job.facts.lineage, "config": job.facts.config, "code_evaluate": job.facts.code["evaluate"]}
     query = " AND ".join(["tags.`kubealign.stage` = 'resolve'", *(f"params.{k} = '{v}'" for k, v in facts.items())])
     order = ["attributes.start_time DESC"]
-    for found in client.search_runs([tracking.experiment_id(client)], query, order_by=order, max_results=50):
+    for found in client.search_runs([store.experiment_id(client)], query, order_by=order, max_results=50):
         parent = found.data.tags.get("mlflow.parentRunId")
         tags = client.get_run(parent).data.tags if parent else {}
         if not tags.get("kubealign.version", "").startswith(f"models:/{job.config.register_.name}/"):
@@ -124,15 +130,15 @@ def version_summary(root: Path, version: str) -> str:
     Raises:
         InputError: there is no run that made or judged it.
     """
-    client = tracking.client()
+    client = store.client()
     uri = f"models:/{load_config(root / PARAMS).register_.name}/{version}"
     query = f"tags.`kubealign.version` = '{uri}'"
     if not version.isdigit():
         raise InputError(f"version {version!r}: expected a number, such as 3")
     order = ["attributes.start_time DESC"]
-    found = client.search_runs([tracking.experiment_id(client)], query, order_by=order, max_results=1)
+    found = client.search_runs([store.experiment_id(client)], query, order_by=order, max_results=1)
     if not found:
-        where = tracking.without_credentials(tracking.tracking_uri())
+        where = store.without_credentials(store.tracking_uri())
         raise InputError(f"{uri}: no run at {where} judged it")
     result = load_result(found[0].info.run_id)
     facts = outcome.Order(result["git_commit"], "", result["preferences_digest"])

@@ -9,10 +9,9 @@ from typing import Any
 
 import yaml
 
-from components.common.errors import InputError
+from components.common.errors import InputError, single_line
 from components.config.sections import PARAMS
 from components.sources.data import LOCK, commit_of, is_url
-from components.tracking.run import one_line
 
 MAIN = ("origin/main", "main")
 
@@ -54,7 +53,7 @@ class Revision:
         try:
             found = yaml.safe_load(self.text(path)) or {}
         except yaml.YAMLError as error:
-            raise InputError(f"{self.sha[:12]}:{path}: not valid YAML: {one_line(str(error))}") from error
+            raise InputError(f"{self.sha[:12]}:{path}: not valid YAML: {single_line(str(error))}") from error
         if not isinstance(found, dict):
             raise InputError(f"{self.sha[:12]}:{path}: expected keys and values, found {type(found).__name__}")
         return found

@@ -12,7 +12,7 @@ from components.common.errors import InputError
 from components.common.files import read_json, write_json
 from components.config.loading import load_config
 from components.config.sections import PARAMS
-from components.tracking import run as tracking
+from components.tracking import store
 from pipelines.commands.options import Overrides, Project
 from pipelines.project import project_folder, run_config
 
@@ -26,7 +26,7 @@ RunId = Annotated[str, typer.Argument(help="Kubeflow run id; by default the last
 
 
 def _last() -> Path:
-    return tracking.home() / "kubeflow.json"
+    return store.home() / "kubeflow.json"
 
 
 def _run_id(run_id: str) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 from components.common.errors import InputError, KubealignError
 from components.config.loading import load_config
 from components.config.sections import PARAMS
-from components.tracking import run as tracking
+from components.tracking import store
 from pipelines.commands.options import Project
 from pipelines.project import project_folder
 
@@ -135,7 +135,7 @@ def reproduce_(
 
 def _registry(project: Path | None, name: str) -> tuple[Any, str]:
     root = project_folder(project)
-    return tracking.client(), name or load_config(root / PARAMS).register_.name
+    return store.client(), name or load_config(root / PARAMS).register_.name
 
 
 def _version(client: Any, name: str, version: str) -> Any:
@@ -148,7 +148,7 @@ def _version(client: Any, name: str, version: str) -> Any:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        where = tracking.without_credentials(tracking.tracking_uri())
+        where = store.without_credentials(store.tracking_uri())
         raise InputError(f"{name} version {version}: not in the registry at {where}") from error
 
 

@@ -24,7 +24,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from components.common.errors import InputError, KubealignError
+from components.common.errors import InputError, InterruptedRunError, KubealignError
 from components.common.files import replacing, replacing_folder
 from components.config.sections import Config
 from components.dataset.records import SPLITS
@@ -33,7 +33,8 @@ from components.prepare.sources import ADDED, Sources, added_pairs, read_sources
 from components.prepare.stage import prepare_data
 from components.sources.base_model import EMBEDDED
 from components.sources.data import DATA_SETS
-from components.tracking import run as tracking
+from components.tracking import store
+from components.tracking.run import NoOpRun
 from pipelines.data.versions import Place, compare
 
 KNOWN = ("sources.lock", "splits.lock", "statistics.json", "decontaminate.jsonl")
@@ -43,14 +44,6 @@ BUSY = re.compile(r"acquire lock|is busy, it is being blocked")
 WAIT_S = 600
 ASK_EVERY_S = 2
 NAME = re.compile(r"\w[\w.-]*")
-
-
-class AddStopped(KubealignError):
-    """The command was stopped by a signal."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__("stopped; the same command goes on")
-        self.exit_code = 128 + number
 
 
 @dataclass(frozen=True)
@@ -92,10 +85,10 @@ def add(
 
     Raises:
         InputError: a file that cannot be used; nothing is written.
-        AddStopped: SIGINT or SIGTERM arrived.
+        InterruptedRunError: SIGINT or SIGTERM arrived.
     """
     data = root / "data"
-    scratch = tracking.home() / "workspace"
+    scratch = store.home() / "workspace"
     scratch.mkdir(parents=True, exist_ok=True)
     with _stoppable(), tempfile.TemporaryDirectory(prefix="add-", dir=scratch) as temporary:
         staged = Path(temporary) / "data"
@@ -121,7 +114,7 @@ def _stage(data: Path, staged: Path, config: Config, files: list[Path], facts: R
     converted = {}
     for name, paths in named.items():
         (staged / ADDED / name).mkdir()
-        converted[name], added = convert_files(paths, replace(facts, source=name), staged / ADDED / name, _tell)
+        converted[name], added = convert_files(paths, replace(facts, source=name), staged / ADDED / name, _print)
         _accept(name, converted[name], config.validate_.max_quarantined)
         record_added(staged / "sources.lock", name, added)
     prepare_data(config.prepare, staged)
@@ -138,7 +131,7 @@ def _findings(data: Path, staged: Path, config: Config, sources: set[str]) -> li
     sides = [staged / name / f"{split}.jsonl" for name in DATA_SETS for split in SPLITS]
     if not base.is_dir() or not all(path.stat().st_size for path in sides):
         return None
-    checked = check_rows(config.validate_, config.model, staged, base, tracking.SilentRun("validate"))
+    checked = check_rows(config.validate_, config.model, staged, base, NoOpRun("validate"))
     found = checked.sets["preferences"]
     mine = [position for position, name in enumerate(found.names["source"]) if name in sources]
     is_mine = np.isin(found.columns["source"], mine)
@@ -193,7 +186,7 @@ def _accept(name: str, converted: Converted, max_quarantined: float) -> None:
         )
 
 
-def _tell(sentence: str) -> None:
+def _print(sentence: str) -> None:
     print(sentence, flush=True)
 
 
@@ -218,7 +211,7 @@ def _dvc(root: Path, *words: str) -> None:
 def _run_dvc(root: Path, words: tuple[str, ...]) -> tuple[int, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = os.environ | {"PATH": path, "PYTHONSAFEPATH": "1", "DVC_NO_ANALYTICS": "1"}
-    environment[tracking.HOME_VARIABLE] = str(tracking.home())
+    environment[store.HOME_VARIABLE] = str(store.home())
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "dvc", *words],
         cwd=root,
@@ -244,7 +237,7 @@ def _stoppable() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         for each in before:
             signal.signal(each, signal.SIG_IGN)
-        raise AddStopped(number)
+        raise InterruptedRunError(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

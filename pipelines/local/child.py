@@ -1,34 +1,78 @@
-"""The child process in which KFP's local runner runs the pipeline; `kubealign run` starts it and reads what it prints.
+"""The child process in which KFP's local runner executes the pipeline; `kubealign run` starts it and reads its events.
 
-It leads a process group of its own, so that ending the group ends every step; it ends it itself when its parent dies.
+It leads its own process group, so that killing the group ends every step, and kills the group itself when its parent
+dies.
 """
 
 import ctypes
 import json
-import logging
 import os
 import signal
+import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 PR_SET_PDEATHSIG = 1
 
 
 def end_group(number: int = 0, frame: FrameType | None = None) -> None:
-    """End this process and every step it started."""
+    """Kill this process and every step it started."""
     os.killpg(0, signal.SIGKILL)
 
 
 def end_containers_too(number: int = 0, frame: FrameType | None = None) -> None:
-    """The same, when the steps run in containers, which are no children of this process."""
+    """Also end steps that run in containers, which are no children of this process."""
     from pipelines.local.containers import end_containers, engine
 
     try:
         end_containers(engine())
     finally:
         end_group()
+
+
+def report_cached_steps(report: Callable[[str], None]) -> None:
+    """Have KFP's local runner report each task that it serves from its cache, by the task's name.
+
+    KFP only logs such a hit as a sentence. Its orchestrator asks `kfp.local.cache.LocalCache` about each task in turn:
+    first for the key, by the component's name, then for the outputs under that key.
+    """
+    from kfp.local import cache
+
+    class ReportingCache(cache.LocalCache):  # type: ignore[misc]
+        """KFP's cache, whose hits are reported."""
+
+        def __init__(self, cache_root: str) -> None:
+            super().__init__(cache_root)
+            self._stages: dict[str, str] = {}
+
+        def compute_key(self, component_name: str, **inputs: Any) -> str:
+            """Remember which stage a key belongs to."""
+            key = str(super().compute_key(component_name=component_name, **inputs))
+            self._stages[key] = component_name.removeprefix("comp-")
+            return key
+
+        def get(self, key: str) -> Any:
+            """Report a hit."""
+            outputs = super().get(key)
+            if outputs is not None:
+                report(self._stages[key])
+            return outputs
+
+    cache.LocalCache = ReportingCache
+
+
+def run_step(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
+    """Run a step with this process's own standard output; returns its exit code.
+
+    Replaces `kfp.local.subprocess_task_handler.run_local_subprocess` and has its arguments. KFP decodes the output line
+    by line: one byte that is not UTF-8 would end the run, and an endless line would have to fit in memory.
+    """
+    environment = {**os.environ, **env_vars} if env_vars else None
+    return subprocess.run(full_command, env=environment, check=False).returncode
 
 
 def main() -> None:
@@ -39,14 +83,14 @@ def main() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     order = json.load(sys.stdin)
     warnings.filterwarnings("ignore", module="kfp")
-    # KFP says that a task was served from the cache only to the root logger.
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
     from kfp import local
+    from kfp.local import subprocess_task_handler
 
     from components.common.files import digest
     from components.config.loading import load_config
     from components.config.sections import PARAMS
-    from components.tracking.run import explain_os_error, one_line
+    from components.tracking import events
+    from components.tracking.errors import explain_os_error
     from pipelines.alignment import build_pipeline
     from pipelines.local.containers import runner as container_runner
 
@@ -56,7 +100,9 @@ def main() -> None:
         signal.signal(signal.SIGTERM, end_containers_too)
         runner = container_runner(project, order["arguments"])
     else:
+        subprocess_task_handler.run_local_subprocess = run_step
         runner = local.SubprocessRunner(use_venv=False)
+    report_cached_steps(events.cached)
     local.init(
         runner=runner,
         pipeline_root=str(home / "steps"),
@@ -69,11 +115,11 @@ def main() -> None:
     try:
         pipeline(**order["arguments"])
     except RuntimeError as error:
-        # The step has said on its own what went wrong; KFP only adds which step it was.
+        # The step has reported its own error; KFP only adds which step it was.
         print(error, file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        print(f"[error:1] pipeline {one_line(explain_os_error(error))}", flush=True)
+        events.error("pipeline", explain_os_error(error))
         sys.exit(1)
 
 

@@ -1,8 +1,8 @@
 """`kubealign run --runner docker`: the steps in our images on this machine, with exit codes that can be trusted.
 
-KFP's DockerRunner removes a container as soon as it ends and takes one that is gone for a success, so a failed step can
-pass under load; `run_container` takes its place. Containers are labelled with the project's home folder, which one run
-at a time may use: whatever a killed run left behind is ended before the next one begins.
+KFP's DockerRunner removes a container as soon as it exits and treats a missing one as a success, so under load a failed
+step can pass; `run_container` replaces that part of it. Containers carry the project's home folder as a label, and one
+run at a time may use that folder: whatever a killed run left behind is removed before the next one starts.
 """
 
 import configparser
@@ -19,24 +19,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.common.errors import InputError, KubealignError
+from components.common.errors import InputError, KubealignError, single_line
 from components.common.files import digest, sha256_file
 from components.common.images import DATA_IMAGE, TRAIN_IMAGE
 from components.common.provenance import DATA_SUFFIXES, PACKAGES
 from components.sources.data import is_url
-from components.tracking import run as tracking
+from components.tracking import store
 
 HOME_LABEL = "kubealign.home"
 CODE_LABEL = "kubealign.code"
 PASSED_ON = ("AWS_", "MLFLOW_TRACKING_", "GIT_", "KUBEALIGN_", "OMP_", "GOMP_")
-"""Beginnings of the environment variables that a step's container gets from this process."""
+"""Prefixes of the environment variables that a step's container inherits from this process."""
 STEP_FOLDERS = ("steps", "workspace", "checkpoints", "cache", "mlartifacts")
-"""Folders of the home folder that steps write to, as its owner."""
+"""Folders below the home folder that steps write to, as its owner."""
 SERVER_STARTS_WITHIN_S = 120
 
 
 def code_in_images() -> str:
-    """Digest of what the images hold of this project: the package `components` and the locked versions."""
+    """Digest of what the images contain of this project: the package `components` and the locked versions."""
     folder = PACKAGES / "components"
     files = [path for path in folder.rglob("*") if path.suffix in (".py", *DATA_SUFFIXES) and "tests" not in path.parts]
     hashes = {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
@@ -45,7 +45,7 @@ def code_in_images() -> str:
 
 
 def engine() -> Any:
-    """A client on the container engine (DOCKER_HOST, or the default socket).
+    """A client of the container engine (DOCKER_HOST, or the default socket).
 
     Raises:
         InputError: no engine answers.
@@ -58,13 +58,13 @@ def engine() -> Any:
     except docker.errors.DockerException as error:
         raise InputError(
             "no container engine answers; start Docker, or name its socket in DOCKER_HOST, or run without"
-            f" `--runner docker` ({tracking.one_line(str(error))[:200]})"
+            f" `--runner docker` ({single_line(str(error))[:200]})"
         ) from error
     return client
 
 
 def check_images(client: Any) -> None:
-    """Refuse images that are missing or were built from other code.
+    """Refuse images that are missing or were built from different code.
 
     Raises:
         InputError: `make images` is due.
@@ -81,10 +81,10 @@ def check_images(client: Any) -> None:
 
 
 def end_containers(client: Any) -> int:
-    """End and remove every container that steps of this home folder run in; returns how many there were."""
+    """Kill and remove every container of this home folder's steps; returns how many there were."""
     import docker
 
-    left = client.containers.list(all=True, filters={"label": f"{HOME_LABEL}={tracking.home()}"})
+    left = client.containers.list(all=True, filters={"label": f"{HOME_LABEL}={store.home()}"})
     for container in left:
         try:
             container.remove(force=True)
@@ -99,14 +99,14 @@ def end_containers(client: Any) -> int:
 def run_container(
     client: Any, image: str, command: list[str], volumes: dict[str, Any], **container_run_args: Any
 ) -> int:
-    """Run a step's container to its end, its output on ours; returns the exit code that the engine has recorded.
+    """Run a step's container and stream its output to ours; returns the exit code that the engine recorded.
 
-    Takes the place of `kfp.local.docker_task_handler.run_docker_container`, of which it has the arguments.
+    Replaces `kfp.local.docker_task_handler.run_docker_container` and has its arguments.
     """
     container = client.containers.create(image=image, command=command, volumes=volumes, **container_run_args)
     try:
         for chunk in output(container):
-            sys.stdout.write(chunk.decode(errors="replace"))
+            sys.stdout.buffer.write(chunk)
             sys.stdout.flush()
         return int(container.wait()["StatusCode"])
     finally:
@@ -114,7 +114,7 @@ def run_container(
 
 
 def output(container: Any) -> Iterator[bytes]:
-    """Start a container and give all that it writes; following its log would now and then lose the end."""
+    """Start a container and yield all its output; following its log occasionally loses the end."""
     chunks: Iterator[bytes] = container.attach(stream=True)
     container.start()
     return chunks
@@ -132,7 +132,7 @@ def runner(project: Path, arguments: dict[str, Any]) -> Any:
     from kfp.local import docker_task_handler
 
     docker_task_handler.run_docker_container = run_container
-    home = tracking.home()
+    home = store.home()
     owner = home.stat()
     return local.DockerRunner(
         network_mode="host",
@@ -152,21 +152,21 @@ def runner(project: Path, arguments: dict[str, Any]) -> Any:
 
 def _environment() -> dict[str, str]:
     passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-    return passed | {"MLFLOW_TRACKING_URI": tracking.tracking_uri(), tracking.HOME_VARIABLE: str(tracking.home())}
+    return passed | {"MLFLOW_TRACKING_URI": store.tracking_uri(), store.HOME_VARIABLE: str(store.home())}
 
 
 def _read(project: Path, arguments: dict[str, Any]) -> list[Path]:
-    """Folders and files of this machine that the steps of a run with these arguments read."""
+    """The local folders and files that the steps of a run with these arguments read."""
     repo = json.loads(arguments["data_section"])["repo"]
     paths = [project, project / arguments["base_model"], project / json.loads(arguments["model_section"])["template"]]
     if not is_url(repo):
         paths += [Path(repo), *_local_stores(Path(repo))]
-    found = {path.resolve() for path in paths if path.exists()} - {tracking.home().resolve()}
+    found = {path.resolve() for path in paths if path.exists()} - {store.home().resolve()}
     return sorted(path for path in found if not any(path != other and path.is_relative_to(other) for other in found))
 
 
 def _local_stores(repo: Path) -> Iterator[Path]:
-    """Folders that a DVC repository names as its remotes and its cache."""
+    """The local folders that a DVC repository uses as remotes and cache."""
     for name in ("config", "config.local"):
         parser = configparser.ConfigParser()
         parser.read(repo / ".dvc" / name)
@@ -178,14 +178,14 @@ def _local_stores(repo: Path) -> Iterator[Path]:
 
 @contextmanager
 def containers_for_a_run() -> Iterator[None]:
-    """All that a run in containers needs around it: an engine, fresh images, an MLflow server, and nothing left after.
+    """Prepare a run in containers: an engine, current images and an MLflow server; clean up afterwards.
 
     Raises:
         InputError: no engine, no fresh images, or another run in containers uses this home folder.
     """
     client = engine()
     check_images(client)
-    home = tracking.home()
+    home = store.home()
     home.mkdir(parents=True, exist_ok=True)
     for name in STEP_FOLDERS:
         (home / name).mkdir(exist_ok=True)
@@ -207,24 +207,24 @@ def containers_for_a_run() -> Iterator[None]:
 
 @contextmanager
 def mlflow_server() -> Iterator[None]:
-    """An MLflow server for steps that cannot open this machine's SQLite file; the same runs and models as without it.
+    """Serve the local MLflow store over HTTP to steps that cannot open its SQLite file.
 
     Nothing is started when MLFLOW_TRACKING_URI names a server already.
     """
-    uri = tracking.tracking_uri()
+    uri = store.tracking_uri()
     if uri.startswith("http"):
         yield
         return
     # Made here, the experiment keeps its artifacts in the home folder, where this machine reads them without a server.
-    tracking.experiment_id(tracking.client())
+    store.experiment_id(store.client())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}
     words = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    words += ["--artifacts-destination", (tracking.home() / "mlartifacts").as_uri()]
-    with (tracking.home() / "mlflow-server.log").open("w") as log:
+    words += ["--artifacts-destination", (store.home() / "mlartifacts").as_uri()]
+    with (store.home() / "mlflow-server.log").open("w") as log:
         server = subprocess.Popen(
             [str(Path(sys.executable).with_name("mlflow")), *words], env=environment, stdout=log, stderr=log
         )

@@ -1,4 +1,4 @@
-"""What a person sees of a run: live bars on a terminal, plain lines in a log."""
+"""How a run looks to its user: live bars on a terminal, plain lines in a log."""
 
 import time
 from types import TracebackType
@@ -6,11 +6,13 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from components.tracking.events import Event
+
 LINE_EVERY_S = 15.0
 
 
 class Display:
-    """Shows the steps of a run; progress texts look like `12/36 loss=0.61 left=3:20`."""
+    """Shows the events of a run's steps."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -19,7 +21,7 @@ class Display:
             SpinnerColumn(),
             TextColumn("{task.description:<9}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[words]}"),
+            TextColumn("{task.fields[details]}", markup=False),
             TimeElapsedColumn(),
             console=console,
             disable=not self._live,
@@ -37,44 +39,55 @@ class Display:
     ) -> None:
         self._bars.stop()
 
-    def started(self, stage: str) -> None:
-        """A step began."""
+    def show(self, event: Event) -> None:
+        """Show an event; an error is shown at the end of the run, not here."""
+        match event.kind:
+            case "started":
+                self._started(event.stage)
+            case "finished":
+                self._finished(event.stage)
+            case "cached":
+                self._cached(event.stage)
+            case "progress":
+                self._progress(event)
+            case "note":
+                self._print(f"{event.stage}: {event.message}")
+            case "error":
+                pass
+
+    def _started(self, stage: str) -> None:
         self._began[stage] = time.monotonic()
         if self._live:
-            self._tasks[stage] = self._bars.add_task(stage, total=None, words="")
+            self._tasks[stage] = self._bars.add_task(stage, total=None, details="")
         else:
             self._print(f"{stage}: started")
 
-    def finished(self, stage: str) -> None:
-        """A step ended well."""
+    def _finished(self, stage: str) -> None:
         if self._live and stage in self._tasks:
-            self._bars.update(self._tasks[stage], total=1, completed=1, words="done")
+            self._bars.update(self._tasks[stage], total=1, completed=1, details="done")
             self._bars.stop_task(self._tasks[stage])
         else:
             self._print(f"{stage}: done in {time.monotonic() - self._began.get(stage, time.monotonic()):.0f} s")
 
-    def cached(self, stage: str) -> None:
-        """A step was served from the cache."""
+    def _cached(self, stage: str) -> None:
         if self._live:
-            task = self._bars.add_task(stage, total=1, completed=1, words="nothing changed: from the cache")
+            task = self._bars.add_task(stage, total=1, completed=1, details="cached")
             self._bars.stop_task(task)
         else:
-            self._print(f"{stage}: nothing changed, from the cache")
+            self._print(f"{stage}: cached")
 
-    def note(self, stage: str, sentence: str) -> None:
-        """A step said something worth keeping."""
-        self._print(f"{stage}: {sentence}")
-
-    def progress(self, stage: str, text: str) -> None:
-        """A step says how far it is."""
-        count, _, words = text.partition(" ")
-        done, _, total = count.partition("/")
-        if self._live and stage in self._tasks and done.isdigit() and total.isdigit():
-            shown = words.replace("_per_s=", "/s=").replace("=", " ")
-            self._bars.update(self._tasks[stage], total=int(total), completed=int(done), words=f"{count} {shown}")
-        elif not self._live and (time.monotonic() - self._last_line > LINE_EVERY_S or done == total):
+    def _progress(self, event: Event) -> None:
+        if self._live and event.stage in self._tasks:
+            details = event.details().replace("_per_s=", "/s=").replace("=", " ")
+            self._bars.update(
+                self._tasks[event.stage],
+                total=event.total,
+                completed=event.done,
+                details=f"{event.count()} {details}".rstrip(),
+            )
+        elif not self._live and (time.monotonic() - self._last_line > LINE_EVERY_S or event.done == event.total):
             self._last_line = time.monotonic()
-            self._print(f"{stage}: {text}")
+            self._print(f"{event.stage}: {event.count()} {event.details()}".rstrip())
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

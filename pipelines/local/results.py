@@ -1,4 +1,4 @@
-"""What is known of past runs: read from MLflow, shown as a table or as JSON."""
+"""The results of past runs: read from MLflow, shown as a table or as JSON."""
 
 import json
 from typing import Any
@@ -9,31 +9,29 @@ from rich.table import Table
 
 from components.common.errors import InputError, KubealignError
 from components.common.files import write_text
-from components.tracking import run as tracking
+from components.tracking import store
 from pipelines.local.runner import run_folder
 
 NAMES = {"sft": "SFT", "policy": "DPO", "incumbent": "incumbent"}
 
 
 def find_run(run: str) -> str:
-    """The id of the named pipeline run, or of the last one.
+    """The id of the named pipeline run, or of the latest.
 
     Raises:
         InputError: there is no such run, or it has not finished.
     """
     from mlflow.exceptions import MlflowException
 
-    client = tracking.client()
+    client = store.client()
     if run:
         try:
             found = client.get_run(run)
         except MlflowException as error:
-            raise InputError(
-                f"run {run}: not found in {tracking.without_credentials(tracking.tracking_uri())}"
-            ) from error
+            raise InputError(f"run {run}: not found in {store.without_credentials(store.tracking_uri())}") from error
     else:
         runs = client.search_runs(
-            [tracking.experiment_id(client)],
+            [store.experiment_id(client)],
             "tags.`kubealign.kind` = 'pipeline'",
             max_results=1,
             order_by=["attributes.start_time DESC"],
@@ -47,10 +45,10 @@ def find_run(run: str) -> str:
 
 
 def load_result(run_id: str) -> dict[str, Any]:
-    """The result of a finished run, with the registry's present aliases; its report is brought here if need be."""
+    """The result of a finished run with the registry's current aliases; its report is downloaded if needed."""
     import mlflow
 
-    client = tracking.client()
+    client = store.client()
     folder = run_folder(run_id)
     result: dict[str, Any] = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/result.json"))
     report = folder / "report.html"
@@ -70,7 +68,7 @@ def load_result(run_id: str) -> dict[str, Any]:
 
 
 def show_result(console: Console, result: dict[str, Any]) -> None:
-    """The short summary that ends a run."""
+    """Print the short summary that ends a run."""
     table = Table("model", "pairs", "log-loss", "accuracy", "margin, nats", box=box.SIMPLE_HEAD)
     for name, title in NAMES.items():
         if name in result["metrics"]:
@@ -96,5 +94,5 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
 
 
 def estimate_text(estimate: dict[str, float]) -> str:
-    """An estimate with its interval."""
+    """An estimate and its interval as text."""
     return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"

@@ -1,10 +1,10 @@
-"""`kubealign run`: open the parent run in MLflow, start the child that runs the pipeline, show what it says, and leave
-nothing behind when it is stopped.
+"""`kubealign run`: open the parent run in MLflow, start the child that executes the pipeline, show its events, and
+leave no process behind when it is interrupted.
 """
 
 import json
 import os
-import re
+import selectors
 import signal
 import subprocess
 import sys
@@ -15,13 +15,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from components.common.errors import InputError, KubealignError
+from components.common.errors import InputError, InterruptedRunError, StepFailedError
 from components.common.provenance import git_commit
 from components.config.loading import pipeline_arguments
 from components.config.sections import Config
 from components.sources.data import is_url
-from components.stages import STAGES
-from components.tracking import run as tracking
+from components.tracking import store
+from components.tracking.errors import is_mlflow_failure
+from components.tracking.events import EVENTS_VARIABLE, Event, EventReader
 from pipelines.local.containers import containers_for_a_run
 from pipelines.local.display import Display
 
@@ -46,34 +47,17 @@ QUIET = {
 }
 """Environment of every step, unless it is set already: no telemetry, no hub, no bars that a pipe tears apart."""
 
-SPOKEN = re.compile(r"\s*\[(stage|progress|note|error)(?::(\d+))?\] (\w+) (.*)")
-CACHE_HIT = re.compile(r"Task \W*(?:\x1b\[[0-9;]*m)*'?([\w-]+?)'?(?:\x1b\[[0-9;]*m)*\W* cache hit")
-
-
-class StepFailed(KubealignError):
-    """A step failed; the message is the step's own."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-class Stopped(KubealignError):
-    """The run was stopped by a signal."""
-
-    def __init__(
-        self, number: int, message: str = "stopped; the same command goes on from the last finished step and checkpoint"
-    ) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + number
+LOG_FILE, EVENTS_FILE = "log.txt", "events.jsonl"
+"""What a run leaves in its folder: the whole output of its steps, and their events."""
+POLL_S = 0.1
 
 
 @dataclass
-class Told:
-    """What the child has said so far."""
+class ChildState:
+    """What the child has reported so far."""
 
     stage: str = ""
-    errors: list[tuple[str, str, int]] = field(default_factory=list)
+    errors: list[Event] = field(default_factory=list)
 
 
 def run_pipeline(config: Config, project: Path, display: Display, runner: str, caching: bool = True) -> str:
@@ -90,26 +74,26 @@ def run_pipeline(config: Config, project: Path, display: Display, runner: str, c
         id of the parent run in MLflow.
 
     Raises:
-        StepFailed: a step failed.
-        Stopped: SIGINT or SIGTERM arrived; every child is gone.
+        StepFailedError: a step failed.
+        InterruptedRunError: SIGINT or SIGTERM arrived; every child process is gone.
     """
     arguments = run_arguments(config, project)
-    store = tracking.tracking_uri()
+    uri = store.tracking_uri()
     with containers_for_a_run() if runner == "docker" else nullcontext():
-        return _run_pipeline(arguments, project, display, {"runner": runner, "store": store, "caching": caching})
+        return _run_pipeline(arguments, project, display, {"runner": runner, "store": uri, "caching": caching})
 
 
 def _run_pipeline(arguments: dict[str, Any], project: Path, display: Display, how: dict[str, Any]) -> str:
-    client = tracking.client()
+    client = store.client()
     parent = client.create_run(
-        tracking.experiment_id(client), tags={"kubealign.kind": "pipeline", "kubealign.git_commit": git_commit()}
+        store.experiment_id(client), tags={"kubealign.kind": "pipeline", "kubealign.git_commit": git_commit()}
     )
     run_id: str = parent.info.run_id
     status = "FAILED"
     try:
         _run_child({"arguments": arguments, "project": str(project)} | how, run_id, display)
         status = "FINISHED"
-    except Stopped:
+    except InterruptedRunError:
         status = "KILLED"
         raise
     finally:
@@ -118,26 +102,26 @@ def _run_pipeline(arguments: dict[str, Any], project: Path, display: Display, ho
 
 
 def run_folder(run_id: str) -> Path:
-    """Where the log and the report of a run lie on this machine."""
-    return tracking.home() / "runs" / run_id
+    """The folder with a run's log, events and report on this machine."""
+    return store.home() / "runs" / run_id
 
 
 def _run_child(order: dict[str, Any], run_id: str, display: Display) -> None:
     folder = run_folder(run_id)
-    folder.mkdir(parents=True, exist_ok=True)
+    events = _new_events_file(folder)
     environment = {
         **QUIET,
         **os.environ,
         "KUBEALIGN_PARENT_RUN": run_id,
-        "MLFLOW_TRACKING_URI": tracking.tracking_uri(),
-        tracking.HOME_VARIABLE: str(tracking.home()),
+        EVENTS_VARIABLE: str(events),
+        "MLFLOW_TRACKING_URI": store.tracking_uri(),
+        store.HOME_VARIABLE: str(store.home()),
     }
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "pipelines.local.child"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         cwd=order["project"],
         env=environment,
         start_new_session=True,
@@ -145,29 +129,57 @@ def _run_child(order: dict[str, Any], run_id: str, display: Display) -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
-        raise Stopped(number)
+        for handled in before:
+            signal.signal(handled, signal.SIG_IGN)
+        raise InterruptedRunError(number)
 
     for number in before:
         signal.signal(number, stop)
-    told = Told()
+    state = ChildState()
     try:
-        assert child.stdin and child.stdout
-        with (folder / "log.txt").open("w", encoding="utf-8") as log, display:
-            child.stdin.write(json.dumps(order | {"home": str(tracking.home())}))
+        assert child.stdin
+        with display:
+            child.stdin.write(json.dumps(order | {"home": str(store.home())}).encode())
             child.stdin.close()
-            for line in child.stdout:
-                log.write(line)
-                log.flush()
-                _hear(line, told, display)
+            _follow(child, folder / LOG_FILE, EventReader(events), state, display)
         code = child.wait()
     finally:
         _end(child)
         for number, handler in before.items():
             signal.signal(number, handler)
     if code:
-        _fail(told, folder / "log.txt")
+        _fail(state, folder / LOG_FILE)
+
+
+def _new_events_file(folder: Path) -> Path:
+    """An empty events file for the steps to append to; in containers they run as the home folder's owner."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / EVENTS_FILE
+    path.touch()
+    if os.geteuid() == 0:
+        owner = store.home().stat()
+        os.chown(path, owner.st_uid, owner.st_gid)
+    return path
+
+
+def _follow(
+    child: subprocess.Popen[bytes], log_file: Path, reader: EventReader, state: ChildState, display: Display
+) -> None:
+    """Copy the child's output to the log and handle its events until it closes its output.
+
+    The output is copied as it is, whatever bytes libraries print; only events are interpreted.
+    """
+    assert child.stdout
+    with log_file.open("wb", buffering=0) as log, selectors.DefaultSelector() as selector:
+        selector.register(child.stdout, selectors.EVENT_READ)
+        is_open = True
+        while is_open:
+            if selector.select(POLL_S):
+                chunk = os.read(child.stdout.fileno(), 1 << 16)
+                log.write(chunk)
+                is_open = bool(chunk)
+            for event in reader.read():
+                _handle_event(event, state, display)
 
 
 def run_arguments(config: Config, project: Path) -> dict[str, Any]:
@@ -187,51 +199,37 @@ def run_arguments(config: Config, project: Path) -> dict[str, Any]:
         if isinstance(value, str) and "python3" in value:
             raise InputError(
                 "a path or setting contains the word `python3`, which KFP's local runner replaces wherever it stands;"
-                f" rename it: {tracking.without_credentials(value)}"
+                f" rename it: {store.without_credentials(value)}"
             )
     return arguments
 
 
-def _hear(line: str, told: Told, display: Display) -> None:
-    hit = CACHE_HIT.search(line)
-    if hit and hit.group(1) in STAGES:
-        display.cached(hit.group(1))
-        return
-    spoken = SPOKEN.match(line)
-    if not spoken:
-        return
-    kind, code, stage, rest = spoken.groups()
-    told.stage = stage
-    if kind == "error":
-        told.errors.append((stage, rest, int(code or 1)))
-    elif kind == "progress":
-        display.progress(stage, rest)
-    elif kind == "note":
-        display.note(stage, rest)
-    elif rest == "started":
-        display.started(stage)
-    else:
-        display.finished(stage)
+def _handle_event(event: Event, state: ChildState, display: Display) -> None:
+    if event.kind != "cached":
+        state.stage = event.stage
+    if event.kind == "error":
+        state.errors.append(event)
+    display.show(event)
 
 
-def _fail(told: Told, log: Path) -> NoReturn:
-    if told.errors:
-        stage, message, code = told.errors[-1]
-        raise StepFailed(f"{stage}: {message}\n(whole log: {log})", code)
+def _fail(state: ChildState, log: Path) -> NoReturn:
+    if state.errors:
+        last = state.errors[-1]
+        raise StepFailedError(f"{last.stage}: {last.message}\n(whole log: {log})", last.exit_code or 1)
     knobs = (
-        f" (what helps: a lower {told.stage}.max_tokens_per_step, model.gradient_checkpointing=true)"
-        if told.stage in ("sft", "dpo")
+        f" (what helps: a lower {state.stage}.max_tokens_per_step, model.gradient_checkpointing=true)"
+        if state.stage in ("sft", "dpo")
         else ""
     )
-    raise StepFailed(
-        f"{told.stage or 'the pipeline'} ended without a message, perhaps killed for want of memory{knobs}; the log"
+    raise StepFailedError(
+        f"{state.stage or 'the pipeline'} ended without a message, possibly killed: out of memory{knobs}; the log"
         f" says more: {log}",
         1,
     )
 
 
-def _end(child: subprocess.Popen[str]) -> None:
-    """End the child's whole process group, and wait until nothing of it is left."""
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End the child's whole process group and wait until none of it is left."""
     deadline = time.monotonic() + STOP_AFTER_S
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
@@ -244,14 +242,14 @@ def _end(child: subprocess.Popen[str]) -> None:
 
 
 def _close_runs(client: Any, run_id: str, status: str) -> None:
-    """End the parent run, and the stage runs that a kill left open.
+    """End the parent run and the stage runs that a kill left open.
 
-    After a failure MLflow may be what failed; then the runs stay open, and the step's own message is what counts.
+    If MLflow is what failed, the runs stay open, and the step's own message is what counts.
     """
     try:
         _end_runs(client, run_id, status)
     except Exception as error:
-        if status == "FINISHED" or not tracking.is_mlflow_failure(error):
+        if status == "FINISHED" or not is_mlflow_failure(error):
             raise
 
 

@@ -29,7 +29,7 @@ from typing import Any
 import orjson
 import psutil
 
-from components.common.errors import DataStop
+from components.common.errors import DataValidationError
 from components.common.files import read_json, sha256_file, write_json
 from components.config.loading import load_config
 from components.dataset.records import SPLITS, iter_lines
@@ -277,7 +277,7 @@ def child(project: Path) -> None:
     reports = (project / "report.html", project / "report.md")
     try:
         run_validate(config.validate_, config.model, project / "data", base, project / "clean", *reports)
-    except DataStop as stop:
+    except DataValidationError as stop:
         print(stop)
     seconds["validate"] = time.monotonic() - started
     write_json(project / "seconds.json", seconds)

@@ -37,7 +37,7 @@ from components.evaluate.statistics import compared_loss
 from components.register.package import content_digest
 from components.register.stage import Judged, Lineage, run_register
 from components.registry.audit import Audit, next_use
-from components.tracking import run as tracking
+from components.tracking import store
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOME = ROOT / "build" / "gate-demo"
@@ -77,7 +77,7 @@ class Demo:
 
     def judge(self, first: dict[str, Any], clean: Path, policy: Path, out: Path) -> dict[str, Any]:
         """evaluate and register on a data set of our making, against the champion, as a run with that data does."""
-        client, config = tracking.client(), self.config()
+        client, config = store.client(), self.config()
         test = Path("preferences", "test.jsonl")
         pairs = sha256_file(clean / test)
         test_set = first["test_set"] if pairs == sha256_file(step("validate/clean") / test) else pairs[:32]
@@ -104,7 +104,7 @@ def step(output: str) -> Path:
 
 def policy_of(version: str, name: str) -> Path:
     """The folder that dpo wrote for a version."""
-    wanted = tracking.client().get_model_version(name, version).tags["kubealign.model"]
+    wanted = store.client().get_model_version(name, version).tags["kubealign.model"]
     folders = (HOME / "steps").glob("*/dpo/policy")
     return next(folder for folder in folders if content_digest(folder, "merged") == wanted)
 
@@ -168,7 +168,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     given = parser.parse_args()
-    os.environ[tracking.HOME_VARIABLE] = str(HOME)
+    os.environ[store.HOME_VARIABLE] = str(HOME)
     demo = Demo("", [])
     demo.name = f"demo-{int(time.time())}"
     demo.sets = [*TRAINING, *given.set, f"register.name={demo.name}"]

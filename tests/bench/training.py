@@ -41,7 +41,7 @@ from components.engine.models import DPO_ADAPTER, PackedModel, load_causal_lm, n
 from components.engine.packing import Example, pack
 from components.engine.processes import keep_freed_memory
 from components.sft.stage import objective as sft_objective
-from components.tracking import run as tracking
+from components.tracking.run import stage_run
 from components.training.run import add_adapter, loop_settings, pair_examples, step_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -369,7 +369,7 @@ def overhead() -> float:
         pair_examples(load_tokenizer(BASE), rows)
         prepared = time.monotonic() - started
         ours = Ours("dpo", cfg, rows)
-        with tracking.stage_run("bench", {}) as run:
+        with stage_run("bench", {}) as run:
             records = [record for record, _ in zip(ours.steps, range(2), strict=False)]
             started = time.monotonic()
             run.log_metrics([(record.step, step_metrics(record)) for record in records])

@@ -127,7 +127,7 @@ def test_steps_are_not_root_and_what_they_write_belongs_to_the_homes_owner(
 def test_a_second_run_serves_all_but_resolve_and_register_from_the_cache(
     project: Project, first: dict[str, Any]
 ) -> None:
-    assert project.run().stdout.count("nothing changed, from the cache") == 5
+    assert project.run().stdout.count(": cached\n") == 5
     again = project.report()
     assert again["model_uri"] == first["model_uri"] and again["metrics"] == first["metrics"]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from components.common.errors import InputError, TrainingStop
+from components.common.errors import InputError, TrainingError
 from components.config.loading import load_config
 from components.dpo.stage import cached_reference, check_reference, make_objective
 from components.engine import checkpoints, fused, loop
@@ -272,7 +272,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_record_ids(tiny_model: Path, t
     model = with_adapter(tiny_model)
     with torch.no_grad():
         next(iter(trainable_state(model).values())).fill_(float("nan"))
-    with pytest.raises(TrainingStop, match=r"loss of step 1 is not finite; records of that pass: [abc]"):
+    with pytest.raises(TrainingError, match=r"loss of step 1 is not finite; records of that pass: [abc]"):
         list(run(model, tmp_path))
 
 
@@ -280,7 +280,7 @@ def test_a_wrong_reference_stops_before_the_first_step(tiny_model: Path) -> None
     model = with_adapter(tiny_model)
     right = np.asarray(loop.sequence_logps(model, EXAMPLES))
     check_reference(model, EXAMPLES, right)
-    with pytest.raises(TrainingStop, match=r"expected 0, a loss of ln 2"):
+    with pytest.raises(TrainingError, match=r"expected 0, a loss of ln 2"):
         check_reference(model, EXAMPLES, right + np.array([0.1, 0.0]))
 
 
@@ -337,7 +337,7 @@ def test_running_out_of_memory_says_which_knob_to_turn(
 
     model = with_adapter(tiny_model)
     monkeypatch.setattr(model, "forward", no_memory)
-    with pytest.raises(TrainingStop, match=r"out of memory in step 1, on a pass of \d+ tokens .* lower max_tokens"):
+    with pytest.raises(TrainingError, match=r"out of memory in step 1, on a pass of \d+ tokens .* lower max_tokens"):
         list(run(model, tmp_path))
 
 
@@ -357,7 +357,7 @@ def test_a_loss_that_is_not_finite_leaves_the_record_ids_in_a_file(tiny_model: P
     model = with_adapter(tiny_model)
     with torch.no_grad():
         next(iter(trainable_state(model).values())).fill_(float("nan"))
-    with pytest.raises(TrainingStop):
+    with pytest.raises(TrainingError):
         list(run(model, tmp_path))
     saved = json.loads((tmp_path / "not_finite.json").read_text())
     assert saved["what"] == "loss" and saved["step"] == 1 and set(saved["records"]) <= {"a", "b", "c"}

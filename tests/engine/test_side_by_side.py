@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from components.common.errors import TrainingStop
+from components.common.errors import TrainingError
 from components.config.loading import load_config
 from components.dpo.stage import cached_reference, make_objective
 from components.engine import loop
@@ -117,7 +117,7 @@ def test_a_loss_that_is_not_finite_in_a_lane_stops_with_its_records(
     model = with_adapter(tiny_model)
     with torch.no_grad():
         next(iter(trainable_state(model).values())).fill_(float("nan"))
-    with pytest.raises(TrainingStop, match=r"loss of step 1 is not finite; records of that pass: pair-"):
+    with pytest.raises(TrainingError, match=r"loss of step 1 is not finite; records of that pass: pair-"):
         train(model, tmp_path)
 
 

@@ -98,9 +98,7 @@ def ran(done: subprocess.CompletedProcess[str]) -> set[str]:
     """The steps that really ran, as the log says."""
     assert done.returncode == 0, done.stdout + done.stderr
     started = {line.split(":")[0] for line in done.stdout.splitlines() if line.endswith(": started")}
-    cached = {
-        line.split(":")[0] for line in done.stdout.splitlines() if line.endswith(": nothing changed, from the cache")
-    }
+    cached = {line.split(":")[0] for line in done.stdout.splitlines() if line.endswith(": cached")}
     assert started | cached == ALL and not started & cached
     return started
 
@@ -320,7 +318,7 @@ def test_a_stop_leaves_no_child_and_the_same_command_goes_on(project: Project, f
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "stopped; the same command goes on" in error
+    assert "interrupted; run the same command to resume" in error
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     client = project.client()
     newest = client.search_runs(["1"], order_by=["attributes.start_time DESC"], max_results=3)

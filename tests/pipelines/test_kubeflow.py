@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
-from components.common.errors import InputError
+from components.common.errors import InputError, KubeflowApiError
 from components.config.loading import load_config, pipeline_arguments
 from components.stages import STAGES
 from pipelines import cli, kubeflow
 from pipelines.alignment import compile_pipeline
-from pipelines.kubeflow import RunState, Server, ServerTrouble
+from pipelines.kubeflow import RunState, Server
 from pipelines.local.runner import QUIET
 from tests.conftest import ROOT
 from tests.stubs.kfp_server import WORKFLOW, KfpServer, closed, cut_off, failed_pod, silent, status
@@ -192,7 +192,7 @@ def test_the_stub_refuses_parameters_as_the_server_does(kfp: KfpServer, project:
         ({"dpo_beta": "0.1"}, "input parameter dpo_beta requires type NUMBER_DOUBLE"),
         ({"promote": 1}, "input parameter promote requires type BOOLEAN"),
     ):
-        with pytest.raises(ServerTrouble, match=f"answered 400: .*{message}"):
+        with pytest.raises(KubeflowApiError, match=f"answered 400: .*{message}"):
             found.start("a run", ids, arguments | wrong)
     assert len(kfp.runs) == 1
 

@@ -18,7 +18,8 @@ from components.config.loading import load_config, pipeline_arguments, section
 from components.config.sections import FORM_FIELDS, Config, DpoConfig, ModelConfig
 from components.sources.base_model import resolve_base
 from components.sources.data import data_folders, resolve_data
-from components.tracking import run as tracking
+from components.tracking import store
+from components.tracking.errors import report_errors
 from tests.conftest import ROOT
 
 PARAMS = ROOT / "params.yaml"
@@ -64,10 +65,10 @@ def test_a_value_is_read_as_the_kind_that_it_replaces() -> None:
 
 
 def test_credentials_are_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracking.without_credentials("postgresql://u:pw@host/db") == "postgresql://***@host/db"
-    assert tracking.without_credentials("sqlite:////a@b/c.db") == "sqlite:////a@b/c.db"
+    assert store.without_credentials("postgresql://u:pw@host/db") == "postgresql://***@host/db"
+    assert store.without_credentials("sqlite:////a@b/c.db") == "sqlite:////a@b/c.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///x.db")
-    assert tracking.tracking_uri() == f"sqlite:///{Path.cwd() / 'x.db'}"
+    assert store.tracking_uri() == f"sqlite:///{Path.cwd() / 'x.db'}"
 
 
 def test_every_field_says_what_it_means() -> None:
@@ -269,7 +270,7 @@ def test_a_full_disk_and_a_locked_folder_are_explained(capsys: pytest.CaptureFix
     import errno
 
     for number, words in ((errno.ENOSPC, "no space left; free some"), (errno.EACCES, "cannot be written or read")):
-        with pytest.raises(SystemExit), tracking.boundary("sft"):
+        with pytest.raises(SystemExit), report_errors("sft"):
             raise OSError(number, os.strerror(number), "/from/here", None, "/some/file")
         last = capsys.readouterr().out.strip().splitlines()[-1]
         assert last.startswith("[error:1] sft /some/file: ") and words in last

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from components.common.errors import InputError
+from components.common.errors import InputError, RowError
 from components.dataset.records import read_lines
 from components.prepare.convert import RowDefaults, convert_files, guess_language
-from components.prepare.formats import RowProblem, convert, detect
+from components.prepare.formats import convert, detect
 
 USER = {"role": "user", "content": "法国的首都是哪里？"}
 PAIR = ([USER], "巴黎。", "里昂。")
@@ -146,7 +146,7 @@ def test_a_row_is_recognised_and_converted(name: str) -> None:
     ],
 )
 def test_a_row_that_cannot_be_a_pair_says_why(format_name: str, row: dict[str, Any], reason: str) -> None:
-    with pytest.raises(RowProblem, match=reason):
+    with pytest.raises(RowError, match=reason):
         convert(row, format_name)
 
 

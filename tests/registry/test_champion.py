@@ -10,18 +10,11 @@ from typing import Any
 
 import pytest
 
-from components.common.errors import InputError, KubealignError
+from components.common.errors import ChampionChangedError, InputError, KubealignError
 from components.registry import champion
 from components.registry.audit import Audit, next_use
-from components.registry.champion import (
-    ROLLED_BACK,
-    ChampionChanged,
-    champion_alias,
-    promote,
-    reconcile_alias,
-    rollback,
-)
-from components.tracking import run as tracking
+from components.registry.champion import ROLLED_BACK, champion_alias, promote, reconcile_alias, rollback
+from components.tracking import store
 from tests.conftest import ROOT
 from tests.support.component_kit import empty_mlflow, own_home
 from tests.support.services import mlflow_server
@@ -38,7 +31,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_versions(client: Any, n: int, name: str = NAME) -> Any:
     """A registered model with so many versions of nothing."""
-    run = client.create_run(tracking.experiment_id(client))
+    run = client.create_run(store.experiment_id(client))
     client.log_text(run.info.run_id, "nothing", "model/nothing.txt")
     client.create_registered_model(name)
     for _ in range(n):
@@ -48,7 +41,7 @@ def with_versions(client: Any, n: int, name: str = NAME) -> Any:
 
 @pytest.fixture
 def client(own_home: Path) -> Any:
-    return with_versions(tracking.client(), 4)
+    return with_versions(store.client(), 4)
 
 
 def versions(client: Any) -> list[str]:
@@ -68,7 +61,9 @@ def test_a_promotion_is_claimed_and_the_alias_follows(client: Any) -> None:
 
 def test_a_model_that_was_judged_against_another_champion_is_not_promoted(client: Any) -> None:
     promote(client, NAME, "2", "gate", "", expected="")
-    with pytest.raises(ChampionChanged, match=r"judged against none \(the SFT model\), and the champion is version 2"):
+    with pytest.raises(
+        ChampionChangedError, match=r"judged against none \(the SFT model\), and the champion is version 2"
+    ):
         promote(client, NAME, "3", "gate", "", expected="")
     assert champion_alias(client, NAME) == "2" and versions(client) == ["2"]
 
@@ -92,7 +87,7 @@ def test_of_two_who_make_the_audit_run_at_once_both_get_the_same(client: Any, mo
 
     monkeypatch.setattr(Audit, "find", blind_once)
     assert Audit.open(client, NAME).run_id == first.run_id
-    audits = client.search_runs([tracking.experiment_id(client)], "tags.`kubealign.kind` = 'audit'")
+    audits = client.search_runs([store.experiment_id(client)], "tags.`kubealign.kind` = 'audit'")
     assert [run.info.run_id for run in audits] == [first.run_id], "the other one is deleted again"
 
 
@@ -140,7 +135,7 @@ def test_an_alias_moved_by_other_means_is_respected_and_recorded(client: Any) ->
     client.set_registered_model_alias(NAME, "champion", "1")
     promote(client, NAME, "2", "gate", "", expected="1")
     client.set_registered_model_alias(NAME, "champion", "4")
-    with pytest.raises(ChampionChanged):
+    with pytest.raises(ChampionChangedError):
         promote(client, NAME, "3", "gate", "", expected="2")
     assert versions(client) == ["1", "2", "4"] and champion_alias(client, NAME) == "4"
     client.delete_registered_model_alias(NAME, "champion")
@@ -152,10 +147,10 @@ def test_an_alias_moved_by_other_means_is_respected_and_recorded(client: Any) ->
 CRASH = """
 import os, sys
 from mlflow import MlflowClient
-from components.tracking import run as tracking
+from components.tracking import store
 from components.registry.champion import promote
 MlflowClient.set_registered_model_alias = lambda *words: os.kill(os.getpid(), 9)
-promote(tracking.client(), "m", sys.argv[1], "gate", "", expected=sys.argv[2])
+promote(store.client(), "m", sys.argv[1], "gate", "", expected=sys.argv[2])
 """
 
 
@@ -214,10 +209,11 @@ def test_a_deleted_audit_run_is_an_error_that_says_how_to_get_it_back(client: An
 
 RACER = """
 import sys
-from components.tracking import run as tracking
+from components.tracking import store
 from components.registry.audit import Audit
-from components.registry.champion import ChampionChanged, promote, reconcile_alias
-client, lost = tracking.client(), 0
+from components.registry.champion import promote, reconcile_alias
+from components.common.errors import ChampionChangedError
+client, lost = store.client(), 0
 print("ready", flush=True)
 sys.stdin.readline()
 for version in sys.argv[1].split(","):
@@ -226,7 +222,7 @@ for version in sys.argv[1].split(","):
         try:
             promote(client, "m", version, "gate", "", expected=last.version if last else "")
             break
-        except ChampionChanged:  # ... and again against the one that came meanwhile
+        except ChampionChangedError:  # ... and again against the one that came meanwhile
             lost += 1
 print(lost)
 """
@@ -241,7 +237,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.mark.parametrize("each", [5, pytest.param(20, marks=pytest.mark.long)])
 def test_two_pipelines_that_promote_at_the_same_moment_end_in_one_champion(server: str, each: int) -> None:
-    client = with_versions(tracking.client(), 2 * each)
+    client = with_versions(store.client(), 2 * each)
     mine = [[str(number) for number in range(1 + side, 2 * each + 1, 2)] for side in (0, 1)]
     racers = [run_code(RACER, ",".join(numbers)) for numbers in mine]
     for racer in racers:

@@ -26,7 +26,9 @@ from components.gate.rules import Circumstances, judge
 from components.register.stage import Judged, Lineage, run_register
 from components.registry.audit import Audit
 from components.registry.champion import champion_alias, promote
-from components.tracking import run as tracking
+from components.tracking import store
+from components.tracking.errors import explain_mlflow_error
+from components.tracking.run import SETTINGS, stage_run
 from pipelines.cli import app
 from tests.conftest import ROOT
 from tests.registry.test_champion import with_versions
@@ -62,9 +64,9 @@ class Shop:
 
     def __init__(self, chain: Chain, folder: Path) -> None:
         self.chain, self.folder = chain, folder
-        client = tracking.client()
-        run_id = client.create_run(tracking.experiment_id(client)).info.run_id
-        client.log_text(run_id, (ROOT / "params.yaml").read_text(encoding="utf-8"), tracking.SETTINGS)
+        client = store.client()
+        run_id = client.create_run(store.experiment_id(client)).info.run_id
+        client.log_text(run_id, (ROOT / "params.yaml").read_text(encoding="utf-8"), SETTINGS)
         self.runs = dict.fromkeys(("resolve", "fetch", "validate", "sft", "dpo", "evaluate"), run_id)
 
     def register(
@@ -110,7 +112,7 @@ def named(*words: str) -> Any:
 
 
 def test_a_passed_verdict_promotes_and_the_decision_is_counted_and_shown(shop: Shop) -> None:
-    client = tracking.client()
+    client = store.client()
     found = shop.register()
     assert found["decided"]["state"] == "promoted" and found["aliases"] == ["challenger", "champion"]
     assert client.get_registered_model("m").tags["kubealign.test_uses.cc"] == "1"
@@ -126,14 +128,14 @@ def test_a_decision_number_that_another_run_took_is_no_decision(shop: Shop) -> N
     shop.register(p_value=0.9)
     found = shop.register(name="two", decision="ii")
     assert found["decided"]["state"] == "superseded" and "run again" in found["decided"]["sentence"]
-    assert champion_alias(tracking.client(), "m") == ""
+    assert champion_alias(store.client(), "m") == ""
 
 
 def test_a_champion_that_came_meanwhile_supersedes_the_verdict(shop: Shop) -> None:
     shop.register()
     found = shop.register(name="two", decision="ii", test_use=2)
     assert found["decided"]["state"] == "superseded" and "the champion is version 1" in found["decided"]["sentence"]
-    assert champion_alias(tracking.client(), "m") == "1"
+    assert champion_alias(store.client(), "m") == "1"
 
 
 def test_an_edited_verdict_or_evaluation_or_foreign_policy_registers_nothing(shop: Shop) -> None:
@@ -152,11 +154,11 @@ def test_an_edited_verdict_or_evaluation_or_foreign_policy_registers_nothing(sho
     other = shop.judged("two", 0.9, LINEAGE)
     with pytest.raises(KubealignError, match="the verdict is about policy"):
         run_register(config, LENIENT, LINEAGE, shop.runs, replace(judged, policy=other.policy), out)
-    assert not tracking.client().search_registered_models() and not out.exists()
+    assert not store.client().search_registered_models() and not out.exists()
 
 
 def test_promote_asks_for_evidence_and_force_for_a_reason_that_is_recorded(shop: Shop) -> None:
-    client = tracking.client()
+    client = store.client()
     shop.register(p_value=0.9)
     refused = named("promote", "1")
     assert refused.exit_code and "did not pass the gate" in str(refused.exception)
@@ -171,7 +173,7 @@ def test_promote_asks_for_evidence_and_force_for_a_reason_that_is_recorded(shop:
 
 
 def test_what_was_rolled_back_is_not_promoted_again_by_the_same_run(shop: Shop) -> None:
-    client = tracking.client()
+    client = store.client()
     shop.register()
     shop.register(name="two", decision="ii", test_use=2, incumbent="models:/m/1")
     assert champion_alias(client, "m") == "2"
@@ -183,7 +185,7 @@ def test_what_was_rolled_back_is_not_promoted_again_by_the_same_run(shop: Shop) 
 
 
 def test_a_champion_is_copied_to_the_next_environment_with_its_tags(shop: Shop) -> None:
-    client = tracking.client()
+    client = store.client()
     shop.register(p_value=0.9)
     assert "is not the champion there" in str(named("promote", "1", "--to", "prod").exception)
     named("promote", "1", "--force", "--reason", "x")
@@ -201,7 +203,7 @@ def test_the_version_carries_its_lineage_and_a_card_that_hubs_can_read(shop: Sho
     import mlflow
 
     shop.register()
-    tags = tracking.client().get_model_version("m", "1").tags
+    tags = store.client().get_model_version("m", "1").tags
     for key, value in LINEAGE.tags().items():
         assert tags[f"kubealign.{key}"] == value
     assert tags["kubealign.git_dirty"] == "false" and tags["kubealign.format"] == "merged"
@@ -219,7 +221,7 @@ def test_the_version_carries_its_lineage_and_a_card_that_hubs_can_read(shop: Sho
 
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
 def test_verify_recomputes_hashes_and_logits_and_notices_a_changed_byte(shop: Shop, kind: str) -> None:
-    client = tracking.client()
+    client = store.client()
     shop.register(kind=kind)
     assert download_incumbent("models:/m/1").name == "artifacts"
     done = cli("verify", "models:/m@champion")
@@ -230,7 +232,7 @@ def test_verify_recomputes_hashes_and_logits_and_notices_a_changed_byte(shop: Sh
     assert "marked deleted" in " ".join(cli("verify", "models:/m@champion").output.split())
     client.restore_run(version.run_id)
     part = "model/model.safetensors" if kind == "merged" else "adapter/adapter_model.safetensors"
-    weights = next(tracking.home().glob(f"mlartifacts/**/artifacts/{part}"))
+    weights = next(store.home().glob(f"mlartifacts/**/artifacts/{part}"))
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     broken = cli("verify", "models:/m@champion")
@@ -275,7 +277,7 @@ def test_an_adapter_loads_without_the_project_and_gives_the_trained_logits(shop:
     from transformers import AutoModelForCausalLM
 
     shop.register(kind="adapter")
-    command = [sys.executable, "-P", "-c", OUTSIDER, tracking.tracking_uri()]
+    command = [sys.executable, "-P", "-c", OUTSIDER, store.tracking_uri()]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -293,7 +295,7 @@ def test_the_adapter_format_stores_the_base_once_and_refuses_another_one(shop: S
 
     shop.register(kind="adapter")
     shop.register(kind="adapter", name="two", p_value=0.9, decision="ii", test_use=2, incumbent="models:/m/1")
-    client = tracking.client()
+    client = store.client()
     assert len(client.search_model_versions("name = 'm-base'")) == 1
     folder = Path(mlflow.artifacts.download_artifacts(artifact_uri="models:/m/1"))
     assert not list(folder.glob("artifacts/model")) and (folder / "artifacts" / "tokenizer").is_dir()
@@ -328,7 +330,7 @@ def test_a_crash_after_the_version_was_made_is_completed_by_the_next_run(shop: S
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", CRASH, order], env=environment, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    client = tracking.client()
+    client = store.client()
     assert client.get_model_version("m", "1").aliases == [] and not Audit.find(client, "m")
     found = shop.register()
     assert found["version"] == "1" and found["decided"]["state"] == "promoted"
@@ -397,20 +399,20 @@ def test_a_user_without_the_right_is_told_what_it_takes(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     log_in(monkeypatch, *ADMIN)
-    client = with_versions(tracking.client(), 2, "theirs")
+    client = with_versions(store.client(), 2, "theirs")
     promote(client, "theirs", "1", "gate", "", expected="")
     post(server, "users/create", username="reader", password="reads-only-things")  # noqa: S106
     log_in(monkeypatch, "reader", "reads-only-things")
     assert "gate" in cli("history", "--name", "theirs").output, "reading is allowed"
     refused = cli("promote", "2", "--force", "--reason", "x", "--name", "theirs")
-    said = tracking.explain_mlflow(refused.exception)  # as `main` says it
+    said = explain_mlflow_error(refused.exception)  # as `main` says it
     assert refused.exit_code and "does not let reader do this" in said and "EDIT on the experiment" in said
-    with pytest.raises(MlflowException) as stop, tracking.stage_run("register", {}):
+    with pytest.raises(MlflowException) as stop, stage_run("register", {}):
         pass
-    assert "does not let reader" in tracking.explain_mlflow(stop.value)
+    assert "does not let reader" in explain_mlflow_error(stop.value)
     assert champion_alias(client, "theirs") == "1"
     log_in(monkeypatch, "reader", "wrong")
-    assert "does not let reader" in tracking.explain_mlflow(cli("history", "--name", "theirs").exception)
+    assert "does not let reader" in explain_mlflow_error(cli("history", "--name", "theirs").exception)
 
 
 def log_in(monkeypatch: pytest.MonkeyPatch, user: str, password: str) -> None:
@@ -420,10 +422,12 @@ def log_in(monkeypatch: pytest.MonkeyPatch, user: str, password: str) -> None:
 
 UPLOAD = """
 import sys
-from components.tracking import run as tracking
+from components.tracking import store
+from components.tracking.errors import explain_mlflow_error
+from components.tracking.run import SETTINGS, stage_run
 from components.common.memory import peak_memory_mib
 from components.register.package import log_version
-with tracking.stage_run("register", {}) as run:
+with stage_run("register", {}) as run:
     log_version(run, "big", {"model": sys.argv[1]}, ["mlflow"], {})
 print(round(peak_memory_mib()))
 """

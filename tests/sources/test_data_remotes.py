@@ -23,7 +23,7 @@ from components.common.files import folder_digest
 from components.config.loading import load_config
 from components.fetch.stage import fetch_data, run_fetch
 from components.sources.data import data_folders, resolve_data
-from components.tracking import run as tracking
+from components.tracking import store
 from tests.conftest import ROOT
 from tests.pipelines.test_shell import dvc, git
 from tests.support.services import S3, free_port, git_http_server, s3_server
@@ -204,8 +204,8 @@ def test_mlflow_says_where_the_data_came_from(
     data = config.data.model_copy(update=source(remote, url))
     base = (str(tiny_model), folder_digest(tiny_model))
     run_fetch(data, remote.digests, config.model, *base, tmp_path / "out" / "dataset", tmp_path / "out" / "base")
-    client = tracking.client()
-    (run,) = client.search_runs([tracking.experiment_id(client)])
+    client = store.client()
+    (run,) = client.search_runs([store.experiment_id(client)])
     inputs = {entry.dataset.name: entry.dataset for entry in run.inputs.dataset_inputs}
     assert {name: dataset.digest for name, dataset in inputs.items()} == {
         name: remote.digests[f"{FOLDER}/{name}"] for name in ("preferences", "instructions")
@@ -274,8 +274,8 @@ FETCH = """
 import sys
 from pathlib import Path
 from tests.sources.test_data_remotes import FOLDER, Remote, data_folders, fetch
-from components.tracking.run import boundary
-with boundary("fetch"):
+from components.tracking.errors import report_errors
+with report_errors("fetch"):
     remote = Remote(Path(sys.argv[1]), dict(zip(data_folders(FOLDER), sys.argv[3:5])), sys.argv[2])
     fetch(remote, Path(sys.argv[5]))
 """

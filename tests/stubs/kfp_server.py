@@ -34,7 +34,7 @@ RetrievePodName."""
 STEPS = ("resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register")
 
 
-class Refused(Exception):
+class RefusalError(Exception):
     """An answer that is an error, and the rule of the real server behind it."""
 
     def __init__(self, status: int, message: str, rule: str) -> None:
@@ -129,14 +129,14 @@ def _refuse_unknown(data: Any, kind: str, where: str, rule: str) -> None:
     allowed = getattr(model, "allowable_values", None)
     if allowed is not None:
         if data not in allowed:
-            raise Refused(400, f"{where}: {data!r} is not one of {allowed}", rule)
+            raise RefusalError(400, f"{where}: {data!r} is not one of {allowed}", rule)
         return
     if not isinstance(data, dict):
-        raise Refused(400, f"{where}: expected an object", rule)
+        raise RefusalError(400, f"{where}: expected an object", rule)
     names = {json_name: name for name, json_name in model.attribute_map.items()}
     for key, value in data.items():
         if key not in names:
-            raise Refused(400, f"{where}: unknown field {key}", rule)
+            raise RefusalError(400, f"{where}: unknown field {key}", rule)
         _refuse_unknown(value, model.openapi_types[names[key]], f"{where}.{key}", rule)
 
 
@@ -151,10 +151,10 @@ def parse_package(text: str) -> Package:
         except json_format.ParseError as error:
             # A platform that does not parse is dropped without a word there (IsPlatformSpecWithKubernetesConfig); here
             # it is refused.
-            raise Refused(400, f"invalid v2 pipeline spec: {error}", rule) from error
+            raise RefusalError(400, f"invalid v2 pipeline spec: {error}", rule) from error
         (platforms if isinstance(kind, PlatformSpec) else specs).append(kind)
     if len(specs) != 1 or len(platforms) > 1:
-        raise Refused(400, "expected one pipeline spec and at most one platform spec", rule)
+        raise RefusalError(400, "expected one pipeline spec and at most one platform spec", rule)
     spec = specs[0]
     name = spec.pipeline_info.name
     if (
@@ -162,7 +162,7 @@ def parse_package(text: str) -> Package:
         or not re.search("[a-z0-9]([-a-z0-9]*[a-z0-9])?", name)
         or not spec.root.dag.tasks
     ):
-        raise Refused(400, f"invalid v2 pipeline spec: version {spec.schema_version}, name {name!r}", rule)
+        raise RefusalError(400, f"invalid v2 pipeline spec: version {spec.schema_version}, name {name!r}", rule)
     platform = platforms[0] if platforms else PlatformSpec()
     structs = platform.platforms["kubernetes"].deployment_spec.executors if platforms else {}
     executors = {}
@@ -192,12 +192,12 @@ def check_parameters(package: Package, given: dict[str, Any]) -> None:
         value = given.get(name)
         if name not in given:
             if not definition.is_optional and not definition.HasField("default_value"):
-                raise Refused(400, f"parameter {name} is not optional, yet has neither default nor value", rule)
+                raise RefusalError(400, f"parameter {name} is not optional, yet has neither default nor value", rule)
         elif not isinstance(value, kinds[kind]) or (kind.startswith("NUMBER") and isinstance(value, bool)):
-            raise Refused(400, f"input parameter {name} requires type {kind}", rule)
+            raise RefusalError(400, f"input parameter {name} requires type {kind}", rule)
     extra = sorted(given.keys() - set(known))
     if extra:
-        raise Refused(400, f"parameter(s) provided are not required by pipeline: {', '.join(extra)}", rule)
+        raise RefusalError(400, f"parameter(s) provided are not required by pipeline: {', '.join(extra)}", rule)
 
 
 class KfpServer:
@@ -285,21 +285,21 @@ class KfpServer:
             found = re.fullmatch(pattern, request.path)
             if method == request.method and found:
                 return action(request, *found.groups())
-        raise Refused(404, "Not Found", "api/v2beta1/*.proto: paths of the HTTP annotations")
+        raise RefusalError(404, "Not Found", "api/v2beta1/*.proto: paths of the HTTP annotations")
 
     def _authorise(self, request: Request) -> None:
         if self.token and request.authorization != f"Bearer {self.token}":
             rule = "auth/authenticator_token_review.go, doTokenReview"
-            raise Refused(401, "Review.Status.Authenticated is false", rule)
+            raise RefusalError(401, "Review.Status.Authenticated is false", rule)
 
     def _namespace(self, namespace: str) -> str:
         if not self.multi_user:
             return ""  # resource/resource_manager.go, ReplaceNamespace
         if not namespace:
-            raise Refused(400, "Namespace cannot be empty", "resource/resource_manager.go, CreateExperiment")
+            raise RefusalError(400, "Namespace cannot be empty", "resource/resource_manager.go, CreateExperiment")
         if self.namespaces and namespace not in self.namespaces:
             rule = "resource/resource_manager.go, IsAuthorized"
-            raise Refused(403, "User 'a@example.com' is not authorized", rule)
+            raise RefusalError(403, "User 'a@example.com' is not authorized", rule)
         return namespace
 
     def _matching(self, request: Request, rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -311,9 +311,9 @@ class KfpServer:
             (predicate,) = json.loads(text)["predicates"]
             operation, key, value = (predicate.pop(name) for name in ("operation", "key", "stringValue"))
         except (ValueError, KeyError) as error:
-            raise Refused(400, f"failed to parse valid filter from {text!r}", rule) from error
+            raise RefusalError(400, f"failed to parse valid filter from {text!r}", rule) from error
         if predicate or operation not in ("EQUALS", 1) or key != "display_name":
-            raise Refused(400, f"no support for this filter: {text}", rule)
+            raise RefusalError(400, f"no support for this filter: {text}", rule)
         return [row for row in rows.values() if row[key] == value]
 
     def _list_pipelines(self, request: Request) -> dict[str, Any]:
@@ -326,10 +326,10 @@ class KfpServer:
 
     def _add_pipeline(self, name: str, namespace: str, description: str) -> dict[str, Any]:
         if not name or len(name) > 128:
-            raise Refused(400, "pipeline's name cannot be empty", "resource/resource_manager.go, CreatePipeline")
+            raise RefusalError(400, "pipeline's name cannot be empty", "resource/resource_manager.go, CreatePipeline")
         if any((row["name"], row["namespace"]) == (name, namespace) for row in self.pipelines.values()):
             rule = "storage/pipeline_store.go, CreatePipeline: NewAlreadyExistError"
-            raise Refused(409, f"Failed to create a new pipeline. The name {name} already exist", rule)
+            raise RefusalError(409, f"Failed to create a new pipeline. The name {name} already exist", rule)
         row = {"pipeline_id": str(uuid.uuid4()), "name": name, "display_name": name, "namespace": namespace}
         self.pipelines[row["pipeline_id"]] = row | {"description": description}
         return self.pipelines[row["pipeline_id"]]
@@ -347,11 +347,13 @@ class KfpServer:
         package = self._uploaded(request)
         pipeline, name = request.query.get("pipelineid", ""), request.query.get("name", "")
         if pipeline not in self.pipelines:
-            raise Refused(400, "Failed to create a pipeline version", rule)
+            raise RefusalError(400, "Failed to create a pipeline version", rule)
         if not name or len(name) > 127:
-            raise Refused(400, "PipelineVersion.Name length cannot exceed 127", "validation/length.go, LengthSpecs")
+            raise RefusalError(
+                400, "PipelineVersion.Name length cannot exceed 127", "validation/length.go, LengthSpecs"
+            )
         if any((row["pipeline_id"], row["name"]) == (pipeline, name) for row in self.versions.values()):
-            raise Refused(409, "Failed to create a pipeline version", rule)
+            raise RefusalError(409, "Failed to create a pipeline version", rule)
         return self._add_version(pipeline, name, package)
 
     def _add_version(self, pipeline: str, name: str, package: Package) -> dict[str, Any]:
@@ -368,11 +370,11 @@ class KfpServer:
         for part in message_from_bytes(request.body).walk():
             if part.get_param("name", header="Content-Disposition") == "uploadfile":
                 if not str(part.get_filename()).endswith((".yaml", ".yml")):
-                    raise Refused(400, "Unexpected pipeline file format", rule)
+                    raise RefusalError(400, "Unexpected pipeline file format", rule)
                 content = part.get_payload(decode=True)
                 assert isinstance(content, bytes)
                 return parse_package(content.decode())
-        raise Refused(400, "Failed to read pipeline from file", rule)
+        raise RefusalError(400, "Failed to read pipeline from file", rule)
 
     def _list_versions(self, request: Request, pipeline: str) -> dict[str, Any]:
         rows = self._matching(request, self.versions)
@@ -387,10 +389,12 @@ class KfpServer:
         new = parse_strictly(json.loads(request.body), "V2beta1Experiment")
         name, namespace = new.display_name, self._namespace(new.namespace or "")
         if not name:
-            raise Refused(500, "Experiment must have a non-empty name", "server/api_converter.go, toModelExperiment")
+            raise RefusalError(
+                500, "Experiment must have a non-empty name", "server/api_converter.go, toModelExperiment"
+            )
         if any((row["display_name"], row["namespace"]) == (name, namespace) for row in self.experiments.values()):
             rule = "storage/experiment_store.go, CreateExperiment: NewAlreadyExistError"
-            raise Refused(409, f"The name {name} already exists", rule)
+            raise RefusalError(409, f"The name {name} already exists", rule)
         row = {"experiment_id": str(uuid.uuid4()), "display_name": name, "namespace": namespace}
         self.experiments[row["experiment_id"]] = row
         return row
@@ -398,17 +402,17 @@ class KfpServer:
     def _check_start(self, body: Any) -> None:
         """What runs and recurring runs have in common."""
         if not body.display_name:
-            raise Refused(
+            raise RefusalError(
                 400, "The run name is empty", "server/run_server.go, createRun; server/job_server.go, createJob"
             )
         if body.experiment_id not in self.experiments:
             rule = "resource/resource_manager.go, GetValidExperimentNamespacePair"
-            raise Refused(404, f"experiment {body.experiment_id} not found", rule)
+            raise RefusalError(404, f"experiment {body.experiment_id} not found", rule)
         reference = body.pipeline_version_reference
         version = self.versions.get((reference and reference.pipeline_version_id) or "")
         if not version or version["pipeline_id"] != reference.pipeline_id:
             rule = "resource/resource_manager.go, fetchTemplateFromPipelineSpec"
-            raise Refused(500, "Failed to create a run due to error fetching manifest", rule)
+            raise RefusalError(500, "Failed to create a run due to error fetching manifest", rule)
         check_parameters(self.packages[version["pipeline_version_id"]], body.runtime_config.parameters or {})
 
     def _create_run(self, request: Request) -> dict[str, Any]:
@@ -428,7 +432,7 @@ class KfpServer:
 
     def _run(self, run_id: str) -> Run:
         if run_id not in self.runs:
-            raise Refused(404, f"Run {run_id} not found", "storage/run_store.go, GetRun: NewResourceNotFoundError")
+            raise RefusalError(404, f"Run {run_id} not found", "storage/run_store.go, GetRun: NewResourceNotFoundError")
         return self.runs[run_id]
 
     def _get_run(self, request: Request, run_id: str) -> dict[str, Any]:
@@ -441,7 +445,7 @@ class KfpServer:
     def _terminate(self, request: Request, run_id: str) -> dict[str, Any]:
         run = self._run(run_id)
         if run.states[0] not in ("PENDING", "RUNNING", "PAUSED"):
-            raise Refused(
+            raise RefusalError(
                 400, f"Failed to terminate a run {run_id}. Row not found", "storage/run_store.go, TerminateRun"
             )
         run.states = ["CANCELING", "CANCELED"]
@@ -451,10 +455,10 @@ class KfpServer:
         body = parse_strictly(json.loads(request.body), "V2beta1RecurringRun")
         rule = "server/api_converter.go, toModelJob"
         if not 1 <= int(body.max_concurrency or 0) <= 10:
-            raise Refused(400, "Max concurrency of a recurring run must be at least 1 and at most 10", rule)
+            raise RefusalError(400, "Max concurrency of a recurring run must be at least 1 and at most 10", rule)
         if len(body.trigger.cron_schedule.cron.split()) != 6:
             # cron.Parse of robfig/cron v1 takes five fields too, and reads them as seconds first
-            raise Refused(400, "Schedule cron is not a supported format", rule)
+            raise RefusalError(400, "Schedule cron is not a supported format", rule)
         self._check_start(body)
         recurring_id = str(uuid.uuid4())
         self.recurring[recurring_id] = body
@@ -464,12 +468,12 @@ class KfpServer:
         rule = "frontend/server/handlers/pod-logs.ts, getPodLogsHandler"
         pod = request.query.get("podname", "")
         if not pod:
-            raise Refused(400, "podname argument is required", rule)
+            raise RefusalError(400, "podname argument is required", rule)
         if self.multi_user and not request.query.get("podnamespace"):
-            raise Refused(422, "podnamespace argument is required", rule)
+            raise RefusalError(422, "podnamespace argument is required", rule)
         run = self._run(request.query.get("runid", ""))
         if pod != failed_pod():
-            raise Refused(500, f"Could not get main container logs: pods {pod} not found", rule)
+            raise RefusalError(500, f"Could not get main container logs: pods {pod} not found", rule)
         return run.log
 
 
@@ -552,7 +556,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
         try:
             found = kfp.route(request)
-        except Refused as error:
+        except RefusalError as error:
             said = {"error": error.message, "code": 3, "message": error.message}
             if "/upload" in request.path:  # server/pipeline_upload_server.go, writeErrorToResponse
                 said = {"error_message": error.message, "error_details": error.message}

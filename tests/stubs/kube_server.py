@@ -35,7 +35,7 @@ RESERVED = {"PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADD
 Manifest = dict[str, Any]
 
 
-class Refused(Exception):
+class RefusalError(Exception):
     """An answer that is an error, and the rule behind it."""
 
     def __init__(self, status: int, message: str, rule: str) -> None:
@@ -139,7 +139,7 @@ class KubeServer:
             if granted and name in rule.get("resourceNames", [name]):
                 return
         whole = f'{resource}.{group} "{name}" is forbidden: cannot {verb} in the namespace "{NAMESPACE}"'
-        raise Refused(403, whole, "K8s/reference/access-authn-authz/rbac")
+        raise RefusalError(403, whole, "K8s/reference/access-authn-authz/rbac")
 
     # ---- the API
 
@@ -161,7 +161,7 @@ class KubeServer:
         if path == f"/api/v1/namespaces/{NAMESPACE}/pods":
             self.allow("list", "", "pods", "")
             return self._pods(query["labelSelector"])
-        raise Refused(
+        raise RefusalError(
             404, f"{method} {path}: the server could not find the requested resource", "K8s/reference/using-api"
         )
 
@@ -173,7 +173,7 @@ class KubeServer:
             jobs = [job.seen() for job in self.jobs.values()]
             return {"items": [job for job in jobs if not key or job["metadata"]["labels"].get(key) == value]}
         if name not in self.jobs:
-            raise Refused(404, f'trainjobs.{GROUP} "{name}" not found', "K8s/reference/using-api")
+            raise RefusalError(404, f'trainjobs.{GROUP} "{name}" not found', "K8s/reference/using-api")
         if method == "DELETE":
             job = self.jobs.pop(name)
             for node in job.nodes:
@@ -183,19 +183,21 @@ class KubeServer:
 
     def _create(self, manifest: Manifest, query: dict[str, str]) -> Manifest:
         if query.get("fieldValidation") != "Strict":
-            raise Refused(
+            raise RefusalError(
                 400, "this stub takes strict objects alone", "K8s/reference/using-api/api-concepts, field validation"
             )
         lost = list(dropped(manifest, models.TrainerV1alpha1TrainJob.from_dict(manifest).to_dict()))
         if lost:
-            raise Refused(
+            raise RefusalError(
                 400, f"strict decoding error: {lost}", "K8s/reference/using-api/api-concepts, field validation"
             )
         name = manifest["metadata"]["name"]
         if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(name) > 63:
-            raise Refused(422, f"metadata.name {name}: must be an RFC 1035 label", "trainjob_types.go, XValidation")
+            raise RefusalError(
+                422, f"metadata.name {name}: must be an RFC 1035 label", "trainjob_types.go, XValidation"
+            )
         if name in self.jobs:
-            raise Refused(409, f'trainjobs.{GROUP} "{name}" already exists', "K8s/reference/using-api")
+            raise RefusalError(409, f'trainjobs.{GROUP} "{name}" already exists', "K8s/reference/using-api")
         self._admit(manifest["spec"])
         self.created.append(manifest)
         whole = manifest | {"metadata": manifest["metadata"] | {"namespace": NAMESPACE, "creationTimestamp": NOW}}
@@ -208,19 +210,19 @@ class KubeServer:
         wanted = {env["name"] for env in spec["trainer"].get("env") or []}
         if wanted & RESERVED:
             rule = "pkg/runtime/framework/plugins/torch/torch.go, Validate"
-            raise Refused(403, f"must not have reserved envs: {wanted & RESERVED}", rule)
+            raise RefusalError(403, f"must not have reserved envs: {wanted & RESERVED}", rule)
         rule = "pkg/runtime/framework/plugins/jobset/jobset.go, Validate"
         for patch in spec.get("runtimePatches") or []:
             if "/" not in patch["manager"]:
-                raise Refused(403, "manager must be a domain-prefixed path", rule)
+                raise RefusalError(403, "manager must be a domain-prefixed path", rule)
             for job in patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]:
                 if job["name"] != "node":
-                    raise Refused(403, "must not have replicated job that doesn't exist in the runtime", rule)
+                    raise RefusalError(403, "must not have replicated job that doesn't exist in the runtime", rule)
                 for container in job["template"]["spec"]["template"]["spec"]["containers"]:
                     if container["name"] != "node":
-                        raise Refused(403, "must not have container that doesn't exist in the runtime job", rule)
+                        raise RefusalError(403, "must not have container that doesn't exist in the runtime job", rule)
                     if container.get("env"):
-                        raise Refused(403, "must not have envs for the node container", rule)
+                        raise RefusalError(403, "must not have envs for the node container", rule)
 
     # ---- what a job runs
 
@@ -301,7 +303,7 @@ class KubeServer:
             for node in job.nodes:
                 if node.name == name:
                     return node
-        raise Refused(404, f'pods "{name}" not found', "K8s/reference/using-api")
+        raise RefusalError(404, f'pods "{name}" not found', "K8s/reference/using-api")
 
 
 OWN = ("MLFLOW_TRACKING_URI", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "KUBEALIGN_STATE")
@@ -336,12 +338,12 @@ class Handler(BaseHTTPRequestHandler):
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         try:
             if kube.faults:
-                raise Refused(kube.faults.pop(0), "the server is currently unable to handle the request", "K8s")
+                raise RefusalError(kube.faults.pop(0), "the server is currently unable to handle the request", "K8s")
             if match := re.fullmatch(rf"/api/v1/namespaces/{NAMESPACE}/pods/([\w.-]+)/log", url.path):
                 self._stream(kube.log(match[1]), query.get("follow") == "True")
                 return
             self._answer(200, kube.route(self.command, url.path, query, body))
-        except Refused as error:
+        except RefusalError as error:
             self._answer(error.status, {"kind": "Status", "message": str(error), "code": error.status})
 
     def _answer(self, status: int, value: Manifest) -> None:

@@ -13,7 +13,8 @@ from kfp.local.config import LocalExecutionConfig
 
 from components.config.loading import load_config, pipeline_arguments
 from components.resolve.component import resolve
-from components.tracking import run as tracking
+from components.tracking import store
+from components.tracking.run import SETTINGS
 from tests.conftest import ROOT, move_home
 
 SMALL = [
@@ -46,7 +47,7 @@ def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database with its tables and nothing in them; making them takes two seconds."""
     with pytest.MonkeyPatch.context() as patch:
         home = move_home(tmp_path_factory.mktemp("mlflow"), patch)
-        tracking.client().search_experiments()
+        store.client().search_experiments()
         return home / "mlflow.db"
 
 
@@ -94,9 +95,9 @@ def facts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 @pytest.fixture
 def runs(own_home: Path) -> dict[str, str]:
     """A run for every stage before register, in the test's own MLflow."""
-    client = tracking.client()
-    run_id = client.create_run(tracking.experiment_id(client)).info.run_id
-    client.log_text(run_id, (ROOT / "params.yaml").read_text(encoding="utf-8"), tracking.SETTINGS)
+    client = store.client()
+    run_id = client.create_run(store.experiment_id(client)).info.run_id
+    client.log_text(run_id, (ROOT / "params.yaml").read_text(encoding="utf-8"), SETTINGS)
     return {f"{stage}_run": run_id for stage in ("resolve", "fetch", "validate", "sft", "dpo", "evaluate")}
 
 

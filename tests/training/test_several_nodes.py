@@ -21,7 +21,7 @@ from components.common.files import write_manifest
 from components.config.loading import load_config
 from components.config.sections import ClusterConfig
 from components.sft.stage import run_sft
-from components.tracking import storage
+from components.tracking import storage, store
 from components.training import train_job
 from components.training.train_job import run_on_nodes, several_nodes
 from pipelines import platform as cluster_module
@@ -76,7 +76,7 @@ FULL = [
 def start(kube: KubeServer, cluster: ClusterConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The object that Kubernetes gets for a job of this section; its nodes do nothing."""
     kube.command = TRUE
-    monkeypatch.setattr(train_job.tracking, "parent_run", lambda: "parent")
+    monkeypatch.setattr(train_job, "parent_run", lambda: "parent")
     train_job.TrainJob(cluster, "dpo", "k1", ["--dataset=/x"]).run()
     return kube.created[-1]
 
@@ -187,7 +187,7 @@ def test_a_runtime_that_is_not_there_is_named(kube: KubeServer, monkeypatch: pyt
 
 
 def job(kube: KubeServer, program: str, monkeypatch: pytest.MonkeyPatch) -> train_job.TrainJob:
-    monkeypatch.setattr(train_job.tracking, "parent_run", lambda: "")
+    monkeypatch.setattr(train_job, "parent_run", lambda: "")
     kube.command = [sys.executable, "-u", "-c", program]
     return train_job.TrainJob(section(), "sft", "k2", [])
 
@@ -258,7 +258,7 @@ def test_a_step_that_is_cancelled_removes_its_job(kube: KubeServer, tmp_path: Pa
     program = (
         "from components.training import train_job\n"
         "from components.config.sections import ClusterConfig\n"
-        "train_job.tracking.parent_run = lambda: ''\n"
+        "train_job.parent_run = lambda: ''\n"
         f"cluster = ClusterConfig.model_validate_json({cluster!r})\n"
         "train_job.TrainJob(cluster, 'sft', 'k3', []).run()\n"
     )
@@ -300,17 +300,17 @@ def test_two_nodes_give_the_losses_of_one_process(
         monkeypatch.setenv(name, value)
     names = {"access_key": "AWS_ACCESS_KEY_ID", "secret_key": "AWS_SECRET_ACCESS_KEY"}
     kube.secrets["kubealign-s3"] = {key: s3.environment[name] for key, name in names.items()}
-    place = f"s3://{s3.bucket}/{tmp_path.name}" if state == "s3" else "pvc:kubealign-state"
+    location = f"s3://{s3.bucket}/{tmp_path.name}" if state == "s3" else "pvc:kubealign-state"
     with mlflow_server(tmp_path) as address:
         more = ["s3_secret=kubealign-s3", f"s3_endpoint={s3.endpoint}", f"mlflow_uri={address}", "train.gpus=0"]
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        cluster = section(f"state={place}", *more)
+        cluster = section(f"state={location}", *more)
         inputs = {"dataset": stages.folder / "clean", "base": stages.base}
         run_id, metrics = run_on_nodes(cluster, "sft", config.sft, config.model, inputs, tmp_path / "two")
-        assert train_job.tracking.client().get_run(run_id).data.params["batch_size"] == "3"
+        assert store.client().get_run(run_id).data.params["batch_size"] == "3"
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     assert metrics["validation_loss"] == json.loads((tmp_path / "two" / "training.json").read_text())["validation_loss"]
-    left = place if state == "s3" else str(train_job.tracking.home())
+    left = location if state == "s3" else str(store.home())
     assert not storage.exists(f"{left}/jobs/anything") and not list(storage._keys(s3.bucket, f"{tmp_path.name}/jobs"))
 
 
@@ -384,11 +384,11 @@ def test_what_comes_back_damaged_is_refused(s3: S3, tmp_path: Path, monkeypatch:
     folder.mkdir()
     (folder / "a.txt").write_text("right")
     write_manifest(folder)
-    place = f"s3://{s3.bucket}/{tmp_path.name}/x"
-    storage.push(folder, place)
+    location = f"s3://{s3.bucket}/{tmp_path.name}/x"
+    storage.upload(folder, location)
     boto3.client("s3").put_object(Bucket=s3.bucket, Key=f"{tmp_path.name}/x/a.txt", Body=b"wrong")
     with pytest.raises(KubealignError, match="a.txt changed since it was written"):
-        storage.pull(place, tmp_path / "back")
+        storage.download(location, tmp_path / "back")
     assert not (tmp_path / "back").exists()
     with pytest.raises(KubealignError, match="no manifest.json there"):
-        storage.pull(f"{place}/nothing", tmp_path / "back")
+        storage.download(f"{location}/nothing", tmp_path / "back")

@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 import pytest
 
-from components.common.errors import DataStop, InputError, KubealignError
+from components.common.errors import DataValidationError, InputError, KubealignError
 from components.common.files import read_json, verify_manifest, write_json
 from components.config.loading import load_config
 from components.dataset.distribution import Distribution, distance, remember
@@ -423,7 +423,7 @@ def test_a_group_on_two_sides_stops_the_run_and_the_report_is_there(
     tmp_path: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = Project(tmp_path, base_model, [*GOOD, pair("test preferences 0", chosen="another yes")])
-    with pytest.raises(DataStop, match="preferences: 1 fail `split_leak`: .*run `dvc repro`"):
+    with pytest.raises(DataValidationError, match="preferences: 1 fail `split_leak`: .*run `dvc repro`"):
         project.validate()
     (entry,) = project.quarantine()
     assert entry["reasons"] == ["split_leak"] and entry["split"] == "train"
@@ -438,7 +438,7 @@ def test_a_near_duplicate_of_a_test_prompt_among_the_instructions_is_a_leak(tmp_
     project = Project(tmp_path, base_model, GOOD)
     project.write("preferences", "test", [pair(LONG)])
     project.write("instructions", "train", [instruction(LONG + " today"), instruction("fine")])
-    with pytest.raises(DataStop, match="instructions: 1 fail `split_leak`"):
+    with pytest.raises(DataValidationError, match="instructions: 1 fail `split_leak`"):
         project.validate()
     assert [entry["data_set"] for entry in project.quarantine()] == ["instructions"]
 
@@ -446,7 +446,9 @@ def test_a_near_duplicate_of_a_test_prompt_among_the_instructions_is_a_leak(tmp_
 def test_too_many_bad_rows_stop_the_run_and_say_why(tmp_path: Path, base_model: Path) -> None:
     bad = [pair(f"same {i}", "equal", "equal") for i in range(6)]
     project = Project(tmp_path, base_model, [*GOOD, *bad, *DEFECTS["too_long"]])
-    with pytest.raises(DataStop, match=r"preferences: 6 of 23 rows are bad \(26.1%.*most fail `same_answer` \(6\)"):
+    with pytest.raises(
+        DataValidationError, match=r"preferences: 6 of 23 rows are bad \(26.1%.*most fail `same_answer` \(6\)"
+    ):
         project.validate("validate.max_quarantined=0.2")
     assert "same_answer" in project.html.read_text(), "the report is written before the run stops"
 
@@ -455,7 +457,7 @@ def test_a_severity_can_be_changed_and_an_unknown_check_is_named(tmp_path: Path,
     project = Project(tmp_path, base_model, [*GOOD, *DEFECTS["email"]])
     project.validate("validate.severity={email: error}")
     assert [entry["reasons"] for entry in project.quarantine()] == [["email"]]
-    with pytest.raises(DataStop, match="1 fail `email`"):
+    with pytest.raises(DataValidationError, match="1 fail `email`"):
         project.validate("validate.severity={email: stop}")
     with pytest.raises(InputError, match=r"validate.severity: e_mail is no check; expected one of .*email"):
         project.validate("validate.severity={e_mail: stop}")
@@ -511,7 +513,7 @@ def test_an_engine_error_is_not_reported_as_bad_data(
     broken = Check("broken", "error", "", "ExpectColumnValuesToBeBetween", {"column": "no_such_column", "max_value": 0})
     with pytest.raises(KubealignError, match="check broken could not be evaluated") as error:
         suite.failing({"number": [0]}, [broken])
-    assert not isinstance(error.value, DataStop | InputError)
+    assert not isinstance(error.value, DataValidationError | InputError)
     project = Project(tmp_path, base_model, GOOD)
 
     def fails(*given: Any) -> bool:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from components.common.files import read_json
 from components.register.component import register
-from components.tracking import run as tracking
+from components.tracking import store
 from tests.support.component_kit import Chain, judged_inputs, run_locally
 
 
@@ -14,5 +14,5 @@ def test_the_version_is_in_the_registry_and_the_result_an_output_artifact(
     judged = judged_inputs(chain)
     made = run_locally(register, tmp_path, **judged, **runs)
     result = read_json(made / "result")
-    version = tracking.client().get_model_version(result["model"], result["version"])
+    version = store.client().get_model_version(result["model"], result["version"])
     assert version.tags["kubealign.verdict"] == result["verdict"]["verdict"]

@@ -6,7 +6,7 @@ import pytest
 
 from components.common.files import read_json
 from components.register.component import register
-from components.tracking import run as tracking
+from components.tracking import store
 from tests.support.component_kit import Chain, assert_refused, call, judged_inputs
 
 
@@ -14,7 +14,7 @@ def test_it_makes_a_version_with_its_lineage_and_aliases(chain: Chain, runs: dic
     judged = judged_inputs(chain)
     uri, _ = call(register, tmp_path, lineage="abc", **judged, **runs)
     result = read_json(tmp_path / "result")
-    version = tracking.client().get_model_version_by_alias("kubealign", "challenger")
+    version = store.client().get_model_version_by_alias("kubealign", "challenger")
     assert uri == result["model_uri"] == f"models:/kubealign/{version.version}"
     assert version.tags["kubealign.lineage"] == result["lineage"] == "abc"
     assert ("champion" in result["aliases"]) == result["verdict"]["passed"]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from components.common.errors import InputError, KubealignError
+from components.common.errors import InputError, KubealignError, RequestRejectedError
 from pipelines.ci import notify
-from pipelines.ci.notify import GitHub, Refused, signature, webhook
+from pipelines.ci.notify import GitHub, signature, webhook
 from pipelines.cli import app
 from tests.stubs.github import GitHubStub
 from tests.stubs.receiver import SECRET, Receiver
@@ -68,7 +68,7 @@ def test_a_refusal_is_not_tried_again_and_a_redirect_is_not_followed(receiver: R
     for status in (400, 302):
         receiver.answers = [status]
         before = len(receiver.headers)
-        with pytest.raises(Refused, match=f"^the webhook at 127.0.0.1 answered {status}"):
+        with pytest.raises(RequestRejectedError, match=f"^the webhook at 127.0.0.1 answered {status}"):
             hook.send("x", {})
         assert len(receiver.headers) == before + 1 and not receiver.events
 
@@ -77,7 +77,7 @@ def test_another_key_is_not_accepted(receiver: Receiver, monkeypatch: pytest.Mon
     monkeypatch.setenv(notify.SECRET, f"whsec_{base64.b64encode(b'k' * 32).decode()}")
     hook = webhook()
     assert hook
-    with pytest.raises(Refused, match="answered 401"):
+    with pytest.raises(RequestRejectedError, match="answered 401"):
         hook.send("x", {})
 
 
@@ -162,7 +162,7 @@ def test_a_server_that_fails_for_a_while_is_asked_again(github: GitHubStub) -> N
 
 def test_a_wrong_token_is_one_line_without_it(github: GitHubStub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GITHUB_TOKEN", "ghs-wr0ng")
-    with pytest.raises(Refused, match="^GitHub answered 401: .*Bad credentials") as error:
+    with pytest.raises(RequestRejectedError, match="^GitHub answered 401: .*Bad credentials") as error:
         GitHub().comment(MARKED, 3)
     assert "ghs-wr0ng" not in str(error.value)
     monkeypatch.delenv("GITHUB_TOKEN")

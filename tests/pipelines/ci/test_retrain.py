@@ -15,15 +15,14 @@ import pytest
 import typer
 from rich.console import Console
 
-from components.common.errors import InputError, KubealignError
-from components.tracking import run as tracking
+from components.common.errors import InputError, InterruptedRunError, KubealignError, RunPendingError
+from components.tracking import store
 from pipelines import kubeflow
 from pipelines.ci import follow, notify, retrain
 from pipelines.ci import job as job_module
-from pipelines.local.runner import Stopped
 from tests.pipelines.ci.test_plan import Clone, appended, setting
 from tests.pipelines.test_shell import git
-from tests.stubs.kfp_server import KfpServer, Refused, Run, closed, status
+from tests.stubs.kfp_server import KfpServer, RefusalError, Run, closed, status
 from tests.stubs.receiver import Receiver
 from tests.support.services import free_port
 
@@ -70,7 +69,7 @@ def database(folder: Path) -> Path:
     if not _EMPTY:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
-            tracking.client().search_experiments()
+            store.client().search_experiments()
         _EMPTY.append(path.read_bytes())
     path.write_bytes(_EMPTY[0])
     return path
@@ -99,8 +98,8 @@ def make_job(clone: Clone, out: Path, *sets: str, rerun: bool = False, retry_tim
 
 def record(job: job_module.Job, kfp_run: str, **changes: Any) -> None:
     """What the steps of a run record in MLflow."""
-    client = tracking.client()
-    experiment = tracking.experiment_id(client)
+    client = store.client()
+    experiment = store.experiment_id(client)
     parent = client.create_run(
         experiment, tags={"kubealign.kind": "pipeline", "kubealign.kfp_run": kfp_run}
     ).info.run_id
@@ -233,7 +232,7 @@ def test_a_run_whose_start_was_never_answered_is_found_by_its_name(
 
     def started_and_lost(request: Any) -> Any:
         create(request)
-        raise Refused(504, "upstream timed out", "a proxy's")
+        raise RefusalError(504, "upstream timed out", "a proxy's")
 
     monkeypatch.setattr(kfp, "_create_run", started_and_lost)
     assert retrain.retrain(job) == 0 and len(kfp.runs) == 1
@@ -246,7 +245,7 @@ def test_a_server_that_stays_down_leaves_a_state_with_which_the_same_command_goe
     job = make_job(clone, out, retry_timeout_s=0.2)
     recording(kfp, job, monkeypatch)
     kfp.fail("GET", f"{RUNS}/.*", status(503), times=10_000)
-    with pytest.raises(follow.Unfinished, match="kubealign ci retrain --retry-timeout 5") as error:
+    with pytest.raises(RunPendingError, match="kubealign ci retrain --retry-timeout 5") as error:
         retrain.retrain(job)
     assert error.value.exit_code == 1
     state = json.loads((out / follow.STATE).read_text())
@@ -283,7 +282,7 @@ def test_a_signal_cancels_the_run_also_when_its_id_was_never_heard(
         def started_and_lost(request: Any) -> Any:
             create(request)
             kfp.fail("GET", RUNS, status(503), times=1)
-            raise Refused(504, "upstream timed out", "a proxy's")
+            raise RefusalError(504, "upstream timed out", "a proxy's")
 
         monkeypatch.setattr(kfp, "_create_run", started_and_lost)
         monkeypatch.setattr(follow, "FIRST_DELAY_S", 0.5)
@@ -297,7 +296,7 @@ def test_a_signal_cancels_the_run_also_when_its_id_was_never_heard(
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     threading.Thread(target=interrupt, daemon=True).start()
     try:
-        with pytest.raises(Stopped) as stopped:
+        with pytest.raises(InterruptedRunError) as stopped:
             retrain.retrain(job)
     finally:
         for number, handler in before.items():

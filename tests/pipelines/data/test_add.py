@@ -215,7 +215,7 @@ def test_a_killed_add_goes_on_with_dvc_and_all(project: Path, tmp_path: Path, nu
     _, said = child.communicate(timeout=60)
     assert "team" in (project / "data" / "sources.lock").read_text()
     if number == signal.SIGTERM:
-        assert child.returncode == 128 + number and said.strip() == "error: stopped; the same command goes on"
+        assert child.returncode == 128 + number and said.strip() == "error: interrupted; run the same command to resume"
         assert not list((project / ".kubealign" / "workspace").iterdir())
     done = subprocess.run(words, cwd=project, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,52 @@
+"""Where runs, models and local state live: the home folder, the MLflow client and its experiment."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+HOME_VARIABLE = "KUBEALIGN_HOME"
+EXPERIMENT = "kubealign"
+
+
+def home() -> Path:
+    """The folder for everything that outlives a stage: checkpoints, caches, the local MLflow."""
+    return Path(os.environ.get(HOME_VARIABLE, ".kubealign")).resolve()
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or SQLite in the home folder; a relative SQLite path is made absolute."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home()}/mlflow.db"
+    scheme, relative, path = uri.partition("sqlite:///")
+    return f"{relative}{Path(path).resolve()}" if relative and not scheme else uri
+
+
+def without_credentials(text: str) -> str:
+    """A text safe to show: every URL in it without its user and password."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "***@", text)
+
+
+def client() -> Any:
+    """An MLflow client for `tracking_uri`."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import logging
+
+    import mlflow
+
+    for chatty in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    if tracking_uri().startswith("sqlite:"):
+        home().mkdir(parents=True, exist_ok=True)
+    mlflow.set_tracking_uri(tracking_uri())
+    mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI") or tracking_uri())
+    return mlflow.MlflowClient()
+
+
+def experiment_id(mlflow_client: Any) -> str:
+    """The id of the experiment of all runs (MLFLOW_EXPERIMENT_NAME or `kubealign`), created if missing."""
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    experiment = mlflow_client.get_experiment_by_name(name)
+    if experiment:
+        return str(experiment.experiment_id)
+    local = tracking_uri().startswith("sqlite:")
+    return str(mlflow_client.create_experiment(name, (home() / "mlartifacts").as_uri() if local else None))
