@@ -13,6 +13,7 @@ from components.config.loading import load_config, load_section
 from components.config.sections import PARAMS
 from components.tracking import storage
 from components.tracking.errors import explain_os_error
+from components.tracking.result import StageResult
 from components.tracking.run import is_main_process
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -84,7 +85,7 @@ def sft(dataset: DatasetIn, base: BaseIn, out: OutLocation, params: Params = Pat
     config, model = load_section(params, "sft"), load_section(params, "model")
     with storage.output(out) as folder:
         done = run_sft(config, model, dataset, base, folder)
-    _write_result(result, *done)
+    _write_result(result, done)
 
 
 @app.command()
@@ -102,7 +103,7 @@ def dpo(
     config, model = load_section(params, "dpo"), load_section(params, "model")
     with storage.output(out) as folder:
         done = run_dpo(config, model, dataset, base, sft_model, folder)
-    _write_result(result, *done)
+    _write_result(result, done)
 
 
 @app.command()
@@ -127,10 +128,10 @@ def evaluate(
     run_evaluate(config.evaluate, config.gate, config.model, inputs, {"base_model": config.model.base}, out, *reports)
 
 
-def _write_result(result: str, run_id: str, metrics: dict[str, float]) -> None:
+def _write_result(result: str, done: StageResult) -> None:
     """Write what a stage gives besides its files, by the main process; last, so that it stands for a finished stage."""
     if result and is_main_process():
-        storage.write(result, json.dumps({"run_id": run_id, "metrics": metrics}))
+        storage.write(result, json.dumps(done._asdict()))
 
 
 def read_secrets() -> None:

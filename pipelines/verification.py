@@ -1,6 +1,5 @@
 """Is a version what was registered, and how is it made again: its files, its logits, its origin."""
 
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,12 +8,14 @@ from typing import Any, Literal
 
 import yaml
 
+from components.common.documents import JsonObject, parse_document, read_document
 from components.common.errors import InputError, KubealignError
-from components.common.files import read_json, write_text
+from components.common.files import write_text
 from components.common.provenance import environment
 from components.config.sections import PARAMS
 from components.registry.audit import Audit
 from components.registry.manifest import manifest_mismatch
+from components.training.documents import DpoTraining
 
 TOLERANCE = 1e-3
 """Largest difference of a logit, in fp32, between machines; another adapter or base differs by far more."""
@@ -93,7 +94,9 @@ def _logits(folder: Path) -> Check:
     import mlflow
     import torch
 
-    stored = read_json(folder / "artifacts" / "fingerprint.json")
+    from components.engine.models import Fingerprint
+
+    stored = read_document(folder / "artifacts" / "fingerprint.json", Fingerprint)
     model = mlflow.pyfunc.load_model(str(folder)).unwrap_python_model().model
     with torch.no_grad():
         logits_V = model(input_ids=torch.tensor([stored["tokens"]]), use_cache=False).logits[0, -1].float()
@@ -140,7 +143,8 @@ def reproduce(version: Any, project: Path, out: Path | None) -> Iterator[str]:
             for name in ("environment.txt", "settings.yaml", "training.json")
         )
         yield from _packages(recorded)
-        yield from _precision(yaml.safe_load(settings)["model"]["precision"], json.loads(training))
+        facts = parse_document(training, DpoTraining, f"{source}/training.json", unknown="ignore")
+        yield from _precision(yaml.safe_load(settings)["model"]["precision"], facts)
         if out is None:
             yield "to check it out: the same command with --out FOLDER"
             return
@@ -158,7 +162,7 @@ def _packages(recorded: str) -> Iterator[str]:
     yield f"packages  {len(then)}, " + (f"different here: {', '.join(differing[:8])}{more}" if differing else "as here")
 
 
-def _precision(asked: str, training: dict[str, Any]) -> Iterator[str]:
+def _precision(asked: str, training: DpoTraining) -> Iterator[str]:
     """What `auto` was for the version, and whether it would be the same here."""
     from components.engine.models import native_precision
 
@@ -191,7 +195,7 @@ def _check_out(project: Path, commit: str, out: Path) -> None:
             porcelain.reset(made, "hard", commit)
 
 
-def _write_params(out: Path, settings: dict[str, Any], project: Path, data_commit: str) -> None:
+def _write_params(out: Path, settings: JsonObject, project: Path, data_commit: str) -> None:
     """The run's settings in params.yaml of the checkout; its own data repository is the checkout itself."""
     path = out / PARAMS
     raw = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -7,10 +7,10 @@ their digest.
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from components.common.documents import JsonObject
 from components.common.errors import InputError
 from components.common.files import read_json, write_json
 
@@ -33,7 +33,7 @@ class Distribution(BaseModel):
     chosen_characters: Counter[str] = Counter()
     rejected_characters: Counter[str] = Counter()
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: JsonObject) -> None:
         """Count a pair."""
         self.rows += 1
         self.language[row["lang"]] += 1

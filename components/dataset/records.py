@@ -11,6 +11,7 @@ from typing import IO, Annotated, Any, Literal, TypeVar, cast
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from components.common.documents import JsonObject
 from components.common.errors import InputError
 from components.common.files import replacing
 
@@ -73,7 +74,7 @@ def line_of(row: Any) -> bytes:
     return orjson.dumps(row) + b"\n"
 
 
-def iter_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def iter_lines(path: Path) -> Iterator[tuple[int, JsonObject]]:
     """Iterate over the objects of a JSON-lines file, plain or gzip, with their line numbers; blank lines count.
 
     Raises:
@@ -112,7 +113,7 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
+def parse_line(path: Path, number: int, line: bytes) -> JsonObject:
     """Parse one line as a JSON object.
 
     Raises:

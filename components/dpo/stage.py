@@ -16,7 +16,8 @@ from components.config.sections import DpoConfig, ModelConfig
 from components.dataset.chat import load_tokenizer
 from components.dataset.records import Preference, read_rows
 from components.engine import objectives
-from components.engine.loop import Objective, StepRecord, TrainingSet, evaluate, sequence_logps
+from components.engine.history import StepRecord, write_history
+from components.engine.loop import Objective, TrainingSet, evaluate, sequence_logps
 from components.engine.models import (
     DPO_ADAPTER,
     SFT_ADAPTER,
@@ -31,7 +32,9 @@ from components.engine.models import (
     save_model,
 )
 from components.engine.packing import Pack
+from components.tracking.result import StageResult
 from components.tracking.run import is_main_process, stage_run
+from components.training.documents import DpoTraining
 from components.training.run import (
     add_adapter,
     checkpoint_folder,
@@ -41,7 +44,6 @@ from components.training.run import (
     resolve_precision,
     run_training,
     stage_output,
-    write_history,
 )
 from components.training.scoring import Scores, score, weights_digest
 
@@ -57,7 +59,7 @@ REFERENCE_TOLERANCE_NATS = 0.05
 
 def run_dpo(
     config: DpoConfig, model: ModelConfig, dataset: Path, base_model: Path, sft_model: Path, out: Path
-) -> tuple[str, dict[str, float]]:
+) -> StageResult:
     """Align the SFT model to the preferences.
 
     Args:
@@ -71,7 +73,7 @@ def run_dpo(
             (environment.txt), the steps (`history.jsonl`), training.json and a manifest.
 
     Returns:
-        id of the MLflow run, and loss, margin, accuracy and rewards on the validation pairs.
+        the MLflow run, and loss, margin, accuracy and rewards on the validation pairs.
 
     Raises:
         TrainingError: the policy does not equal its reference before the first step, or a loss is not finite.
@@ -127,20 +129,24 @@ def run_dpo(
             with stage_output(out) as folder:
                 _write_policy(folder, policy, model, base_model, base_digest, tokenizer)
                 write_history(folder / "history.jsonl", records)
-                facts: dict[str, Any] = {"beta": config.beta, "loss": config.loss, "precision": model.precision}
-                facts |= {"base_digest": base_digest, "sft_digest": sft_digest}
-                # The reference is these ranks of the shipped adapter.
-                facts["reference_rank"] = (
-                    cast(Any, policy.lm).peft_config[SFT_ADAPTER].r if model.tuning == "lora" else 0
-                )
-                write_json(folder / "training.json", metrics | facts | {"libraries": versions(MADE_WITH)})
+                training: DpoTraining = {
+                    "metrics": metrics,
+                    "beta": config.beta,
+                    "loss": config.loss,
+                    "precision": model.precision,
+                    "base_digest": base_digest,
+                    "sft_digest": sft_digest,
+                    "reference_rank": cast(Any, policy.lm).peft_config[SFT_ADAPTER].r if model.tuning == "lora" else 0,
+                    "libraries": versions(MADE_WITH),
+                }
+                write_json(folder / "training.json", training)
                 write_manifest(folder)
         run.log_metrics([(len(records), metrics)])
         run.log(
             f"validation: loss {metrics['validation_loss']:.4f},"
             f" accuracy {metrics['validation_reward_accuracy']:.3f}, margin {metrics['validation_reward_margin']:.3f}"
         )
-        return run.run_id, metrics
+        return StageResult(run.run_id, metrics)
 
 
 Reference = Callable[[Pack, list[int]], Tensor]

@@ -5,7 +5,7 @@ A checkpoint is a folder `step-000123` of tensors in safetensors, a JSON state a
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ from accelerate.utils import broadcast, broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from typing_extensions import TypedDict
 
+from components.common.documents import read_document
 from components.common.errors import KubealignError
-from components.common.files import read_json, replacing_folder, verify_manifest, write_json, write_manifest
+from components.common.files import replacing_folder, verify_manifest, write_json, write_manifest
+from components.engine.history import StepRecord
 from components.engine.processes import processes
 
 KEEP = 2
@@ -36,7 +39,14 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     rng: dict[str, Tensor]
     """State of the random numbers by process: of the CPU, and of its GPU as `<process>.cuda`."""
-    history: list[dict[str, Any]]
+    history: list[StepRecord]
+
+
+class State(TypedDict):
+    """state.json of a checkpoint."""
+
+    step: int
+    history: list[StepRecord]
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int = 0) -> None:
@@ -46,7 +56,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 0) -> None:
             tensors: dict[str, Tensor] = getattr(checkpoint, name)
             whole = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
             save_file(whole, aside / f"{name}.safetensors")
-        write_json(aside / "state.json", {"step": checkpoint.step, "history": checkpoint.history})
+        records = [asdict(record) for record in checkpoint.history]
+        write_json(aside / "state.json", {"step": checkpoint.step, "history": records})
         write_manifest(aside)
     for old in stored(folder)[:-KEEP]:
         if old != _path(folder, keep):
@@ -77,7 +88,7 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def _load(folder: Path, step: int) -> Checkpoint:
     path = _path(folder, step)
     verify_manifest(path)
-    state = read_json(path / "state.json")
+    state = read_document(path / "state.json", State)
     tensors = {name: load_file(path / f"{name}.safetensors") for name in TENSORS}
     return Checkpoint(step=state["step"], history=state["history"], **tensors)
 

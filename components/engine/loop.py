@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from components.common.errors import TrainingError
 from components.common.files import write_json
 from components.common.memory import peak_memory_mib
 from components.engine import checkpoints
+from components.engine.history import StepRecord
 from components.engine.models import PackedModel, is_sharded, trainable_state
 from components.engine.packing import Example, Pack, fill_packs, lanes, pack, plan_steps, share_out
 from components.engine.processes import accelerator as make_accelerator
@@ -66,23 +67,6 @@ class TrainingSet:
     def n_tokens(self) -> list[int]:
         """Tokens of each example in a pack."""
         return [example.n_tokens for example in self.examples]
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one optimiser step did; `metrics` are the objective's, `validation` the loss and metrics after this step."""
-
-    step: int
-    total_steps: int
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens: int
-    seconds: float
-    memory_mib: float
-    """Peak memory so far, of this process or its GPU."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    validation: dict[str, float] = field(default_factory=dict)
 
 
 Validation = Callable[[], tuple[float, dict[str, float]]]
@@ -142,7 +126,7 @@ def train(
     checkpoint, passed_over = checkpoints.load_newest(checkpoint_folder)
     for sentence in passed_over:
         log(sentence)
-    history = [StepRecord(**record) for record in checkpoint.history] if checkpoint else []
+    history = list(checkpoint.history) if checkpoint else []
     if checkpoint:
         log(f"resuming after step {checkpoint.step} of {len(steps)}")
         checkpoints.restore(parameters, checkpoint.parameters)
@@ -158,9 +142,8 @@ def train(
             for rank, states in enumerate(gather_object([_random_state()]))
             for device, state in states.items()
         }
-        done = [asdict(record) for record in history]
         if accelerator.is_main_process:
-            made = checkpoints.Checkpoint(len(history), whole, state, rng, done)
+            made = checkpoints.Checkpoint(len(history), whole, state, rng, history)
             checkpoints.save(checkpoint_folder, made, keep=best_step(history))
         accelerator.wait_for_everyone()
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from typing_extensions import TypedDict
 
 from components.common.errors import InputError
 from components.common.files import replacing_folder
@@ -316,8 +317,15 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
         merged.save_pretrained(aside, safe_serialization=True)
 
 
+class Fingerprint(TypedDict):
+    """fingerprint.json: some of a model's logits on fixed tokens."""
+
+    tokens: list[int]
+    logits: list[float]
+
+
 @torch.no_grad()
-def fingerprint(lm: nn.Module) -> dict[str, list[float]]:
+def fingerprint(lm: nn.Module) -> Fingerprint:
     """Some logits of a causal LM on fixed tokens, in its own precision, by which a loaded model is known again.
 
     Returns:

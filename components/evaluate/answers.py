@@ -1,7 +1,7 @@
-"""Answers of a model to the fixed prompts, greedy and sampled, batched with the key-value cache; and what they measure.
+"""A model's greedy and sampled answers to the fixed prompts, batched with the key-value cache, and their metrics.
 
-Both kinds of answer are made in one batch. Samples are drawn at temperature 1 from the whole distribution, so that they
-are the model's own and a divergence can be estimated on them.
+Both kinds of answer are generated in one batch. Samples are drawn at temperature 1 from the full distribution, so the
+KL can be estimated on them.
 """
 
 import math
@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from typing_extensions import TypedDict
 
+from components.common.documents import read_document
 from components.common.errors import InputError
-from components.common.files import digest, read_json, write_json
+from components.common.files import digest, write_json
 from components.common.provenance import modules_digest
 from components.dataset.chat import encode_prompt
 from components.dataset.records import LANGUAGES, Preference
@@ -42,7 +44,7 @@ REFUSAL = re.compile(
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote: its tokens, with the end of sequence where it came, and its text."""
+    """What a model wrote: tokens, including the end of sequence if it was reached, and text."""
 
     tokens: list[int]
     text: str
@@ -57,8 +59,15 @@ class Answers:
     sampled: list[Answer]
 
 
+class _CachedAnswers(TypedDict):
+    """A file of the cache: the answers, and a digest that a damaged file does not match."""
+
+    sha256: str
+    answers: Answers
+
+
 def fixed_prompts(rows: Sequence[Preference], per_language: int) -> list[Preference]:
-    """The rows whose prompts are answered: the first of each language by id, which is a hash, one of each group."""
+    """The rows whose prompts are answered: the first of each language by id, which is a hash, one from each group."""
     chosen = []
     for lang in LANGUAGES:
         groups: dict[str, Preference] = {}
@@ -71,7 +80,7 @@ def fixed_prompts(rows: Sequence[Preference], per_language: int) -> list[Prefere
 def answer(
     run: StageRun,
     open_model: Callable[[], PackedModel],
-    how: Sequence[Any],
+    cache_key_parts: Sequence[Any],
     tokenizer: Any,
     rows: Sequence[Preference],
     max_new_tokens: int,
@@ -81,9 +90,9 @@ def answer(
     """A greedy and a sampled answer to the prompt of each row, from the cache or by running the model.
 
     Args:
-        run: says how far it is.
-        open_model: gives the model; not called when its answers are known.
-        how: everything that names the model and the way it is run.
+        run: reports progress.
+        open_model: loads the model; not called if its answers are cached.
+        cache_key_parts: everything that identifies the model and how it is run.
         tokenizer: of the model.
         rows: with the prompts.
         max_new_tokens: limit of an answer.
@@ -91,13 +100,13 @@ def answer(
         what: name of the model, for the progress line.
     """
     prompts = [encode_prompt(tokenizer, row.prompt) for row in rows]
-    key = digest([list(how), prompts, max_new_tokens, seed, modules_digest("components.evaluate.answers")])
-    place = store.home() / "cache" / "answers" / f"{key}.json"
-    kept = _load(place, len(rows))
-    if kept is not None:
+    key = digest([list(cache_key_parts), prompts, max_new_tokens, seed, modules_digest("components.evaluate.answers")])
+    path = store.home() / "cache" / "answers" / f"{key}.json"
+    cached = _load(path, len(rows))
+    if cached is not None:
         run.log(f"answers of {what}: {len(rows)} prompts from the cache")
-        return kept
-    found: list[Answer] = [Answer([], "", False)] * (2 * len(rows))
+        return cached
+    both: list[Answer] = [Answer([], "", False)] * (2 * len(rows))
     shortest_first = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
     total = -(-len(rows) // BATCH_PROMPTS) * max_new_tokens
     for number, first in enumerate(range(0, len(rows), BATCH_PROMPTS)):
@@ -106,28 +115,26 @@ def answer(
         def progress(step: int, before: int = number * max_new_tokens) -> None:
             run.progress(before + step, total, f"answers of {what}")
 
-        made = _generate(open_model(), tokenizer, [prompts[i] for i in batch], max_new_tokens, seed + number, progress)
+        texts = _generate(open_model(), tokenizer, [prompts[i] for i in batch], max_new_tokens, seed + number, progress)
         for position, index in enumerate(batch):
-            found[index], found[len(rows) + index] = made[position], made[len(batch) + position]
-    answers = Answers(found[: len(rows)], found[len(rows) :])
-    values = asdict(answers)
-    write_json(place, {"sha256": digest(values), "answers": values})
+            both[index], both[len(rows) + index] = texts[position], texts[len(batch) + position]
+    answers = Answers(both[: len(rows)], both[len(rows) :])
+    write_json(path, {"sha256": digest(asdict(answers)), "answers": asdict(answers)})
     return answers
 
 
-def _load(place: Path, n: int) -> Answers | None:
+def _load(path: Path, n: int) -> Answers | None:
+    """Cached answers to `n` prompts; None if there are none, or the file is damaged."""
     try:
-        kept = read_json(place)
-        values = kept["answers"]
-        if kept["sha256"] != digest(values) or len(values["greedy"]) != n:
-            return None
-        return Answers(*([Answer(**one) for one in values[kind]] for kind in ("greedy", "sampled")))
-    except (InputError, KeyError, TypeError):
+        cached = read_document(path, _CachedAnswers)
+    except InputError:
         return None
+    answers = cached["answers"]
+    return answers if cached["sha256"] == digest(asdict(answers)) and len(answers.greedy) == n else None
 
 
 class _FirstRowsGreedy(LogitsProcessor):  # type: ignore[misc]
-    """Leaves the first half of the rows only their most likely token, so that sampling takes it; tells the progress."""
+    """Masks all but the likeliest token in the first half of the batch, so sampling is greedy; reports progress."""
 
     def __init__(self, progress: Callable[[int], None]) -> None:
         self._progress, self._step = progress, 0
@@ -153,14 +160,14 @@ def _generate(
 ) -> list[Answer]:
     """The greedy answers to all prompts, then the sampled ones.
 
-    The model attends by its plain implementation meanwhile; prompts are padded on the left, by mask and not by id.
+    The model uses its plain attention meanwhile; prompts are padded on the left and masked.
     """
     width = max(map(len, prompts))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.tensor([[padding] * (width - len(p)) + list(p) for p in prompts] * 2, device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts] * 2, device=model.device)
     lm = model.causal_lm
-    own, lm.generation_config = lm.generation_config, GenerationConfig()  # no penalties of the model's own
+    generation_config, lm.generation_config = lm.generation_config, GenerationConfig()  # without the model's penalties
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with plain_attention(lm, "sdpa"), model.autocast(), torch.random.fork_rng(devices):
@@ -178,7 +185,7 @@ def _generate(
                 eos_token_id=tokenizer.eos_token_id,
             )
     finally:
-        lm.generation_config = own
+        lm.generation_config = generation_config
     return [_cut(tokenizer, row) for row in output[:, width:].tolist()]
 
 
@@ -186,13 +193,13 @@ def _cut(tokenizer: Any, tokens: list[int]) -> Answer:
     finished = tokenizer.eos_token_id in tokens
     if finished:
         tokens = tokens[: tokens.index(tokenizer.eos_token_id) + 1]
-    # A limit can cut a character in two; its half is not part of the answer.
+    # The token limit can split a character; its half is not part of the answer.
     text = tokenizer.decode(tokens, skip_special_tokens=True).strip().rstrip("\ufffd")
     return Answer(tokens, text, finished)
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """Share of the answer's runs of four tokens that it has written before; 0 for an answer shorter than that.
+    """Share of the answer's 4-grams that occurred earlier in it; 0 for an answer without a 4-gram.
 
     Source: seq-rep-n of "Neural text generation with unlikelihood training", arXiv 1908.04319, section 5.
     """
@@ -201,18 +208,18 @@ def repetition(tokens: Sequence[int]) -> float:
 
 
 def speaks(text: str, lang: str) -> bool:
-    """Whether a text is in the language, by its script: Chinese characters against Latin words; True for neither."""
+    """Whether a text is in the language, by script: Chinese characters against Latin words; True without either."""
     han, latin = len(HAN.findall(text)), len(LATIN_WORD.findall(text))
     return han >= latin if lang == "zh" else latin >= han
 
 
 def refuses(text: str) -> bool:
-    """Whether an answer opens like a refusal or a disclaimer, by a list of English and Chinese phrases."""
+    """Whether an answer opens with a refusal or a disclaimer, by a list of English and Chinese phrases."""
     return REFUSAL.search(text[:OPENING_CHARACTERS].replace("’", "'")) is not None
 
 
 def measure(bootstrap: GroupBootstrap, answers: Sequence[Answer], langs: Sequence[str]) -> Metrics:
-    """The automatic measures of one kind of answer; see results.Generation. A share of nothing is left out."""
+    """Metrics of greedy or sampled answers, as in results.Generation; a share of no answers is left out."""
     written = np.array([bool(answer.text) for answer in answers], dtype=np.float64)
     every = np.ones_like(written)
     match = [speaks(answer.text, lang) for answer, lang in zip(answers, langs, strict=True)]
@@ -234,14 +241,14 @@ def generation(
     compared: Answers | None,
     divergence: Floats | None,
 ) -> Generation:
-    """What a model's answers measure.
+    """Metrics of a model's answers.
 
     Args:
         bootstrap: over the groups of the prompts.
         answers: of the model.
         langs: language of each prompt.
         compared: the SFT model's answers, for the length ratio; None for the base.
-        divergence: estimate of KL on each sample, nats; None without a reference.
+        divergence: estimate of the KL on each sample, nats; None without a reference.
     """
     ratio: Estimate | None = None
     if compared is not None:
@@ -256,5 +263,5 @@ def generation(
 
 
 def lengths(answers: Sequence[Answer]) -> Floats:
-    """Tokens of each answer, the end of sequence included, so that no answer has none."""
+    """Tokens of each answer, including the end of sequence, so that no answer has 0."""
     return np.array([float(len(answer.tokens)) for answer in answers])

@@ -1,8 +1,8 @@
-"""The models that are judged: how each is opened, what names its content, and what it was trained from.
+"""The models to evaluate: how to open each, what identifies its weights, and what it was trained from.
 
-An incumbent comes from the registry as it was registered. Its own reference, the SFT model of its time, is the first
-ranks of its adapter (the shipped adapter is the two concatenated by rank), so it needs no file of
-its own; after full fine-tuning it is known only while the SFT model is still the same.
+An incumbent is loaded from the registry as it was registered. Its reference, the SFT model it was trained from, is the
+first ranks of its adapter (the exported adapter is SFT's and DPO's, concatenated by rank), so it needs no file of its
+own; after full fine-tuning the reference is known only as long as the SFT model is unchanged.
 """
 
 from collections.abc import Callable
@@ -11,14 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from components.common.documents import read_document
 from components.common.errors import InputError, single_line
 from components.common.files import digest, read_json, sha256_file, verify_manifest
 from components.config.sections import ModelConfig
 from components.dataset.chat import load_tokenizer
 from components.engine.models import PackedModel, keep_first_ranks
-from components.registry.manifest import manifest_mismatch
+from components.registry.manifest import BaseReference, manifest_mismatch
 from components.tracking import store
 from components.tracking.run import StageRun
+from components.training.documents import read_dpo_training
 from components.training.run import open_model, open_tuned
 from components.training.scoring import adapted_digest, weights_digest, whole_digest
 
@@ -27,8 +29,8 @@ INCUMBENT_REFERENCE = "incumbent's reference"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What evaluate reads: folders of earlier steps, the incumbent's URI (empty before the first champion), and what
-    the gate asks of the data.
+    """What evaluate reads: folders of earlier steps, the incumbent's URI (empty before the first champion), and the
+    other inputs of the gate.
     """
 
     dataset: Path
@@ -36,10 +38,10 @@ class Inputs:
     sft_model: Path
     policy: Path
     incumbent: str
-    test_use: int
+    decision_index: int
     """Number of this decision among those on the same test set, from 1."""
     data_clean: bool
-    """Whether the data is what a commit records."""
+    """Whether a commit records exactly this data."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,12 @@ class Candidate:
 
     Args:
         name: `base`, `sft`, `policy`, `incumbent`, or the incumbent's reference.
-        content: hash that names its weights.
+        content: hash of its weights.
         tokenizer: its own.
         open: loads it.
-        reference: name of the candidate that it was trained from; empty for none or not known.
-        beta: of its preference training; None without one, or where it is not known.
-        loss: likewise.
+        reference: name of the candidate that it was trained from; empty if there is none or it is not known.
+        beta: of its preference training; None without one.
+        loss: of its preference training; empty without one.
     """
 
     name: str
@@ -66,7 +68,7 @@ class Candidate:
 
 
 def find_candidates(run: StageRun, model: ModelConfig, inputs: Inputs) -> list[Candidate]:
-    """All of them, each before its reference, so that what a model samples is there when its reference is opened.
+    """All candidates, each before its reference, so a model's samples exist when its reference is opened.
 
     Raises:
         InputError: a file changed since it was written, or the incumbent cannot be loaded.
@@ -79,7 +81,7 @@ def find_candidates(run: StageRun, model: ModelConfig, inputs: Inputs) -> list[C
         opens = partial(open_tuned, run, inputs.base_model, folder, model, name)
         return Candidate(name, weights_digest(base_digest, folder), tokenizer, opens, **trained)
 
-    training = read_json(inputs.policy / "training.json")
+    training = read_dpo_training(inputs.policy)
     policy = tuned("policy", inputs.policy, reference="sft", beta=training["beta"], loss=training["loss"])
     sft = tuned("sft", inputs.sft_model, reference="base")
     opens = partial(open_model, run, inputs.base_model, model, trains=False)
@@ -90,22 +92,22 @@ def find_candidates(run: StageRun, model: ModelConfig, inputs: Inputs) -> list[C
 
 
 def _incumbent(run: StageRun, model: ModelConfig, inputs: Inputs, base_digest: str, sft_digest: str) -> list[Candidate]:
-    """The incumbent, and its reference where that is not the SFT model."""
+    """The incumbent, and its reference if that is not the SFT model."""
     folder = download_incumbent(inputs.incumbent)
-    training = read_json(folder / "training.json") if (folder / "training.json").is_file() else {}
-    trained = {"beta": training.get("beta"), "loss": training.get("loss", "")}
-    same_sft = training.get("sft_digest") == sft_digest and training.get("base_digest") == base_digest
+    training = read_dpo_training(folder)
+    beta, loss = training["beta"], training["loss"]
+    same_sft = training["sft_digest"] == sft_digest and training["base_digest"] == base_digest
     named = _base_of(folder / "adapter").removeprefix("sha256:")
     if named != base_digest and (folder / "model" / "config.json").is_file():
         opens = partial(open_model, run, folder / "model", model, trains=False)
         tokenizer, content = load_tokenizer(folder / "model"), whole_digest(folder / "model")
-        return [Candidate("incumbent", content, tokenizer, opens, "sft" if same_sft else "", **trained)]
+        return [Candidate("incumbent", content, tokenizer, opens, "sft" if same_sft else "", beta, loss)]
     base = inputs.base_model if named == base_digest else _base_in_registry(inputs.incumbent, folder)
     opens = partial(open_tuned, run, base, folder, model, "incumbent")
     content, tokenizer = adapted_digest(named, folder / "adapter"), load_tokenizer(base)
-    rank = training.get("reference_rank", 0)
+    rank = training["reference_rank"]
     reference = "sft" if same_sft else INCUMBENT_REFERENCE if rank else ""
-    incumbent = Candidate("incumbent", content, tokenizer, opens, reference, **trained)
+    incumbent = Candidate("incumbent", content, tokenizer, opens, reference, beta, loss)
     if reference != INCUMBENT_REFERENCE:
         return [incumbent]
 
@@ -118,7 +120,7 @@ def _incumbent(run: StageRun, model: ModelConfig, inputs: Inputs, base_digest: s
 
 
 def download_incumbent(uri: str) -> Path:
-    """The artifacts of a version of the registry, as they were registered.
+    """The artifacts of a registered version, checked against its manifest.
 
     Raises:
         InputError: it cannot be downloaded, or its files are not those that were registered.
@@ -135,7 +137,7 @@ def download_incumbent(uri: str) -> Path:
 
 def _base_in_registry(incumbent: str, folder: Path) -> Path:
     """The base model of an incumbent that was registered as an adapter of another base than ours."""
-    named = read_json(folder / "base.json")
+    named = read_document(folder / "base.json", BaseReference)
     base = _fetch(named["reference"], f"the base model {named['reference']} of incumbent {incumbent}")
     if any(sha256_file(base / name) != wanted for name, wanted in named["files"].items()):
         raise InputError(f"incumbent {incumbent}: the files of its base model {named['reference']} changed")

@@ -1,4 +1,4 @@
-"""Every held-out number, from log-probabilities alone: the models one by one, and the policy against its rivals.
+"""Every number that needs only log-probs of the test pairs: each model alone, and the policy against its rivals.
 
 Shapes: P test pairs, B bootstrap resamples, K slices of the test pairs; chosen comes before rejected.
 """
@@ -6,7 +6,7 @@ Shapes: P test pairs, B bootstrap resamples, K slices of the test pairs; chosen 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from components.evaluate.statistics import (
     roc,
     superiority_p,
 )
-from components.gate.results import Comparison, Estimate, Metrics
+from components.gate.results import Comparison, Estimate, McNemar, Metrics, ModelResults, PairResults
 from components.training.scoring import TokenLogps
 
 Rows = dict[str, list[Preference]]
@@ -39,15 +39,20 @@ REFERENCE_FREE_LOSSES = ("simpo", "orpo")
 POWER_Z = 1.645 + 0.842
 """Standard normal quantiles of a one-sided test at 5 % with 80 % power."""
 MOST_PAIRS, MANY = 1_000_000, "more than a million"
-"""Numbers of pairs beyond this are not worth more words."""
+"""A sample size beyond this is not spelt out."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A model's log-probs of both sides, and how it was trained.
+    """A model's log-probs of the pairs, and how it was trained.
 
-    `reference` has those of the test pairs under the model's reference; `beta` and `loss` are of its preference
-    training. None where there is none, or where it is not known.
+    Args:
+        sides: log-probs of the validation and test pairs.
+        reference: log-probs of the test pairs under the model's reference; None without one, or if it is not known.
+        beta: of its preference training; None without one, or if it is not known.
+        loss: of its preference training, likewise.
     """
 
     sides: Mapping[str, TokenLogps]
@@ -57,26 +62,26 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class _Judged:
-    """A model's results, and what comparisons need: margin and loss of each pair, loss of each resample and slice."""
+class _ModelEvaluation:
+    """A model's results, and what comparisons need: margin and loss per pair, loss per resample and slice."""
 
     margins_P: Floats
     loss_P: Floats
     loss_BK: Floats
-    results: dict[str, Any]
+    results: ModelResults
 
 
 def compare(
     config: EvaluateConfig, threshold: float, regression: float, rows: Rows, scored: Mapping[str, Scored]
-) -> dict[str, Any]:
-    """Results as of results.Results, but for answers, findings and facts.
+) -> PairResults:
+    """Evaluate every model on the test pairs, and the policy against its rivals; the models' generation is left None.
 
     Args:
         config: bootstrap settings.
-        threshold: improvement that the test asks the policy to exceed, nats; below 0 for non-inferiority.
+        threshold: improvement that the policy must exceed, nats; below 0 for non-inferiority.
         regression: by how much a language may be worse, nats.
         rows: validation and test pairs.
-        scored: for `base`, `sft`, `policy` and perhaps `incumbent`.
+        scored: `base`, `sft`, `policy` and, if there is one, `incumbent`.
     """
     test = rows["test"]
     settings = (config.bootstrap, config.confidence)
@@ -85,12 +90,13 @@ def compare(
     lengths_P = scored["base"].sides["test"].lengths_EC.max(axis=1)
     masks = slices(test, lengths_P)
     base = {side: scored["base"].sides[side].sums() for side in SIDES}
-    judged = {name: _judge(bootstrap, calibration, masks, test, found, base) for name, found in scored.items()}
-    policy = judged["policy"]
-    comparisons = {
-        rival: _compare(bootstrap, (threshold, regression), masks, policy, judged[rival], rival)
+    models = {name: _evaluate(bootstrap, calibration, masks, test, model, base) for name, model in scored.items()}
+    policy, beta = models["policy"], scored["policy"].beta
+    assert beta is not None, "dpo records the beta of every policy"
+    comparisons: dict[str, Comparison] = {
+        rival: _compare(bootstrap, (threshold, regression), masks, policy, models[rival], rival)
         for rival in ("sft", "incumbent")
-        if rival in judged
+        if rival in models
     }
     return {
         "pairs": {side: len(rows[side]) for side in SIDES},
@@ -98,26 +104,31 @@ def compare(
         "confidence": config.confidence,
         "bootstrap": config.bootstrap,
         "seed": config.seed,
-        "beta": scored["policy"].beta,
+        "beta": beta,
         "loss": scored["policy"].loss,
-        "models": {name: found.results for name, found in judged.items()},
+        "models": {name: model.results for name, model in models.items()},
         "comparisons": comparisons,
-        "own": policy.results["own"],
         "roc": roc(policy.margins_P),
         "held_out": [
-            {"id": row.id, "group": row.group, "lang": row.lang, "source": row.source, "length": int(length)}
-            | {"margins": {name: float(found.margins_P[number]) for name, found in judged.items()}}
-            for number, (row, length) in enumerate(zip(test, lengths_P, strict=True))
+            {
+                "id": row.id,
+                "group": row.group,
+                "lang": row.lang,
+                "source": row.source,
+                "length": int(length),
+                "margins": {name: float(model.margins_P[index]) for name, model in models.items()},
+            }
+            for index, (row, length) in enumerate(zip(test, lengths_P, strict=True))
         ],
     }
 
 
 def slices(rows: Sequence[Preference], lengths_P: Any) -> dict[str, Mask]:
-    """The test pairs as a whole and in parts, as masks [P] by `overall` and `kind/part`, empty parts left out.
+    """Masks [P] of the test pairs as a whole, `overall`, and of every part that is not empty, `kind/part`.
 
     Args:
         rows: P pairs.
-        lengths_P: tokens of the longer answer of each; three buckets hold about a third of the pairs each.
+        lengths_P: tokens of the longer answer of each pair; three buckets hold about a third of the pairs each.
     """
     masks = {"overall": np.ones(len(rows), dtype=bool)}
     masks |= {f"languages/{lang}": np.array([row.lang == lang for row in rows]) for lang in LANGUAGES}
@@ -130,14 +141,14 @@ def slices(rows: Sequence[Preference], lengths_P: Any) -> dict[str, Mask]:
     return {name: mask for name, mask in masks.items() if mask.any()}
 
 
-def _judge(
+def _evaluate(
     bootstrap: GroupBootstrap,
     calibration: GroupBootstrap,
     masks: Mapping[str, Mask],
     rows: Sequence[Preference],
     scored: Scored,
     base: Mapping[str, Floats],
-) -> _Judged:
+) -> _ModelEvaluation:
     rewards = {side: scored.sides[side].sums() - base[side] for side in SIDES}
     gaps = {side: rewards[side][:, 0] - rewards[side][:, 1] for side in SIDES}
     scale = fit_scale(gaps["validation"])
@@ -149,28 +160,35 @@ def _judge(
         loss_BK, brier_BK = loss_BK / counts_BK, brier_BK / counts_BK
     loss_P, brier_P = compared_loss(gaps["test"], scale), brier(gaps["test"], scale)
     table = bootstrap.table(_columns(scored, rows, rewards["test"]), masks)
-    for number, (name, mask) in enumerate(masks.items()):
+    for index, (name, mask) in enumerate(masks.items()):
         n = int(mask.sum())
-        loss = bootstrap.interval(loss_P[mask].mean(), loss_BK[:, number], n)
+        loss = bootstrap.interval(loss_P[mask].mean(), loss_BK[:, index], n)
         table[name] = {"preference_log_loss": loss} | table[name]
-        table[name]["brier"] = bootstrap.interval(brier_P[mask].mean(), brier_BK[:, number], n)
-    own_P2 = own_rewards(scored)
+        table[name]["brier"] = bootstrap.interval(brier_P[mask].mean(), brier_BK[:, index], n)
+    policy_P2 = policy_rewards(scored)
     plots = {"fitted": reliability(bootstrap, gaps["test"], scale)}
-    if own_P2 is not None:
-        plots["own"] = reliability(bootstrap, own_P2[:, 0] - own_P2[:, 1], 1.0)
-    results = {"scale": scale, "overall": table["overall"]}
-    results |= {kind: _of_kind(kind, table) for kind in SLICES}
-    results |= {"own": None if own_P2 is None else _own(bootstrap, own_P2)}
-    results |= {"auc": bootstrap.auc(gaps["test"]), "reliability": plots}
-    return _Judged(gaps["test"], loss_P, loss_BK, results)
+    if policy_P2 is not None:
+        plots["as_trained"] = reliability(bootstrap, policy_P2[:, 0] - policy_P2[:, 1], 1.0)
+    results: ModelResults = {
+        "scale": scale,
+        "overall": table["overall"],
+        "languages": _of_kind("languages", table),
+        "sources": _of_kind("sources", table),
+        "lengths": _of_kind("lengths", table),
+        "policy_metrics": None if policy_P2 is None else _policy_metrics(bootstrap, policy_P2),
+        "auc": bootstrap.auc(gaps["test"]),
+        "reliability": plots,
+        "generation": None,
+    }
+    return _ModelEvaluation(gaps["test"], loss_P, loss_BK, results)
 
 
-def _of_kind(kind: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    return {name.partition("/")[2]: values for name, values in found.items() if name.startswith(f"{kind}/")}
+def _of_kind(kind: str, parts: Mapping[str, T]) -> dict[str, T]:
+    return {name.partition("/")[2]: values for name, values in parts.items() if name.startswith(f"{kind}/")}
 
 
 def _columns(scored: Scored, rows: Sequence[Preference], rewards_P2: Floats) -> dict[str, tuple[Floats, Floats]]:
-    """Values and weights of each pair, for the metrics that are ratios of sums."""
+    """Value and weight of each pair, for every metric that is a ratio of sums."""
     test = scored.sides["test"]
     logps_P2 = test.sums()
     per_token_P2 = logps_P2 / test.lengths_EC
@@ -194,7 +212,7 @@ def _columns(scored: Scored, rows: Sequence[Preference], rewards_P2: Floats) -> 
 
 
 def divergence(model: TokenLogps, reference: TokenLogps) -> Floats:
-    """How far a model has moved from its reference on given answers, nats per answer [E, C].
+    """Distance of a model from its reference on given answers, nats per answer [E, C].
 
     Half the squared log-ratio of each token, summed: the estimator k2 of KL(model || reference) in J. Schulman,
     "Approximating KL divergence" (http://joschu.net/blog/kl-approx.html, 2020). The answers are the data's and not the
@@ -207,15 +225,15 @@ def divergence(model: TokenLogps, reference: TokenLogps) -> Floats:
 def sampled_kl(model: TokenLogps, reference: TokenLogps) -> Floats:
     """KL(model || reference) of whole answers that the model itself sampled, nats per answer [E].
 
-    (r - 1) - log r with r = reference / model for each token, summed: the estimator k3 of J. Schulman's note, which
-    has the expectation of the KL and is never negative. Answers are cut at the limit of their length.
+    (r - 1) - log r with r = reference / model for each token, summed: the estimator k3 of J. Schulman's note, which is
+    unbiased and never negative. Answers are cut at their length limit.
     """
     log_r_N = reference.values_N.astype(np.float64) - model.values_N
-    found: Floats = model.sums_of(np.expm1(log_r_N) - log_r_N)[:, 0]
-    return found
+    kl_E: Floats = model.sums_of(np.expm1(log_r_N) - log_r_N)[:, 0]
+    return kl_E
 
 
-def own_rewards(scored: Scored) -> Floats | None:
+def policy_rewards(scored: Scored) -> Floats | None:
     """Rewards of chosen and rejected as the model's own training defines them, [P, 2]; None if that is not known."""
     reference_free = scored.loss in REFERENCE_FREE_LOSSES
     if scored.beta is None or (scored.reference is None and not reference_free):
@@ -229,7 +247,7 @@ def own_rewards(scored: Scored) -> Floats | None:
     return scored.beta * ratios_P2
 
 
-def _own(bootstrap: GroupBootstrap, rewards_P2: Floats) -> Metrics:
+def _policy_metrics(bootstrap: GroupBootstrap, rewards_P2: Floats) -> Metrics:
     margins_P = rewards_P2[:, 0] - rewards_P2[:, 1]
     columns = {"loss": log_loss(margins_P), "reward_accuracy": accuracy(margins_P), "reward_margin": margins_P}
     columns |= {"chosen_reward": rewards_P2[:, 0], "rejected_reward": rewards_P2[:, 1], "brier": brier(margins_P)}
@@ -240,49 +258,52 @@ def _compare(
     bootstrap: GroupBootstrap,
     limits: tuple[float, float],
     masks: Mapping[str, Mask],
-    policy: _Judged,
-    rival: _Judged,
+    policy: _ModelEvaluation,
+    rival: _ModelEvaluation,
     name: str,
 ) -> Comparison:
     threshold, regression = limits
     gain_P, gain_BK = rival.loss_P - policy.loss_P, rival.loss_BK - policy.loss_BK
     gains: dict[str, Estimate] = {
-        part: bootstrap.interval(gain_P[mask].mean(), gain_BK[:, number], int(mask.sum()))
-        for number, (part, mask) in enumerate(masks.items())
+        part: bootstrap.interval(gain_P[mask].mean(), gain_BK[:, index], int(mask.sum()))
+        for index, (part, mask) in enumerate(masks.items())
     }
-    found: dict[str, Any] = {
-        "improvement": gains["overall"],
+    improvement, ranked = gains["overall"], mcnemar(policy.margins_P, rival.margins_P)
+    error = float(np.std(gain_BK[:, 0]))
+    return {
+        "improvement": improvement,
         "threshold": threshold,
         "p_value": bootstrap.p_value(gain_P, gain_BK[:, 0], threshold),
+        "distribution": np.quantile(gain_BK[:, 0], DISTRIBUTION_POINTS).tolist(),
         "regression_p": {
-            part.partition("/")[2]: superiority_p(-gain_BK[np.isfinite(gain_BK[:, number]), number], regression)
-            for number, part in enumerate(masks)
+            part.partition("/")[2]: superiority_p(-gain_BK[np.isfinite(gain_BK[:, index]), index], regression)
+            for index, part in enumerate(masks)
             if part.startswith("languages/")
         },
-        "distribution": np.quantile(gain_BK[:, 0], DISTRIBUTION_POINTS).tolist(),
+        "by_language": _of_kind("languages", gains),
+        "by_source": _of_kind("sources", gains),
+        "by_length": _of_kind("lengths", gains),
         "accuracy": bootstrap.estimate(accuracy(policy.margins_P) - accuracy(rival.margins_P)),
-        "mcnemar": mcnemar(policy.margins_P, rival.margins_P),
+        "mcnemar": ranked,
+        "words": words(improvement, ranked, error, bootstrap.n_groups, name),
     }
-    found |= {key: _of_kind(kind, gains) for kind, key in SLICES.items()}
-    error = float(np.std(gain_BK[:, 0]))
-    found["words"] = words(found, error, bootstrap.n_groups, name)
-    return cast(Comparison, found)
 
 
 RIVALS = {"sft": "the SFT model", "incumbent": "the incumbent champion"}
 
 
-def words(found: Mapping[str, Any], error: float, n_groups: int, rival: str) -> str:
-    """What the evidence supports, also when it supports nothing.
+def words(improvement: Estimate, ranked: McNemar, error: float, n_groups: int, rival: str) -> str:
+    """What the evidence supports, as sentences, even if that is nothing.
 
     Args:
-        found: a comparison without its words.
+        improvement: of the policy over the rival, nats.
+        ranked: which of the two ranks pairs right.
         error: standard error of the improvement, nats.
         n_groups: prompt groups of the test pairs.
         rival: `sft` or `incumbent`.
     """
-    gain, low, high = (found["improvement"][key] for key in ("value", "low", "high"))
-    pairs, who = found["improvement"]["n"], RIVALS[rival]
+    gain, low, high = improvement["value"], improvement["low"], improvement["high"]
+    pairs, who = improvement["n"], RIVALS[rival]
     where = f"on {pairs} held-out pairs of {n_groups} prompt groups"
     interval = f"[{low:+.4f}, {high:+.4f}]"
     if low == high == 0.0:
@@ -298,11 +319,10 @@ def words(found: Mapping[str, Any], error: float, n_groups: int, rival: str) -> 
         said += f" {abs(gain):.4f} nats {'lower' if gain >= 0 else 'higher'} than that of {who}, and anything in"
         said += f" {interval} agrees with them."
         if gain > 0.0:
-            # Compared before it is divided: a difference of nearly nothing has no finite number.
+            # Compare before dividing: a tiny difference would need infinitely many pairs.
             few = POWER_Z * error * math.sqrt(pairs) < gain * math.sqrt(MOST_PAIRS)
             needed = f"about {max(math.ceil(pairs * (POWER_Z * error / gain) ** 2), pairs + 1)}" if few else MANY
             said += f" If the difference is real, {needed} pairs would show it four times in five."
-    test = found["mcnemar"]
-    said += f" Of the pairs that only one of them ranks right, {test['policy_only']} are the policy's and"
-    said += f" {test['rival_only']} are the other's (McNemar's exact test, two-sided p = {test['p_value']:.3f})."
+    said += f" Of the pairs that only one of them ranks right, {ranked['policy_only']} are the policy's and"
+    said += f" {ranked['rival_only']} are the other's (McNemar's exact test, two-sided p = {ranked['p_value']:.3f})."
     return said

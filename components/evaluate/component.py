@@ -57,11 +57,13 @@ def evaluate(
     """
     from pathlib import Path
 
+    from components.common.documents import read_document
     from components.common.files import write_json
     from components.config.loading import section
     from components.config.sections import EvaluateConfig, GateConfig, ModelConfig
     from components.evaluate.candidates import Inputs
     from components.evaluate.stage import run_evaluate
+    from components.gate.results import Evaluation
     from components.tracking.errors import report_errors
     from components.tracking.run import show_metrics
 
@@ -74,7 +76,7 @@ def evaluate(
             "lineage": lineage,
             "config": config,
         }
-        run_id, found = run_evaluate(
+        run_id, values = run_evaluate(
             section(EvaluateConfig, evaluate_section),
             section(GateConfig, gate_section),
             section(ModelConfig, model_section, base=facts["base_model"]),
@@ -92,12 +94,8 @@ def evaluate(
             Path(report.path),
             Path(summary.path),
         )
-        policy = found["models"]["policy"]
-        shown = policy["overall"] | {"auc": policy["auc"]}
-        if policy["generation"]:
-            shown |= {name: policy["generation"][name] for name in ("kl", "length_ratio")}
-        values = {name: estimate["value"] for name, estimate in shown.items()}
-        show_metrics(metrics, values | {"gate_passed": float(found["verdict"]["passed"])})
-        roc.log_roc_curve(found["roc"]["fpr"], found["roc"]["tpr"], found["roc"]["threshold"])
-        write_json(Path(roc.path), found["roc"])
+        show_metrics(metrics, values)
+        curve = read_document(Path(evaluation.path) / "evaluation.json", Evaluation)["roc"]
+        roc.log_roc_curve(curve["fpr"], curve["tpr"], curve["threshold"])
+        write_json(Path(roc.path), curve)
         return run_id

@@ -1,18 +1,19 @@
-"""Known pathologies of DPO, recognised from its training curves and from what the policy writes.
+"""Known pathologies of DPO, detected in the training curves and the policy's answers.
 
-A curve counts as above or below a value when its mean over the last third of the steps is, by more than two standard
-errors of that mean: steps are small batches and jump. Rewards are beta times log-ratios to the reference.
+A curve counts as above or below a value if its mean over the last third of the steps is, by more than two standard
+errors of that mean: steps are small batches and noisy. Rewards are beta times log-ratios to the reference.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from components.engine.history import StepRecord
 from components.evaluate.comparison import PER_TOKEN_LOSSES
-from components.gate.results import Finding
+from components.evaluate.statistics import Floats
+from components.gate.results import Finding, PairResults
 
 LN2 = math.log(2)
 ERRORS = 2.0
@@ -31,10 +32,10 @@ LONGER = 1.5
 
 @dataclass(frozen=True)
 class Curves:
-    """DPO's steps as arrays by metric, in order; `validated` has those of the steps after which it was validated."""
+    """DPO's metrics by step; `validated` holds the validation metrics of the steps that ended with a validation."""
 
-    steps: Mapping[str, np.ndarray[Any, Any]]
-    validated: Mapping[str, np.ndarray[Any, Any]]
+    steps: Mapping[str, Floats]
+    validated: Mapping[str, Floats]
     total: int
 
     def tail(self, name: str) -> tuple[float, float]:
@@ -55,26 +56,27 @@ class Curves:
         return mean + ERRORS * error < bound
 
 
-def curves(records: Sequence[Mapping[str, Any]]) -> Curves:
-    """The curves of history.jsonl."""
-    shared = set(records[0]["metrics"]).intersection(*(record["metrics"] for record in records))
-    steps = {name: np.array([record["metrics"][name] for record in records]) for name in shared}
-    steps["loss"] = np.array([record["loss"] for record in records])
-    steps["step"] = np.array([record["step"] for record in records])
-    found = [record["validation"] | {"step": record["step"]} for record in records if record.get("validation")]
-    validated = {name: np.array([one[name] for one in found]) for name in (found[0] if found else ())}
-    return Curves(steps, validated, int(records[-1]["total_steps"]))
+def curves(records: Sequence[StepRecord]) -> Curves:
+    """The curves of a training run."""
+    shared = set(records[0].metrics).intersection(*(record.metrics for record in records))
+    steps = {name: np.array([record.metrics[name] for record in records]) for name in shared}
+    steps["loss"] = np.array([record.loss for record in records])
+    steps["step"] = np.array([record.step for record in records])
+    validations = [record.validation for record in records if record.validation]
+    names = validations[0] if validations else ()
+    validated = {name: np.array([validation[name] for validation in validations]) for name in names}
+    return Curves(steps, validated, records[-1].total_steps)
 
 
-def diagnose(records: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> list[Finding]:
-    """What is wrong with a training, worst first; empty when nothing is.
+def diagnose(records: Sequence[StepRecord], evaluation: PairResults) -> list[Finding]:
+    """The pathologies of a training run, problems first; empty if there are none.
 
     Args:
-        records: of history.jsonl of dpo.
-        evaluation: beta, loss, and the models' generation, as in results.Results.
+        records: the steps of dpo.
+        evaluation: beta and loss of the policy, and what it writes.
     """
     found = curves(records)
-    beta, loss = float(evaluation["beta"]), str(evaluation["loss"])
+    beta, loss = evaluation["beta"], evaluation["loss"]
     checks = [
         _reference_mismatch(found),
         _no_learning(found, loss),
@@ -179,12 +181,12 @@ def _kl_blow_up(found: Curves, beta: float, loss: str) -> Finding | None:
     )
 
 
-def _length_explosion(evaluation: Mapping[str, Any]) -> Finding | None:
-    written = evaluation["models"]["policy"]["generation"]
-    ratio = written and written["length_ratio"]
-    if not ratio or ratio["value"] < LONGER or ratio["low"] <= 1.0:
+def _length_explosion(evaluation: PairResults) -> Finding | None:
+    generation = evaluation["models"]["policy"]["generation"]
+    ratio = generation["length_ratio"] if generation else None
+    if generation is None or ratio is None or ratio["value"] < LONGER or ratio["low"] <= 1.0:
         return None
-    cut = written["greedy"]["unfinished"]["value"]
+    cut = generation["greedy"]["unfinished"]["value"]
     return _problem(
         "length explosion",
         f"the policy's answers are {ratio['value']:.2f} times as long as the SFT model's [{ratio['low']:.2f},"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import binomtest
 
-from components.gate.results import Estimate, McNemar, Metrics
+from components.gate.results import Estimate, McNemar, Metrics, ReliabilityBin, RocCurve
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -230,8 +230,8 @@ def mcnemar(policy_P: Floats, rival_P: Floats) -> McNemar:
     return {"policy_only": policy_only, "rival_only": rival_only, "p_value": p_value}
 
 
-def roc(margins_P: Floats) -> dict[str, list[float]]:
-    """ROC of the margin: each pair once as it is and once turned round; false and true positive rates, thresholds.
+def roc(margins_P: Floats) -> RocCurve:
+    """ROC curve of the margin, with each pair once as it is and once with chosen and rejected swapped.
 
     With this symmetry the area under the curve is the probability that a right margin exceeds a wrong one.
     """
@@ -244,11 +244,14 @@ def roc(margins_P: Floats) -> dict[str, list[float]]:
     false_rate = np.append(0.0, np.cumsum(1 - labels)[last] / (1 - labels).sum())
     thresholds = np.append(scores[0] + 1.0, scores[last])
     kept = np.unique(np.linspace(0, len(thresholds) - 1, min(CURVE_POINTS, len(thresholds))).astype(int))
-    curve = {"fpr": false_rate, "tpr": true_rate, "threshold": thresholds}
-    return {name: values[kept].tolist() for name, values in curve.items()}
+    return {
+        "fpr": false_rate[kept].tolist(),
+        "tpr": true_rate[kept].tolist(),
+        "threshold": thresholds[kept].tolist(),
+    }
 
 
-def reliability(bootstrap: GroupBootstrap, margins_P: Floats, scale: float, bins: int = 5) -> list[dict[str, float]]:
+def reliability(bootstrap: GroupBootstrap, margins_P: Floats, scale: float, bins: int = 5) -> list[ReliabilityBin]:
     """Reliability of the probabilities sigmoid(scale * |margin|) of the answer that the model prefers, lowest first.
 
     Args:
@@ -263,13 +266,19 @@ def reliability(bootstrap: GroupBootstrap, margins_P: Floats, scale: float, bins
     edges = np.unique(np.quantile(predicted_P, np.linspace(0.0, 1.0, bins + 1)))
     bin_P = np.clip(np.searchsorted(edges, predicted_P, side="right") - 1, 0, max(0, len(edges) - 2))
     masks = {str(number): bin_P == number for number in np.unique(bin_P)}
-    found = []
+    plot: list[ReliabilityBin] = []
     for name, observed in bootstrap.table({"right": (right_P, np.ones_like(right_P))}, masks).items():
         right = observed["right"]
-        predicted = float(predicted_P[masks[name]].mean())
-        bounds = {"low": right["low"], "high": right["high"], "n": float(right["n"])}
-        found.append({"predicted": predicted, "observed": right["value"]} | bounds)
-    return found
+        plot.append(
+            {
+                "predicted": float(predicted_P[masks[name]].mean()),
+                "observed": right["value"],
+                "low": right["low"],
+                "high": right["high"],
+                "n": right["n"],
+            }
+        )
+    return plot
 
 
 def _divide(above: Floats, below: Floats) -> Floats:

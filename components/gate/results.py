@@ -1,11 +1,11 @@
-"""What evaluate finds: the shape of evaluation.json, which the gate, register and the report read.
+"""evaluation.json: what evaluate measured, and what the gate, register and the report read.
 
 Losses, rewards and divergences are in nats. Every estimate carries its interval at `confidence`, from the same seeded
-resamples of prompt groups, so that two estimates of one evaluation are paired. `reference` of a model is what it was
-trained from and held to: the base for SFT, its own SFT model for a policy.
+resamples of prompt groups, so two estimates of one evaluation are paired. A model's `reference` is the model it was
+trained from and held close to: the base for SFT, its own SFT model for a policy.
 """
 
-from typing import Any, TypedDict
+from typing_extensions import TypedDict
 
 
 class Estimate(TypedDict):
@@ -20,10 +20,28 @@ class Estimate(TypedDict):
 Metrics = dict[str, Estimate]
 
 
-class Generation(TypedDict):
-    """What a model writes on the fixed prompts; see answers.py for the measures.
+class ReliabilityBin(TypedDict):
+    """One bin of a reliability plot: mean predicted probability, observed share with its interval, number of pairs."""
 
-    `greedy` and `sampled` hold tokens, repetition, language_match, refusal, empty and unfinished, the last four as
+    predicted: float
+    observed: float
+    low: float
+    high: float
+    n: int
+
+
+class RocCurve(TypedDict):
+    """The ROC curve of the margin, from the strictest threshold to the loosest."""
+
+    fpr: list[float]
+    tpr: list[float]
+    threshold: list[float]
+
+
+class Generation(TypedDict):
+    """What a model writes to the fixed prompts; answers.py defines the measures.
+
+    `greedy` and `sampled` hold tokens, repetition, language_match, refusal, empty and unfinished; the last four are
     shares of the answers.
     """
 
@@ -41,30 +59,29 @@ class ModelResults(TypedDict):
 
     A set of metrics holds preference_log_loss, reward_accuracy, reward_margin, chosen_reward, rejected_reward (all
     against the common base), raw_accuracy and raw_accuracy_per_token (rankings by log-prob), bits_per_byte (of the
-    chosen answers), brier, and where there is a reference chosen_logp_change and divergence (per answer, on the
+    chosen answers), brier, and for a model with a reference chosen_logp_change and divergence (per answer, on the
     held-out answers).
     """
 
     scale: float
-    """What fits the validation pairs; Brier score and reliability take it, the log-loss half of it."""
+    """Fitted to the validation pairs; the Brier score and the reliability use it, the log-loss uses half of it."""
     overall: Metrics
     languages: dict[str, Metrics]
     sources: dict[str, Metrics]
     lengths: dict[str, Metrics]
-    own: Metrics | None
-    """With its own beta against its own reference, as its training loss defines rewards (per token for some): loss,
-    reward_accuracy, reward_margin, chosen_reward, rejected_reward, brier; None for a model without beta, and for an
-    incumbent whose reference is not known."""
+    policy_metrics: Metrics | None
+    """As the model's own training defines rewards, with its own beta against its own reference (per token for some
+    losses): loss, reward_accuracy, reward_margin, chosen_reward, rejected_reward, brier. None for a model without a
+    beta, and for an incumbent whose reference is not known."""
     auc: Estimate
-    reliability: dict[str, list[dict[str, float]]]
-    """Bins of the reliability plot (predicted, observed, low, high, n) with the `fitted` scale, and where there is a
-    beta with the `own` one."""
+    reliability: dict[str, list[ReliabilityBin]]
+    """With the `fitted` scale and, for a model with policy_metrics, `as_trained`: with its own beta and reference."""
     generation: Generation | None
     """None when evaluate.answers is 0."""
 
 
 class McNemar(TypedDict):
-    """McNemar's exact test on reward accuracy, two-sided; ties of the reward belong to neither count."""
+    """McNemar's exact test on reward accuracy, two-sided; ties of the reward count for neither model."""
 
     policy_only: int
     rival_only: int
@@ -91,10 +108,11 @@ class Comparison(TypedDict):
     """Reward accuracy of the policy minus the rival's."""
     mcnemar: McNemar
     words: str
+    """What the evidence supports, as sentences."""
 
 
 class Finding(TypedDict):
-    """A known pathology of DPO that the curves show; see diagnosis.py."""
+    """A known pathology of DPO that the training curves show; see diagnosis.py."""
 
     name: str
     severity: str
@@ -103,13 +121,35 @@ class Finding(TypedDict):
     advice: str
 
 
-class Results(TypedDict):
-    """evaluation.json."""
+class HeldOutPair(TypedDict):
+    """A test pair, with the margin of every model by its name."""
+
+    id: str
+    group: str
+    lang: str
+    source: str
+    length: int
+    """Tokens of the longer answer."""
+    margins: dict[str, float]
+
+
+class AnsweredPrompt(TypedDict):
+    """A fixed prompt, the data's chosen answer to it, and the answers of the models by their names."""
+
+    lang: str
+    prompt: str
+    chosen: str
+    greedy: dict[str, str]
+    sampled: dict[str, str]
+
+
+class PairResults(TypedDict):
+    """The part of evaluation.json that follows from the log-probs of the pairs."""
 
     pairs: dict[str, int]
     """Number of pairs by side, `validation` and `test`."""
     groups: dict[str, int]
-    """Number of prompt groups by side; the test's are what is resampled."""
+    """Number of prompt groups by side; those of the test side are what is resampled."""
     confidence: float
     bootstrap: int
     seed: int
@@ -118,13 +158,16 @@ class Results(TypedDict):
     """The policy's training loss, such as `sigmoid`."""
     models: dict[str, ModelResults]
     comparisons: dict[str, Comparison]
-    own: Metrics
-    """models.policy.own."""
-    roc: dict[str, list[float]]
-    """Of the policy's margin: fpr, tpr, threshold."""
+    roc: RocCurve
+    """Of the policy's margin."""
+    held_out: list[HeldOutPair]
+
+
+class Evaluation(PairResults):
+    """evaluation.json."""
+
     findings: list[Finding]
-    held_out: list[dict[str, Any]]
-    """Per test pair: id, group, lang, source, length (tokens of the longer answer), margins of every model."""
-    answers: list[dict[str, Any]]
+    answers: list[AnsweredPrompt]
     policy_digest: str
     facts: dict[str, str]
+    """The lineage, for the report."""

@@ -1,76 +1,67 @@
-"""The gate: rules with names and numbers that decide whether a model may become the champion, and why in words.
+"""The gate: named rules with numbers that decide whether a model may become the champion, and say why.
 
-It reads evaluation.json and nothing else of the models, so that register can apply it again to the same numbers.
+It reads evaluation.json and nothing else about the models, so register can apply it again to the same numbers.
 
-A test set that is asked often enough says yes. Every decision on the same test set is therefore counted, and the k-th
-is tested at a level of its own, alpha / (k (k + 1)). The levels of all decisions that can ever come add up to alpha,
-which bounds the chance of any wrong promotion (alpha-spending; Tian and Ramdas, arXiv 1910.04900, section 2). The
-bound needs no independence. It does need that what is tried next does not follow from the test side's numbers: choose
-settings on the validation side.
+Test a set often enough and something passes by luck. Every decision on the same test set is therefore counted, and the
+k-th is tested at its own significance level, alpha / (k (k + 1)). The levels of all decisions that can ever follow add
+up to alpha, which bounds the chance of any wrong promotion (alpha-spending; Tian and Ramdas, arXiv 1910.04900,
+section 2). The bound does not need independent decisions. It does need that the next attempt is not chosen by the test
+side's numbers: choose settings on the validation side.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
 
+from components.common.errors import KubealignError
 from components.config.sections import GateConfig
-from components.gate.results import Comparison, Estimate, Generation, Results
+from components.gate.results import Comparison, Estimate, Evaluation, Generation
+from components.gate.verdict import Rule, Verdict, VerdictName
 
-Outcome = Literal["pass", "fail", "not applicable"]
 PER_TOKEN_LOSSES = ("ipo", "sigmoid_norm", "simpo", "orpo")
 """Losses whose beta does not scale log-ratios of whole answers: ln 2 is not what a policy has that learnt nothing."""
 
 
-class Rule(TypedDict):
-    """One rule, with the number it looked at and the one it asked for."""
-
-    name: str
-    outcome: Outcome
-    found: float | None
-    expected: str
-    sentence: str
-
-
 @dataclass(frozen=True)
-class Circumstances:
-    """What decides beside the numbers.
+class GateContext:
+    """Inputs of the gate other than the metrics.
 
-    `incumbent` is the champion to beat as models:/name/version, empty for the SFT model; `test_use` counts the
-    decisions on this test set, from 1; `data_clean` says whether the data is what a commit records.
+    Args:
+        incumbent: the champion to beat as models:/name/version; empty for the SFT model.
+        decision_index: number of this decision among those on the same test set, from 1.
+        data_clean: whether a commit records exactly this data.
     """
 
     incumbent: str
-    test_use: int
+    decision_index: int
     data_clean: bool
 
 
-def level(alpha: float, test_use: int) -> float:
-    """Level of the `test_use`-th decision (from 1) on a test set; over all of them the levels add up to alpha."""
-    return alpha / (test_use * (test_use + 1))
+def alpha_for_decision(alpha: float, decision_index: int) -> float:
+    """Significance level of the `decision_index`-th decision (from 1) on a test set; all of them add up to alpha."""
+    return alpha / (decision_index * (decision_index + 1))
 
 
-def judge(results: Results, circumstances: Circumstances, config: GateConfig) -> dict[str, Any]:
-    """Apply the rules.
+def apply_gate(evaluation: Evaluation, context: GateContext, config: GateConfig) -> Verdict:
+    """Apply the rules to an evaluation.
 
     Args:
-        results: evaluation.json.
-        circumstances: incumbent, count of decisions, state of the data.
-        config: the rules' numbers.
+        evaluation: evaluation.json.
+        context: incumbent, number of the decision, state of the data.
+        config: the numbers of the rules.
 
-    Returns:
-        `passed`, `verdict` (`better`, `not worse`, `no evidence`, `worse` or `refused`), `sentence`, `rules`, `level`,
-        and what it was judged by: `incumbent`, `test_use`, `data_clean`, `gate`, `policy_digest`.
+    Raises:
+        KubealignError: the evaluation lacks the policy's own loss.
     """
-    rival = "incumbent" if circumstances.incumbent else "sft"
-    name = f"the champion {circumstances.incumbent}" if circumstances.incumbent else "the SFT model"
-    comparison = results["comparisons"][rival]
-    own_level = level(config.alpha, circumstances.test_use)
+    rival = "incumbent" if context.incumbent else "sft"
+    name = f"the champion {context.incumbent}" if context.incumbent else "the SFT model"
+    comparison = evaluation["comparisons"][rival]
+    level = alpha_for_decision(config.alpha, context.decision_index)
     rules = [
-        _primary(comparison, name, own_level, results["bootstrap"], config),
+        _primary(comparison, name, level, evaluation["bootstrap"], config),
         _enough(comparison, config),
-        _own_loss(results, config),
-        *_generation(results, rival, name, config),
+        _own_loss(evaluation, config),
+        *_generation(evaluation, rival, name, config),
         *_languages(comparison, config),
-        _data(circumstances, config),
+        _data(context, config),
     ]
     passed = all(rule["outcome"] != "fail" for rule in rules)
     verdict = _verdict(comparison, rules, passed, config)
@@ -78,31 +69,31 @@ def judge(results: Results, circumstances: Circumstances, config: GateConfig) ->
         "passed": passed,
         "verdict": verdict,
         "sentence": _sentence(name, rules, verdict, config),
-        "incumbent": circumstances.incumbent,
-        "test_use": circumstances.test_use,
-        "level": own_level,
-        "data_clean": circumstances.data_clean,
+        "incumbent": context.incumbent,
+        "test_use": context.decision_index,
+        "level": level,
+        "data_clean": context.data_clean,
         "gate": config.model_dump(mode="json"),
-        "policy_digest": results["policy_digest"],
+        "policy_digest": evaluation["policy_digest"],
         "rules": rules,
     }
 
 
-def _primary(comparison: Comparison, rival: str, own_level: float, resamples: int, config: GateConfig) -> Rule:
+def _primary(comparison: Comparison, rival: str, level: float, resamples: int, config: GateConfig) -> Rule:
     found, p_value = comparison["improvement"], comparison["p_value"]
     what = (
         f"an improvement above {config.margin:g} nats"
         if config.test == "superiority"
         else f"a loss of less than {config.margin:g} nats"
     )
-    expected = f"p <= {own_level:.2g} for {what}"
+    expected = f"p <= {level:.2g} for {what}"
     sentence = (
         f"log-loss is {found['value']:+.4f} nats better than {rival} [{found['low']:+.4f}, {found['high']:+.4f}],"
         f" one-sided p = {p_value:.4f}"
     )
-    if own_level * (resamples + 1) < 1:
-        sentence += f"; {resamples} resamples cannot show p <= {own_level:.2g}: use a new test set"
-    return _rule(config.test, p_value <= own_level, p_value, expected, sentence)
+    if level * (resamples + 1) < 1:
+        sentence += f"; {resamples} resamples cannot show p <= {level:.2g}: use a new test set"
+    return _rule(config.test, p_value <= level, p_value, expected, sentence)
 
 
 def _enough(comparison: Comparison, config: GateConfig) -> Rule:
@@ -110,18 +101,21 @@ def _enough(comparison: Comparison, config: GateConfig) -> Rule:
     return _rule("min_pairs", n >= config.min_pairs, n, f"at least {config.min_pairs}", f"{n} held-out pairs")
 
 
-def _own_loss(results: Results, config: GateConfig) -> Rule:
+def _own_loss(evaluation: Evaluation, config: GateConfig) -> Rule:
     expected = f"below {config.max_own_loss:.4f}"
-    if results["loss"] in PER_TOKEN_LOSSES:
-        return _not_applicable("own_loss", expected, f"trained by {results['loss']}, a loss per token")
-    loss = results["own"]["loss"]["value"]
+    if evaluation["loss"] in PER_TOKEN_LOSSES:
+        return _not_applicable("own_loss", expected, f"trained by {evaluation['loss']}, a loss per token")
+    metrics = evaluation["models"]["policy"]["policy_metrics"]
+    if metrics is None:
+        raise KubealignError("evaluation.json: models.policy.policy_metrics: none; evaluate the model again")
+    loss = metrics["loss"]["value"]
     sentence = f"DPO loss on held-out pairs with its own beta and reference is {loss:.4f}"
     return _rule("own_loss", loss < config.max_own_loss, loss, expected, sentence)
 
 
-def _generation(results: Results, rival: str, rival_name: str, config: GateConfig) -> list[Rule]:
+def _generation(evaluation: Evaluation, rival: str, rival_name: str, config: GateConfig) -> list[Rule]:
     """KL, length and repetition of what the policy writes."""
-    policy, other = (results["models"][name]["generation"] for name in ("policy", rival))
+    policy, other = (evaluation["models"][name]["generation"] for name in ("policy", rival))
     kl, ratio = (policy["kl"], policy["length_ratio"]) if policy else (None, None)
     return [
         _limit("kl", kl, None, config.max_kl, "nats per answer from the SFT model, on its own samples"),
@@ -172,11 +166,11 @@ def _languages(comparison: Comparison, config: GateConfig) -> list[Rule]:
     return rules
 
 
-def _data(circumstances: Circumstances, config: GateConfig) -> Rule:
+def _data(context: GateContext, config: GateConfig) -> Rule:
     expected = "data as a commit records it"
     if not config.clean_data:
         return _not_applicable("clean_data", expected, "not asked for (gate.clean_data is false)")
-    clean = circumstances.data_clean
+    clean = context.data_clean
     sentence = "the data is a recorded version" if clean else "the data differs from what is committed; commit dvc.lock"
     return _rule("clean_data", clean, float(clean), expected, sentence)
 
@@ -189,7 +183,7 @@ def _not_applicable(name: str, expected: str, sentence: str) -> Rule:
     return Rule(name=name, outcome="not applicable", found=None, expected=expected, sentence=sentence)
 
 
-def _verdict(comparison: Comparison, rules: list[Rule], passed: bool, config: GateConfig) -> str:
+def _verdict(comparison: Comparison, rules: list[Rule], passed: bool, config: GateConfig) -> VerdictName:
     if passed:
         return "better" if config.test == "superiority" else "not worse"
     if rules[0]["outcome"] == "pass":
@@ -197,7 +191,7 @@ def _verdict(comparison: Comparison, rules: list[Rule], passed: bool, config: Ga
     return "worse" if comparison["improvement"]["high"] < 0 else "no evidence"
 
 
-def _sentence(rival: str, rules: list[Rule], verdict: str, config: GateConfig) -> str:
+def _sentence(rival: str, rules: list[Rule], verdict: VerdictName, config: GateConfig) -> str:
     shown = "better than" if config.test == "superiority" else f"at most {config.margin:g} nats worse than"
     if verdict in ("better", "not worse"):
         return f"The policy is {shown} {rival} on held-out pairs: {rules[0]['sentence']}."

@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
+from components.common.documents import JsonObject
 from components.common.errors import InputError, RowError
 from components.common.files import sha256_file
 from components.dataset.records import (
@@ -40,7 +41,7 @@ LANGUAGE_SAMPLE = 500
 PLACEHOLDER = {"id": "0" * 16, "group": "0" * 16}
 """Fields that `prepare` fills in later."""
 
-Located = tuple[str, dict[str, Any]]
+Located = tuple[str, JsonObject]
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def convert_files(
         InputError: a file that cannot be read to its end, of no known format, or without a single pair.
     """
     done = Converted()
-    quarantined: list[dict[str, Any]] = []
+    quarantined: list[JsonObject] = []
     write_lines(out / PAIRS, _pairs(files, defaults, done, quarantined, log))
     write_lines(out / QUARANTINE, quarantined)
     if not done.pairs:
@@ -99,9 +100,9 @@ def _pairs(
     files: list[Path],
     defaults: RowDefaults,
     done: Converted,
-    quarantined: list[dict[str, Any]],
+    quarantined: list[JsonObject],
     log: Callable[[str], None],
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[JsonObject]:
     for path in files:
         rows = iter(_entries(path))
         start = list(islice(rows, DETECTION_ROWS))
@@ -123,9 +124,7 @@ def _pairs(
                 log(f"{path}: {number} rows read")
 
 
-def _complete_pair(
-    pair: tuple[Any, str, str], row: dict[str, Any], defaults: RowDefaults, where: str
-) -> dict[str, Any]:
+def _complete_pair(pair: tuple[Any, str, str], row: JsonObject, defaults: RowDefaults, where: str) -> JsonObject:
     prompt, chosen, rejected = pair
     lang = language_of(row) or defaults.language
     if lang == AUTO:
@@ -156,7 +155,7 @@ def guess_language(text: str) -> str:
     return "zh" if han > len(WORD.findall(start)) else "en"
 
 
-def _first_text(row: dict[str, Any], *keys: str) -> str:
+def _first_text(row: JsonObject, *keys: str) -> str:
     return next((str(row[key]).strip() for key in keys if isinstance(row.get(key), str)), "")
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any
 
+from components.common.documents import JsonObject
 from components.common.errors import RowError
 
 Message = dict[str, str]
 Pair = tuple[list[Message], str, str]
-Raw = dict[str, Any]
 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -20,7 +20,7 @@ ANSWERS = ("response", "content", "text")
 LANGUAGE_NAMES = {"english": "en", "eng": "en", "chinese": "zh", "zho": "zh", "cmn": "zh"}
 
 
-def detect(row: Raw) -> str | None:
+def detect(row: JsonObject) -> str | None:
     """The format that a row looks like, or None."""
     prompt, chosen = row.get("prompt"), row.get("chosen")
     found = "trl"
@@ -41,7 +41,7 @@ def detect(row: Raw) -> str | None:
     return found
 
 
-def convert(row: Raw, format_name: str) -> list[Pair]:
+def convert(row: JsonObject, format_name: str) -> list[Pair]:
     """The pairs of a row: its prompt as messages, the chosen and the rejected answer.
 
     Raises:
@@ -50,7 +50,7 @@ def convert(row: Raw, format_name: str) -> list[Pair]:
     return FORMATS[format_name](row)
 
 
-def language_of(row: Raw) -> str | None:
+def language_of(row: JsonObject) -> str | None:
     """The language that a row names, by its two letters when it is known."""
     named = row.get("lang", row.get("language"))
     if not isinstance(named, str) or not named.strip():
@@ -59,11 +59,11 @@ def language_of(row: Raw) -> str | None:
     return LANGUAGE_NAMES.get(name, re.split("[-_]", name)[0])
 
 
-def _kubealign(row: Raw) -> list[Pair]:
+def _kubealign(row: JsonObject) -> list[Pair]:
     return [(_messages(row, "prompt"), _text(row, "chosen"), _text(row, "rejected"))]
 
 
-def _trl(row: Raw) -> list[Pair]:
+def _trl(row: JsonObject) -> list[Pair]:
     if isinstance(row.get("chosen"), list):
         return [_dialogues(_context(row), _messages(row, "chosen"), _messages(row, "rejected"))]
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
@@ -77,21 +77,21 @@ def _trl(row: Raw) -> list[Pair]:
     return [([_said("user", chosen[:same].strip())], chosen[same:].strip(), rejected[same:].strip())]
 
 
-def _sharegpt(row: Raw) -> list[Pair]:
+def _sharegpt(row: JsonObject) -> list[Pair]:
     system = [_said("system", _text(row, "system"))] if row.get("system") else []
     prompt = [*system, *_messages(row, "conversations")]
     return [(prompt, _answer(row, "chosen"), _answer(row, "rejected"))]
 
 
-def _alpaca(row: Raw) -> list[Pair]:
+def _alpaca(row: JsonObject) -> list[Pair]:
     return [(_instruction(row), _text(row, "chosen"), _text(row, "rejected"))]
 
 
-def _hh(row: Raw) -> list[Pair]:
+def _hh(row: JsonObject) -> list[Pair]:
     return [_dialogues([], _dialogue(row, "chosen"), _dialogue(row, "rejected"))]
 
 
-def _ultrafeedback(row: Raw) -> list[Pair]:
+def _ultrafeedback(row: JsonObject) -> list[Pair]:
     if "completions" in row:
         best, worst = _extremes(row["completions"])
         return [(_instruction(row), best, worst)]
@@ -105,7 +105,7 @@ def _ultrafeedback(row: Raw) -> list[Pair]:
     return [_dialogues([] if whole else _instruction(row), _messages(row, "chosen"), _messages(row, "rejected"))]
 
 
-FORMATS: dict[str, Callable[[Raw], list[Pair]]] = {
+FORMATS: dict[str, Callable[[JsonObject], list[Pair]]] = {
     "kubealign": _kubealign,
     "trl": _trl,
     "sharegpt": _sharegpt,
@@ -119,12 +119,12 @@ def _said(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _has(row: Raw, key: str) -> None:
+def _has(row: JsonObject, key: str) -> None:
     if row.get(key) is None:
         raise RowError(f"no '{key}'")
 
 
-def _text(row: Raw, key: str) -> str:
+def _text(row: JsonObject, key: str) -> str:
     _has(row, key)
     if not isinstance(row[key], str):
         raise RowError(f"'{key}' is {_kind(row[key])}; expected text")
@@ -147,7 +147,7 @@ def _message(turn: Any, key: str) -> Message:
     return _said(ROLES[role], content)
 
 
-def _messages(row: Raw, key: str) -> list[Message]:
+def _messages(row: JsonObject, key: str) -> list[Message]:
     _has(row, key)
     if not isinstance(row[key], list):
         raise RowError(f"'{key}' is {_kind(row[key])}; expected a list of messages")
@@ -159,7 +159,7 @@ def _first_role(messages: list[Any]) -> str | None:
     return ROLES.get(str(first.get("role", first.get("from")))) if isinstance(first, dict) else None
 
 
-def _answer(row: Raw, key: str) -> str:
+def _answer(row: JsonObject, key: str) -> str:
     """An answer that is a text or a single message."""
     _has(row, key)
     if isinstance(row[key], str):
@@ -170,14 +170,14 @@ def _answer(row: Raw, key: str) -> str:
     return message["content"]
 
 
-def _context(row: Raw) -> list[Message]:
+def _context(row: JsonObject) -> list[Message]:
     prompt = row.get("prompt")
     if prompt is None:
         return []
     return _messages(row, "prompt") if isinstance(prompt, list) else [_said("user", _text(row, "prompt").strip())]
 
 
-def _instruction(row: Raw) -> list[Message]:
+def _instruction(row: JsonObject) -> list[Message]:
     key = "instruction" if "instruction" in row else "prompt"
     parts = [_text(row, key), _text(row, "input") if row.get("input") else ""]
     turns = [_said("system", _text(row, "system"))] if row.get("system") else []
@@ -188,7 +188,7 @@ def _instruction(row: Raw) -> list[Message]:
     return [*turns, _said("user", "\n\n".join(part for part in parts if part))]
 
 
-def _dialogue(row: Raw, key: str) -> list[Message]:
+def _dialogue(row: JsonObject, key: str) -> list[Message]:
     before, *pieces = SPEAKER.split(_text(row, key))
     if before.strip() or not pieces:
         raise RowError(f"'{key}' does not begin with `Human:` or `Assistant:`")
@@ -219,7 +219,7 @@ def _extremes(completions: Any) -> tuple[str, str]:
     return max(scored, key=lambda pair: pair[0])[1], min(scored, key=lambda pair: pair[0])[1]
 
 
-def _completion(entry: Raw) -> str:
+def _completion(entry: JsonObject) -> str:
     found: str | None = next((entry[key] for key in ANSWERS if isinstance(entry.get(key), str)), None)
     if found is None:
         raise RowError(f"a completion has no text; expected one of {', '.join(ANSWERS)}")

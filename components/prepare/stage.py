@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from components.common.documents import JsonObject
 from components.common.errors import InputError, RowError
 from components.common.files import folder_digest, replacing, replacing_folder, write_json
 from components.config.sections import PrepareConfig
@@ -28,7 +29,6 @@ from components.prepare.sources import Member, Sources, added_pairs, read_source
 from components.prepare.split import Assignment, assign_prompts, read_splits, write_splits
 from components.tracking import store
 
-RawRow = dict[str, Any]
 DECONTAMINATE = "decontaminate.jsonl"
 """Prompts that must not appear in the data; it travels with the rows, and `validate` looks for them."""
 SKETCH_CHUNK = 8192
@@ -53,7 +53,7 @@ def prepare_data(config: PrepareConfig, data: Path) -> None:
             "no preference pairs; name some in prepare.preferences, or bring your own: `kubealign data add`"
         )
 
-    def rows() -> Iterator[RawRow]:
+    def rows() -> Iterator[JsonObject]:
         """All rows; those of added sources are read anew each time, so that they need no memory."""
         yield from packaged
         for path in added:
@@ -92,7 +92,7 @@ def prepare_data(config: PrepareConfig, data: Path) -> None:
     print(f"preference pairs: {counts}; quarantined {writer.quarantined}", flush=True)
 
 
-def _sketched(rows: Iterable[RawRow]) -> tuple[NDArray[np.uint64], list[str], Sketches]:
+def _sketched(rows: Iterable[JsonObject]) -> tuple[NDArray[np.uint64], list[str], Sketches]:
     """The key of every row's prompt; and each key once, with the sketch of its prompt.
 
     Sketches are made by a second thread: numpy leaves the interpreter to the first one meanwhile.
@@ -140,7 +140,7 @@ class _Writer:
     def __exit__(self, *exception: object) -> None:
         self._files.close()
 
-    def write(self, row: RawRow, assignment: Assignment) -> None:
+    def write(self, row: JsonObject, assignment: Assignment) -> None:
         """Write a row, and what it teaches as an instruction; an instruction that repeats stands once."""
         answers = [row[key] for key in ("chosen", "rejected", "response") if key in row]
         if "chosen" in row:
@@ -156,7 +156,7 @@ class _Writer:
             line = {"id": identity, "group": assignment.group, **kept, "response": response}
             self._instructions[assignment.split].write(line_of(line))
 
-    def set_aside(self, row: RawRow, reason: str) -> None:
+    def set_aside(self, row: JsonObject, reason: str) -> None:
         """Put a row that belongs nowhere into quarantine."""
         self._quarantine.write(line_of({"reason": f"bridge: {reason}", "row": row}))
         self.quarantined += 1
@@ -167,9 +167,9 @@ def _say(done: int, total: int, what: str) -> None:
         print(f"{done}/{total} rows {what}", flush=True)
 
 
-def _rows(sources: Sources, kind: str, names: list[str]) -> list[RawRow]:
+def _rows(sources: Sources, kind: str, names: list[str]) -> list[JsonObject]:
     available: dict[str, Member] = getattr(sources, kind)
-    rows: list[RawRow] = []
+    rows: list[JsonObject] = []
     for name in names:
         if name not in available:
             raise InputError(f"prepare.{kind}: {name} is not in data/sources.lock; expected {', '.join(available)}")
@@ -187,12 +187,12 @@ def _rows(sources: Sources, kind: str, names: list[str]) -> list[RawRow]:
     return rows
 
 
-def _pair(entry: RawRow) -> RawRow:
+def _pair(entry: JsonObject) -> JsonObject:
     prompt, chosen, rejected = convert(entry, "sharegpt")[0]
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def _instruction(entry: RawRow) -> RawRow:
+def _instruction(entry: JsonObject) -> JsonObject:
     text = "\n\n".join(part for part in (entry["instruction"], entry["input"]) if part)
     return {"prompt": [{"role": "user", "content": text}], "response": entry["output"]}
 

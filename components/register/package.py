@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.common.files import digest, file_hashes, read_json, sha256_file, write_json
+from components.common.documents import read_document
+from components.common.files import MANIFEST, digest, file_hashes, sha256_file, write_json
 from components.common.provenance import versions
-from components.registry.manifest import MANIFEST_TAG
+from components.registry.manifest import MANIFEST_TAG, BaseReference
 from components.tracking.run import StageRun
+from components.training.documents import read_dpo_training
 
 CODE = Path(__file__).with_name("chat_model.py")
 CARD, ENVIRONMENT, FINGERPRINT = "README.md", "environment.txt", "fingerprint.json"
@@ -36,7 +38,7 @@ class Sources:
 
 def content_digest(policy: Path, kind: str) -> str:
     """What names a version by its content: the weights, their format and the code that runs them."""
-    files = read_json(policy / "manifest.json")
+    files = read_document(policy / MANIFEST, dict[str, str])
     weights = {name: value for name, value in files.items() if name.startswith(("model/", "adapter/"))}
     return digest([weights, kind, sha256_file(CODE)])
 
@@ -61,7 +63,8 @@ def staged(sources: Sources, kind: str, card: str, base_reference: str) -> Itera
             shutil.copytree(policy / "model", folder / "tokenizer", ignore=shutil.ignore_patterns(*_globs(WEIGHTS)))
             # Otherwise the folder would look like a model without weights.
             (folder / "tokenizer" / "config.json").unlink()
-            write_json(folder / "base.json", {"reference": base_reference, "files": file_hashes(sources.base)})
+            base: BaseReference = {"reference": base_reference, "files": file_hashes(sources.base)}
+            write_json(folder / "base.json", base)
             made |= {"tokenizer": folder / "tokenizer", "base": folder / "base.json"}
         yield {name: str(path) for name, path in made.items()}
 
@@ -136,7 +139,7 @@ def find_version(client: Any, name: str, tag: str, value: str) -> str:
 def requirements(policy: Path, kind: str) -> list[str]:
     """What an environment needs to load the registered model; this project is not among it."""
     wanted = {"mlflow": versions(["mlflow-skinny"])["mlflow-skinny"], **versions(["pandas"])}
-    wanted |= read_json(policy / "training.json")["libraries"]
+    wanted |= read_dpo_training(policy)["libraries"]
     if kind == "merged":
         wanted.pop("peft", None)
     return [f"{name}=={version}" for name, version in wanted.items()]

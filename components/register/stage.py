@@ -8,16 +8,22 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from components.common.documents import read_document
 from components.common.errors import ChampionChangedError, KubealignError
-from components.common.files import read_json, sha256_file, verify_manifest, write_json
+from components.common.files import sha256_file, verify_manifest, write_json
 from components.config.sections import GateConfig, RegisterConfig
-from components.gate.rules import Circumstances, judge
+from components.dataset.validation import ValidationSummary
+from components.gate.results import Evaluation
+from components.gate.rules import GateContext, apply_gate
+from components.gate.verdict import Verdict
 from components.register import package
 from components.register.card import model_card
+from components.register.result import Decision, Result, StageSummary
 from components.registry.audit import CHALLENGER, Audit
 from components.registry.champion import ROLLED_BACK, champion_alias, promote, reconcile_alias
 from components.tracking.errors import explain_mlflow_error, is_mlflow_failure
 from components.tracking.run import KFP_RUN_VARIABLE, SETTINGS, StageRun, parent_run, stage_run
+from components.training.documents import read_dpo_training
 
 KFP_URL_VARIABLE = "KUBEALIGN_KFP_URL"
 """Environment variable with the address of the Kubeflow UI, from cluster.ui_url."""
@@ -60,7 +66,7 @@ class Judged:
 
 def run_register(
     config: RegisterConfig, gate: GateConfig, lineage: Lineage, stage_runs: dict[str, str], judged: Judged, out: Path
-) -> dict[str, Any]:
+) -> Result:
     """Register a model.
 
     Args:
@@ -72,33 +78,52 @@ def run_register(
         out: JSON file that gets the result.
 
     Returns:
-        the result: version, aliases, verdict, what was decided, metrics, lineage, seconds and memory per stage.
+        result.json.
 
     Raises:
         KubealignError: the verdict is about another model or does not follow from its numbers, a file changed since it
             was written, or MLflow does not do its part.
     """
     with _kept(judged.policy), stage_run("register", config.model_dump() | asdict(lineage)) as run:
-        verdict, found = check_verdict(judged, gate, lineage)
-        version = _version(run, config, lineage, stage_runs, judged, verdict, found)
+        verdict, evaluation = check_verdict(judged, gate, lineage)
+        version = _version(run, config, lineage, stage_runs, judged, verdict, evaluation)
         decided = _decide(run, config, version, verdict, lineage)
         run.client.set_model_version_tag(config.name, version, "kubealign.decided", decided["state"])
         aliases = sorted(run.client.get_model_version(config.name, version).aliases)
-        shown = ("passed", "verdict", "sentence", "incumbent", "test_use", "level", "rules")
-        result = {
+        result: Result = {
             "run_id": parent_run() or run.run_id,
             "model": config.name,
             "version": version,
             "model_uri": f"models:/{config.name}/{version}",
             "aliases": aliases,
             "promote": config.promote,
-            "verdict": {key: verdict[key] for key in shown},
+            "verdict": {
+                "passed": verdict["passed"],
+                "verdict": verdict["verdict"],
+                "sentence": verdict["sentence"],
+                "incumbent": verdict["incumbent"],
+                "test_use": verdict["test_use"],
+                "level": verdict["level"],
+                "rules": verdict["rules"],
+            },
             "decided": decided,
-            **asdict(lineage),
-            "metrics": {name: values["overall"] for name, values in found["models"].items()},
-            "languages": {name: values["languages"] for name, values in found["models"].items()},
-            "comparisons": found["comparisons"],
-            "own": found["own"],
+            "data_commit": lineage.data_commit,
+            "preferences_digest": lineage.preferences_digest,
+            "instructions_digest": lineage.instructions_digest,
+            "data_clean": lineage.data_clean,
+            "test_set": lineage.test_set,
+            "git_commit": lineage.git_commit,
+            "base_reference": lineage.base_reference,
+            "base_digest": lineage.base_digest,
+            "config": lineage.config,
+            "lineage": lineage.lineage,
+            "incumbent": lineage.incumbent,
+            "decision": lineage.decision,
+            "test_use": lineage.test_use,
+            "metrics": {name: results["overall"] for name, results in evaluation["models"].items()},
+            "languages": {name: results["languages"] for name, results in evaluation["models"].items()},
+            "comparisons": evaluation["comparisons"],
+            "policy_metrics": evaluation["models"]["policy"]["policy_metrics"],
             "stages": _stages(run.client, stage_runs),
         }
         write_json(out, result)
@@ -107,26 +132,28 @@ def run_register(
         return result
 
 
-def check_verdict(judged: Judged, gate: GateConfig, lineage: Lineage) -> tuple[dict[str, Any], dict[str, Any]]:
+def check_verdict(judged: Judged, gate: GateConfig, lineage: Lineage) -> tuple[Verdict, Evaluation]:
     """The verdict and its evaluation, if they belong to this very policy and the verdict follows from the numbers.
 
     Raises:
-        KubealignError: they do not, or a file of the policy changed since it was written.
+        InputError: one of them is missing, damaged or of another version of kubealign.
+        KubealignError: they do not belong together, or a file of the policy changed since it was written.
     """
     policy_digest = verify_manifest(judged.policy)
-    verdict = read_json(judged.evaluation / "verdict.json")
-    found = read_json(judged.evaluation / "evaluation.json")
-    for name, about in (("verdict", verdict["policy_digest"]), ("evaluation", found["policy_digest"])):
+    verdict = read_document(judged.evaluation / "verdict.json", Verdict)
+    evaluation = read_document(judged.evaluation / "evaluation.json", Evaluation)
+    for name, about in (("verdict", verdict["policy_digest"]), ("evaluation", evaluation["policy_digest"])):
         if about != policy_digest:
             raise KubealignError(f"the {name} is about policy {about[:12]}, this is {policy_digest[:12]}; evaluate it")
-    again = judge(found, Circumstances(lineage.incumbent, lineage.test_use, lineage.data_clean), gate)
-    differing = sorted(key for key in again if verdict.get(key) != again[key])
+    context = GateContext(lineage.incumbent, lineage.test_use, lineage.data_clean)
+    written = dict(verdict)
+    differing = sorted(key for key, value in apply_gate(evaluation, context, gate).items() if written[key] != value)
     if differing:
         raise KubealignError(
             f"{judged.evaluation / 'verdict.json'}: {', '.join(differing)} do not follow from evaluation.json and the"
             " gate of this run; evaluate the model again"
         )
-    return verdict, found
+    return verdict, evaluation
 
 
 def _version(
@@ -135,13 +162,13 @@ def _version(
     lineage: Lineage,
     stage_runs: dict[str, str],
     judged: Judged,
-    verdict: dict[str, Any],
-    found: dict[str, Any],
+    verdict: Verdict,
+    evaluation: Evaluation,
 ) -> str:
     """The version of these weights, made if need be, with the tags of this judgement."""
     model_digest = package.content_digest(judged.policy, config.format)
     tags = {f"kubealign.{key}": value for key, value in lineage.tags().items()} | {
-        "kubealign.base_content": read_json(judged.policy / "training.json")["base_digest"],
+        "kubealign.base_content": read_dpo_training(judged.policy)["base_digest"],
         "kubealign.git_dirty": str(lineage.git_commit.endswith("-dirty")).lower(),
         "kubealign.model": model_digest,
         "kubealign.format": config.format,
@@ -162,8 +189,8 @@ def _version(
     if config.format == "adapter":
         base = package.register_base(run, config.name, judged.base, tags["kubealign.base_content"])
         tags["kubealign.base_version"] = base
-    counts = read_json(judged.dataset / "validation.json")
-    card = model_card(config.name, lineage.tags(), verdict, found, counts)
+    validation = read_document(judged.dataset / "validation.json", ValidationSummary)
+    card = model_card(config.name, lineage.tags(), verdict, evaluation, validation)
     sources = package.Sources(judged.policy, judged.base, judged.evaluation, _settings(stage_runs))
     tags["kubealign.run"] = parent_run() or run.run_id
     with package.staged(sources, config.format, card, base) as artifacts:
@@ -172,14 +199,8 @@ def _version(
         )
 
 
-def _decide(
-    run: StageRun, config: RegisterConfig, version: str, verdict: dict[str, Any], lineage: Lineage
-) -> dict[str, str]:
-    """Count the decision, and make the version champion if it passed against the champion that there is now.
-
-    Returns:
-        `state` (`promoted`, `champion already`, `not passed`, `not asked`, `rolled back` or `superseded`), `sentence`.
-    """
+def _decide(run: StageRun, config: RegisterConfig, version: str, verdict: Verdict, lineage: Lineage) -> Decision:
+    """Count the decision, and make the version champion if it passed against the champion that there is now."""
     client, name = run.client, config.name
     client.set_registered_model_alias(name, CHALLENGER, version)
     audit = Audit.open(client, name)
@@ -198,9 +219,7 @@ def _decide(
     return {"state": "promoted", "sentence": f"promoted: {verdict['verdict']}"}
 
 
-def _against_promotion(
-    client: Any, config: RegisterConfig, version: str, verdict: dict[str, Any]
-) -> dict[str, str] | None:
+def _against_promotion(client: Any, config: RegisterConfig, version: str, verdict: Verdict) -> Decision | None:
     """Why the version does not become champion, as far as that does not depend on others; None when it may."""
     if champion_alias(client, config.name) == version:
         return {"state": "champion already", "sentence": "it is the champion already"}
@@ -218,7 +237,7 @@ def _against_promotion(
     return None
 
 
-def _superseded(why: str) -> dict[str, str]:
+def _superseded(why: str) -> Decision:
     return {"state": "superseded", "sentence": f"not decided: {why}; run again, only the evaluation is repeated"}
 
 
@@ -258,20 +277,20 @@ def _settings(stage_runs: dict[str, str]) -> str:
     return str(mlflow.artifacts.load_text(f"runs:/{stage_runs['resolve']}/{SETTINGS}"))
 
 
-def _stages(client: Any, stage_runs: dict[str, str]) -> dict[str, Any]:
-    stages = {}
+def _stages(client: Any, stage_runs: dict[str, str]) -> dict[str, StageSummary]:
+    stages: dict[str, StageSummary] = {}
     for stage, run_id in stage_runs.items():
-        found = client.get_run(run_id)
+        data = client.get_run(run_id).data
         stages[stage] = {
             "run_id": run_id,
-            "cached": found.data.tags.get("mlflow.parentRunId", "") != parent_run(),
-            "seconds": found.data.metrics.get("seconds"),
-            "peak_memory_mib": found.data.metrics.get("peak_memory_mib"),
+            "cached": data.tags.get("mlflow.parentRunId", "") != parent_run(),
+            "seconds": data.metrics.get("seconds"),
+            "peak_memory_mib": data.metrics.get("peak_memory_mib"),
         }
     return stages
 
 
-def _update_parent_run(run: StageRun, result: dict[str, Any], stage_runs: dict[str, str], report: Path) -> None:
+def _update_parent_run(run: StageRun, result: Result, stage_runs: dict[str, str], report: Path) -> None:
     """Let the parent run carry result and report, and name the original run of every cached stage."""
     parent = parent_run() or run.run_id
     run.client.log_dict(parent, result, "result.json")

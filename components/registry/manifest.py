@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from components.common.errors import KubealignError
 from components.common.files import difference, sha256_file
 
@@ -11,6 +13,15 @@ MANIFEST_TAG = "kubealign.manifest"
 """Version tag with the sha256 of each file, as JSON."""
 MLFLOWS_OWN = {"registered_model_meta"}
 """Files that MLflow itself adds to a download."""
+
+
+class BaseReference(TypedDict):
+    """base.json of a version that was registered as an adapter: the base model in the registry."""
+
+    reference: str
+    """models:/name/version."""
+    files: dict[str, str]
+    """sha256 of every file by its path."""
 
 
 def manifest_mismatch(version: Any, folder: Path) -> str:

@@ -1,38 +1,61 @@
-"""Self-contained HTML pages: one style, sortable tables and plots; nothing is loaded from elsewhere."""
+"""Self-contained HTML pages from jinja2 templates: one style, sortable tables, plots; nothing is loaded from elsewhere.
 
-import html
+A page's words and markup stand in templates/, its numbers and sentences come from a view that the stage computes.
+"""
+
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+TEMPLATES = Path(__file__).with_name("templates")
 STYLE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
 MAX_POINTS = 400
 INK, FIRST, SECOND, THIRD = "#111112", "#2563eb", "#d97706", "#059669"
-"""Plot colours; INK is replaced by the page's text colour, so that plots follow light and dark."""
+"""Plot colours; INK is replaced by the page's text colour, so plots follow light and dark mode."""
+
+Row = Sequence[str | int | float]
+T = TypeVar("T")
 
 
-def page(title: str, body: str) -> str:
-    """A whole HTML page around `body`, which is HTML already."""
-    style, script = STYLE.read_text(encoding="utf-8"), SCRIPT.read_text(encoding="utf-8")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{style}</style></head>\n<body><main><h1>{html.escape(title)}</h1>{body}</main>"
-        f"<script>{script}</script></body></html>\n"
+@dataclass(frozen=True)
+class Table:
+    """A table that sorts by a click on a column title; numbers are aligned right."""
+
+    head: Sequence[str]
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot as inline SVG, with a caption."""
+
+    svg: str
+    caption: str
+
+
+def render(template: str, view: object) -> str:
+    """A page from a template in templates/ and what it calls `view`; every value is escaped."""
+    return environment().get_template(template).render(view=view)
+
+
+@cache
+def environment() -> Environment:
+    """The jinja2 environment of all pages, with autoescape; a name that the view lacks is an error."""
+    jinja = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-
-
-def table_html(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table that sorts by a click on a title; every cell is escaped, numbers stand to the right."""
-
-    def cell(value: Any) -> str:
-        side = ' class="number"' if isinstance(value, int | float) else ""
-        return f"<td{side}>{html.escape(str(value))}</td>"
-
-    titles = "".join(f'<th scope="col">{html.escape(title)}</th>' for title in head)
-    lines = "".join(f"<tr>{''.join(cell(value) for value in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
+    jinja.globals.update(style=STYLE.read_text(encoding="utf-8"), script=SCRIPT.read_text(encoding="utf-8"))
+    return jinja
 
 
 def new_plot(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
@@ -54,13 +77,13 @@ def new_plot(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def thinned(values: Sequence[Any]) -> list[Any]:
-    """At most MAX_POINTS of the values, evenly spaced, the first and the last among them: a page must stay small."""
+def downsample(values: Sequence[T]) -> list[T]:
+    """At most MAX_POINTS of the values, evenly spaced, including the first and the last: keeps a page small."""
     n = min(MAX_POINTS, len(values))
     return [values[round(index * (len(values) - 1) / max(1, n - 1))] for index in range(n)]
 
 
-def plot_html(figure: Any, caption: str) -> str:
+def finish_plot(figure: Any, caption: str) -> Plot:
     """The figure as inline SVG with a caption; the figure is closed."""
     from matplotlib import pyplot
 
@@ -74,5 +97,4 @@ def plot_html(figure: Any, caption: str) -> str:
     figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     pyplot.close(figure)
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    return Plot(svg[svg.index("<svg") :].replace(INK, "currentColor"), caption)

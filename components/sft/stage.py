@@ -12,10 +12,13 @@ from components.config.sections import ModelConfig, SftConfig
 from components.dataset.chat import load_tokenizer
 from components.dataset.records import Instruction, Preference, read_rows
 from components.engine import objectives
-from components.engine.loop import StepRecord, TrainingSet, evaluate
+from components.engine.history import StepRecord, write_history
+from components.engine.loop import TrainingSet, evaluate
 from components.engine.models import SFT_ADAPTER, PackedModel, save_adapter, save_model
 from components.engine.packing import Pack
+from components.tracking.result import StageResult
 from components.tracking.run import StageRun, is_main_process, stage_run
+from components.training.documents import SftTraining
 from components.training.run import (
     add_adapter,
     checkpoint_folder,
@@ -26,14 +29,11 @@ from components.training.run import (
     resolve_precision,
     run_training,
     stage_output,
-    write_history,
 )
 from components.training.scoring import score, weights_digest
 
 
-def run_sft(
-    config: SftConfig, model: ModelConfig, dataset: Path, base_model: Path, out: Path
-) -> tuple[str, dict[str, float]]:
+def run_sft(config: SftConfig, model: ModelConfig, dataset: Path, base_model: Path, out: Path) -> StageResult:
     """Fine-tune the base model on the instructions.
 
     Args:
@@ -45,7 +45,7 @@ def run_sft(
             manifest, and the log-probs of the pairs that dpo needs as its reference (`cache/`).
 
     Returns:
-        id of the MLflow run, and the metrics: loss on the validation answers before and after (nats per token).
+        the MLflow run and the loss on the validation answers before and after, nats per token.
     """
     model = resolve_precision(model)
     with stage_run("sft", config.model_dump() | model.how()) as run:
@@ -68,13 +68,14 @@ def run_sft(
                 else:
                     save_adapter(lm.lm, SFT_ADAPTER, folder / "adapter", f"sha256:{base_digest}")
                 write_history(folder / "history.jsonl", records)
-                write_json(folder / "training.json", metrics | {"base_digest": base_digest})
+                training: SftTraining = {"metrics": metrics, "base_digest": base_digest}
+                write_json(folder / "training.json", training)
                 write_manifest(folder)
                 if config.reference_logps:
                     _score_pairs(run, lm, model, dataset, tokenizer, base_digest, folder)
         run.log_metrics([(len(records), metrics)])
         run.log(f"validation loss {before:.4f} before, {after:.4f} after, nats per token")
-        return run.run_id, metrics
+        return StageResult(run.run_id, metrics)
 
 
 def _score_pairs(

@@ -1,21 +1,20 @@
 """What sft and dpo share: from rows to examples, from configuration to the loop, and what MLflow hears of the steps."""
 
 import fcntl
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from components.common.files import digest, replacing_folder, write_text
+from components.common.files import digest, replacing_folder
 from components.common.provenance import code_digest
 from components.config.sections import ModelConfig, OptimiserConfig
 from components.dataset.chat import encode, encode_conversation
 from components.dataset.records import Instruction, Preference
-from components.engine.loop import LoopSettings, Objective, StepRecord, TrainingSet, Validation, best_step, train
+from components.engine.history import StepRecord
+from components.engine.loop import LoopSettings, Objective, TrainingSet, Validation, best_step, train
 from components.engine.models import (
     PackedModel,
     add_lora,
@@ -203,8 +202,3 @@ def step_metrics(record: StepRecord) -> dict[str, float]:
     named = {f"train/{name}": value for name, value in values.items()}
     named |= {f"validation/{name}": value for name, value in record.validation.items()}
     return {name: value for name, value in named.items() if math.isfinite(value)}
-
-
-def write_history(path: Path, records: list[StepRecord]) -> None:
-    """Every step as a JSON line, for the report's curves."""
-    write_text(path, "".join(json.dumps(asdict(record)) + "\n" for record in records))

@@ -19,12 +19,14 @@ from typing import Any
 
 import yaml
 
+from components.common.documents import parse_document
 from components.common.errors import KubealignError, KubernetesApiError, single_line
 from components.common.files import digest, verify_manifest
 from components.common.images import TRAIN_IMAGE
 from components.config.loading import validated
 from components.config.sections import ClusterConfig, ModelConfig, OptimiserConfig
 from components.tracking import events, storage, store
+from components.tracking.result import StageResult
 from components.tracking.run import KFP_RUN_VARIABLE, parent_run
 
 VARIABLE = "KUBEALIGN_CLUSTER"
@@ -62,7 +64,7 @@ def run_on_nodes(
     model: ModelConfig,
     inputs: dict[str, Path],
     out: Path,
-) -> tuple[str, dict[str, float]]:
+) -> StageResult:
     """Run `sft` or `dpo` as a TrainJob and wait for its end.
 
     Args:
@@ -74,7 +76,7 @@ def run_on_nodes(
         out: gets what the stage writes.
 
     Returns:
-        id of the MLflow run, and the metrics.
+        what the stage returned.
 
     Raises:
         KubealignError: the job failed, or Kubernetes refused it or has not answered for `PATIENCE_S`.
@@ -93,10 +95,10 @@ def run_on_nodes(
         words = [f"--{name}={location}" for name, location in shared.items()]
         words += [f"--params={job}/params.yaml", f"--out={job}/out", f"--result={job}/result.json"]
         TrainJob(cluster, stage, key, words).run()
-    result = json.loads(storage.read(f"{job}/result.json"))
+    result = parse_document(storage.read(f"{job}/result.json"), StageResult, f"{job}/result.json")
     storage.download(f"{job}/out", out)
     storage.remove(job)
-    return str(result["run_id"]), dict(result["metrics"])
+    return result
 
 
 class TrainJob:

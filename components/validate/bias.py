@@ -5,11 +5,11 @@ A model that is trained on such pairs learns the trivial thing instead of what m
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from components.dataset.validation import BiasSummary, ShareSummary
 from components.validate.scan import Found
 
 Z95 = 1.959963985
@@ -25,8 +25,8 @@ class Share:
     high: float
     n: int
 
-    def as_json(self) -> dict[str, float | int]:
-        """As plain values."""
+    def summary(self) -> ShareSummary:
+        """For validation.json."""
         return {"share": self.value, "low": self.low, "high": self.high, "n": self.n}
 
 
@@ -54,6 +54,30 @@ class Bias:
     refusal_accuracy: float
     refusals_chosen: int
     refusals_rejected: int
+
+    def summary(self) -> BiasSummary:
+        """For validation.json."""
+        return {
+            "lang": self.lang,
+            "source": self.source,
+            "pairs": self.pairs,
+            "longer_wins": self.longer_wins.summary(),
+            "length_accuracy": self.length_accuracy,
+            "refusal_loses": self.refusal_loses.summary(),
+            "refusal_accuracy": self.refusal_accuracy,
+            "refusals_chosen": self.refusals_chosen,
+            "refusals_rejected": self.refusals_rejected,
+        }
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number about a part of the pairs, and the limit that the check of the same name sets."""
+
+    name: str
+    part: str
+    value: float
+    limit: float
 
 
 def find_bias(found: Found, valid: NDArray[np.bool_]) -> list[Bias]:
@@ -88,12 +112,9 @@ def interval(successes: int, n: int) -> Share:
     return Share(share, max(0.0, middle - half), min(1.0, middle + half), n)
 
 
-def statistics(parts: list[Bias], limit: float) -> list[dict[str, Any]]:
-    """The lines for the checks of the data set as a whole: name, part, value, limit.
-
-    Where the interval does not exclude chance, the value is chance.
-    """
-    lines = []
+def measures(parts: list[Bias], limit: float) -> list[Measure]:
+    """What the checks of the data set as a whole look at; the value is chance unless its interval excludes chance."""
+    found = []
     for part in parts:
         for name, share, value in (
             ("length_shortcut", part.longer_wins, part.length_accuracy),
@@ -101,8 +122,8 @@ def statistics(parts: list[Bias], limit: float) -> list[dict[str, Any]]:
         ):
             seen = share.low > 0.5 or share.high < 0.5
             where = " ".join(word for word in (part.lang, part.source) if word != ALL) or ALL
-            lines.append({"name": name, "part": where, "value": value if seen else 0.5, "limit": limit})
-    return lines
+            found.append(Measure(name, where, value if seen else 0.5, limit))
+    return found
 
 
 def _bias(found: Found, where: NDArray[np.bool_], lang: str, source: str) -> Bias:

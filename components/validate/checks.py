@@ -6,13 +6,13 @@ The section `validate` of params.yaml can change a check's severity.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from components.common.errors import InputError
 from components.config.sections import ValidateConfig
 from components.dataset.records import LANGUAGES, Instruction, Preference, Row
+from components.dataset.validation import Severity
 
-Severity = Literal["error", "stop", "warn"]
 TOO_LONG = "too_long"
 KINDS: dict[str, type[Row]] = {"preferences": Preference, "instructions": Instruction}
 """The data sets by folder name."""

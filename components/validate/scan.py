@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from components.common.documents import JsonObject
 from components.dataset.chat import load_tokenizer
 from components.dataset.records import LANGUAGES, Preference, Row, parse_line, raw_lines
 from components.dataset.similarity import Sketches, join_sketches, normal, prompt_key, sketch
@@ -206,7 +207,7 @@ class _Chunk:
         size = sum(len(line) for _, line in lines)
         return Found(self.flags | self.numbers | named, {name: list(codes[name]) for name in NAMES}, sketches, size)
 
-    def _texts(self, row: int, value: dict[str, Any]) -> tuple[list[dict[str, str]], tuple[str, ...]]:
+    def _texts(self, row: int, value: JsonObject) -> tuple[list[dict[str, str]], tuple[str, ...]]:
         """The conversation and the answers; what is no text is taken as written out, and the schema check says so."""
         if not fits(self.scan.kind, value):
             self.flags["schema"][row] = 1
@@ -216,7 +217,7 @@ class _Chunk:
             return prompt, tuple([str(value.get(name) or "") for name in self.answers])
         return value["prompt"], tuple([value[name] for name in self.answers])
 
-    def _judge(self, row: int, value: dict[str, Any], prompt: list[dict[str, str]], answers: tuple[str, ...]) -> str:
+    def _judge(self, row: int, value: JsonObject, prompt: list[dict[str, str]], answers: tuple[str, ...]) -> str:
         """Set the row's flags and numbers; returns the prompt as it is compared."""
         flags, numbers = self.flags, self.numbers
         roles = " ".join([turn["role"] for turn in prompt])
@@ -251,7 +252,7 @@ class _Chunk:
         return lowered
 
 
-def fits(kind: type[Row], value: dict[str, Any]) -> bool:
+def fits(kind: type[Row], value: JsonObject) -> bool:
     """Whether a row has the fields and types of its kind."""
     try:
         kind.__pydantic_validator__.validate_python(value)

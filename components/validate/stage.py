@@ -3,6 +3,7 @@
 Every row is read twice: once for its columns of numbers (scan.py), once to be written to where it belongs.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,31 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from components.common.documents import JsonObject
 from components.common.errors import DataValidationError, InputError
 from components.common.files import read_json, replacing_folder, write_json, write_manifest, write_text
 from components.config.sections import ModelConfig, ValidateConfig
 from components.dataset.distribution import MEASURES, PREVIOUS, Distribution, distance, length_bucket
 from components.dataset.records import SPLITS, parse_line, raw_lines, schema_problem
+from components.dataset.validation import (
+    CheckResult,
+    DataSetSummary,
+    SourceSummary,
+    Statistic,
+    Statistics,
+    ValidationSummary,
+    all_checks,
+    data_sets,
+)
+from components.tracking.result import StageResult
 from components.tracking.run import StageRun, stage_run
-from components.validate.bias import ALL, Bias, find_bias, statistics
+from components.validate.bias import ALL, Bias, Measure, find_bias, measures
 from components.validate.checks import KINDS, TOO_LONG, Check, row_checks, statistic_checks, with_severities
 from components.validate.duplicates import Listed, mark_prompts, mark_rows, read_listed
-from components.validate.page import every_check, html_page, markdown_page
+from components.validate.report_page import html_page, markdown_page
 from components.validate.scan import Found, Scan, join_found, processes_for, scan_file
 from components.validate.suite import Suite
 
-Summary = dict[str, Any]
 Failed = dict[str, NDArray[np.int64]]
 SHOWN_PLACES = 20
 """Lines that the report names for a check; quarantine.jsonl has all."""
@@ -39,7 +51,7 @@ def run_validate(
     clean_out: Path,
     html_out: Path,
     markdown_out: Path,
-) -> tuple[str, dict[str, float]]:
+) -> StageResult:
     """Validate a data set.
 
     Args:
@@ -53,7 +65,7 @@ def run_validate(
         markdown_out: gets it as Markdown.
 
     Returns:
-        id of the MLflow run, and the counts and shares as metrics.
+        the MLflow run, and the counts and shares as metrics.
 
     Raises:
         DataValidationError: a check with severity `stop` fails, there are too many bad rows, or too few good ones. The
@@ -67,33 +79,35 @@ def run_validate(
         sets, sides, checks, failed = checked.sets, checked.sides, checked.checks, checked.failed
         bias = find_bias(sets["preferences"], sets["preferences"].columns["schema"] == 0)
         drift = _drift(dataset, sets["preferences"])
-        lines = statistics(bias, config.max_shortcut) + [
-            {"name": "drift", "part": measure, "value": value, "limit": config.max_drift}
-            for measure, value in (drift or {}).items()
-        ]
-        _mark_failing(lines, checked.suite, overall)
+        measured = measures(bias, config.max_shortcut)
+        measured += [Measure("drift", name, value, config.max_drift) for name, value in (drift or {}).items()]
+        statistics = _statistics(measured, checked.suite, overall, drift is not None, checked.listed)
         aside = {name: _reasons(checks[name], failed[name], ("stop", "error")) for name in sets}
         warned = {name: _reasons(checks[name], failed[name], ("warn",)) for name in sets}
-        summaries: Summary = {
-            name: _summary(checks[name], failed[name], aside[name], sets[name], sides[name]) for name in sets
+        by_set = {name: _summary(checks[name], failed[name], aside[name], sets[name], sides[name]) for name in sets}
+        summary: ValidationSummary = {
+            "preferences": {
+                **by_set["preferences"],
+                "bias": [part.summary() for part in bias],
+                "statistics": statistics,
+            },
+            "instructions": by_set["instructions"],
         }
-        summaries["preferences"]["bias"] = [_as_json(part) for part in bias]
-        summaries["preferences"]["statistics"] = _statistics_summary(lines, overall, drift, checked.listed)
         with replacing_folder(clean_out) as folder:
             _write_rows(dataset, folder, aside)
             _write_warnings(folder / "warnings.jsonl", warned, sets, sides)
-            write_json(folder / "validation.json", summaries)
+            write_json(folder / "validation.json", summary)
             write_manifest(folder)
-        write_text(html_out, html_page(summaries))
-        write_text(markdown_out, markdown_page(summaries))
-        metrics = _metrics(summaries, bias)
+        metrics = _metrics(summary, bias)
         run.log_metrics([(0, metrics)])
+        for name, found in data_sets(summary).items():
+            run.log(f"{name}: {found['rows']} rows = {_counts(found, model.max_length)}")
+        write_text(html_out, html_page(summary))
+        write_text(markdown_out, markdown_page(summary))
         for path in (clean_out / "validation.json", html_out):
             run.log_artifact(path)
-        for name in KINDS:
-            run.log(f"{name}: {summaries[name]['rows']} rows = {_counts(summaries[name], model.max_length)}")
-        _stop_when_bad(config, summaries)
-        return run.run_id, metrics
+        _stop_when_bad(config, summary)
+        return StageResult(run.run_id, metrics)
 
 
 @dataclass(frozen=True)
@@ -185,16 +199,46 @@ def _drift(dataset: Path, found: Found) -> dict[str, float] | None:
     return {measure: distance(now, before, measure) for measure in MEASURES}
 
 
-def _mark_failing(lines: list[dict[str, Any]], suite: Suite, checks: list[Check]) -> None:
-    """Add to each line whether its check fails."""
-    for check in checks:
-        own = [line for line in lines if line["name"] == check.name]
-        if not own:
-            continue
-        table = {"value": [line["value"] for line in own], "limit": [line["limit"] for line in own]}
-        failing = set(suite.failing(table, [check])[check.name].tolist())
-        for number, line in enumerate(own):
-            line["fails"] = number in failing
+def _statistics(
+    measured: list[Measure], suite: Suite, checks: list[Check], drift_known: bool, listed: Listed | None
+) -> Statistics:
+    """The measures of the data set as a whole, and which of them fail their check."""
+    failing = {measure for check in checks for measure in _failing_measures(measured, suite, check)}
+    lines: list[Statistic] = [
+        {
+            "name": measure.name,
+            "part": measure.part,
+            "value": measure.value,
+            "limit": measure.limit,
+            "fails": measure in failing,
+        }
+        for measure in measured
+    ]
+    parts = {check.name: [m.part for m in measured if m.name == check.name and m in failing] for check in checks}
+    return {
+        "lines": lines,
+        "checks": [_check_result(check, len(parts[check.name]), parts[check.name]) for check in checks],
+        "drift_known": drift_known,
+        "listed_prompts": None if listed is None else len(listed.keys),
+    }
+
+
+def _failing_measures(measured: list[Measure], suite: Suite, check: Check) -> list[Measure]:
+    checked = [measure for measure in measured if measure.name == check.name]
+    if not checked:
+        return []
+    table = {"value": [measure.value for measure in checked], "limit": [measure.limit for measure in checked]}
+    return [checked[index] for index in suite.failing(table, [check])[check.name].tolist()]
+
+
+def _check_result(check: Check, failed: int, places: list[str]) -> CheckResult:
+    return {
+        "name": check.name,
+        "severity": check.severity,
+        "failed": failed,
+        "advice": check.advice,
+        "places": places,
+    }
 
 
 def _reasons(checks: list[Check], failed: Failed, severities: tuple[str, ...]) -> dict[int, list[str]]:
@@ -209,7 +253,7 @@ def _reasons(checks: list[Check], failed: Failed, severities: tuple[str, ...]) -
 
 def _summary(
     checks: list[Check], failed: Failed, aside: dict[int, list[str]], found: Found, side: NDArray[np.uint8]
-) -> Summary:
+) -> DataSetSummary:
     rows = len(side)
     kept = np.ones(rows, bool)
     kept[list(aside)] = False
@@ -229,57 +273,30 @@ def _summary(
         "splits": {split: {name: n for name, n in of.items() if n} for split, of in counts.items()},
         "sources": _sources(found, kept),
         "checks": [
-            {
-                "name": check.name,
-                "severity": check.severity,
-                "failed": len(failed[check.name]),
-                "advice": check.advice,
-                "places": [
+            _check_result(
+                check,
+                len(failed[check.name]),
+                [
                     f"{SPLITS[side[row]]}.jsonl:{found.columns['line'][row]}"
                     for row in failed[check.name][:SHOWN_PLACES].tolist()
                 ],
-            }
+            )
             for check in checks
         ],
     }
 
 
-def _sources(found: Found, kept: NDArray[np.bool_]) -> dict[str, dict[str, Any]]:
+def _sources(found: Found, kept: NDArray[np.bool_]) -> dict[str, SourceSummary]:
     """Licence and number of the clean rows of every source; several licences of one are all named."""
     pairs = np.stack([found.columns["source"], found.columns["terms"]], axis=1)[kept]
     each, counts = np.unique(pairs, axis=0, return_counts=True)
-    sources: dict[str, dict[str, Any]] = {}
+    licences: dict[str, list[str]] = {}
+    rows: Counter[str] = Counter()
     for (source, license_), n in zip(each.tolist(), counts.tolist(), strict=True):
-        entry = sources.setdefault(found.names["source"][source], {"license": [], "rows": 0})
-        entry["license"].append(found.names["terms"][license_])
-        entry["rows"] += n
-    return {
-        name: {"license": ", ".join(sorted(entry["license"])), "rows": entry["rows"]} for name, entry in sources.items()
-    }
-
-
-def _as_json(part: Bias) -> Summary:
-    return vars(part) | {"longer_wins": part.longer_wins.as_json(), "refusal_loses": part.refusal_loses.as_json()}
-
-
-def _statistics_summary(
-    lines: list[dict[str, Any]], checks: list[Check], drift: dict[str, float] | None, listed: Listed | None
-) -> Summary:
-    return {
-        "lines": lines,
-        "checks": [
-            {
-                "name": check.name,
-                "severity": check.severity,
-                "failed": sum(line["fails"] for line in lines if line["name"] == check.name),
-                "advice": check.advice,
-                "places": [line["part"] for line in lines if line["name"] == check.name and line["fails"]],
-            }
-            for check in checks
-        ],
-        "drift_known": drift is not None,
-        "listed_prompts": None if listed is None else len(listed.keys),
-    }
+        name = found.names["source"][source]
+        licences.setdefault(name, []).append(found.names["terms"][license_])
+        rows[name] += n
+    return {name: {"license": ", ".join(sorted(terms)), "rows": rows[name]} for name, terms in licences.items()}
 
 
 def _write_rows(dataset: Path, out: Path, aside: dict[str, dict[int, list[str]]]) -> None:
@@ -315,7 +332,7 @@ def _write_warnings(
                 file.write(orjson.dumps({"data_set": name} | place | {"checks": rows[row]}) + b"\n")
 
 
-def _schema_problem(kind: Any, value: Summary) -> str:
+def _schema_problem(kind: Any, value: JsonObject) -> str:
     try:
         kind.model_validate(value)
     except ValidationError as error:
@@ -323,51 +340,48 @@ def _schema_problem(kind: Any, value: Summary) -> str:
     return ""
 
 
-def _metrics(summaries: Summary, bias: list[Bias]) -> dict[str, float]:
-    metrics = {
-        f"{name}_{what}": float(summaries[name][what])
-        for name in KINDS
-        for what in ("rows", "clean", "quarantined", "too_long")
-    }
-    metrics |= {
-        f"{name}_fail_{check['name']}": float(check["failed"])
-        for name in KINDS
-        for check in summaries[name]["checks"]
-        if check["failed"]
-    }
+def _metrics(summary: ValidationSummary, bias: list[Bias]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for name, found in data_sets(summary).items():
+        metrics[f"{name}_rows"] = float(found["rows"])
+        metrics[f"{name}_clean"] = float(found["clean"])
+        metrics[f"{name}_quarantined"] = float(found["quarantined"])
+        metrics[f"{name}_too_long"] = float(found["too_long"])
+        metrics |= {
+            f"{name}_fail_{check['name']}": float(check["failed"]) for check in found["checks"] if check["failed"]
+        }
     for part in bias:
         if part.source == ALL and part.longer_wins.n:
             metrics[f"longer_wins_{part.lang}"] = part.longer_wins.value
     return metrics
 
 
-def _counts(summary: Summary, max_length: int) -> str:
+def _counts(summary: DataSetSummary, max_length: int) -> str:
     return (
         f"{summary['clean']} clean + {summary['quarantined']} quarantined"
         f" ({summary['too_long']} of them only for being longer than {max_length} tokens)"
     )
 
 
-def _stop_when_bad(config: ValidateConfig, summaries: Summary) -> None:
-    for name in KINDS:
-        for check in every_check(summaries[name]):
+def _stop_when_bad(config: ValidateConfig, summary: ValidationSummary) -> None:
+    for name, checks in all_checks(summary).items():
+        for check in checks:
             if check["severity"] == "stop" and check["failed"]:
                 raise DataValidationError(
                     f"{name}: {check['failed']} fail `{check['name']}`: {check['advice']}; see the validation report"
                 )
-    for name in KINDS:
-        summary = summaries[name]
-        bad = summary["quarantined"] - summary["too_long"]
-        share = bad / summary["rows"]
+    for name, found in data_sets(summary).items():
+        bad = found["quarantined"] - found["too_long"]
+        share = bad / found["rows"]
         if share > config.max_quarantined:
-            errors = [c for c in summary["checks"] if c["severity"] == "error" and c["name"] != TOO_LONG]
-            worst = max(errors, key=lambda c: int(c["failed"]))
+            errors = [c for c in found["checks"] if c["severity"] == "error" and c["name"] != TOO_LONG]
+            worst = max(errors, key=lambda c: c["failed"])
             raise DataValidationError(
-                f"{name}: {bad} of {summary['rows']} rows are bad ({share:.1%}; validate"
+                f"{name}: {bad} of {found['rows']} rows are bad ({share:.1%}; validate"
                 f".max_quarantined allows {config.max_quarantined:.1%}); most fail `{worst['name']}`"
                 f" ({worst['failed']}): {worst['advice']}; see the validation report"
             )
-        for split, languages in summary["splits"].items():
+        for split, languages in found["splits"].items():
             if sum(languages.values()) < config.min_rows:
                 raise InputError(
                     f"{name}: {sum(languages.values())} usable rows in {split}, validate.min_rows asks for"

@@ -12,10 +12,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import yaml
 
+from components.common.documents import JsonObject
 from components.common.errors import InputError
 from components.config.loading import load_config
 from components.config.sections import PARAMS, Config
@@ -89,7 +89,7 @@ def _word(text: str) -> str:
     return text if re.fullmatch(r"[\w.-]{1,60}", text) else "(other)"
 
 
-def _object(line: str) -> dict[str, Any]:
+def _object(line: str) -> JsonObject:
     try:
         row = json.loads(line)
     except ValueError:
@@ -163,7 +163,7 @@ def _refused(folder: Path) -> list[str]:
     return [*lines, ""]
 
 
-def _file(row: dict[str, Any]) -> str:
+def _file(row: JsonObject) -> str:
     return f"{row['data_set']}/{row['split']}.jsonl"
 
 

@@ -3,10 +3,13 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from typing_extensions import TypedDict
 
 from components.common.files import write_json, write_text
-from pipelines.local.results import NAMES, estimate_text
+from components.gate.verdict import Rule, VerdictName
+from components.register.result import Decision
+from pipelines.local.results import NAMES, FinishedRun, estimate_text
 
 MARKER = "<!-- kubealign:verdict -->"
 CONTEXT = "kubealign/retrain"
@@ -27,13 +30,46 @@ class Order:
     link: str = ""
 
 
+class VerdictFile(TypedDict):
+    """verdict.json of a finished run."""
+
+    state: str
+    """`verdict`."""
+    new: bool
+    """Whether the model was trained just now."""
+    passed: bool
+    verdict: VerdictName
+    sentence: str
+    rules: list[Rule]
+    decided: Decision
+    model_uri: str
+    aliases: list[str]
+    run_id: str
+    data_commit: str
+    preferences_digest: str
+    commit: str
+    key: str
+    link: str
+
+
+class FailureFile(TypedDict):
+    """verdict.json of a run that came to no verdict."""
+
+    state: str
+    """`failed`, `canceled` or `unfinished`."""
+    error: str
+    commit: str
+    key: str
+    link: str
+
+
 def forget(out: Path) -> None:
     """Remove what an earlier call left."""
     for name in FILES:
         (out / name).unlink(missing_ok=True)
 
 
-def write_verdict(out: Path, order: Order, result: dict[str, Any], new: bool) -> dict[str, Any]:
+def write_verdict(out: Path, order: Order, result: FinishedRun, new: bool) -> VerdictFile:
     """Write the files of a finished run.
 
     Args:
@@ -46,15 +82,22 @@ def write_verdict(out: Path, order: Order, result: dict[str, Any], new: bool) ->
         what verdict.json holds.
     """
     verdict = result["verdict"]
-    facts = {
+    facts: VerdictFile = {
         "state": "verdict",
         "new": new,
-        **{key: verdict[key] for key in ("passed", "verdict", "sentence", "rules")},
-        **{
-            key: result[key]
-            for key in ("decided", "model_uri", "aliases", "run_id", "data_commit", "preferences_digest")
-        },
-        **_facts(order),
+        "passed": verdict["passed"],
+        "verdict": verdict["verdict"],
+        "sentence": verdict["sentence"],
+        "rules": verdict["rules"],
+        "decided": result["decided"],
+        "model_uri": result["model_uri"],
+        "aliases": result["aliases"],
+        "run_id": result["run_id"],
+        "data_commit": result["data_commit"],
+        "preferences_digest": result["preferences_digest"],
+        "commit": order.commit,
+        "key": order.key,
+        "link": order.link,
     }
     write_json(out / "verdict.json", facts)
     write_text(out / "summary.md", markdown(order, result, new))
@@ -64,19 +107,21 @@ def write_verdict(out: Path, order: Order, result: dict[str, Any], new: bool) ->
     return facts
 
 
-def write_failure(out: Path, order: Order, state: str, message: str) -> dict[str, Any]:
+def write_failure(out: Path, order: Order, state: str, message: str) -> FailureFile:
     """Write the files of a run that came to no verdict; `state` is `failed`, `canceled` or `unfinished`."""
-    facts = {"state": state, "error": message, **_facts(order)}
+    facts: FailureFile = {
+        "state": state,
+        "error": message,
+        "commit": order.commit,
+        "key": order.key,
+        "link": order.link,
+    }
     write_json(out / "verdict.json", facts)
     quoted = "\n".join(f"> {line}" for line in message.splitlines())
     lines = [MARKER, f"## Retraining: {state}", "", quoted, "", *_facts_lines(order)]
     write_text(out / "summary.md", "\n".join(lines) + "\n")
     _status(out, order, "error" if state == "canceled" else "failure", f"{state}: {message}")
     return facts
-
-
-def _facts(order: Order) -> dict[str, str]:
-    return {"commit": order.commit, "key": order.key, "link": order.link}
 
 
 def _facts_lines(order: Order) -> list[str]:
@@ -95,12 +140,12 @@ def _status(out: Path, order: Order, state: str, text: str) -> None:
     write_json(out / "status.json", status | ({"target_url": link} if link.startswith("http") else {}))
 
 
-def markdown(order: Order, result: dict[str, Any], new: bool) -> str:
+def markdown(order: Order, result: FinishedRun, new: bool) -> str:
     """The verdict for a person: every rule, those that failed first, and the numbers."""
     verdict = result["verdict"]
     lines = [MARKER, f"## Verdict: {verdict['verdict']} ({result['decided']['state']})", "", verdict["sentence"], ""]
     lines += ["| rule | outcome | found | expected |", "|---|---|---|---|"]
-    for rule in sorted(verdict["rules"], key=lambda rule: str(rule["outcome"]) != "fail"):
+    for rule in sorted(verdict["rules"], key=lambda rule: rule["outcome"] != "fail"):
         outcome = f"**{rule['outcome']}**" if rule["outcome"] == "fail" else rule["outcome"]
         lines.append(f"| {rule['name']} | {outcome} | {_found(rule)} | {rule['expected']} |")
     lines += ["", "| model | held-out pairs | log-loss, nats | accuracy | margin, nats |", "|---|---:|---|---|---|"]
@@ -115,6 +160,6 @@ def markdown(order: Order, result: dict[str, Any], new: bool) -> str:
     return "\n".join([*lines, "", model, *told, *_facts_lines(order)]) + "\n"
 
 
-def _found(rule: dict[str, Any]) -> str:
+def _found(rule: Rule) -> str:
     number = rule["found"]
     return "" if number is None else f"{number:.4g}"

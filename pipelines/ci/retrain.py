@@ -5,8 +5,8 @@ What has been judged before is not trained again: the key of data, settings and 
 
 import contextlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from components.common.errors import InputError, InterruptedRunError, KubealignError, RunPendingError
 from components.config.loading import load_config
@@ -17,7 +17,7 @@ from pipelines.ci import notify, outcome
 from pipelines.ci.follow import run_on_kubeflow
 from pipelines.ci.job import Job
 from pipelines.local.display import Display
-from pipelines.local.results import load_result, show_result
+from pipelines.local.results import FinishedRun, load_result, show_result
 from pipelines.local.runner import run_pipeline
 
 
@@ -75,7 +75,7 @@ def _explained(error: Exception) -> KubealignError | None:
     return KubealignError(explain_mlflow_error(error)) if is_mlflow_failure(error) else None
 
 
-def _notify(hook: notify.Webhook | None, job: Job, kind: str, data: dict[str, Any]) -> None:
+def _notify(hook: notify.Webhook | None, job: Job, kind: str, data: Mapping[str, object]) -> None:
     """Deliver what happened. A receiver that is down changes nothing of it."""
     if hook is None:
         return
@@ -85,7 +85,7 @@ def _notify(hook: notify.Webhook | None, job: Job, kind: str, data: dict[str, An
         print(f"warning: not notified: {error}", file=sys.stderr)
 
 
-def judged_before(job: Job) -> dict[str, Any] | None:
+def judged_before(job: Job) -> FinishedRun | None:
     """The result of the newest run with the same key whose version still is in the registry."""
     client = store.client()
     facts = {"lineage": job.facts.lineage, "config": job.facts.config, "code_evaluate": job.facts.code["evaluate"]}
@@ -96,21 +96,22 @@ def judged_before(job: Job) -> dict[str, Any] | None:
         tags = client.get_run(parent).data.tags if parent else {}
         if not tags.get("kubealign.version", "").startswith(f"models:/{job.config.register_.name}/"):
             continue
-        with contextlib.suppress(KubealignError):  # its version was deleted
+        with contextlib.suppress(
+            KubealignError
+        ):  # its version was deleted, or another version of kubealign wrote the result
             result = load_result(parent)
-            if result.get("decided", {}).get("state") != "superseded":
+            if result["decided"]["state"] != "superseded":
                 return result
     return None
 
 
-def _checked(job: Job, result: dict[str, Any]) -> dict[str, Any]:
+def _checked(job: Job, result: FinishedRun) -> FinishedRun:
     """The result, if it is of what was asked for.
 
     Raises:
         KubealignError: the run had other data or other code.
     """
-    wanted = {"lineage": job.facts.lineage, "config": job.facts.config}
-    if any(result[name] != value for name, value in wanted.items()):
+    if (result["lineage"], result["config"]) != (job.facts.lineage, job.facts.config):
         raise KubealignError(
             f"the run made {result['model_uri']} of something else than commit {job.commit[:12]} (lineage"
             f" {result['lineage'][:12]}, expected {job.facts.lineage[:12]}); most likely the images are of other code:"

@@ -1,16 +1,24 @@
-"""The results of past runs: read from MLflow, shown as a table or as JSON."""
-
-import json
-from typing import Any
+"""Results of finished runs: read from MLflow, shown as a table or as JSON."""
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from components.common.documents import parse_document
 from components.common.errors import InputError, KubealignError
 from components.common.files import write_text
+from components.gate.results import Estimate
+from components.register.result import Result
 from components.tracking import store
 from pipelines.local.runner import run_folder
+
+
+class FinishedRun(Result):
+    """The result of a run, with what is known of it here and now."""
+
+    report: str
+    """Path of the report page on this machine."""
+
 
 NAMES = {"sft": "SFT", "policy": "DPO", "incumbent": "incumbent"}
 
@@ -44,31 +52,38 @@ def find_run(run: str) -> str:
     return str(found.info.run_id)
 
 
-def load_result(run_id: str) -> dict[str, Any]:
-    """The result of a finished run with the registry's current aliases; its report is downloaded if needed."""
+def load_result(run_id: str) -> FinishedRun:
+    """The result of a finished run, with the registry's present aliases; its report is downloaded if need be.
+
+    Raises:
+        InputError: the result is damaged, or another version of kubealign wrote it.
+        KubealignError: the version is no longer in the registry.
+    """
     import mlflow
 
     client = store.client()
-    folder = run_folder(run_id)
-    result: dict[str, Any] = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/result.json"))
-    report = folder / "report.html"
+    uri, report = f"runs:/{run_id}/result.json", run_folder(run_id) / "report.html"
+    result = parse_document(mlflow.artifacts.load_text(uri), Result, uri)
     if not report.exists():
         write_text(report, mlflow.artifacts.load_text(f"runs:/{run_id}/report.html"))
-    result["report"] = str(report)
     parent = client.get_run(run_id)
     query = f"tags.`mlflow.parentRunId` = '{run_id}' AND tags.`kubealign.stage` = 'register'"
     for child in client.search_runs([parent.info.experiment_id], query):
-        found = {name: child.data.metrics.get(name) for name in ("seconds", "peak_memory_mib")}
-        result["stages"]["register"] = {"run_id": child.info.run_id, "cached": False} | found
+        result["stages"]["register"] = {
+            "run_id": child.info.run_id,
+            "cached": False,
+            "seconds": child.data.metrics.get("seconds"),
+            "peak_memory_mib": child.data.metrics.get("peak_memory_mib"),
+        }
     try:
         result["aliases"] = sorted(client.get_model_version(result["model"], result["version"]).aliases)
     except mlflow.exceptions.MlflowException as error:
         raise KubealignError(f"{result['model_uri']} is no longer in the registry") from error
-    return result
+    return {**result, "report": str(report)}
 
 
-def show_result(console: Console, result: dict[str, Any]) -> None:
-    """Print the short summary that ends a run."""
+def show_result(console: Console, result: FinishedRun) -> None:
+    """The short summary that ends a run."""
     table = Table("model", "pairs", "log-loss", "accuracy", "margin, nats", box=box.SIMPLE_HEAD)
     for name, title in NAMES.items():
         if name in result["metrics"]:
@@ -93,6 +108,6 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def estimate_text(estimate: dict[str, float]) -> str:
-    """An estimate and its interval as text."""
+def estimate_text(estimate: Estimate) -> str:
+    """An estimate with its interval."""
     return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"

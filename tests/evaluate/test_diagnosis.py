@@ -1,18 +1,20 @@
 """The known pathologies of DPO are recognised, each from curves that show it, and a healthy training shows none."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from components.engine.history import StepRecord
 from components.evaluate.diagnosis import diagnose
 
 LN2 = math.log(2)
 STEPS = 60
 
 
-def history(validation: dict[str, float] | None = None, **curves: Any) -> list[dict[str, Any]]:
+def history(validation: dict[str, float] | None = None, **curves: Any) -> list[StepRecord]:
     """Records of a healthy training, but for the metrics that are given, as functions of the share that is done."""
     rng = np.random.default_rng(0)
     healthy = {
@@ -31,9 +33,9 @@ def history(validation: dict[str, float] | None = None, **curves: Any) -> list[d
         loss = noisy.pop("loss")
         accuracy = min(1.0, max(0.0, noisy["reward_accuracy"]))
         metrics = noisy | {"kl": abs(noisy["kl"]), "reward_accuracy": accuracy if found["reward_accuracy"] < 1 else 1.0}
-        records.append({"step": step, "total_steps": STEPS, "loss": loss, "metrics": metrics, "validation": {}})
+        records.append(StepRecord(step, STEPS, loss, 1e-3, 1.0, 9, 0.1, 1.0, metrics))
     if validation:
-        records[-1]["validation"] = records[-1]["metrics"] | validation
+        records[-1] = replace(records[-1], validation=records[-1].metrics | validation)
     return records
 
 
@@ -46,7 +48,7 @@ def evaluation(length_ratio: tuple[float, float, float] | None = None, loss: str
     return {"beta": 0.1, "loss": loss, "models": {"policy": {"generation": written}}}
 
 
-def names(records: list[dict[str, Any]], found: dict[str, Any] | None = None) -> list[str]:
+def names(records: list[StepRecord], found: dict[str, Any] | None = None) -> list[str]:
     return [finding["name"] for finding in diagnose(records, found or evaluation())]
 
 

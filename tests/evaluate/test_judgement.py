@@ -3,6 +3,7 @@
 import html
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 from components.config.loading import load_config
 from components.config.sections import EvaluateConfig, GateConfig
 from components.dataset.records import Message, Preference
+from components.engine.history import StepRecord
 from components.evaluate import answers, comparison, statistics
 from components.evaluate.comparison import Scored, compare
-from components.evaluate.page import markdown, report
+from components.evaluate.report_page import markdown, report
 from components.evaluate.statistics import GroupBootstrap
-from components.gate.rules import Circumstances, judge
+from components.gate.rules import GateContext, apply_gate
 from components.training.scoring import TokenLogps
 from tests.conftest import ROOT
 
@@ -80,13 +82,11 @@ def results(
         "policy": Scored(made["policy"], made["sft"]["test"], beta, "sigmoid"),
     }
     found = compare(CONFIG, GATE.threshold(), GATE.max_language_regression, data, scored)
-    for model in found["models"].values():
-        model["generation"] = None
     return found | {"answers": [], "findings": [], "policy_digest": "p", "facts": {}}
 
 
 def verdict(found: dict[str, Any], gate: GateConfig = GATE) -> dict[str, Any]:
-    return judge(found, Circumstances("", 1, True), gate)  # type: ignore[arg-type]
+    return apply_gate(found, GateContext("", 1, True), gate)  # type: ignore[arg-type]
 
 
 def test_log_loss_brier_and_accuracy_by_hand() -> None:
@@ -203,19 +203,19 @@ def test_raw_rankings_bits_per_byte_and_log_prob_change_by_hand() -> None:
     assert sft["bits_per_byte"]["value"] == pytest.approx(10 / math.log(2) / 8, rel=1e-5)
     assert sft["chosen_logp_change"]["value"] == pytest.approx(3.0, abs=1e-5)
     assert sft["divergence"]["value"] == pytest.approx(10 * 0.5 * 0.3**2 / 2, rel=1e-4)
-    assert found["base"]["own"] is None and found["sft"]["own"] is None
-    assert found["policy"]["own"]["loss"]["value"] == pytest.approx(math.log(2))
+    assert found["base"]["policy_metrics"] is None and found["sft"]["policy_metrics"] is None
+    assert found["policy"]["policy_metrics"]["loss"]["value"] == pytest.approx(math.log(2))
     assert "chosen_logp_change" not in found["base"]["overall"]
 
 
 def test_own_rewards_are_those_of_the_training_loss() -> None:
     sides = {"test": token_logps([[-10.0, -8.0]], (10, 2))}
     reference = token_logps([[-12.0, -8.0]], (10, 2))
-    own = {loss: comparison.own_rewards(Scored(sides, reference, 0.5, loss)) for loss in ("sigmoid", "ipo", "simpo")}
+    own = {loss: comparison.policy_rewards(Scored(sides, reference, 0.5, loss)) for loss in ("sigmoid", "ipo", "simpo")}
     assert own["sigmoid"] == pytest.approx(np.array([[1.0, 0.0]]), abs=1e-5)
     assert own["ipo"] == pytest.approx(np.array([[0.1, 0.0]]), abs=1e-5)
     assert own["simpo"] == pytest.approx(np.array([[-0.5, -2.0]]), abs=1e-5)
-    assert comparison.own_rewards(Scored(sides, None, 0.5, "sigmoid")) is None
+    assert comparison.policy_rewards(Scored(sides, None, 0.5, "sigmoid")) is None
 
 
 def test_slices_of_each_kind_hold_every_pair_once() -> None:
@@ -267,8 +267,7 @@ def test_how_many_pairs_would_show_a_difference() -> None:
     def told(gain: float) -> str:
         improvement = {"value": gain, "low": -1.0, "high": 1.0, "n": 100}
         mcnemar = {"policy_only": 3, "rival_only": 2, "p_value": 1.0}
-        found = {"improvement": improvement, "mcnemar": mcnemar}
-        return comparison.words(found, 0.1, 100, "sft")
+        return comparison.words(improvement, mcnemar, 0.1, 100, "sft")
 
     assert "about 155 pairs would show it" in told(0.2)
     assert "more than a million pairs would show it" in told(1e-4)
@@ -285,7 +284,7 @@ def test_scaling_all_rewards_changes_no_verdict(policy_edge: float, sft_edge: fl
     assert first["p_value"] == pytest.approx(second["p_value"], abs=2e-3)
     assert one["models"]["policy"]["scale"] == pytest.approx(10 * ten["models"]["policy"]["scale"], rel=1e-4)
     # The statistic without a scale is not so: the test above can fail.
-    raw = [found["own"]["loss"]["value"] for found in (one, ten)]
+    raw = [found["models"]["policy"]["policy_metrics"]["loss"]["value"] for found in (one, ten)]
     assert abs(raw[0] - raw[1]) > 1e-3
 
 
@@ -360,12 +359,14 @@ def written(value: float) -> dict[str, Any]:
 
 def page_of(found: dict[str, Any], steps: int = 3) -> tuple[str, dict[str, Any]]:
     metrics = {"reward_margin": 0.1, "reward_accuracy": 0.5, "chosen_reward": 0.0, "rejected_reward": -0.1, "kl": 0.2}
-    records = [{"step": i, "loss": 0.7 - i / 10 / steps, "metrics": metrics} for i in range(steps)]
-    records[-1]["validation"] = {"loss": 0.6} | metrics
+    losses = [0.7 - i / 10 / steps for i in range(steps)]
+    records = [StepRecord(i, steps, loss, 1e-3, 1.0, 9, 0.1, 1.0, metrics) for i, loss in enumerate(losses)]
+    records[-1] = replace(records[-1], validation={"loss": 0.6} | metrics)
     summary = {"rows": 9, "quarantined": 3, "too_long": 2, "splits": {"train": {"en": 4, "zh": 2}}}
-    counts = {"preferences": summary | {"sources": {"made": {"license": "CC BY-NC 4.0", "rows": 6}}}}
+    summary |= {"sources": {"made": {"license": "CC BY-NC 4.0", "rows": 6}}}
     judged = verdict(found)
-    return report(found, judged, {"sft": records, "dpo": records}, counts), judged
+    validation = {"preferences": summary, "instructions": summary}
+    return report(found, judged, {"sft": records, "dpo": records}, validation), judged
 
 
 def test_the_report_is_self_contained_escaped_and_follows_its_input() -> None:
@@ -386,7 +387,7 @@ def test_the_report_is_self_contained_escaped_and_follows_its_input() -> None:
     assert "abc123" in page and "CC BY-NC 4.0" in page and page.count("<svg") == 9 and "far &lt;off&gt;" in page
     policy = found["models"]["policy"]["overall"]["reward_accuracy"]
     assert f"{policy['value']:.3f} [{policy['low']:.3f},\u00a0{policy['high']:.3f}]" in page
-    assert html.escape(found["comparisons"]["sft"]["words"]) in page
+    assert found["comparisons"]["sft"]["words"] in html.unescape(page)
     titles = re.findall(r"<h2>([^<]*)</h2>", page)
     assert titles == [
         "Is it better",

@@ -83,7 +83,9 @@ def test_an_incumbents_own_reference_is_found_in_its_adapter(
     opened.clear()
     found = stages.judge("older", incumbent="models:/m/1")
     assert opened == ["incumbent", "incumbent"], "the second time as its own reference"
-    mine, theirs = first["own"], found["models"]["incumbent"]["own"]
+    mine, theirs = (
+        results["models"][name]["policy_metrics"] for results, name in ((first, "policy"), (found, "incumbent"))
+    )
     for metric, estimate in mine.items():
         assert theirs[metric] == pytest.approx(estimate, abs=1e-4), metric
     assert found["models"]["incumbent"]["generation"]["kl"]["value"] == pytest.approx(

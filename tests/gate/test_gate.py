@@ -11,11 +11,11 @@ from components.config.loading import load_config, validated
 from components.config.sections import GateConfig
 from components.evaluate import statistics
 from components.evaluate.statistics import GroupBootstrap, compared_loss, fit_scale, superiority_p
-from components.gate.rules import Circumstances, judge, level
+from components.gate.rules import GateContext, alpha_for_decision, apply_gate
 from tests.conftest import ROOT
 
 GATE = load_config(ROOT / "params.yaml").gate
-FIRST = Circumstances(incumbent="", test_use=1, data_clean=True)
+FIRST = GateContext(incumbent="", decision_index=1, data_clean=True)
 PAIRS, RESAMPLES = 100, 10_000
 SHARED = 10
 """Pairs that share a prompt with another, two by two; about as in the embedded data."""
@@ -39,11 +39,11 @@ def results(p_value: float = 0.001, gain: float = 0.1, **changed: Any) -> Any:
         "by_language": languages,
         "regression_p": {"en": 0.9, "zh": 0.9},
     }
-    models = {name: {"generation": copy.deepcopy(written)} for name in ("sft", "policy", "incumbent")}
+    models: dict[str, Any] = {name: {"generation": copy.deepcopy(written)} for name in ("sft", "policy", "incumbent")}
+    models["policy"]["policy_metrics"] = {"loss": estimate(0.6)}
     found = {
         "bootstrap": RESAMPLES,
         "loss": "sigmoid",
-        "own": {"loss": estimate(0.6)},
         "models": models,
         "comparisons": {"sft": comparison, "incumbent": copy.deepcopy(comparison)},
         "policy_digest": "p",
@@ -56,7 +56,7 @@ def outcome(found: dict[str, Any], rule: str) -> str:
 
 
 def test_a_better_model_passes_every_rule_of_the_shipped_gate() -> None:
-    found = judge(results(), FIRST, GATE)
+    found = apply_gate(results(), FIRST, GATE)
     assert found["passed"] and found["verdict"] == "better"
     assert {rule["outcome"] for rule in found["rules"]} == {"pass"}
     names = [rule["name"] for rule in found["rules"]]
@@ -76,7 +76,7 @@ def test_a_better_model_passes_every_rule_of_the_shipped_gate() -> None:
 @pytest.mark.parametrize(
     ("rule", "path", "value"),
     [
-        ("own_loss", ("own", "loss", "value"), 0.6932),
+        ("own_loss", ("models", "policy", "policy_metrics", "loss", "value"), 0.6932),
         ("kl", ("models", "policy", "generation", "kl", "value"), 50.1),
         ("length_ratio", ("models", "policy", "generation", "length_ratio", "value"), 2.1),
         ("length_ratio", ("models", "policy", "generation", "length_ratio", "value"), 0.4),
@@ -91,7 +91,7 @@ def test_a_guard_rail_refuses_a_better_model_and_says_why(rule: str, path: tuple
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = value
-    judged = judge(found, FIRST, GATE)
+    judged = apply_gate(found, FIRST, GATE)
     assert judged["verdict"] == "refused" and not judged["passed"]
     assert [each["name"] for each in judged["rules"] if each["outcome"] == "fail"] == [rule]
     assert rule in judged["sentence"] and "but a guard rail refuses it" in judged["sentence"]
@@ -101,47 +101,47 @@ def test_a_language_that_is_worse_within_noise_does_not_refuse() -> None:
     found = results()
     found["comparisons"]["sft"]["by_language"]["zh"] = estimate(-0.04, 40)
     found["comparisons"]["sft"]["regression_p"]["zh"] = 0.2
-    assert judge(found, FIRST, GATE)["passed"]
+    assert apply_gate(found, FIRST, GATE)["passed"]
 
 
 def test_data_that_no_commit_records_is_refused_unless_the_rule_is_off() -> None:
-    edited = Circumstances("", 1, data_clean=False)
-    assert judge(results(), edited, GATE)["verdict"] == "refused"
+    edited = GateContext("", 1, data_clean=False)
+    assert apply_gate(results(), edited, GATE)["verdict"] == "refused"
     relaxed = GATE.model_copy(update={"clean_data": False})
-    found = judge(results(), edited, relaxed)
+    found = apply_gate(results(), edited, relaxed)
     assert found["passed"] and outcome(found, "clean_data") == "not applicable"
 
 
 def test_rules_without_their_numbers_are_not_applicable_and_say_so() -> None:
     found = results(loss="ipo")
     found["models"]["policy"]["generation"] = None
-    judged = judge(found, FIRST, GATE)
+    judged = apply_gate(found, FIRST, GATE)
     assert judged["passed"]
     for rule in ("own_loss", "kl", "length_ratio", "repetition"):
         assert outcome(judged, rule) == "not applicable"
 
 
 def test_no_evidence_worse_and_better_are_told_apart() -> None:
-    assert judge(results(p_value=0.3, gain=0.01), FIRST, GATE)["verdict"] == "no evidence"
-    worse = judge(results(p_value=1.0, gain=-0.2), FIRST, GATE)
+    assert apply_gate(results(p_value=0.3, gain=0.01), FIRST, GATE)["verdict"] == "no evidence"
+    worse = apply_gate(results(p_value=1.0, gain=-0.2), FIRST, GATE)
     assert worse["verdict"] == "worse" and "is worse than the SFT model" in worse["sentence"]
-    against = judge(results(), Circumstances("models:/m/3", 1, True), GATE)
+    against = apply_gate(results(), GateContext("models:/m/3", 1, True), GATE)
     assert "better than the champion models:/m/3" in against["sentence"]
 
 
 def test_every_further_decision_on_a_test_set_has_a_stricter_level_and_all_together_alpha() -> None:
-    assert [level(0.05, use) for use in (1, 2, 3)] == pytest.approx([0.05 / 2, 0.05 / 6, 0.05 / 12])
-    assert sum(level(0.05, use) for use in range(1, 100_000)) == pytest.approx(0.05, abs=1e-6)
+    assert [alpha_for_decision(0.05, use) for use in (1, 2, 3)] == pytest.approx([0.05 / 2, 0.05 / 6, 0.05 / 12])
+    assert sum(alpha_for_decision(0.05, use) for use in range(1, 100_000)) == pytest.approx(0.05, abs=1e-6)
     found = results(p_value=0.01)
-    assert judge(found, FIRST, GATE)["passed"]
-    second = judge(found, Circumstances("", 2, True), GATE)
+    assert apply_gate(found, FIRST, GATE)["passed"]
+    second = apply_gate(found, GateContext("", 2, True), GATE)
     assert second["verdict"] == "no evidence" and second["level"] == pytest.approx(0.05 / 6)
 
 
 def test_a_level_that_the_resamples_cannot_show_is_named() -> None:
     found = results(p_value=1 / (RESAMPLES + 1))
-    assert judge(found, Circumstances("", 20, True), GATE)["passed"]
-    worn_out = judge(found, Circumstances("", 25, True), GATE)
+    assert apply_gate(found, GateContext("", 20, True), GATE)["passed"]
+    worn_out = apply_gate(found, GateContext("", 25, True), GATE)
     assert not worn_out["passed"] and "use a new test set" in worn_out["sentence"]
 
 
@@ -151,7 +151,7 @@ def test_non_inferiority_needs_a_margin_and_says_not_worse() -> None:
         validated(GateConfig, raw, "params.yaml")
     gate = validated(GateConfig, raw | {"margin": 0.02}, "params.yaml")
     assert gate.threshold() == -0.02 and GATE.threshold() == 0.0
-    found = judge(results(p_value=0.01, gain=-0.005), FIRST, gate)
+    found = apply_gate(results(p_value=0.01, gain=-0.005), FIRST, gate)
     assert found["verdict"] == "not worse" and "at most 0.02 nats worse than" in found["sentence"]
     assert found["rules"][0]["name"] == "non-inferiority"
 
@@ -165,7 +165,7 @@ def simulated(gains_PE: Any, uses: list[int], gate: GateConfig, rng: Any) -> lis
     promoted = []
     for use, gain, means_B, t in zip(uses, gains_PE.mean(axis=0), means_BE.T, studentized_E, strict=True):
         found = results(p_value=max(superiority_p(means_B, gate.threshold()), float(t)), gain=float(gain))
-        promoted.append(judge(found, Circumstances("", use, True), gate)["passed"])
+        promoted.append(apply_gate(found, GateContext("", use, True), gate)["passed"])
     return promoted
 
 
@@ -215,7 +215,7 @@ def evaluated(policy: float, rival: float, times: int, validation: int, test: in
         gain = losses[0] - losses[1]
         p_value = bootstrap.p_value(gain, means[0] - means[1], 0.0)
         found = results(p_value=p_value, gain=float(gain.mean()))
-        promoted += judge(found, Circumstances("", 1, True), GATE)["passed"]
+        promoted += apply_gate(found, GateContext("", 1, True), GATE)["passed"]
     return promoted / times
 
 

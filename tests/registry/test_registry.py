@@ -22,7 +22,7 @@ from components.common.errors import KubealignError
 from components.common.files import digest, read_json, write_json, write_manifest
 from components.config.loading import load_config
 from components.evaluate.candidates import download_incumbent
-from components.gate.rules import Circumstances, judge
+from components.gate.rules import GateContext, apply_gate
 from components.register.stage import Judged, Lineage, run_register
 from components.registry.audit import Audit
 from components.registry.champion import champion_alias, promote
@@ -92,9 +92,9 @@ class Shop:
         calm = {"p_value": p_value, "regression_p": {"en": 0.9, "zh": 0.9}}
         found["comparisons"][rival] = found["comparisons"]["sft"] | calm
         found["models"][rival] = found["models"]["sft"]
-        circumstances = Circumstances(lineage.incumbent, lineage.test_use, lineage.data_clean)
+        context = GateContext(lineage.incumbent, lineage.test_use, lineage.data_clean)
         write_json(evaluation / "evaluation.json", found)
-        write_json(evaluation / "verdict.json", judge(found, circumstances, LENIENT))
+        write_json(evaluation / "verdict.json", apply_gate(found, context, LENIENT))
         return Judged(policy, self.chain.base, evaluation, self.chain.clean, self.chain.report)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import websocket
 
-from components.report.html import page, table_html
+from components.report.html import Table, environment
 from tests.support.stages import Stages
 
 MAX_BYTES = 1_000_000
@@ -175,7 +175,11 @@ def test_a_click_on_a_title_sorts_the_table_and_a_second_one_turns_it_round(
 ) -> None:
     address, pages = kubeflow_page
     rows = [["b", "0.25 [0.1, 0.4]"], ["a", "-1.5 [-2, -1]"], ["c", "10.0 [9, 11]"]]
-    pages["sorted"] = page("Sorted", table_html(["name", "value"], rows))
+    template = environment().from_string(
+        "{% extends 'page.html.jinja' %}{% from 'macros.html.jinja' import table_of %}"
+        "{% block content %}{{ table_of(table) }}{% endblock %}"
+    )
+    pages["sorted"] = template.render(table=Table(["name", "value"], rows))
     context = browser.frame_context(f"{address}/sorted", 400)
     click = "document.querySelectorAll('th')[{}].click()"
     order = "[...document.querySelectorAll('tbody tr')].map((row) => row.cells[0].textContent).join('')"

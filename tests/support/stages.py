@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from components.common.files import write_manifest
+from components.common.files import read_json, write_manifest
 from components.config.loading import load_config
 from components.dataset.records import content_id
 from components.dpo.stage import run_dpo
@@ -89,7 +89,9 @@ class Stages:
         out = self.folder / name
         inputs = Inputs(self.folder / "clean", self.base, self.folder / "sft", out / "policy", incumbent, 1, True)
         reports = (out / "report.html", out / "report.md")
-        return run_evaluate(config.evaluate, config.gate, config.model, inputs, {}, out / "evaluation", *reports)[1]
+        run_evaluate(config.evaluate, config.gate, config.model, inputs, {}, out / "evaluation", *reports)
+        found: dict[str, Any] = read_json(out / "evaluation" / "evaluation.json")
+        return found | {"verdict": read_json(out / "evaluation" / "verdict.json")}
 
 
 @pytest.fixture(scope="module")

@@ -309,8 +309,11 @@ def test_two_nodes_give_the_losses_of_one_process(
         run_id, metrics = run_on_nodes(cluster, "sft", config.sft, config.model, inputs, tmp_path / "two")
         assert store.client().get_run(run_id).data.params["batch_size"] == "3"
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
-    assert metrics["validation_loss"] == json.loads((tmp_path / "two" / "training.json").read_text())["validation_loss"]
-    left = location if state == "s3" else str(store.home())
+    assert (
+        metrics["validation_loss"]
+        == json.loads((tmp_path / "two" / "training.json").read_text())["metrics"]["validation_loss"]
+    )
+    left = location if state == "s3" else str(train_job.store.home())
     assert not storage.exists(f"{left}/jobs/anything") and not list(storage._keys(s3.bucket, f"{tmp_path.name}/jobs"))
 
 

@@ -159,7 +159,7 @@ def test_the_best_step_is_kept_and_patience_ends_training(
     said = capsys.readouterr().out
     assert len(history) == best + 3 < 8, "two evaluations after the best one"
     assert f"stopped early after step {len(history)}" in said
-    kept = json.loads((tmp_path / "sft" / "training.json").read_text())["validation_loss"]
+    kept = json.loads((tmp_path / "sft" / "training.json").read_text())["metrics"]["validation_loss"]
     assert kept == found[best]
     config = load_config(ROOT / "params.yaml", [*SHORT, *often, f"sft.max_steps={best + 1}"])
     run_sft(config.sft, config.model, clean, stages.base, tmp_path / "shorter")

@@ -18,7 +18,7 @@ from components.dataset.records import SPLITS, content_id, read_lines
 from components.dataset.similarity import near_groups, normal, sketch
 from components.validate import checks as checks_module
 from components.validate import privacy, scan
-from components.validate.bias import Share, find_bias, interval, statistics
+from components.validate.bias import Share, find_bias, interval, measures
 from components.validate.checks import KINDS, Check, row_checks
 from components.validate.duplicates import mark_prompts, mark_rows, read_listed
 from components.validate.stage import run_validate
@@ -294,7 +294,7 @@ def test_length_and_refusals_that_tell_the_answer_are_measured_and_warned_of(
     assert whole.length_accuracy == 30 / 40
     assert (whole.refusals_chosen, whole.refusals_rejected) == (0, 4)
     assert whole.refusal_loses.value == 1.0 and whole.refusal_accuracy == 0.5 + 0.5 * 4 / 40
-    lines = {line["name"]: line["value"] for line in statistics([whole], 0.6)}
+    lines = {measure.name: measure.value for measure in measures([whole], 0.6)}
     assert lines == {"length_shortcut": 0.75, "refusal_shortcut": 0.55}
     monkeypatch.setattr(scan, "REFUSAL", NEVER)
     off = find_bias(biased(base_model, 30, 36), np.ones(40, bool))[0]
@@ -304,7 +304,7 @@ def test_length_and_refusals_that_tell_the_answer_are_measured_and_warned_of(
 def test_a_share_that_may_be_chance_warns_of_nothing(base_model: Path) -> None:
     part = find_bias(biased(base_model, 24, 36), np.ones(40, bool))[0]
     assert part.length_accuracy == 0.6 and part.longer_wins.low < 0.5
-    assert statistics([part], 0.55)[0]["value"] == 0.5
+    assert measures([part], 0.55)[0].value == 0.5
 
 
 @pytest.mark.parametrize(

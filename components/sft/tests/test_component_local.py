@@ -11,4 +11,4 @@ def test_the_adapter_and_the_losses_are_output_artifacts(chain: Chain, tmp_path:
     made = run_locally(sft, tmp_path, dataset=chain.clean, base=chain.base)
     verify_manifest(made / "sft_model")
     training = read_json(made / "sft_model" / "training.json")
-    assert training["validation_loss"] == read_json(made / "metrics")["validation_loss"]
+    assert training["metrics"]["validation_loss"] == read_json(made / "metrics")["validation_loss"]

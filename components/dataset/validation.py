@@ -1,0 +1,111 @@
+"""validation.json: what validate found in the two data sets; it travels with the clean rows."""
+
+from typing import Literal
+
+from typing_extensions import TypedDict
+
+Severity = Literal["error", "stop", "warn"]
+
+
+class CheckResult(TypedDict):
+    """A check of a data set's rows, or of the data set as a whole."""
+
+    name: str
+    severity: Severity
+    failed: int
+    """Rows, or statistics, that fail it."""
+    advice: str
+    places: list[str]
+    """Where the first of them are, such as `train.jsonl:17`; never what they say."""
+
+
+class SourceSummary(TypedDict):
+    """The clean rows of a source."""
+
+    license: str
+    """All licences of its rows."""
+    rows: int
+
+
+class DataSetSummary(TypedDict):
+    """A data set."""
+
+    rows: int
+    clean: int
+    quarantined: int
+    too_long: int
+    """Quarantined only for their length."""
+    splits: dict[str, dict[str, int]]
+    """Clean rows of each split by language."""
+    sources: dict[str, SourceSummary]
+    checks: list[CheckResult]
+
+
+class ShareSummary(TypedDict):
+    """A share of `n` pairs with its 95 % interval."""
+
+    share: float
+    low: float
+    high: float
+    n: int
+
+
+class BiasSummary(TypedDict):
+    """How well trivial cues predict the chosen answer in a part of the pairs; see validate's bias.py."""
+
+    lang: str
+    source: str
+    pairs: int
+    longer_wins: ShareSummary
+    length_accuracy: float
+    refusal_loses: ShareSummary
+    refusal_accuracy: float
+    refusals_chosen: int
+    refusals_rejected: int
+
+
+class Statistic(TypedDict):
+    """A number about the pairs as a whole, or a part of them, and the limit that a check of the same name sets."""
+
+    name: str
+    part: str
+    value: float
+    limit: float
+    fails: bool
+
+
+class Statistics(TypedDict):
+    """The pairs as a whole."""
+
+    lines: list[Statistic]
+    checks: list[CheckResult]
+    drift_known: bool
+    """Whether there is an earlier version to measure drift against."""
+    listed_prompts: int | None
+    """Prompts on the decontamination list; None without a list."""
+
+
+class PairSummary(DataSetSummary):
+    """The preference pairs."""
+
+    bias: list[BiasSummary]
+    statistics: Statistics
+
+
+class ValidationSummary(TypedDict):
+    """validation.json."""
+
+    preferences: PairSummary
+    instructions: DataSetSummary
+
+
+def data_sets(summary: ValidationSummary) -> dict[str, DataSetSummary]:
+    """Both data sets by name."""
+    return {"preferences": summary["preferences"], "instructions": summary["instructions"]}
+
+
+def all_checks(summary: ValidationSummary) -> dict[str, list[CheckResult]]:
+    """The checks of each data set's rows and, for the pairs, of the data set as a whole."""
+    checks = {name: list(found["checks"]) for name, found in data_sets(summary).items()}
+    checks["preferences"] += summary["preferences"]["statistics"]["checks"]
+    return checks

@@ -1,0 +1,42 @@
+"""verdict.json: what the gate decided, by which rules and with which inputs."""
+
+from typing import Literal
+
+from typing_extensions import TypedDict
+
+Outcome = Literal["pass", "fail", "not applicable"]
+VerdictName = Literal["better", "not worse", "no evidence", "worse", "refused"]
+
+
+class Rule(TypedDict):
+    """One rule, with the number it looked at and what it expected."""
+
+    name: str
+    outcome: Outcome
+    found: float | None
+    expected: str
+    sentence: str
+
+
+class VerdictSummary(TypedDict):
+    """The part of the verdict that the result of a run repeats."""
+
+    passed: bool
+    verdict: VerdictName
+    sentence: str
+    incumbent: str
+    """The champion to beat as models:/name/version; empty for the SFT model."""
+    test_use: int
+    """Number of this decision among those on the same test set, from 1."""
+    level: float
+    """The significance level that this decision was tested at."""
+    rules: list[Rule]
+
+
+class Verdict(VerdictSummary):
+    """verdict.json."""
+
+    data_clean: bool
+    gate: dict[str, str | bool | int | float]
+    """The section `gate` of params.yaml that was applied."""
+    policy_digest: str

@@ -1,0 +1,64 @@
+"""result.json: what register did with the model and why, with the main numbers of the whole run.
+
+The parent run in MLflow carries it, and every command that shows a finished run reads it.
+"""
+
+from typing import Literal
+
+from typing_extensions import TypedDict
+
+from components.gate.results import Comparison, Metrics
+from components.gate.verdict import VerdictSummary
+
+State = Literal["promoted", "champion already", "not passed", "not asked", "rolled back", "superseded"]
+
+
+class Decision(TypedDict):
+    """Whether the version became champion, and why."""
+
+    state: State
+    sentence: str
+
+
+class StageSummary(TypedDict):
+    """A stage's run in MLflow, and what it took."""
+
+    run_id: str
+    cached: bool
+    """Whether it belongs to an earlier pipeline run."""
+    seconds: float | None
+    peak_memory_mib: float | None
+
+
+class Result(TypedDict):
+    """result.json."""
+
+    run_id: str
+    model: str
+    version: str
+    model_uri: str
+    aliases: list[str]
+    promote: bool
+    verdict: VerdictSummary
+    decided: Decision
+    data_commit: str
+    preferences_digest: str
+    instructions_digest: str
+    data_clean: bool
+    test_set: str
+    git_commit: str
+    base_reference: str
+    base_digest: str
+    config: str
+    lineage: str
+    incumbent: str
+    decision: str
+    test_use: int
+    metrics: dict[str, Metrics]
+    """Of every model, on all test pairs."""
+    languages: dict[str, dict[str, Metrics]]
+    """The same by language."""
+    comparisons: dict[str, Comparison]
+    policy_metrics: Metrics | None
+    """As in evaluation.json."""
+    stages: dict[str, StageSummary]

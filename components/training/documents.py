@@ -1,0 +1,46 @@
+"""training.json: what a training produced and what it started from.
+
+It travels with the model into the registry, so it must stay readable there: what other versions of kubealign add to it
+is ignored.
+"""
+
+from pathlib import Path
+from typing import NotRequired
+
+from typing_extensions import TypedDict
+
+from components.common.documents import read_document
+
+
+class SftTraining(TypedDict):
+    """training.json of sft."""
+
+    metrics: dict[str, float]
+    """Loss on the validation answers before and after training, nats per token."""
+    base_digest: str
+
+
+class DpoTraining(TypedDict):
+    """training.json of dpo."""
+
+    metrics: NotRequired[dict[str, float]]
+    """Loss and rewards on the validation pairs; version 0.1 wrote them beside the other fields."""
+    beta: float
+    loss: str
+    """The preference loss, such as `sigmoid`."""
+    precision: str
+    base_digest: str
+    sft_digest: str
+    reference_rank: int
+    """The first ranks of the exported adapter are the reference; 0 after full fine-tuning."""
+    libraries: dict[str, str]
+    """Versions of the libraries that the model is known to load with."""
+
+
+def read_dpo_training(folder: Path) -> DpoTraining:
+    """training.json of a folder that dpo wrote.
+
+    Raises:
+        InputError: it is missing, or a field is missing or of another type.
+    """
+    return read_document(folder / "training.json", DpoTraining, unknown="ignore")
