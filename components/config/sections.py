@@ -6,9 +6,13 @@ by `section`.
 """
 
 import re
+from collections.abc import Iterable
+from itertools import compress
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from components.engine.objectives import LOSSES
 
 PARAMS = "params.yaml"
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -209,6 +213,11 @@ class SftConfig(OptimiserConfig):
     )
 
 
+def _names(wanted: Iterable[bool]) -> str:
+    """The losses at these positions of the table."""
+    return ", ".join(compress(LOSSES, wanted))
+
+
 class DpoConfig(OptimiserConfig):
     """Direct Preference Optimization against the SFT model."""
 
@@ -216,16 +225,23 @@ class DpoConfig(OptimiserConfig):
     reference: Literal["cached", "live"] = Field(
         description="reference log-probs computed once and kept, or live in every step (slower, nothing on disk)"
     )
-    loss: Literal["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "apo_zero", "apo_down", "simpo", "orpo"] = Field(
-        description="preference loss; ipo and sigmoid_norm work per token, simpo and orpo without a reference"
+    loss: Literal[tuple(LOSSES)] = Field(  # type: ignore[valid-type]
+        description="preference loss;"
+        f" per token: {_names(loss.per_token for loss in LOSSES.values())};"
+        f" without a reference: {_names(loss.reference_free for loss in LOSSES.values())}"
     )
-    label_smoothing: float = Field(ge=0, lt=0.5, description="assumed share of swapped labels; for sigmoid and robust")
+    label_smoothing: float = Field(
+        ge=0,
+        lt=0.5,
+        description="assumed share of swapped labels; for"
+        f" {_names('label_smoothing' in loss.options for loss in LOSSES.values())}",
+    )
     simpo_gamma: float = Field(ge=0, description="target margin of simpo")
     orpo_weight: float = Field(ge=0, description="weight of orpo's odds-ratio term (lambda in the paper)")
 
     @model_validator(mode="after")
     def _smoothing_is_used(self) -> "DpoConfig":
-        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+        if self.label_smoothing and "label_smoothing" not in LOSSES[self.loss].options:
             raise ValueError(f"label_smoothing means nothing to the loss {self.loss}; set it to 0, or use robust")
         return self
 

@@ -31,6 +31,7 @@ from components.engine.models import (
     save_adapter,
     save_model,
 )
+from components.engine.objectives import LOSSES, LossOptions
 from components.engine.packing import Pack
 from components.tracking.result import StageResult
 from components.tracking.run import is_main_process, stage_run
@@ -49,9 +50,6 @@ from components.training.scoring import Scores, score, weights_digest
 
 MADE_WITH = ("torch", "transformers", "peft", "accelerate", "safetensors")
 """Libraries whose versions the model is known to load with; the registry names them."""
-REFERENCE_FREE = ("simpo", "orpo")
-PER_TOKEN = ("ipo", "sigmoid_norm", "simpo", "orpo")
-"""Losses that look at log-probs per token rather than per answer."""
 REFERENCE_PAIRS = 4
 REFERENCE_TOLERANCE_NATS = 0.05
 """How far the untrained policy's log-ratio margins may be from 0 before its reference is the wrong one."""
@@ -89,7 +87,7 @@ def run_dpo(
         examples = {split: pair_examples(tokenizer, found) for split, found in rows.items()}
         policy = open_tuned(run, base_model, sft_model, model, SFT_ADAPTER, trains=True)
         references: dict[str, Reference] = {}
-        if config.loss in REFERENCE_FREE:
+        if LOSSES[config.loss].reference_free:
             references = dict.fromkeys(examples, no_reference)
         elif config.reference == "cached":
             content = weights_digest(base_digest, sft_model)
@@ -191,6 +189,8 @@ def make_objective(reference: Reference, config: DpoConfig) -> Objective:
     that is never negative and good while the two are close (k2 of http://joschu.net/blog/kl-approx.html); the answers
     are the data's, not the policy's own.
     """
+    options = LossOptions(**config.model_dump(include=set(LossOptions._fields)))
+    reference_free = LOSSES[config.loss].reference_free
 
     def objective(
         token_logps_N: Tensor, batch: Pack, indices: list[int], normaliser: float
@@ -198,7 +198,7 @@ def make_objective(reference: Reference, config: DpoConfig) -> Objective:
         policy_S = objectives.sequence_logps(token_logps_N, batch.sequence_N, batch.n_sequences)
         n_tokens_S = torch.bincount(batch.sequence_N, minlength=batch.n_sequences).to(policy_S)
         reference_S = reference(batch, indices).to(policy_S)
-        losses_P, rewards_S = preference_losses(policy_S, reference_S, n_tokens_S, config)
+        losses_P, rewards_S = objectives.preference_loss(config.loss, policy_S, reference_S, n_tokens_S, options)
         loss = losses_P.sum() / normaliser
         with torch.no_grad():
             chosen_P, rejected_P = rewards_S.view(-1, 2).unbind(1)
@@ -210,50 +210,11 @@ def make_objective(reference: Reference, config: DpoConfig) -> Objective:
                 "chosen_reward": chosen_P,
                 "rejected_reward": rejected_P,
             }
-            if config.loss not in REFERENCE_FREE:
+            if not reference_free:
                 sums["kl"] = 0.25 * ((policy_S - reference_S) ** 2).view(-1, 2).sum(1)
             return loss, {name: float(values.sum()) / normaliser for name, values in sums.items()}
 
     return objective
-
-
-def preference_losses(
-    policy_S: Tensor, reference_S: Tensor, n_tokens_S: Tensor, config: DpoConfig
-) -> tuple[Tensor, Tensor]:
-    """The configured loss of each pair, and the rewards that it compares.
-
-    Args:
-        policy_S: sequence log-probs under the policy as chosen, rejected, chosen, rejected ..., float [S = 2 P], nats.
-        reference_S: the same under the reference.
-        n_tokens_S: completion tokens of each sequence.
-
-    Returns:
-        losses [P] and rewards [S].
-    """
-    ratios_S = policy_S if config.loss in REFERENCE_FREE else policy_S - reference_S
-    scores_S = ratios_S / n_tokens_S if config.loss in PER_TOKEN else ratios_S
-    rewards_S = config.beta * scores_S
-    chosen_P, rejected_P = rewards_S.view(-1, 2).unbind(1)
-    good_P, bad_P = scores_S.view(-1, 2).unbind(1)
-    margins_P = chosen_P - rejected_P
-    match config.loss:
-        case "sigmoid" | "sigmoid_norm":
-            losses_P = objectives.dpo_sigmoid_loss(margins_P, config.label_smoothing)
-        case "robust":
-            losses_P = objectives.robust_dpo_loss(margins_P, config.label_smoothing)
-        case "hinge":
-            losses_P = objectives.hinge_loss(margins_P)
-        case "ipo":
-            losses_P = objectives.ipo_loss(good_P, bad_P, config.beta)
-        case "apo_zero":
-            losses_P = objectives.apo_zero_loss(chosen_P, rejected_P)
-        case "apo_down":
-            losses_P = objectives.apo_down_loss(chosen_P, rejected_P)
-        case "simpo":
-            losses_P = objectives.simpo_loss(good_P, bad_P, config.beta, config.simpo_gamma)
-        case "orpo":
-            losses_P = objectives.orpo_loss(good_P, bad_P, config.orpo_weight)
-    return losses_P, rewards_S
 
 
 def check_reference(policy: PackedModel, examples: Sequence[Any], reference_logps: Scores) -> None:

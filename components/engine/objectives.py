@@ -1,14 +1,21 @@
 """Sequence log-probabilities, the SFT loss and the preference losses: pure functions on tensors, one page.
 
-Shapes: N completion tokens of a batch, S sequences (completions), P pairs. All log-probabilities are in nats.
-Nothing here knows of models, files or devices.
+`LOSSES` is the only table of preference losses: the configuration, training, evaluation and the gate read it, so a new
+loss is a row there, a function below it and a test. Configuration and gate do so without torch, which is therefore
+imported where it is called. Nothing here knows of models, files or devices.
+
+Shapes: N completion tokens of a batch, S sequences (completions), P pairs, S = 2 P as chosen, rejected, chosen, ...
+All log-probabilities are in nats.
 """
 
-import math
+from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LN2 = math.log(2.0)
 """The DPO loss of a policy that equals its reference."""
@@ -47,72 +54,170 @@ def sft_loss(token_logps_N: Tensor, n_tokens: int) -> Tensor:
     return -token_logps_N.sum() / n_tokens
 
 
-def rewards(policy_logps_S: Tensor, reference_logps_S: Tensor, beta: float) -> Tensor:
-    """Implicit reward of each completion: r(x, y) = beta * (log pi(y | x) - log pi_ref(y | x)).
+class LossOptions(NamedTuple):
+    """Hyperparameters of the preference losses; the names are those of the section `dpo`."""
 
-    Source: DPO, arXiv 2305.18290, section 4, with the partition function left out (it cancels within a pair).
+    beta: float
+    """Scale of the rewards, > 0; the regularisation tau for ipo."""
+    label_smoothing: float = 0.0
+    """Assumed share of swapped labels, in [0, 0.5)."""
+    simpo_gamma: float = 0.0
+    """Target margin, >= 0."""
+    orpo_weight: float = 0.0
+    """Weight of the odds-ratio term, lambda in the paper, >= 0."""
+
+
+class PairScores(NamedTuple):
+    """Scores and rewards of P pairs, float [P] each.
+
+    A score is the log-ratio log pi(y | x) - log pi_ref(y | x), nats; the log-prob alone for a loss without a reference;
+    divided by the answer's tokens for a loss per token. A reward is beta times the score.
+    """
+
+    chosen_scores_P: Tensor
+    rejected_scores_P: Tensor
+    chosen_rewards_P: Tensor
+    rejected_rewards_P: Tensor
+    margins_P: Tensor
+    """Reward of chosen minus reward of rejected."""
+
+
+class Loss(NamedTuple):
+    """A preference loss and what it needs."""
+
+    source: str
+    """Paper and equation."""
+    function: Callable[[PairScores, LossOptions], Tensor]
+    """Loss of each pair, float [P]."""
+    per_token: bool = False
+    """Scores are divided by the tokens of the answer."""
+    reference_free: bool = False
+    """No log-probs of a reference are needed."""
+    value_at_no_learning: float | None = None
+    """Loss of a policy that equals its reference; None where it depends on beta or on the model."""
+    options: tuple[str, ...] = ()
+    """Fields of `LossOptions` that it reads, besides beta."""
+
+
+LOSSES: dict[str, Loss] = {
+    "sigmoid": Loss(
+        "DPO, arXiv 2305.18290, equation 7; label smoothing from its authors' note on conservative DPO",
+        lambda pairs, options: dpo_sigmoid_loss(pairs.margins_P, options.label_smoothing),
+        value_at_no_learning=LN2,
+        options=("label_smoothing",),
+    ),
+    "robust": Loss(
+        "robust DPO, arXiv 2403.00409, equation 12",
+        lambda pairs, options: robust_dpo_loss(pairs.margins_P, options.label_smoothing),
+        value_at_no_learning=LN2,
+        options=("label_smoothing",),
+    ),
+    "hinge": Loss(
+        "SLiC-HF, arXiv 2305.10425, with DPO's reward as in RSO, arXiv 2309.06657, equation 8",
+        lambda pairs, options: hinge_loss(pairs.margins_P),
+        value_at_no_learning=1.0,
+    ),
+    "ipo": Loss(
+        "IPO, arXiv 2310.12036, equation 17",
+        lambda pairs, options: ipo_loss(pairs.chosen_scores_P, pairs.rejected_scores_P, options.beta),
+        per_token=True,
+    ),
+    "sigmoid_norm": Loss(
+        "DPO, arXiv 2305.18290, equation 7, on log-ratios per token: length-normalised DPO of Tulu 3, arXiv 2411.15124",
+        lambda pairs, options: dpo_sigmoid_loss(pairs.margins_P),
+        per_token=True,
+        value_at_no_learning=LN2,
+    ),
+    "apo_zero": Loss(
+        "APO, arXiv 2408.06266, equation 7",
+        lambda pairs, options: apo_zero_loss(pairs.chosen_rewards_P, pairs.rejected_rewards_P),
+        value_at_no_learning=1.0,
+    ),
+    "apo_down": Loss(
+        "APO, arXiv 2408.06266, equation 8",
+        lambda pairs, options: apo_down_loss(pairs.chosen_rewards_P, pairs.rejected_rewards_P),
+        value_at_no_learning=1.0,
+    ),
+    "simpo": Loss(
+        "SimPO, arXiv 2405.14734, equation 6",
+        lambda pairs, options: simpo_loss(
+            pairs.chosen_scores_P, pairs.rejected_scores_P, options.beta, options.simpo_gamma
+        ),
+        per_token=True,
+        reference_free=True,
+        options=("simpo_gamma",),
+    ),
+    "orpo": Loss(
+        "ORPO, arXiv 2403.07691, equations 5 to 7",
+        lambda pairs, options: orpo_loss(pairs.chosen_scores_P, pairs.rejected_scores_P, options.orpo_weight),
+        per_token=True,
+        reference_free=True,
+        options=("orpo_weight",),
+    ),
+}
+
+
+def preference_loss(
+    name: str, policy_S: Tensor, reference_S: Tensor, n_tokens_S: Tensor, options: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """Loss of each pair and the rewards that it compares: r(x, y) = beta (log pi(y | x) - log pi_ref(y | x)).
+
+    The reward is that of DPO, arXiv 2305.18290, section 4, without the partition function, which cancels within a
+    pair; per token or without a reference where the loss says so.
 
     Args:
-        policy_logps_S: sequence log-probabilities under the policy, float [S], nats.
-        reference_logps_S: the same under the frozen reference, float [S], nats.
-        beta: strength of the pull towards the reference, > 0.
+        name: a key of `LOSSES`.
+        policy_S: sequence log-probs under the policy as chosen, rejected, chosen, rejected, ..., float [S], nats.
+        reference_S: the same under the frozen reference; not read by a loss without a reference.
+        n_tokens_S: tokens of each completion, float [S]; read by losses per token only.
+        options: hyperparameters.
 
     Returns:
-        float [S].
+        losses [P] and rewards [S].
     """
-    return beta * (policy_logps_S - reference_logps_S)
+    loss = LOSSES[name]
+    scores_S = policy_S if loss.reference_free else policy_S - reference_S
+    if loss.per_token:
+        scores_S = scores_S / n_tokens_S
+    rewards_S = options.beta * scores_S
+    chosen_P, rejected_P = rewards_S.view(-1, 2).unbind(1)
+    pairs = PairScores(*scores_S.view(-1, 2).unbind(1), chosen_P, rejected_P, chosen_P - rejected_P)
+    return loss.function(pairs, options), rewards_S
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """log(1 / (1 + e^-x)) without overflow."""
+    from torch.nn.functional import logsigmoid
+
+    return logsigmoid(x)
 
 
 def dpo_sigmoid_loss(margins_P: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """DPO's loss for each pair: -(1 - eps) log sigmoid(m) - eps log sigmoid(-m), with m the reward margin.
+    """-(1 - eps) log sigmoid(m) - eps log sigmoid(-m), with m the reward margin; ln 2 at m = 0.
 
-    Source: DPO, arXiv 2305.18290, equation 7; with eps > 0 the conservative loss of its authors' note, which assumes
-    that a share eps of the labels is swapped.
-
-    Args:
-        margins_P: reward of chosen minus reward of rejected, float [P].
-        label_smoothing: eps in [0, 0.5].
-
-    Returns:
-        float [P]; ln 2 where the margin is 0.
+    With eps in (0, 0.5] conservative DPO, which assumes that a share eps of the labels is swapped.
     """
-    return -(1.0 - label_smoothing) * F.logsigmoid(margins_P) - label_smoothing * F.logsigmoid(-margins_P)
+    return -(1.0 - label_smoothing) * log_sigmoid(margins_P) - label_smoothing * log_sigmoid(-margins_P)
 
 
 def robust_dpo_loss(margins_P: Tensor, label_smoothing: float) -> Tensor:
-    """Unbiased under label noise: (-(1 - eps) log sigmoid(m) + eps log sigmoid(-m)) / (1 - 2 eps).
+    """(-(1 - eps) log sigmoid(m) + eps log sigmoid(-m)) / (1 - 2 eps): unbiased when a share eps of labels is swapped.
 
-    Source: robust DPO, arXiv 2403.00409, equation 12.
-
-    Args:
-        margins_P: reward of chosen minus reward of rejected, float [P].
-        label_smoothing: eps, the share of swapped labels, in [0, 0.5).
-
-    Returns:
-        float [P].
+    eps is in [0, 0.5).
     """
-    kept, swapped = -F.logsigmoid(margins_P), -F.logsigmoid(-margins_P)
+    kept, swapped = -log_sigmoid(margins_P), -log_sigmoid(-margins_P)
     return ((1.0 - label_smoothing) * kept - label_smoothing * swapped) / (1.0 - 2.0 * label_smoothing)
 
 
 def hinge_loss(margins_P: Tensor) -> Tensor:
-    """max(0, 1 - m). Source: SLiC-HF, arXiv 2305.10425, with DPO's reward as in RSO, arXiv 2309.06657, equation 8."""
-    return torch.relu(1.0 - margins_P)
+    """max(0, 1 - m)."""
+    return (1.0 - margins_P).relu()
 
 
 def ipo_loss(chosen_ratios_P: Tensor, rejected_ratios_P: Tensor, beta: float) -> Tensor:
-    """(h - 1 / (2 beta))^2 with h the difference of the log-ratios per token.
+    """(h - 1 / (2 beta))^2 with h the difference of the log-ratios per token; beta is the paper's tau.
 
-    Source: IPO, arXiv 2310.12036, equation 17, where beta is tau; per token as its authors do, so that the target does
-    not depend on the length.
-
-    Args:
-        chosen_ratios_P: log pi(y | x) - log pi_ref(y | x) of the chosen answers divided by their tokens, float [P].
-        rejected_ratios_P: the same of the rejected answers.
-        beta: the regularisation tau, > 0.
-
-    Returns:
-        float [P].
+    Per token as its authors implement it, so that the target does not depend on the length.
     """
     return (chosen_ratios_P - rejected_ratios_P - 1.0 / (2.0 * beta)) ** 2
 
@@ -120,49 +225,29 @@ def ipo_loss(chosen_ratios_P: Tensor, rejected_ratios_P: Tensor, beta: float) ->
 def apo_zero_loss(chosen_rewards_P: Tensor, rejected_rewards_P: Tensor) -> Tensor:
     """1 - sigmoid(r_chosen) + sigmoid(r_rejected): raises the chosen answer, lowers the rejected one.
 
-    For chosen answers that are better than the model's own. Source: APO, arXiv 2408.06266, equation 7.
+    For chosen answers that are better than the model's own.
     """
-    return 1.0 - torch.sigmoid(chosen_rewards_P) + torch.sigmoid(rejected_rewards_P)
+    return 1.0 - chosen_rewards_P.sigmoid() + rejected_rewards_P.sigmoid()
 
 
 def apo_down_loss(chosen_rewards_P: Tensor, rejected_rewards_P: Tensor) -> Tensor:
     """sigmoid(r_chosen) + 1 - sigmoid(r_chosen - r_rejected): lowers both, the rejected answer more.
 
-    For chosen answers that are worse than the model's own. Source: APO, arXiv 2408.06266, equation 8.
+    For chosen answers that are worse than the model's own.
     """
-    return torch.sigmoid(chosen_rewards_P) + 1.0 - torch.sigmoid(chosen_rewards_P - rejected_rewards_P)
+    return chosen_rewards_P.sigmoid() + 1.0 - (chosen_rewards_P - rejected_rewards_P).sigmoid()
 
 
 def simpo_loss(chosen_logps_P: Tensor, rejected_logps_P: Tensor, beta: float, gamma: float) -> Tensor:
-    """-log sigmoid(beta * (chosen - rejected) - gamma) on log-probs per token, without a reference.
-
-    Source: SimPO, arXiv 2405.14734, equation 6.
-
-    Args:
-        chosen_logps_P: log pi(y | x) of the chosen answers divided by their tokens, float [P], nats per token.
-        rejected_logps_P: the same of the rejected answers.
-        beta: scale of the reward, > 0.
-        gamma: target margin, >= 0.
-
-    Returns:
-        float [P].
-    """
-    return -F.logsigmoid(beta * (chosen_logps_P - rejected_logps_P) - gamma)
+    """-log sigmoid(beta (chosen - rejected) - gamma) on log-probs per token."""
+    return -log_sigmoid(beta * (chosen_logps_P - rejected_logps_P) - gamma)
 
 
 def orpo_loss(chosen_logps_P: Tensor, rejected_logps_P: Tensor, weight: float) -> Tensor:
-    """-log p_chosen - weight * log sigmoid(log odds(chosen) - log odds(rejected)), without a reference.
+    """-log p_chosen - weight * log sigmoid(log odds(chosen) - log odds(rejected)).
 
-    p = exp(log-prob per token), odds = p / (1 - p). Source: ORPO, arXiv 2403.07691, equations 5 to 7.
-
-    Args:
-        chosen_logps_P: log pi(y | x) of the chosen answers divided by their tokens, float [P], < 0, nats per token.
-        rejected_logps_P: the same of the rejected answers.
-        weight: of the odds-ratio term (lambda in the paper), >= 0.
-
-    Returns:
-        float [P].
+    p = exp(log-prob per token) < 1, odds = p / (1 - p).
     """
-    chosen_odds_P = chosen_logps_P - torch.log(-torch.expm1(chosen_logps_P))
-    rejected_odds_P = rejected_logps_P - torch.log(-torch.expm1(rejected_logps_P))
-    return -chosen_logps_P - weight * F.logsigmoid(chosen_odds_P - rejected_odds_P)
+    chosen_odds_P = chosen_logps_P - (-chosen_logps_P.expm1()).log()
+    rejected_odds_P = rejected_logps_P - (-rejected_logps_P.expm1()).log()
+    return -chosen_logps_P - weight * log_sigmoid(chosen_odds_P - rejected_odds_P)

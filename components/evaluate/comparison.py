@@ -12,6 +12,7 @@ import numpy as np
 
 from components.config.sections import EvaluateConfig
 from components.dataset.records import LANGUAGES, Preference
+from components.engine.objectives import LOSSES
 from components.evaluate.statistics import (
     DISTRIBUTION_POINTS,
     Floats,
@@ -34,8 +35,6 @@ Rows = dict[str, list[Preference]]
 SIDES = ("validation", "test")
 SLICES = {"languages": "by_language", "sources": "by_source", "lengths": "by_length"}
 """Name of a kind of slice in a model's results, and in a comparison's."""
-PER_TOKEN_LOSSES = ("ipo", "sigmoid_norm", "simpo", "orpo")
-REFERENCE_FREE_LOSSES = ("simpo", "orpo")
 POWER_Z = 1.645 + 0.842
 """Standard normal quantiles of a one-sided test at 5 % with 80 % power."""
 MOST_PAIRS, MANY = 1_000_000, "more than a million"
@@ -235,16 +234,18 @@ def sampled_kl(model: TokenLogps, reference: TokenLogps) -> Floats:
 
 def policy_rewards(scored: Scored) -> Floats | None:
     """Rewards of chosen and rejected as the model's own training defines them, [P, 2]; None if that is not known."""
-    reference_free = scored.loss in REFERENCE_FREE_LOSSES
-    if scored.beta is None or (scored.reference is None and not reference_free):
+    if scored.beta is None or scored.loss not in LOSSES:
         return None
+    loss = LOSSES[scored.loss]
     test = scored.sides["test"]
-    ratios_P2 = test.sums()
-    if scored.reference is not None and not reference_free:
-        ratios_P2 = ratios_P2 - scored.reference.sums()
-    if scored.loss in PER_TOKEN_LOSSES:
-        ratios_P2 = ratios_P2 / test.lengths_EC
-    return scored.beta * ratios_P2
+    scores_P2 = test.sums()
+    if not loss.reference_free:
+        if scored.reference is None:
+            return None
+        scores_P2 = scores_P2 - scored.reference.sums()
+    if loss.per_token:
+        scores_P2 = scores_P2 / test.lengths_EC
+    return scored.beta * scores_P2
 
 
 def _policy_metrics(bootstrap: GroupBootstrap, rewards_P2: Floats) -> Metrics:

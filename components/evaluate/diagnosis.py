@@ -11,14 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from components.engine.history import StepRecord
-from components.evaluate.comparison import PER_TOKEN_LOSSES
+from components.engine.objectives import LN2, LOSSES
 from components.evaluate.statistics import Floats
 from components.gate.results import Finding, PairResults
 
-LN2 = math.log(2)
 ERRORS = 2.0
-COIN_TOSS_LOSSES = ("sigmoid", "robust")
-"""Losses that are ln 2 where the policy has no opinion."""
 LOST_NATS = 0.01
 EARLY_SHARE = 0.25
 EARLY_ACCURACY = 0.99
@@ -119,7 +116,8 @@ def _no_learning(found: Curves, loss: str) -> Finding | None:
     accuracy, margin, mean = (found.tail(name)[0] for name in ("reward_accuracy", "reward_margin", "loss"))
     advice = "the learning rate is too low or training too short: raise dpo.lr or dpo.epochs; if it stays so, look"
     advice += " whether the labels say anything at all"
-    if loss in COIN_TOSS_LOSSES and found.above("loss", LN2 + LOST_NATS):
+    start = LOSSES[loss].value_at_no_learning
+    if start is not None and found.above("loss", start + LOST_NATS):
         advice = "the learning rate is too high: lower dpo.lr, by ten at first, or raise dpo.warmup_ratio"
     return _problem(
         "no learning",
@@ -147,7 +145,7 @@ def _leak(found: Curves) -> Finding | None:
 
 def _over_confidence(found: Curves, loss: str) -> Finding | None:
     """On the validation pairs where there are some, otherwise on the training pairs."""
-    if loss not in COIN_TOSS_LOSSES:
+    if LOSSES[loss].value_at_no_learning != LN2:
         return None
     if "loss" in found.validated:
         value, accuracy = float(found.validated["loss"][-1]), float(found.validated["reward_accuracy"][-1])
@@ -167,7 +165,7 @@ def _over_confidence(found: Curves, loss: str) -> Finding | None:
 
 
 def _kl_blow_up(found: Curves, beta: float, loss: str) -> Finding | None:
-    if "kl" not in found.steps or loss in PER_TOKEN_LOSSES:
+    if "kl" not in found.steps or LOSSES[loss].per_token:
         return None
     kl, _ = found.tail("kl")
     reward = beta * math.sqrt(2.0 * kl)

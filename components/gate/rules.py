@@ -13,11 +13,9 @@ from dataclasses import dataclass
 
 from components.common.errors import KubealignError
 from components.config.sections import GateConfig
+from components.engine.objectives import LOSSES
 from components.gate.results import Comparison, Estimate, Evaluation, Generation
 from components.gate.verdict import Rule, Verdict, VerdictName
-
-PER_TOKEN_LOSSES = ("ipo", "sigmoid_norm", "simpo", "orpo")
-"""Losses whose beta does not scale log-ratios of whole answers: ln 2 is not what a policy has that learnt nothing."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def _enough(comparison: Comparison, config: GateConfig) -> Rule:
 
 def _own_loss(evaluation: Evaluation, config: GateConfig) -> Rule:
     expected = f"below {config.max_own_loss:.4f}"
-    if evaluation["loss"] in PER_TOKEN_LOSSES:
+    if LOSSES[evaluation["loss"]].per_token:  # its beta does not scale log-ratios of whole answers
         return _not_applicable("own_loss", expected, f"trained by {evaluation['loss']}, a loss per token")
     metrics = evaluation["models"]["policy"]["policy_metrics"]
     if metrics is None:

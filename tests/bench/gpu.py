@@ -122,9 +122,9 @@ def our_model(folder: Path, precision: str, checkpointing: bool = False, dropout
 
 
 def dpo_loss(token_logps_N: torch.Tensor, sequence_N: torch.Tensor, n_sequences: int) -> torch.Tensor:
-    rewards_S = BETA * (objectives.sequence_logps(token_logps_N, sequence_N, n_sequences) - REFERENCE_LOGP)
-    chosen_P, rejected_P = rewards_S.view(-1, 2).unbind(1)
-    return objectives.dpo_sigmoid_loss(chosen_P - rejected_P, 0.0).sum()
+    policy_S = objectives.sequence_logps(token_logps_N, sequence_N, n_sequences)
+    reference_S, options = torch.full_like(policy_S, REFERENCE_LOGP), objectives.LossOptions(BETA)
+    return objectives.preference_loss("sigmoid", policy_S, reference_S, policy_S, options)[0].sum()
 
 
 class Ours:

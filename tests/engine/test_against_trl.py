@@ -25,10 +25,10 @@ from trl.experimental.orpo import ORPOTrainer
 from components.config.loading import load_config
 from components.config.sections import DpoConfig
 from components.dataset.chat import load_tokenizer
-from components.dpo.stage import cached_reference, make_objective, preference_losses
+from components.dpo.stage import cached_reference, make_objective
 from components.engine.loop import Objective
 from components.engine.models import DPO_ADAPTER, PackedModel, add_lora, load_causal_lm, trainable_state
-from components.engine.objectives import sequence_logps
+from components.engine.objectives import LOSSES, LossOptions, preference_loss, sequence_logps
 from components.engine.packing import Example, pack
 from components.sft.stage import objective as sft_objective
 from tests.conftest import ROOT
@@ -45,18 +45,15 @@ PAIRS = [
     },
     {"prompt": "退款要多久?", "chosen": " 五天。", "rejected": " 不会太久。"},
 ]
-CASES = {
-    "sigmoid": ["dpo.loss=sigmoid", "dpo.beta=0.3"],
+CASES = {name: [f"dpo.loss={name}", "dpo.beta=0.3"] for name in LOSSES} | {
     "sigmoid_smoothed": ["dpo.loss=sigmoid", "dpo.beta=0.3", "dpo.label_smoothing=0.2"],
     "robust": ["dpo.loss=robust", "dpo.beta=0.3", "dpo.label_smoothing=0.2"],
     "hinge": ["dpo.loss=hinge", "dpo.beta=0.5"],
-    "ipo": ["dpo.loss=ipo", "dpo.beta=0.3"],
-    "sigmoid_norm": ["dpo.loss=sigmoid_norm", "dpo.beta=0.3"],
-    "apo_zero": ["dpo.loss=apo_zero", "dpo.beta=0.3"],
-    "apo_down": ["dpo.loss=apo_down", "dpo.beta=0.3"],
     "simpo": ["dpo.loss=simpo", "dpo.beta=2", "dpo.simpo_gamma=0.7"],
     "orpo": ["dpo.loss=orpo", "dpo.orpo_weight=0.8"],
 }
+"""Every loss of the table; TRL fails on one that it has not under the same name, unless an oracle stands below."""
+REFERENCE_FREE = [name for name, loss in LOSSES.items() if loss.reference_free]
 
 
 class Result(NamedTuple):
@@ -190,13 +187,13 @@ def trl_inputs(bench: Bench, indices: list[int]) -> dict[str, Tensor]:
 
 def trl_preference_result(bench: Bench, case: str) -> Result:
     config, trainer = configured(case), bench.dpo
+    oracles = {"simpo": CPOTrainer, "orpo": ORPOTrainer}
     everything = list(range(len(bench.examples)))
-    if case in ("simpo", "orpo"):
+    if case in REFERENCE_FREE:
         inputs = trl_inputs(bench, everything)
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         logits = trainer.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        kind = CPOTrainer if case == "simpo" else ORPOTrainer
-        chosen_P, rejected_P = kind.get_batch_logps(logits, labels, average_log_prob=True).chunk(2)
+        chosen_P, rejected_P = oracles[case].get_batch_logps(logits, labels, average_log_prob=True).chunk(2)
         loss = trl_reference_free_losses(chosen_P, rejected_P, config).mean()
         return gradient_of(loss, trainer.model)
     trainer.beta, trainer.label_smoothing, trainer.loss_weights = config.beta, config.label_smoothing, [1.0]
@@ -256,14 +253,15 @@ def test_a_doubled_strength_on_our_side_is_seen(bench: Bench, case: str) -> None
     assert largest_difference(found, trl_preference_result(bench, case)) > 1000 * TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["simpo", "orpo"])
+@pytest.mark.parametrize("case", REFERENCE_FREE)
 def test_reference_free_losses_equal_those_of_trl_from_doubtful_to_sure_answers(case: str) -> None:
     config = configured(case)
     per_token = [-1e-3, -0.05, -0.6931, -0.7, -3.0, -12.0]
     means_P2 = torch.tensor([[chosen, rejected] for chosen in per_token for rejected in per_token])
     n_tokens_S = torch.arange(1, means_P2.numel() + 1).float()
     ours_P2, theirs_P2 = means_P2.clone().requires_grad_(), means_P2.clone().requires_grad_()
-    ours_P, _ = preference_losses(ours_P2.flatten() * n_tokens_S, torch.zeros_like(n_tokens_S), n_tokens_S, config)
+    options = LossOptions(config.beta, simpo_gamma=config.simpo_gamma, orpo_weight=config.orpo_weight)
+    ours_P, _ = preference_loss(case, ours_P2.flatten() * n_tokens_S, torch.zeros_like(n_tokens_S), n_tokens_S, options)
     theirs_P = trl_reference_free_losses(theirs_P2[:, 0], theirs_P2[:, 1], config)
     assert torch.allclose(ours_P, theirs_P, rtol=TOLERANCE, atol=0)
     (found,) = torch.autograd.grad(ours_P.sum(), ours_P2)

@@ -18,7 +18,7 @@ from components.engine.models import (
     load_causal_lm,
     trainable_state,
 )
-from components.engine.objectives import dpo_sigmoid_loss, rewards, sequence_logps
+from components.engine.objectives import LossOptions, dpo_sigmoid_loss, preference_loss, sequence_logps
 from components.engine.packing import Example, pack
 
 VOCABULARY = 97
@@ -280,9 +280,17 @@ def pair_values(model: PackedModel, examples: Sequence[Example]) -> Tensor:
     return sequence_logps(model(batch), batch.sequence_N, batch.n_sequences).view(-1, 2)
 
 
+def losses_and_rewards(values_P2: Tensor, reference_P2: Tensor, beta: float = 0.3) -> tuple[Tensor, Tensor]:
+    """DPO's losses [P] and rewards [P, 2]."""
+    values_S, reference_S = values_P2.flatten(), reference_P2.flatten()
+    losses_P, rewards_S = preference_loss(
+        "sigmoid", values_S, reference_S, torch.ones_like(values_S), LossOptions(beta)
+    )
+    return losses_P, rewards_S.view(-1, 2)
+
+
 def dpo_loss(values_P2: Tensor, reference_P2: Tensor, beta: float = 0.3) -> Tensor:
-    rewards_P2 = rewards(values_P2, reference_P2, beta)
-    return dpo_sigmoid_loss(rewards_P2[:, 0] - rewards_P2[:, 1]).sum()
+    return losses_and_rewards(values_P2, reference_P2, beta)[0].sum()
 
 
 REFERENCE = torch.tensor([[-40.0, -70.0], [-60.0, -11.0], [-9.0, -52.0]])
@@ -331,8 +339,8 @@ def test_swapping_chosen_and_rejected_negates_the_margin(tuned: tuple[PackedMode
     model, _ = tuned
     swapped = [Example(e.prompt, [*reversed(e.completions)]) for e in EXAMPLES]
     with torch.no_grad():
-        values = rewards(pair_values(model, EXAMPLES), REFERENCE, 0.3)
-        others = rewards(pair_values(model, swapped), REFERENCE.flip(1), 0.3)
+        _, values = losses_and_rewards(pair_values(model, EXAMPLES), REFERENCE)
+        _, others = losses_and_rewards(pair_values(model, swapped), REFERENCE.flip(1))
     margins, negated = values[:, 0] - values[:, 1], others[:, 0] - others[:, 1]
     assert margins.abs().min() > 0.1
     assert relative(negated, -margins) < 1e-5

@@ -37,6 +37,7 @@ from components.engine.models import (
     save_adapter,
     trainable_state,
 )
+from components.engine.objectives import LOSSES
 from components.engine.packing import Example, fill_packs, pack, plan_steps, share_out
 from tests.conftest import ROOT
 
@@ -209,9 +210,7 @@ def test_dpo_starts_at_ln_2_and_the_loss_falls(tiny_model: Path, tmp_path: Path)
     assert records[-1].metrics["reward_accuracy"] == 1.0
 
 
-@pytest.mark.parametrize(
-    "loss", ["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "apo_zero", "apo_down", "simpo", "orpo"]
-)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_widens_the_margin_on_a_tiny_model(tiny_model: Path, tmp_path: Path, loss: str) -> None:
     model = with_adapter(tiny_model)
     config = load_config(ROOT / "params.yaml", [f"dpo.loss={loss}", "dpo.beta=0.5"]).dpo

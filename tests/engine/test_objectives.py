@@ -1,11 +1,52 @@
 """The losses, against numbers worked out by hand."""
 
+import ast
 import math
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from components.engine import objectives
+from components.engine.objectives import LOSSES, LossOptions, preference_loss
+from tests.conftest import ROOT
+
+POLICY, REFERENCE, LENGTHS = (torch.tensor(row) for row in ([-4.0, -6.0], [-5.0, -4.0], [4.0, 5.0]))
+"""Log-probs and tokens of a chosen and a rejected answer.
+
+Log-ratios 1 and -2, per token 0.25 and -0.4; log-probs per token -1 and -1.2.
+"""
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def log_odds(logp: float) -> float:
+    return logp - math.log(1 - math.exp(logp))
+
+
+WORKED = {
+    # beta 0.5: rewards 0.5 and -1, margin 1.5
+    "sigmoid": (
+        LossOptions(0.5, label_smoothing=0.1),
+        0.9 * math.log1p(math.exp(-1.5)) + 0.1 * math.log1p(math.exp(1.5)),
+    ),
+    "robust": (
+        LossOptions(0.5, label_smoothing=0.1),
+        (0.9 * math.log1p(math.exp(-1.5)) - 0.1 * math.log1p(math.exp(1.5))) / 0.8,
+    ),
+    "hinge": (LossOptions(0.2), 1 - 0.2 * 3),
+    "ipo": (LossOptions(2.0), (0.25 + 0.4 - 1 / 4) ** 2),
+    "sigmoid_norm": (LossOptions(2.0), math.log1p(math.exp(-2 * (0.25 + 0.4)))),
+    "apo_zero": (LossOptions(0.5), 1 - sigmoid(0.5) + sigmoid(-1)),
+    "apo_down": (LossOptions(0.5), sigmoid(0.5) + 1 - sigmoid(1.5)),
+    "simpo": (LossOptions(2.0, simpo_gamma=0.5), math.log1p(math.exp(-(2 * (-1 + 1.2) - 0.5)))),
+    "orpo": (LossOptions(0.5, orpo_weight=0.8), 1 - 0.8 * math.log(sigmoid(log_odds(-1) - log_odds(-1.2)))),
+}
+"""Options, and the loss of the pair above, worked out by hand."""
 
 
 def test_sequence_logps_sum_the_tokens_of_each_completion() -> None:
@@ -28,19 +69,69 @@ def test_sft_loss_is_the_mean_over_the_global_batch_not_the_micro_batch() -> Non
     assert (objectives.sft_loss(first, 4) + objectives.sft_loss(second, 4)).item() == 3.0
 
 
-def test_equal_policy_and_reference_give_ln_2() -> None:
-    logps = torch.tensor([-3.0, -7.5])
-    chosen, rejected = objectives.rewards(logps, logps.clone(), beta=0.7)
-    assert objectives.dpo_sigmoid_loss((chosen - rejected)[None]).item() == pytest.approx(objectives.LN2)
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_and_the_rewards_of_a_worked_pair(name: str) -> None:
+    options, expected = WORKED[name]
+    losses, rewards = preference_loss(name, POLICY, REFERENCE, LENGTHS, options)
+    assert losses.tolist() == pytest.approx([expected])
+    scores = {(False, False): [1, -2], (True, False): [0.25, -0.4], (True, True): [-1, -1.2]}
+    chosen, rejected = scores[LOSSES[name].per_token, LOSSES[name].reference_free]
+    assert rewards.tolist() == pytest.approx([options.beta * chosen, options.beta * rejected])
 
 
-def test_dpo_loss_of_a_worked_pair() -> None:
-    # Three tokens each: chosen -1 -1 -2 = -4 against -5, rejected -2 -2 -2 = -6 against -4; beta 0.5.
-    # Rewards 0.5 * 1 = 0.5 and 0.5 * -2 = -1, margin 1.5, loss -log sigmoid(1.5) = ln(1 + e^-1.5).
-    chosen, rejected = objectives.rewards(torch.tensor([-4.0, -6.0]), torch.tensor([-5.0, -4.0]), beta=0.5)
-    loss = objectives.dpo_sigmoid_loss((chosen - rejected)[None])
-    assert (chosen - rejected).item() == 1.5
-    assert loss.item() == pytest.approx(math.log(1 + math.exp(-1.5)))
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_table_says_what_a_policy_that_equals_its_reference_has(name: str) -> None:
+    """Whatever beta and the log-probs; where the value depends on them, the table has none."""
+    found = [
+        preference_loss(name, logps, logps, LENGTHS, LossOptions(beta, simpo_gamma=0.5, orpo_weight=0.1))[0].item()
+        for logps, beta in ((POLICY, 0.7), (REFERENCE, 0.1))
+    ]
+    expected = LOSSES[name].value_at_no_learning
+    if expected is None:
+        assert found[0] != pytest.approx(found[1])
+    else:
+        assert found == pytest.approx([expected] * 2)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_reads_the_options_that_the_table_names_and_no_others(name: str) -> None:
+    plain = LossOptions(0.5, simpo_gamma=0.5, orpo_weight=0.1)
+    before = preference_loss(name, POLICY, REFERENCE, LENGTHS, plain)[0]
+    for option in plain._fields[1:]:
+        after = preference_loss(name, POLICY, REFERENCE, LENGTHS, plain._replace(**{option: 0.3}))[0]
+        assert torch.equal(before, after) == (option not in LOSSES[name].options), option
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_without_a_reference_reads_none(name: str) -> None:
+    losses = [
+        preference_loss(name, POLICY, reference, LENGTHS, LossOptions(0.2, simpo_gamma=0.5, orpo_weight=0.1))[0]
+        for reference in (REFERENCE, REFERENCE - torch.tensor([0.5, 0.1]))
+    ]
+    assert torch.equal(*losses) == LOSSES[name].reference_free
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_names_its_paper_and_equation(name: str) -> None:
+    assert re.search(r"arXiv \d{4}\.\d{5}.*equations? \d", LOSSES[name].source)
+
+
+def test_only_the_table_names_the_losses() -> None:
+    """A new loss is a row of the table, its function, a test and a line of the changelog: no other list knows it."""
+    modules = [path for room in ("components", "pipelines") for path in (ROOT / room).rglob("*.py")]
+    naming = {
+        path.relative_to(ROOT).as_posix()
+        for path in modules
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in LOSSES
+    }
+    assert naming == {"components/engine/objectives.py"}
+
+
+def test_the_table_is_read_without_torch() -> None:
+    """The configuration reads it for `--help`, and the gate in an image that has no torch."""
+    code = "import sys, components.config.loading, components.gate.rules; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_swapping_chosen_and_rejected_negates_the_margin_and_half_smoothing_is_symmetric() -> None:
@@ -57,8 +148,7 @@ def test_label_smoothing_mixes_both_labels() -> None:
 
 def test_the_gradient_vanishes_with_beta() -> None:
     logps = torch.tensor([-3.0, -4.0], requires_grad=True)
-    chosen, rejected = objectives.rewards(logps, torch.tensor([-3.5, -3.0]), beta=1e-8)
-    objectives.dpo_sigmoid_loss((chosen - rejected)[None]).sum().backward()
+    preference_loss("sigmoid", logps, torch.tensor([-3.5, -3.0]), LENGTHS, LossOptions(1e-8))[0].sum().backward()
     assert logps.grad is not None and logps.grad.abs().max().item() < 1e-8
 
 
@@ -91,9 +181,6 @@ def test_ipo_by_hand_and_zero_at_its_target() -> None:
 
 
 def test_apo_by_hand() -> None:
-    def sigmoid(x: float) -> float:
-        return 1 / (1 + math.exp(-x))
-
     chosen, rejected = torch.tensor([1.0]), torch.tensor([-0.5])
     assert objectives.apo_zero_loss(chosen, rejected).item() == pytest.approx(1 - sigmoid(1) + sigmoid(-0.5))
     assert objectives.apo_down_loss(chosen, rejected).item() == pytest.approx(sigmoid(1) + 1 - sigmoid(1.5))
