@@ -164,7 +164,7 @@ def _packages(recorded: str) -> Iterator[str]:
 
 def _precision(asked: str, training: DpoTraining) -> Iterator[str]:
     """What `auto` was for the version, and whether it would be the same here."""
-    from components.engine.models import native_precision
+    from components.engine.devices import native_precision
 
     if asked == "auto":
         yield f"precision {training['precision']}, by model.precision=auto"

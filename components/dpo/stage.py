@@ -20,8 +20,8 @@ from components.engine.history import StepRecord, write_history
 from components.engine.loop import Objective, TrainingSet, evaluate, sequence_logps
 from components.engine.models import (
     DPO_ADAPTER,
+    EXPORT_ADAPTER,
     SFT_ADAPTER,
-    SHIPPED_ADAPTER,
     PackedModel,
     activate,
     concatenate_adapters,
@@ -241,7 +241,7 @@ def _write_policy(
         save_model(policy, folder / "model")
     elif is_main_process():
         concatenate_adapters(policy.lm)
-        save_adapter(policy.lm, SHIPPED_ADAPTER, folder / "adapter", f"sha256:{base_digest}")
+        save_adapter(policy.lm, EXPORT_ADAPTER, folder / "adapter", f"sha256:{base_digest}")
         merge(base_model, folder / "adapter", folder / "model")
     tokenizer.save_pretrained(folder / "model")
     if is_main_process():

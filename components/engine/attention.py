@@ -1,10 +1,9 @@
-"""Attention for packed rows, by the `packed` entry of transformers' AttentionInterface.
+"""Attention for packed rows: a completion sees its prompt and itself, never other completions or examples.
 
-A completion sees its prompt and itself; other completions and other examples do not exist for it. The bounds arrive as
-the plain forward keyword `segments` (see `packing.py`), which transformers hands through to the attention function. As
-no mask is registered under the name, the library builds none. On a GPU in bf16 a row is one call of torch's
-variable-length flash attention, on a CPU one autograd function over torch's flash kernels; for what neither covers,
-each piece of it is one call of torch's fused attention.
+Where those lie in the row arrives as the forward keyword `segments` (see `packing.py`), which transformers passes on to
+the attention function. On a GPU in bf16 a row is one call of torch's variable-length flash attention; what that does
+not cover goes piece by piece through torch's fused attention. `devices.py` registers it with transformers and sends
+CPUs to `cpu/attention.py`.
 
 Shapes: B=1, H query heads, K key-value heads (H is a multiple of K), T tokens of the row, D head width; Q and M are the
 query and key tokens of one piece.
@@ -18,13 +17,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
 
 from components.engine.packing import Segment
 
-PACKED = "packed"
-CPU_BLOCK = 64
-"""Queries in one piece on a CPU, whose kernel computes what a causal mask hides; blocks spare most of it."""
+
+class Options(NamedTuple):
+    """How a model attends."""
+
+    scaling: float | None = None
+    """Factor on the scores; None for 1/sqrt(D)."""
+    dropout: float = 0.0
+    """Probability on the attention weights."""
+    sliding_window: int | None = None
+    """How many positions a query looks back, itself included; None for all."""
+    softcap: float | None = None
+    """Gemma 2's cap on the scores, cap * tanh(score / cap); None for no cap."""
+    sinks_H: Tensor | None = None
+    """GPT-OSS's learnt sink logit of each head, or None."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether flash attention covers it: no dropout, no softcap, no sinks."""
+        return not (self.dropout or self.softcap or self.sinks_H is not None)
 
 
 def causal_mask(n_queries: int, n_keys: int, window: int, device: torch.device) -> Tensor:
@@ -35,7 +49,7 @@ def causal_mask(n_queries: int, n_keys: int, window: int, device: torch.device) 
 
 
 def pieces(segments: Sequence[Segment], size: int) -> Iterator[tuple[slice, list[slice]]]:
-    """At most `size` queries in the row, and the key ranges that together end with them, for every query of the row."""
+    """Split the row into (range of at most `size` queries, ranges of the keys that they see and that end with them)."""
     for start, end, branches in segments:
         # The first completion follows its prompt in the row, so both are one causal sequence.
         sequences = [(start, start, branches[0][1] if branches else end)]
@@ -48,43 +62,43 @@ def pieces(segments: Sequence[Segment], size: int) -> Iterator[tuple[slice, list
 
 
 class Varlen(NamedTuple):
-    """A row as sequences of variable length: queries in the row's order, keys with each prompt repeated per completion.
+    """A row as sequences of variable length: queries in row order, keys with the prompt repeated for each completion.
 
-    U sequences: prompt + first completion of each example, and each further completion; M keys of all of them.
+    U sequences: prompt + first completion of each example, and each further completion; M keys in all.
     """
 
     query_starts_U1: Tensor
-    """int32, where the queries of each sequence start, and their end."""
+    """int32, the start of each sequence's queries, and the end of the last."""
     key_starts_U1: Tensor
     longest_query: int
     longest_key: int
     key_M: Tensor | None
-    """Row index of each key; None where the keys are the row as it is."""
-    own_T: Tensor | None
-    """Where in the keys each token of the row stands as itself."""
+    """Row index of each key; None if the keys are the row itself."""
+    row_T: Tensor | None
+    """Key index of each token of the row."""
     copies: tuple[tuple[Tensor, Tensor], ...]
-    """(where in the keys, which token of the row) of the prompts' further copies; no token twice in one of them."""
+    """(key index, row index) of further copies of the prompts; no token occurs twice within one of them."""
 
 
 def varlen(segments: Sequence[Segment], device: torch.device) -> Varlen:
-    """The sequences of a row, once for all layers; a query sees what ends with it: flash attention's causal order."""
+    """The sequences of a row; keys end with the queries, which is flash attention's causal alignment."""
     queries, keys = [0], [0]
     key: list[int] = []
-    own: list[int] = []
+    row: list[int] = []
     copies: dict[int, tuple[list[int], list[int]]] = {}
     for start, end, branches in segments:
-        for number, (begin, stop) in enumerate(branches or ((end, end),)):
-            if number == 0:
-                own += range(len(key), len(key) + stop - start)
+        for branch, (begin, stop) in enumerate(branches or ((end, end),)):
+            if branch == 0:
+                row += range(len(key), len(key) + stop - start)
                 key += range(start, stop)
                 queries.append(stop - start)
                 keys.append(stop - start)
                 continue
-            places, rows = copies.setdefault(number, ([], []))
-            places += range(len(key), len(key) + end - start)
-            rows += range(start, end)
+            key_indices, row_indices = copies.setdefault(branch, ([], []))
+            key_indices += range(len(key), len(key) + end - start)
+            row_indices += range(start, end)
             key += range(start, end)
-            own += range(len(key), len(key) + stop - begin)
+            row += range(len(key), len(key) + stop - begin)
             key += range(begin, stop)
             queries.append(stop - begin)
             keys.append(end - start + stop - begin)
@@ -102,13 +116,13 @@ def varlen(segments: Sequence[Segment], device: torch.device) -> Varlen:
         max(queries),
         max(keys),
         index(key) if copies else None,
-        index(own) if copies else None,
-        tuple((index(places), index(rows)) for places, rows in copies.values()),
+        index(row) if copies else None,
+        tuple((index(key_indices), index(row_indices)) for key_indices, row_indices in copies.values()),
     )
 
 
 class GatherKeys(torch.autograd.Function):
-    """Keys or values [T, K, D] with the prompts repeated, [M, K, D]; the gradient is summed in a fixed order."""
+    """Keys or values [T, K, D] with the prompts repeated, [M, K, D]; gradients are summed in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, row_TKD: Tensor, layout: Varlen) -> Tensor:
@@ -119,10 +133,10 @@ class GatherKeys(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
         layout: Varlen = ctx.layout
-        assert layout.own_T is not None
-        gradient_TKD = outputs[0].index_select(0, layout.own_T)
-        for place, row in layout.copies:
-            gradient_TKD[row] += outputs[0].index_select(0, place)
+        assert layout.row_T is not None
+        gradient_TKD = outputs[0].index_select(0, layout.row_T)
+        for key_indices, row_indices in layout.copies:
+            gradient_TKD[row_indices] += outputs[0].index_select(0, key_indices)
         return gradient_TKD, None
 
 
@@ -130,9 +144,9 @@ def attend_varlen(
     query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, layout: Varlen, scaling: float | None, window: int | None
 ) -> Tensor:
     """Causal attention of all sequences of a row in one call, bf16 on a GPU; returns [T, H, D]."""
-    query_THD, key_MKD, value_MKD = (each.transpose(0, 1) for each in (query_HTD, key_KTD, value_KTD))
+    query_THD, key_MKD, value_MKD = (tensor.transpose(0, 1) for tensor in (query_HTD, key_KTD, value_KTD))
     if layout.key_M is not None:
-        key_MKD, value_MKD = (GatherKeys.apply(each, layout) for each in (key_MKD, value_MKD))  # type: ignore[no-untyped-call]
+        key_MKD, value_MKD = (GatherKeys.apply(tensor, layout) for tensor in (key_MKD, value_MKD))  # type: ignore[no-untyped-call]
     output = varlen_attn(
         query_THD,
         key_MKD,
@@ -149,30 +163,14 @@ def attend_varlen(
 
 
 def gather(tensor_BHTD: Tensor, ranges: Sequence[slice]) -> Tensor:
-    """The tokens of these ranges of the row, end to end."""
-    parts = [tensor_BHTD[:, :, each] for each in ranges]
+    """The tokens of these ranges of the row, concatenated."""
+    parts = [tensor_BHTD[:, :, tokens] for tokens in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def attend(
-    query_BHQD: Tensor,
-    key_BKMD: Tensor,
-    value_BKMD: Tensor,
-    scaling: float | None,
-    dropout: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks_H: Tensor | None,
-) -> Tensor:
-    """Causal attention of the last Q positions over M; returns [B, H, Q, D].
-
-    Args:
-        scaling: factor on the scores; None for 1/sqrt(D).
-        dropout: probability on the attention weights.
-        sliding_window: how many positions a query looks back, itself included; None for all.
-        softcap: Gemma 2's cap on the scores, cap * tanh(score / cap); None for no cap.
-        sinks_H: GPT-OSS's learnt sink logit of each head, or None.
-    """
+def attend(query_BHQD: Tensor, key_BKMD: Tensor, value_BKMD: Tensor, options: Options) -> Tensor:
+    """Causal attention of the last Q positions over M; returns [B, H, Q, D]."""
+    scaling, dropout, sliding_window, softcap, sinks_H = options
     n_queries, n_keys = query_BHQD.shape[2], key_BKMD.shape[2]
     window = min(sliding_window or n_keys, n_keys)
     if softcap is None and sinks_H is None:
@@ -201,136 +199,34 @@ def attend(
     return F.dropout(weights, dropout) @ value
 
 
-class FlashRow(torch.autograd.Function):
-    """Attention of a whole row by torch's flash kernels for CPUs, in fp32; returns [1, T, H, D].
-
-    By itself, autograd would give every slice of the row a gradient of the row's whole size and add them all up; here
-    each piece adds to its own part. Source: FlashAttention-2, arXiv 2307.08691.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query_BHTD: Tensor,
-        key_BKTD: Tensor,
-        value_BKTD: Tensor,
-        segments: Sequence[Segment],
-        scaling: float | None,
-        window: int | None,
-    ) -> Tensor:
-        ctx.settings = segments, scaling, window
-        query, key, value = query_BHTD.float(), key_BKTD.float(), value_BKTD.float()
-        output_BTHD = torch.empty((1, query.shape[2], *query.shape[1::2]), dtype=query.dtype)
-        sums = []
-        for at, ranges, mask in FlashRow.masked(segments, window):
-            output_BHQD, sum_BQH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query[:, :, at],
-                gather(key, ranges),
-                gather(value, ranges),
-                0.0,
-                mask is None,
-                attn_mask=mask,
-                scale=scaling,
-            )
-            output_BTHD[:, at] = output_BHQD.transpose(1, 2)
-            sums.append(sum_BQH)
-        ctx.save_for_backward(query_BHTD, key_BKTD, value_BKTD, output_BTHD, *sums)
-        return output_BTHD.to(value_BKTD.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        segments, scaling, window = ctx.settings
-        query, key, value, output, *sums = ctx.saved_tensors
-        dtypes = [each.dtype for each in (query, key, value)]
-        doutput, output, query, key, value = (
-            each.float() for each in (outputs[0].transpose(1, 2), output.transpose(1, 2), query, key, value)
-        )
-        # Laid out by token, as the projections before want them.
-        dquery, dkey, dvalue = (torch.zeros_like(each.transpose(1, 2)).transpose(1, 2) for each in (query, key, value))
-        for (at, ranges, mask), sum_BQH in zip(FlashRow.masked(segments, window), sums, strict=True):
-            dquery[:, :, at], *dpieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                doutput[:, :, at],
-                query[:, :, at],
-                gather(key, ranges),
-                gather(value, ranges),
-                output[:, :, at],
-                sum_BQH,
-                0.0,
-                mask is None,
-                attn_mask=mask,
-                scale=scaling,
-            )
-            for whole, piece in zip((dkey, dvalue), dpieces, strict=True):
-                parts = torch.split(piece, [each.stop - each.start for each in ranges], dim=2)
-                for each, part in zip(ranges, parts, strict=True):
-                    whole[:, :, each] += part
-        gradients = (each.to(dtype) for each, dtype in zip((dquery, dkey, dvalue), dtypes, strict=True))
-        return *gradients, None, None, None
-
-    @staticmethod
-    def masked(segments: Sequence[Segment], window: int | None) -> Iterator[tuple[slice, list[slice], Tensor | None]]:
-        """The pieces of a row with what is added to the scores; None for a causal triangle."""
-        todo = [
-            (at, ranges, sum(each.stop - each.start for each in ranges)) for at, ranges in pieces(segments, CPU_BLOCK)
-        ]
-        longest = max(n_keys for _, _, n_keys in todo)
-        # Queries and keys end together, so every piece's mask is a corner of this one.
-        seen = causal_mask(min(CPU_BLOCK, longest), longest, window or longest, torch.device("cpu"))
-        mask_QM = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-        for at, ranges, n_keys in todo:
-            n_queries = at.stop - at.start
-            causal = n_queries == n_keys <= (window or n_keys)
-            yield at, ranges, None if causal else mask_QM[len(mask_QM) - n_queries :, longest - n_keys :]
+def attend_pieces(
+    query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, segments: Sequence[Segment], size: int, options: Options
+) -> Tensor:
+    """Attention of a row in pieces of at most `size` queries, one call each; returns [1, T, H, D]."""
+    todo = list(pieces(segments, size))
+    queries = torch.split(query_BHTD, [query_range.stop - query_range.start for query_range, _ in todo], dim=2)
+    outputs = [
+        attend(query_BHQD, gather(key_BKTD, ranges), gather(value_BKTD, ranges), options)
+        for query_BHQD, (_, ranges) in zip(queries, todo, strict=True)
+    ]
+    return torch.cat(outputs, dim=2).to(value_BKTD.dtype).transpose(1, 2)
 
 
-def packed_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    segments: Sequence[Segment] = (),
-    layout: Varlen | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention function in the form that transformers calls: query [1, H, T, D], key and value [1, K, T, D].
+def attend_row(
+    query_BHTD: Tensor,
+    key_BKTD: Tensor,
+    value_BKTD: Tensor,
+    segments: Sequence[Segment],
+    layout: Varlen | None,
+    options: Options,
+) -> Tensor:
+    """Attention of a row on a GPU: one flash attention call in bf16 where that covers it, otherwise by pieces.
 
     Returns:
-        output [1, T, H, D], and None for the weights.
-
-    Raises:
-        ValueError: called without `segments`, as by a plain forward pass or generation.
+        [1, T, H, D].
     """
-    if not segments:
-        raise ValueError("packed attention needs `segments`; set_attn_implementation('sdpa') first for a plain forward")
-    if (
-        query.device.type == "cpu"
-        and query.shape[-1] == value.shape[-1]
-        and not (dropout or softcap or s_aux is not None)
-    ):
-        output: Tensor = FlashRow.apply(query, key, value, segments, scaling, sliding_window)  # type: ignore[no-untyped-call]
-        return output, None
-    device, dtype = query.device.type, value.dtype
-    if layout is not None and dtype == torch.bfloat16 and not (dropout or softcap or s_aux is not None):
-        low_query, low_key = query[0].to(dtype), key[0].to(dtype)
-        return attend_varlen(low_query, low_key, value[0], layout, scaling, sliding_window)[None], None
-    # On a CPU the bf16 kernel is slower than the fp32 one, and less exact.
-    with torch.autocast(device, enabled=device != "cpu" and torch.is_autocast_enabled(device)):
-        if device == "cpu":
-            query, key, value = query.float(), key.float(), value.float()
-        size = CPU_BLOCK if device == "cpu" else query.shape[2]
-        todo = list(pieces(segments, size))
-        queries = torch.split(query, [at.stop - at.start for at, _ in todo], dim=2)
-        outputs = [
-            attend(query, gather(key, ranges), gather(value, ranges), scaling, dropout, sliding_window, softcap, s_aux)
-            for query, (_, ranges) in zip(queries, todo, strict=True)
-        ]
-        return torch.cat(outputs, dim=2).to(dtype).transpose(1, 2), None
-
-
-AttentionInterface.register(PACKED, packed_attention)
+    dtype = value_BKTD.dtype
+    if layout is not None and dtype == torch.bfloat16 and options.is_plain:
+        query_HTD, key_KTD = query_BHTD[0].to(dtype), key_BKTD[0].to(dtype)
+        return attend_varlen(query_HTD, key_KTD, value_BKTD[0], layout, options.scaling, options.sliding_window)[None]
+    return attend_pieces(query_BHTD, key_BKTD, value_BKTD, segments, query_BHTD.shape[2], options)

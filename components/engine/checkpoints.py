@@ -1,4 +1,4 @@
-"""Checkpoints that appear whole or not at all, hold no pickles, and are passed over when a byte of them is wrong.
+"""Checkpoints: written atomically, without pickles, and skipped when a byte of them is wrong.
 
 A checkpoint is a folder `step-000123` of tensors in safetensors, a JSON state and a manifest of hashes.
 """
@@ -24,21 +24,19 @@ from components.engine.processes import processes
 
 KEEP = 2
 """Checkpoints kept: the newest, and one to fall back on."""
-
-
 TENSORS = ("parameters", "optimizer", "rng")
-"""Parts of a checkpoint that are tensors, each in a file of its own."""
+"""Parts of a checkpoint that are tensors, one file each."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a training run needs to go on exactly where it was."""
+    """Everything a training run needs to resume exactly where it was."""
 
     step: int
     parameters: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     rng: dict[str, Tensor]
-    """State of the random numbers by process: of the CPU, and of its GPU as `<process>.cuda`."""
+    """Random state by process: of the CPU, and of its GPU as `<process>.cuda`."""
     history: list[StepRecord]
 
 
@@ -50,7 +48,7 @@ class State(TypedDict):
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int = 0) -> None:
-    """Write `checkpoint` below `folder` and drop all but the newest `KEEP` and that of step `keep`."""
+    """Write `checkpoint` below `folder` and delete all but the newest `KEEP` and that of step `keep`."""
     with replacing_folder(_path(folder, checkpoint.step)) as aside:
         for name in TENSORS:
             tensors: dict[str, Tensor] = getattr(checkpoint, name)
@@ -65,24 +63,24 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 0) -> None:
 
 
 def load(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint of a step; all processes must ask, and the main one reads: further machines' disks lack it.
+    """Load the checkpoint of a step; all processes must call this, and rank 0 reads: other machines' disks lack it.
 
     Raises:
-        KubealignError: it is not there, or a byte of it is wrong.
+        KubealignError: it is missing, or a byte of it is wrong.
     """
-    found = _from_main_process(_load(folder, step) if _is_main_process() else None)
-    assert found is not None
-    return found
+    checkpoint = _from_main_process(_load(folder, step) if _is_main_process() else None)
+    assert checkpoint is not None
+    return checkpoint
 
 
 def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint below `folder` whose hashes are right; all processes must ask.
+    """Load the newest checkpoint below `folder` whose hashes are right; all processes must call this.
 
     Returns:
-        the checkpoint or None, and a sentence for each one that was passed over (in the main process).
+        the checkpoint or None, and on rank 0 a sentence for each damaged one that was skipped.
     """
-    found, passed_over = _load_newest(folder) if _is_main_process() else (None, [])
-    return _from_main_process(found), passed_over
+    checkpoint, skipped = _load_newest(folder) if _is_main_process() else (None, [])
+    return _from_main_process(checkpoint), skipped
 
 
 def _load(folder: Path, step: int) -> Checkpoint:
@@ -94,13 +92,13 @@ def _load(folder: Path, step: int) -> Checkpoint:
 
 
 def _load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    passed_over: list[str] = []
+    skipped: list[str] = []
     for path in reversed(stored(folder)):
         try:
-            return _load(folder, int(path.name.removeprefix("step-"))), passed_over
+            return _load(folder, int(path.name.removeprefix("step-"))), skipped
         except KubealignError as error:
-            passed_over.append(f"checkpoint {path.name} is damaged and passed over: {error}")
-    return None, passed_over
+            skipped.append(f"checkpoint {path.name} is damaged and passed over: {error}")
+    return None, skipped
 
 
 def _is_main_process() -> bool:
@@ -108,29 +106,29 @@ def _is_main_process() -> bool:
     return main
 
 
-def _from_main_process(found: Checkpoint | None) -> Checkpoint | None:
-    """The main process's checkpoint, in all processes; what the others give is not looked at."""
+def _from_main_process(checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """Broadcast rank 0's checkpoint; the argument is ignored on other ranks."""
     state = processes()
     if state.num_processes == 1:
-        return found
-    told: list[Any] = [None]
-    if found:
-        shapes = {part: {key: (t.shape, t.dtype) for key, t in getattr(found, part).items()} for part in TENSORS}
-        told = [(found.step, found.history, shapes)]
-    told = broadcast_object_list(told)
-    if told[0] is None:
+        return checkpoint
+    header: list[Any] = [None]
+    if checkpoint:
+        shapes = {part: {key: (t.shape, t.dtype) for key, t in getattr(checkpoint, part).items()} for part in TENSORS}
+        header = [(checkpoint.step, checkpoint.history, shapes)]
+    header = broadcast_object_list(header)
+    if header[0] is None:
         return None
-    step, history, shapes = told[0]
+    step, history, shapes = header[0]
     tensors: dict[str, dict[str, Tensor]] = {part: {} for part in TENSORS}
     for part, entries in shapes.items():
         for key, (shape, dtype) in entries.items():
-            own = getattr(found, part)[key] if found else torch.empty(shape, dtype=dtype)
-            tensors[part][key] = broadcast(own.to(state.device)).cpu()
+            tensor = getattr(checkpoint, part)[key] if checkpoint else torch.empty(shape, dtype=dtype)
+            tensors[part][key] = broadcast(tensor.to(state.device)).cpu()
     return Checkpoint(step=step, history=history, **tensors)
 
 
 def stored(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, whole or damaged, the oldest first."""
+    """The checkpoints in a folder, intact or damaged, oldest first."""
     return sorted(folder.glob("step-*"))
 
 
@@ -139,13 +137,13 @@ def _path(folder: Path, step: int) -> Path:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of one that is sharded over processes (all of them must ask); any other as it is."""
+    """Gather a tensor that is sharded over processes (all of them must call this); return any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def restore(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Put saved values back into the parameters, sharded ones included."""
+    """Copy saved values into the parameters, sharded ones included."""
     for name, parameter in parameters.items():
         parameter.copy_(_placed(saved[name], parameter))
 
@@ -157,13 +155,13 @@ def _placed(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The optimizer's per-parameter state as flat tensors; `names` are its parameters' in order."""
+    """The optimizer's per-parameter state as flat tensors; `names` are those of its parameters, in order."""
     state: Mapping[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
     return {f"{names[index]}/{key}": whole(value) for index, entry in state.items() for key, value in entry.items()}
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
-    """Put back what `pack_optimizer` gave."""
+    """Load the result of `pack_optimizer` into the optimizer."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():

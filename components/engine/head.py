@@ -1,9 +1,9 @@
 """Log-probabilities of the completion tokens only, in chunks, without keeping a logit.
 
-A frozen head makes d logp / d hidden already in the forward pass, chunk by chunk, so the memory is one chunk of logits.
-A trainable head recomputes its chunks in the backward pass instead.
+A frozen head computes d logp / d hidden in the forward pass, chunk by chunk, so memory is one chunk of logits; on CPUs
+by `cpu/head.py`. A trainable head recomputes its chunks in the backward pass instead.
 
-Shapes: N completion tokens, C of them in a chunk, R of these in the cache, E hidden width, V vocabulary.
+Shapes: N completion tokens, C of them in a chunk, E hidden width, V vocabulary.
 """
 
 from typing import Any
@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from components.engine.compiled import fused
+from components.engine.cpu import head as cpu_head
+from components.engine.devices import compiled, on_cpu
 
 CHUNK_TOKENS = 256
-"""Rows of logits alive at once on a CPU; 256 x 49152 fp32 logits are 48 MiB."""
+"""Rows of logits alive at once under a trainable head; 256 x 49152 fp32 logits are 48 MiB."""
 GPU_CHUNK_LOGITS = 2**28
 """Logits alive at once on a GPU: 512 MiB in bf16, and products large enough to run at its full rate."""
-CACHED_LOGITS = 2**19
-"""Logits that go through softmax together on a CPU; 2 MiB in fp32, so that its passes stay in the cache."""
 
 
 def chunk_logps(
@@ -35,7 +34,7 @@ def chunk_logps(
     return chosen_C - logits_CV.logsumexp(1)
 
 
-@fused
+@compiled
 def logps_and_slope(
     logits_CV: Tensor, target_C: Tensor, softcap: float | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -54,66 +53,35 @@ def logps_and_slope(
     return logps_C1[:, 0], slope.to(dtype)
 
 
-class FrozenHeadLogps(torch.autograd.Function):
-    """`chunk_logps` over all N tokens for a head without trainable parameters.
+@on_cpu(cpu_head.frozen_logps)
+def frozen_logps(
+    hidden_NE: Tensor, target_N: Tensor, weight_VE: Tensor, softcap: float | None, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities, fp32 [N], and if asked for d logp / d hidden, [N, E], one fused kernel between two products.
 
-    d logp / d hidden = (onehot(target) - softmax(logits)) * d softcap @ W is made while the logits are there. Softmax
-    is taken apart: torch's own kernel for CPUs adds up a row's exponentials one after the other, which over a
-    vocabulary of 49152 loses up to 4e-5 nats, where a pairwise sum loses 1e-6.
+    d logp / d hidden = (onehot(target) - softmax(logits)) * d softcap @ W is computed while the logits are there.
     """
+    size = max(1, GPU_CHUNK_LOGITS // len(weight_VE))
+    logps, gradients = [], []
+    for hidden_CE, target_C in zip(torch.split(hidden_NE, size), torch.split(target_N, size), strict=True):
+        logits_CV = torch.mm(hidden_CE.to(weight_VE.dtype), weight_VE.T)
+        logps_C, slope_CV = logps_and_slope(logits_CV, target_C, softcap, weight_VE.dtype)
+        del logits_CV
+        logps.append(logps_C)
+        if with_gradient:
+            gradients.append(torch.mm(slope_CV, weight_VE).neg_())
+    return torch.cat(logps), torch.cat(gradients).to(hidden_NE.dtype) if with_gradient else None
+
+
+class FrozenHeadLogps(torch.autograd.Function):
+    """`chunk_logps` over all N tokens for a head without trainable parameters; its gradient is made with its value."""
 
     @staticmethod
     def forward(ctx: Any, hidden_NE: Tensor, target_N: Tensor, weight_VE: Tensor, softcap: float | None) -> Tensor:
-        if hidden_NE.is_cuda:
-            return FrozenHeadLogps.on_gpu(ctx, hidden_NE, target_N, weight_VE, softcap)
-        # One set of buffers for all chunks: fresh ones of this size would cost more in page faults than the product.
-        n_vocabulary = len(weight_VE)
-        product_CV = hidden_NE.new_empty(min(CHUNK_TOKENS, len(hidden_NE)), n_vocabulary, dtype=weight_VE.dtype)
-        rows = max(1, CACHED_LOGITS // n_vocabulary)
-        logit_RV = hidden_NE.new_empty(min(rows, len(product_CV)), n_vocabulary, dtype=torch.float32)
-        logps_N = torch.empty(len(hidden_NE), dtype=torch.float32, device=hidden_NE.device)
-        gradient_NE = torch.empty_like(hidden_NE) if ctx.needs_input_grad[0] else None
-        for first in range(0, len(hidden_NE), CHUNK_TOKENS):
-            chunk = slice(first, first + CHUNK_TOKENS)
-            low_CV = product_CV[: len(target_N[chunk])]
-            torch.mm(hidden_NE[chunk].to(low_CV.dtype), weight_VE.T, out=low_CV)
-            parts = zip(*(torch.split(each, rows) for each in (low_CV, target_N[chunk], logps_N[chunk])), strict=True)
-            for low_RV, target_R, found_R in parts:
-                logit = logit_RV[: len(low_RV)].copy_(low_RV)
-                if softcap:
-                    bent_RV = logit.div_(softcap).tanh_().clone()
-                    logit.mul_(softcap)
-                logit.sub_(logit.amax(1, keepdim=True))
-                target_R1 = target_R[:, None]
-                target_logit_R1 = logit.gather(1, target_R1)
-                total_R1 = logit.exp_().sum(1, keepdim=True)
-                torch.sub(target_logit_R1, total_R1.log(), out=found_R[:, None])
-                if gradient_NE is not None:
-                    residual = logit.mul_(total_R1.reciprocal_()).scatter_(1, target_R1, found_R.expm1()[:, None])
-                    if softcap:
-                        residual.mul_(1 - bent_RV.square_())
-                    low_RV.copy_(residual)
-            if gradient_NE is not None:
-                gradient_NE[chunk] = torch.mm(low_CV, weight_VE).neg_()
+        logps_N, gradient_NE = frozen_logps(hidden_NE, target_N, weight_VE, softcap, ctx.needs_input_grad[0])
         if gradient_NE is not None:
             ctx.save_for_backward(gradient_NE)
         return logps_N
-
-    @staticmethod
-    def on_gpu(ctx: Any, hidden_NE: Tensor, target_N: Tensor, weight_VE: Tensor, softcap: float | None) -> Tensor:
-        """The same by larger chunks, with one fused kernel between the two products."""
-        size = max(CHUNK_TOKENS, GPU_CHUNK_LOGITS // len(weight_VE))
-        logps, gradients = [], []
-        for hidden_CE, target_C in zip(torch.split(hidden_NE, size), torch.split(target_N, size), strict=True):
-            logits_CV = torch.mm(hidden_CE.to(weight_VE.dtype), weight_VE.T)
-            logps_C, slope_CV = logps_and_slope(logits_CV, target_C, softcap, weight_VE.dtype)
-            del logits_CV
-            logps.append(logps_C)
-            if ctx.needs_input_grad[0]:
-                gradients.append(torch.mm(slope_CV, weight_VE).neg_())
-        if gradients:
-            ctx.save_for_backward(torch.cat(gradients).to(hidden_NE.dtype))
-        return torch.cat(logps)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None]:

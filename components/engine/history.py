@@ -1,4 +1,4 @@
-"""history.jsonl: what every optimiser step of a training run did, for checkpoints, curves and diagnosis."""
+"""history.jsonl: the record of every optimiser step, for checkpoints, curves and diagnosis."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from components.common.files import write_text
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one optimiser step did; `metrics` are the objective's, `validation` the loss and metrics after this step."""
+    """Results of one optimiser step: `metrics` of the objective, `validation` loss and metrics after the step."""
 
     step: int
     total_steps: int
@@ -22,7 +22,7 @@ class StepRecord:
     tokens: int
     seconds: float
     memory_mib: float
-    """Peak memory so far, of this process or its GPU."""
+    """Peak memory so far of this process, or of its GPU."""
     metrics: dict[str, float] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)
 

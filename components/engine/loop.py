@@ -1,9 +1,9 @@
 """One optimiser loop for SFT and DPO, on accelerate: deterministic steps, checkpoints by time, exact resume.
 
-`train` is a generator of step records; the caller logs them and draws progress. What is minimised comes in as an
-objective, so the loop knows neither pairs nor losses. Started by torchrun, every process takes its share of each step,
-and the step is the same as one process would do, up to the order of the sums. One process on a CPU trains LoRA adapters
-on the packs of a step side by side, a thread each: many small operations keep one thread busy, but not several.
+`train` is a generator of step records; the caller logs them and draws progress. The loss is passed in as an objective,
+so the loop knows neither pairs nor losses. Under torchrun every process takes its share of each step, and the step is
+that of a single process, up to the order of the sums. One process on a CPU trains LoRA adapters on several packs of a
+step at the same time (`cpu/threads.py`).
 """
 
 import math
@@ -24,21 +24,22 @@ from components.common.errors import TrainingError
 from components.common.files import write_json
 from components.common.memory import peak_memory_mib
 from components.engine import checkpoints
+from components.engine.cpu.threads import plan_concurrent_packs, train_lanes
 from components.engine.history import StepRecord
 from components.engine.models import PackedModel, is_sharded, trainable_state
-from components.engine.packing import Example, Pack, fill_packs, lanes, pack, plan_steps, share_out
+from components.engine.packing import Example, Pack, balance, first_fit_decreasing, pack, plan_steps
 from components.engine.processes import accelerator as make_accelerator
-from components.engine.processes import processes, side_by_side
+from components.engine.processes import processes
 
 Objective = Callable[[Tensor, Pack, list[int], float], tuple[Tensor, dict[str, float]]]
 """(token log-probs [N], pack, example indices of the pack, normaliser of the step) -> (loss, metrics).
 
-Loss and metrics are this pack's share of the step: summed over the packs of a step they give the step's value."""
+Loss and metrics are this pack's share of the step: their sums over the packs of a step are the step's values."""
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How to optimise; the fields mean what the configuration's fields of the same name say."""
+    """How to optimise; the fields have the meaning of the configuration's fields of the same name."""
 
     epochs: float
     max_steps: int
@@ -70,7 +71,7 @@ class TrainingSet:
 
 
 Validation = Callable[[], tuple[float, dict[str, float]]]
-"""Gives the validation loss and metrics of the model as it is."""
+"""Returns the validation loss and metrics of the model in its current state."""
 
 
 def plan(data: TrainingSet, settings: LoopSettings) -> list[list[int]]:
@@ -99,19 +100,19 @@ def train(
     validate: Validation | None = None,
     pure: bool = True,
 ) -> Iterator[StepRecord]:
-    """Train the trainable parameters of `model`, from the newest sound checkpoint if there is one.
+    """Train the trainable parameters of `model`, from the newest intact checkpoint if there is one.
 
-    With `eval_every_steps` above 0 the model is validated that often and after the last step, and at the end it has the
+    With `eval_every_steps` above 0 the model is validated that often and after the last step, and ends with the
     parameters of the step with the lowest validation loss.
 
     Args:
-        pure: the objective leaves the model alone, so packs may go through it side by side.
+        pure: the objective does not change the model, so several packs may run at the same time.
 
     Yields:
-        a record per optimiser step; when resumed, first the records of the steps already done.
+        a record per optimiser step; after a resume, first the records of the steps already done.
 
     Raises:
-        TrainingError: a loss or gradient that is not finite, with the ids of the records in that step; or no memory.
+        TrainingError: a loss or gradient is not finite (names the records of that step), or memory ran out.
     """
     accelerator = make_accelerator()
     parameters = trainable_state(model)
@@ -143,8 +144,8 @@ def train(
             for device, state in states.items()
         }
         if accelerator.is_main_process:
-            made = checkpoints.Checkpoint(len(history), whole, state, rng, history)
-            checkpoints.save(checkpoint_folder, made, keep=best_step(history))
+            current = checkpoints.Checkpoint(len(history), whole, state, rng, history)
+            checkpoints.save(checkpoint_folder, current, keep=best_step(history))
         accelerator.wait_for_everyone()
 
     every = settings.eval_every_steps if validate else 0
@@ -161,7 +162,7 @@ def train(
             loss, metrics = validate()
             record = replace(record, validation={"loss": loss} | metrics)
         history.append(record)
-        if validated or _agree(accelerator, time.monotonic() - saved_at >= settings.checkpoint_every_s):
+        if validated or broadcast_flag(time.monotonic() - saved_at >= settings.checkpoint_every_s):
             save()
             saved_at, saved_step = time.monotonic(), number
         yield record
@@ -174,7 +175,7 @@ def train(
 
 
 def _random_state() -> dict[str, Tensor]:
-    """State of the random numbers of the CPU and, with a GPU, of its own; by what follows the process's number."""
+    """Random state of the CPU and of a GPU, by the suffix that follows the process's index in a checkpoint."""
     return {"": torch.get_rng_state()} | ({".cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
@@ -195,20 +196,21 @@ def _patience_is_over(history: Sequence[StepRecord], patience: int) -> bool:
     return patience > 0 and since_best >= patience
 
 
-def _agree(accelerator: Accelerator, wish: bool) -> bool:
-    """What the main process wishes, told to all: clocks differ."""
-    wishes: list[bool] = gather_object([wish])
-    return wishes[0]
+def broadcast_flag(flag: bool) -> bool:
+    """Broadcast rank 0's decision: clocks differ between processes."""
+    flags: list[bool] = gather_object([flag])
+    return flags[0]
 
 
-def passes(indices: Sequence[int], n_tokens: Sequence[int], max_tokens: int) -> list[tuple[list[int], bool]]:
-    """The packs of this process for some examples, and whether each counts.
+def local_packs(indices: Sequence[int], n_tokens: Sequence[int], max_tokens: int) -> list[tuple[list[int], bool]]:
+    """This process's packs of some examples, and whether each counts.
 
-    All processes get equally many, since they meet in every forward and backward pass: who has fewer repeats an
-    example that does not count.
+    All processes get the same number, since every forward and backward pass is collective: a process with fewer repeats
+    an example that does not count.
     """
     state = processes()
-    packs = [fill_packs(part, n_tokens, max_tokens) for part in share_out(indices, n_tokens, state.num_processes)]
+    shares = balance(indices, n_tokens, state.num_processes)
+    packs = [first_fit_decreasing(share, n_tokens, max_tokens) for share in shares]
     mine = packs[state.process_index]
     idle = max(map(len, packs)) - len(mine)
     return [(members, True) for members in mine] + [([indices[0]], False)] * idle
@@ -238,12 +240,12 @@ def _run_step(
     normaliser = float(sum(data.weights[index] for index in step.indices))
     sums: dict[str, float] = {"loss": 0.0, "tokens": 0.0}
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    apart: list[list[list[int]]] = []
+    lanes: list[list[list[int]]] = []
     if step.n_lanes > 1:
-        apart, together = lanes(step.indices, data.n_tokens, settings.max_tokens_per_step, step.n_lanes)
-        todo = [(indices, True) for indices in together]
+        lanes, shared = plan_concurrent_packs(step.indices, data.n_tokens, settings.max_tokens_per_step, step.n_lanes)
+        packs = [(indices, True) for indices in shared]
     else:
-        todo = passes(step.indices, data.n_tokens, settings.max_tokens_per_step)
+        packs = local_packs(step.indices, data.n_tokens, settings.max_tokens_per_step)
 
     def run(indices: list[int], backward: Callable[[Tensor], Any]) -> dict[str, float]:
         batch = pack([data.examples[index] for index in indices]).to(accelerator.device)
@@ -254,27 +256,12 @@ def _run_step(
             backward(loss)
         return {"loss": loss.item(), "tokens": float(len(batch.input_ids_T))} | shares
 
-    def lane(packs: list[list[int]]) -> tuple[dict[str, float], list[Tensor | None]]:
-        """Packs beside others, with their gradients for themselves: added up in a fixed order, the sum is the same."""
-        found: dict[str, float] = {}
-        gradients: list[Tensor | None] = [None] * len(trainable)
-
-        def backward(loss: Tensor) -> None:
-            for at, gradient in enumerate(torch.autograd.grad(loss, trainable, allow_unused=True)):
-                gradients[at] = _plus(gradients[at], gradient)
-
-        for indices in packs:
-            _add(found, run(indices, backward))
-        return found, gradients
-
-    for shares, gradients in side_by_side([partial(lane, packs) for packs in apart]):
+    for shares in train_lanes(lanes, trainable, run):
         _add(sums, shares)
-        for parameter, gradient in zip(trainable, gradients, strict=True):
-            parameter.grad = _plus(parameter.grad, gradient)
-    for position, (indices, counts) in enumerate(todo, start=1):
-        # Processes average their gradients, and the step's is their sum.
+    for position, (indices, counts) in enumerate(packs, start=1):
+        # DDP averages gradients over processes, and the step needs their sum.
         factor = accelerator.num_processes if counts else 0.0
-        with _sync(accelerator, model, last=position == len(todo)):
+        with _sync(accelerator, model, last=position == len(packs)):
             shares = run(indices, partial(_backward, accelerator, factor))
         if counts:
             _add(sums, shares)
@@ -295,12 +282,8 @@ def _backward(accelerator: Accelerator, factor: float, loss: Tensor) -> None:
     accelerator.backward(loss * factor)
 
 
-def _plus(total: Tensor | None, more: Tensor | None) -> Tensor | None:
-    return total if more is None else more if total is None else total.add_(more)
-
-
 def _sync(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Gradients travel between processes in the last pass of a step only."""
+    """Synchronise gradients between processes in the last pass of a step only."""
     waits = isinstance(model, nn.parallel.DistributedDataParallel) and not last
     context: AbstractContextManager[None] = accelerator.no_sync(model) if waits else nullcontext()
     return context
@@ -322,13 +305,13 @@ def _sum_over_processes(values: dict[str, float]) -> dict[str, float]:
 
 
 def peak_device_memory_mib() -> float:
-    """Peak memory so far: of the GPU where there is one, else of this program."""
+    """Peak memory so far: of the GPU if there is one, else of this process."""
     return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else peak_memory_mib()
 
 
 @contextmanager
 def _enough_memory(number: int, batch: Pack) -> Iterator[None]:
-    """Running out of memory in a step becomes a sentence that says which knob to turn."""
+    """Turn running out of memory in a step into an error that says which setting to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -359,8 +342,8 @@ def completion_logps(
 ) -> list[list[Tensor]]:
     """Log-probability of each token of every completion of every example, nats: fp32 [tokens] on the CPU.
 
-    Each example is a pack of its own, so a value never depends on what else is in the data. The model is in eval mode
-    meanwhile. Several processes share the examples out, and all of them get all values.
+    Each example is a pack of its own, so its values never depend on the rest of the data. The model runs in eval mode.
+    Several processes divide the examples, and all of them get all values.
 
     Args:
         progress: called with the number of examples done.
@@ -369,7 +352,7 @@ def completion_logps(
     model.eval()
     state = processes()
     values: dict[int, list[Tensor]] = {}
-    # Everyone does equally many, see `passes`; a repeated example gives the same value again.
+    # Every process does the same number, see `local_packs`; a repeated example gives the same value again.
     count = -(-len(examples) // state.num_processes)
     for done in range(count):
         index = min(done * state.num_processes + state.process_index, len(examples) - 1)
@@ -380,25 +363,25 @@ def completion_logps(
             progress(min((done + 1) * state.num_processes, len(examples)))
     model.train(was_training)
     every: list[dict[int, list[Tensor]]] = gather_object([values])
-    merged = {index: found for part in every for index, found in part.items()}
+    merged = {index: logps for part in every for index, logps in part.items()}
     return [merged[index] for index in range(len(examples))]
 
 
 def sequence_logps(model: PackedModel, examples: Sequence[Example]) -> list[list[float]]:
     """Summed log-probability of every completion of every example, nats; see `completion_logps`."""
-    return [[float(logps.double().sum()) for logps in found] for found in completion_logps(model, examples)]
+    return [[float(logps_T.double().sum()) for logps_T in logps] for logps in completion_logps(model, examples)]
 
 
 @torch.no_grad()
 def evaluate(
     model: PackedModel, data: TrainingSet, objective: Objective, max_tokens: int
 ) -> tuple[float, dict[str, float]]:
-    """The objective over a whole set in eval mode: its loss and metrics."""
+    """Loss and metrics of the objective over a whole set, in eval mode."""
     was_training = model.training
     model.eval()
     normaliser = float(sum(data.weights))
     sums: dict[str, float] = {"loss": 0.0}
-    for indices, counts in passes(range(len(data.examples)), data.n_tokens, max_tokens):
+    for indices, counts in local_packs(range(len(data.examples)), data.n_tokens, max_tokens):
         batch = pack([data.examples[index] for index in indices]).to(model.device)
         loss, shares = objective(model(batch), batch, indices, normaliser)
         if counts:

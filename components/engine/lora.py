@@ -1,11 +1,10 @@
 """LoRA layers in one autograd function: y = x W^T + s x A^T B^T with nothing kept that is not needed.
 
-peft's own layers make a scaled copy of the update, add it, and keep the input once per adapter and in two dtypes; here
-the update is accumulated into the output in place, adapters that are active together share their matrix products, and
-the input is kept once. Layers that read the same input (query, key and value; gate and up) are computed together: one
-thin product reads the input, and the input's gradient is summed up in place. An input that `fused.py` made is not kept
-but made again in the backward pass. The modules, their names and their saved files stay peft's. Source: LoRA, arXiv
-2106.09685.
+peft's own layers add a scaled copy of the update and keep the input once per adapter and in two dtypes. Here the update
+is accumulated into the output in place, active adapters share their matrix products, and the input is kept once. Layers
+that read the same input (query, key and value; gate and up) are computed together: one thin product reads the input,
+and the input's gradient is summed in place. An input that comes from `fused.py` is recomputed in the backward pass
+instead of kept. Modules, their names and their saved files stay peft's. Source: LoRA, arXiv 2106.09685.
 
 Shapes: T tokens (all leading dimensions), I inputs, O outputs of a layer, R rank of its active adapters together, S sum
 of R over the layers.
@@ -20,36 +19,35 @@ from weakref import WeakKeyDictionary
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from components.engine.fused import Made
+from components.engine.fused import Recompute
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Children of one module that it gives the same input."""
+"""Children of one module that get the same input from it."""
 
 
-class Waiting(threading.local):
-    """What was computed for siblings that have not asked for it yet: layer -> (input, output, whether for a gradient).
+class SiblingOutputs(threading.local):
+    """Outputs precomputed for sibling layers (q/k/v, gate/up) that share an input.
 
-    Of each thread its own, as several may run the model at the same time.
+    layer -> (input, output, whether computed with gradients). Per thread, as several may run the model at once.
     """
 
     def __init__(self) -> None:
         self.outputs: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor, bool]] = WeakKeyDictionary()
 
 
-waiting = Waiting()
+sibling_outputs = SiblingOutputs()
 
 
 class LoraFunction(torch.autograd.Function):
-    """y = x W^T + b + (x A^T) B^T for frozen W and b, for each of some layers of one input, computed in its dtype.
+    """y = x W^T + b + (x A^T) B^T for frozen W and b, for one or more layers of one input, computed in its dtype.
 
-    Arguments: the input, of what it was made (None to keep it), and W [O, I] in any dtype, b [O] or None, A [R, I] and
+    Arguments: the input, how to recompute it (None to keep it), then W [O, I] in any dtype, b [O] or None, A [R, I] and
     B [O, R] of the first layer, of the second, ...
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, made: Made | None, *layers: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x_TI: Tensor, recompute: Recompute | None, *layers: Any) -> tuple[Tensor, ...]:
         weights, biases, a_parts, b_parts = (layers[first::4] for first in range(4))
         a_SI = a_parts[0] if len(a_parts) == 1 else torch.cat(a_parts)
         xa_TS = torch.mm(x_TI, a_SI.T)
@@ -58,10 +56,10 @@ class LoraFunction(torch.autograd.Function):
         for weight_OI, bias_O, b_OR, xa_TR in zip(
             weights, biases, b_parts, torch.split(xa_TS, ctx.ranks, 1), strict=True
         ):
-            # The small update first: added to a product in bf16 it would be rounded away; so both are rounded once.
+            # The small update first: added to a bf16 product it would be rounded away; this way both are rounded once.
             y_TO = torch.mm(xa_TR, b_OR.T) if bias_O is None else torch.addmm(bias_O, xa_TR, b_OR.T)
             outputs.append(y_TO.addmm_(x_TI, weight_OI.T.to(y_TO.dtype)))
-        ctx.make, kept = (made.make, made.of) if made else (None, (x_TI,))
+        ctx.recompute, kept = recompute or (None, (x_TI,))
         ctx.save_for_backward(xa_TS, a_SI, *weights, *b_parts, *kept)
         return tuple(outputs)
 
@@ -78,51 +76,36 @@ class LoraFunction(torch.autograd.Function):
             dx_TI = torch.mm(dxa_TS, a_SI)
             for dy_TO, weight_OI in zip(outputs, weights, strict=True):
                 dx_TI.addmm_(dy_TO, weight_OI.to(dy_TO.dtype))
-        x_TI = ctx.make(*kept) if ctx.make else kept[0]
+        x_TI = ctx.recompute(*kept) if ctx.recompute else kept[0]
         da_parts = torch.split(torch.mm(dxa_TS.T, x_TI), ctx.ranks)
         gradients: list[Tensor | None] = [dx_TI, None]
-        for number, (dy_TO, xa_TR) in enumerate(zip(outputs, torch.split(xa_TS, ctx.ranks, 1), strict=True)):
-            _, _, wants_a, wants_b = ctx.needs_input_grad[2 + 4 * number : 6 + 4 * number]
+        for index, (dy_TO, xa_TR) in enumerate(zip(outputs, torch.split(xa_TS, ctx.ranks, 1), strict=True)):
+            _, _, wants_a, wants_b = ctx.needs_input_grad[2 + 4 * index : 6 + 4 * index]
             db_OR = torch.mm(dy_TO.T, xa_TR) if wants_b else None
-            gradients += [None, None, da_parts[number] if wants_a else None, db_OR]
+            gradients += [None, None, da_parts[index] if wants_a else None, db_OR]
         return tuple(gradients)
 
 
-class FrozenLinear(torch.autograd.Function):
-    """y = x W^T + b in fp32 for frozen W and b in any dtype: no copy of them in fp32 outlives a product."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight_OI)
-        return F.linear(x, weight_OI.float(), None if bias_O is None else bias_O.float())
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None]:
-        (weight_OI,) = ctx.saved_tensors
-        return outputs[0] @ weight_OI.float(), None, None
-
-
 def lora_linear(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward pass of a peft LoRA layer; what `LoraFunction` does not cover goes peft's own way.
+    """Forward pass of a peft LoRA layer; cases that `LoraFunction` does not cover use peft's own forward.
 
-    Under autocast everything is computed in its dtype, as autocast would. What a sibling needs of the same input is
-    computed here too, and waits for it.
+    Under autocast everything is computed in its dtype. Outputs of siblings of the same input are computed along.
     """
-    found = waiting.outputs.pop(layer, None)
+    ready = sibling_outputs.outputs.pop(layer, None)
     if args or kwargs or not _covered(layer):
         result: Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return result
-    if found is not None and found[0] is x and found[2] == torch.is_grad_enabled():
-        return found[1]
-    layers = [layer, *(each for each in layer.siblings if each is not layer and _covered(each))]
+    if ready is not None and ready[0] is x and ready[2] == torch.is_grad_enabled():
+        return ready[1]
+    layers = [layer, *(sibling for sibling in layer.siblings if sibling is not layer and _covered(sibling))]
     outputs = _compute(layers, x)
-    for each, computed in zip(layers[1:], outputs[1:], strict=True):
-        waiting.outputs[each] = x, computed, torch.is_grad_enabled()
+    for sibling, output in zip(layers[1:], outputs[1:], strict=True):
+        sibling_outputs.outputs[sibling] = x, output, torch.is_grad_enabled()
     return outputs[0]
 
 
 def _covered(layer: LoraLinear) -> bool:
-    """Whether the layer has active adapters, and these no bias, no variant (DoRA and others), no dropout at work."""
+    """Whether the layer has active adapters without bias, variant (DoRA and others) or active dropout."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     return (
         bool(names)
@@ -137,7 +120,7 @@ def _covered(layer: LoraLinear) -> bool:
 
 
 def _compute(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
-    """The layers' outputs of one input."""
+    """Outputs of these layers for one input."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     arguments: list[Tensor | None] = []
@@ -152,41 +135,20 @@ def _compute(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
                 torch.cat([(layer.lora_B[name].weight * layer.scaling[name]).to(dtype) for name in names], dim=1),
             ]
         flat_TI = x.to(dtype).reshape(-1, x.shape[-1])
-        made = getattr(x, "made", None) if x.dtype == dtype else None
-        outputs = LoraFunction.apply(flat_TI, made, *arguments)  # type: ignore[no-untyped-call]
+        recompute = getattr(x, "recompute", None) if x.dtype == dtype else None
+        outputs = LoraFunction.apply(flat_TI, recompute, *arguments)  # type: ignore[no-untyped-call]
     return [y_TO.view(*x.shape[:-1], -1) for y_TO in outputs]
 
 
-def frozen_linear(module: nn.Linear, x: Tensor) -> Tensor:
-    """The forward pass of a frozen linear layer in fp32."""
-    y: Tensor = FrozenLinear.apply(x.float(), module.weight, module.bias)  # type: ignore[no-untyped-call]
-    return y
-
-
-def compute_in_fp32(model: nn.Module) -> None:
-    """Let a frozen model in bf16 compute in fp32; only the weights of its linear layers and embeddings stay in bf16.
-
-    Every product makes an fp32 copy of the one weight that it reads, which takes little beside the product itself.
-    """
-    for module in model.modules():
-        kind = type(module)
-        if kind is nn.Linear:
-            module.forward = MethodType(frozen_linear, module)
-        elif kind is not nn.Embedding:
-            for parameter in module.parameters(recurse=False):
-                if parameter.dtype == torch.bfloat16:
-                    parameter.data = parameter.data.float()
-
-
-def speed_up(model: nn.Module) -> None:
-    """Let the LoRA layers over plain, unquantised linear layers of `model` compute by `lora_linear`."""
+def patch_lora(model: nn.Module) -> None:
+    """Replace `forward` of LoRA layers over plain, unquantised linear layers by `lora_linear`."""
     for parent in model.modules():
         children = dict(parent.named_children())
         for name, module in children.items():
             if type(module) is LoraLinear and type(module.base_layer) is nn.Linear:
-                names = next((each for each in SIBLINGS if name in each), (name,))
-                candidates = (children.get(each) for each in names)
-                siblings = [each for each in candidates if type(each) is LoraLinear]
-                # Past nn.Module, which would take them for children.
-                vars(module)["siblings"] = [each for each in siblings if type(each.base_layer) is nn.Linear]
+                names = next((group for group in SIBLINGS if name in group), (name,))
+                candidates = (children.get(sibling) for sibling in names)
+                siblings = [candidate for candidate in candidates if type(candidate) is LoraLinear]
+                # Bypasses nn.Module.__setattr__, which would register them as children.
+                vars(module)["siblings"] = [layer for layer in siblings if type(layer.base_layer) is nn.Linear]
                 module.forward = MethodType(lora_linear, module)

@@ -21,43 +21,36 @@ from typing_extensions import TypedDict
 
 from components.common.errors import InputError
 from components.common.files import replacing_folder
-from components.engine import checkpoints, fused, lora
-from components.engine.attention import PACKED, varlen
+from components.engine import checkpoints
+from components.engine.cpu import threads
+from components.engine.cpu.memory import configure_malloc
+from components.engine.cpu.precision import compute_in_fp32
+from components.engine.devices import PACKED, Precision, native_precision, row_layout
+from components.engine.fused import patch_norms_and_mlps
 from components.engine.head import token_logps
+from components.engine.lora import patch_lora
 from components.engine.packing import Example, Pack, pack
-from components.engine.processes import keep_freed_memory, processes
+from components.engine.processes import processes
 
-Precision = Literal["bf16", "fp32"]
-SFT_ADAPTER, DPO_ADAPTER, SHIPPED_ADAPTER = "sft", "dpo", "policy"
+SFT_ADAPTER, DPO_ADAPTER, EXPORT_ADAPTER = "sft", "dpo", "policy"
 PACKED_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.5}
 """Largest difference, in nats, between packed and plain log-probs of a token."""
 PACKED_LAYERS = {"full_attention", "sliding_attention"}
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
-def native_precision() -> Precision:
-    """bf16 where this machine multiplies in it by hardware, else fp32: by software bf16 takes several times as long.
-
-    Of ARM CPUs it is not known: fp32.
-    """
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
-
-
 class PackedModel(nn.Module):
-    """A causal LM whose forward takes a pack and gives token log-probabilities.
+    """A causal LM whose forward takes a pack and returns token log-probabilities.
 
-    Wrap this module, not the LM inside it, for several processes: nothing outside reads the head's weight.
+    For several processes wrap this module, not the LM inside it: nothing outside reads the head's weight.
 
     Args:
-        lm: the transformers model, perhaps with adapters.
-        precision: `bf16` computes matrix products in bf16 by autocast where the machine has it in hardware; everything
+        lm: the transformers model, with or without adapters.
+        precision: `bf16` computes matrix products in bf16 under autocast where the hardware supports it; everything
             else is computed in fp32.
-        head_precision: of the products with the output embedding; None for the same.
-        packed: False runs every sequence by itself through the model's plain attention: for models that cannot be
-            packed, slower.
+        head_precision: of the products with the output embedding; None for `precision`.
+        packed: False runs each sequence alone through the model's plain attention: slower, for models that cannot be
+            packed.
     """
 
     def __init__(
@@ -71,16 +64,16 @@ class PackedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return next(self.lm.parameters()).device
 
     def autocast(self) -> torch.autocast:
-        """The context in which this model computes: bf16 matrix products for `bf16`, nothing for `fp32`."""
+        """The autocast context of this model: bf16 matrix products for `bf16`, disabled for `fp32`."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     @property
     def causal_lm(self) -> PreTrainedModel:
-        """The transformers model, with adapters in place but without peft's wrapper."""
+        """The transformers model, adapters included, without peft's wrapper."""
         inner: PreTrainedModel = self.lm.get_base_model() if isinstance(self.lm, PeftModel) else self.lm
         return inner
 
@@ -88,24 +81,20 @@ class PackedModel(nn.Module):
     def decoder(self) -> nn.Module:
         """The transformers model without its output layer."""
         lm = self.causal_lm
-        # The prefix that Llama 4's text model names does not exist, and transformers then answers with the whole model.
+        # Llama 4's text model names a prefix that does not exist, and transformers then returns the whole model.
         inner: nn.Module = lm.model if lm.base_model is lm else lm.base_model
         return inner
 
     @property
     def n_lanes(self) -> int:
-        """How many threads may train it side by side: torch's on a CPU, one where that would change the result.
+        """How many packs of a step may be trained at the same time; more than one for LoRA on a CPU only.
 
-        Chance (dropout, jitter) has one sequence of random numbers, so it would depend on who comes first; and the
-        gradients of full fine-tuning are too large to have several of.
+        The gradients of full fine-tuning are too large to hold several of.
         """
-        settings = self.causal_lm.config.get_text_config().to_dict()
-        chance = [value for name, value in settings.items() if "drop" in name or "jitter" in name]
-        chance += [getattr(module, "p", 0.0) for module in self.modules() if "Dropout" in type(module).__name__]
-        if any(isinstance(value, float | int) and value > 0 for value in chance):
-            return 1
         plain = self.packed and isinstance(self.lm, PeftModel) and not getattr(self.causal_lm, "is_quantized", False)
-        return torch.get_num_threads() if plain and self.device.type == "cpu" else 1
+        if not plain or self.device.type != "cpu":
+            return 1
+        return threads.n_lanes(self, self.causal_lm.config.get_text_config().to_dict())
 
     def forward(self, batch: Pack) -> Tensor:
         """Log-probability of each completion token, fp32 [N], nats."""
@@ -129,7 +118,7 @@ class PackedModel(nn.Module):
             input_ids=batch.input_ids_T[None],
             position_ids=batch.positions_T[None],
             segments=batch.segments,
-            layout=varlen(batch.segments, self.device) if self.device.type == "cuda" else None,
+            layout=row_layout(batch.segments, self.device),
             use_cache=False,
         )
         hidden_NE: Tensor = output.last_hidden_state[0].index_select(0, batch.predictor_N)
@@ -153,18 +142,18 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """Load the safetensors weights of a local folder, ready for packed rows.
 
-    `bf16` keeps frozen weights in bfloat16 and lifts the residual stream to fp32 at the embedding: the matrix products
-    run under autocast, sums over layers do not lose bits. Where the machine has no bf16 in hardware, the products are
-    in fp32, and those of weights that were shipped in bf16 the same to the bit as with `fp32`.
+    `bf16` keeps frozen weights in bfloat16 and casts the residual stream to fp32 at the embedding: matrix products run
+    under autocast, and sums over layers lose no bits. Without bf16 hardware the products are in fp32; those of weights
+    that were shipped in bf16 equal the products of `fp32` to the bit.
 
     Args:
-        full: all parameters train, so they are in fp32 in either precision; otherwise all are frozen.
+        full: all parameters train, in fp32 in either precision; otherwise all are frozen.
         quantization: `nf4` keeps the weights of the linear layers in 4 bits (QLoRA, arXiv 2305.14314).
 
     Raises:
-        InputError: the folder is no causal LM in safetensors, or bitsandbytes is missing.
+        InputError: the folder is not a causal LM in safetensors, or bitsandbytes is missing.
     """
-    keep_freed_memory()
+    configure_malloc()
     low, computes_low = precision == "bf16" and not full, precision == native_precision() == "bf16"
     dtype = torch.bfloat16 if low else torch.float32
     options: dict[str, Any] = {"device_map": {"": processes().device}} if torch.cuda.is_available() else {}
@@ -183,14 +172,14 @@ def load_causal_lm(
     model.requires_grad_(full)
     model.eval()
     for module in model.modules():
-        # Else bitsandbytes repacks 4-bit weights on a CPU in eval mode, for kernels that have no gradient.
+        # Otherwise bitsandbytes repacks 4-bit weights on a CPU in eval mode, for kernels without a gradient.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if low:
         model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.float())
         if not computes_low:
             _compute_in_fp32(model)
-    fused.speed_up(model)
+    patch_norms_and_mlps(model)
     if computes_low:
         _round_norms(model)
     return model
@@ -198,13 +187,13 @@ def load_causal_lm(
 
 @torch.no_grad()
 def _compute_in_fp32(model: PreTrainedModel) -> None:
-    """Keep the large weights in bf16 and compute in fp32; a model that cannot do both is kept in fp32."""
-    lora.compute_in_fp32(model)
+    """Keep the large weights in bf16 and compute in fp32; a model that cannot do both goes to fp32 altogether."""
+    compute_in_fp32(model)
     try:
         with plain_attention(model, "eager"):
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     except RuntimeError:
-        # Mamba's layers read weights of others by themselves, and would multiply different dtypes.
+        # Mamba's layers read weights of other layers directly, and would multiply different dtypes.
         model.float()
 
 
@@ -233,7 +222,7 @@ def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def _round_norms(model: nn.Module) -> None:
-    """Let the norms inside the decoder layers give bf16: once, instead of once in every product that reads them."""
+    """Make the norms of decoder layers return bf16: cast once, instead of in every product that reads them."""
     for layers in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
         for norm in (child for layer in layers for child in layer.children() if "Norm" in type(child).__name__):
             norm.rounds = True  # type: ignore[assignment]
@@ -243,9 +232,9 @@ def _round_norms(model: nn.Module) -> None:
 def add_lora(
     lm: nn.Module, name: str, rank: int, alpha: float, dropout: float, targets: str | list[str], seed: int
 ) -> PeftModel:
-    """Add a LoRA adapter (fp32, trainable, zero at the start) beside those that the model already has.
+    """Add a LoRA adapter (fp32, trainable, initially zero) to those that the model already has.
 
-    All adapters are active afterwards, and only the new one trains. Source: LoRA, arXiv 2106.09685.
+    Afterwards all adapters are active, and only the new one trains. Source: LoRA, arXiv 2106.09685.
     """
     torch.manual_seed(seed)
     config = LoraConfig(
@@ -256,7 +245,7 @@ def add_lora(
         model = lm
     else:
         model = get_peft_model(lm, config, adapter_name=name)
-    lora.speed_up(model)
+    patch_lora(model)
     activate(model, list(model.peft_config), trainable=name)
     return model
 
@@ -264,13 +253,13 @@ def add_lora(
 def load_adapter(lm: nn.Module, path: Path, name: str) -> PeftModel:
     """Load a saved adapter under `name`, active and frozen."""
     model = PeftModel.from_pretrained(lm, path, adapter_name=name, is_trainable=False, local_files_only=True)
-    lora.speed_up(model)
+    patch_lora(model)
     activate(model, [name], trainable=None)
     return model
 
 
 def activate(model: PeftModel, names: Sequence[str], trainable: str | None) -> None:
-    """Let exactly these adapters act; of all parameters only those of the adapter `trainable` get a gradient."""
+    """Activate exactly these adapters; only parameters of the adapter `trainable` require a gradient."""
     model.base_model.set_adapter(list(names))
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable is not None and f".{trainable}." in parameter_name)
@@ -282,7 +271,7 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(model: PeftModel, name: str, out: Path, base_name: str) -> None:
-    """Write one adapter as an ordinary peft folder that plain peft loads; `base_name` names the base model in it."""
+    """Write one adapter as a standard peft folder; `base_name` names the base model in it."""
     with replacing_folder(out) as aside:
         model.save_pretrained(aside, selected_adapters=[name], safe_serialization=True, save_embedding_layers=False)
         for file in (aside / name).iterdir():
@@ -295,22 +284,22 @@ def save_adapter(model: PeftModel, name: str, out: Path, base_name: str) -> None
 
 
 def concatenate_adapters(model: PeftModel) -> None:
-    """Make the shipped adapter of the SFT and the DPO adapter, concatenated by rank: their sum, exactly."""
+    """Concatenate the SFT and DPO adapters by rank into the exported one: exactly their sum."""
     model.add_weighted_adapter(
-        [SFT_ADAPTER, DPO_ADAPTER], [1.0, 1.0], adapter_name=SHIPPED_ADAPTER, combination_type="cat"
+        [SFT_ADAPTER, DPO_ADAPTER], [1.0, 1.0], adapter_name=EXPORT_ADAPTER, combination_type="cat"
     )
 
 
 @torch.no_grad()
 def keep_first_ranks(model: nn.Module, name: str, rank: int) -> None:
-    """Let only the first ranks of an adapter act: of the shipped one, those that were the SFT adapter's."""
+    """Zero all but the first ranks of an adapter; the first of the exported one are the SFT adapter's."""
     for parameter_name, parameter in model.named_parameters():
         if f".lora_B.{name}." in parameter_name:
             parameter[:, rank:] = 0.0
 
 
 def merge(base: Path, adapter: Path, out: Path) -> None:
-    """Write base + adapter as one plain model folder in fp32, which keeps the logits to rounding."""
+    """Write base + adapter as one plain model folder in fp32; logits are kept up to rounding."""
     lm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True, use_safetensors=True)
     merged = PeftModel.from_pretrained(lm, adapter, local_files_only=True).merge_and_unload(safe_merge=True)
     with replacing_folder(out) as aside:
@@ -326,36 +315,36 @@ class Fingerprint(TypedDict):
 
 @torch.no_grad()
 def fingerprint(lm: nn.Module) -> Fingerprint:
-    """Some logits of a causal LM on fixed tokens, in its own precision, by which a loaded model is known again.
+    """Some logits of a causal LM on fixed tokens, in its own precision, to recognise a loaded model.
 
     Returns:
-        `tokens` [16], and `logits` [64] after the last of them, at entries spread over the vocabulary.
+        `tokens` [16], and `logits` [64] after the last of them, at ids spread over the vocabulary.
     """
     vocabulary = lm.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    tokens = [(11 + 997 * number) % vocabulary for number in range(16)]
+    tokens = [(11 + 997 * position) % vocabulary for position in range(16)]
     logits_V = lm(torch.tensor([tokens], device=next(lm.parameters()).device), use_cache=False).logits[0, -1].float()
     picked = torch.linspace(0, len(logits_V) - 1, 64).long()
     return {"tokens": tokens, "logits": logits_V[picked].tolist()}
 
 
 def load_plain(folder: Path) -> PreTrainedModel:
-    """A model folder as anybody loads it, in fp32."""
+    """Load a model folder with plain transformers, in fp32."""
     options = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     return model
 
 
 def shard(model: PackedModel) -> None:
-    """Share parameters, gradients and optimiser state out over the processes, layer by layer (FSDP2).
+    """Shard parameters, gradients and optimiser state over the processes, layer by layer (FSDP2).
 
-    Source: torch.distributed.fsdp.fully_shard. For full fine-tuning by torchrun; call before the optimiser is made.
+    For full fine-tuning under torchrun; call before creating the optimiser. Source: torch.distributed.fsdp.fully_shard.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     for layers in (module for module in model.causal_lm.modules() if isinstance(module, nn.ModuleList)):
         for layer in layers:
             fully_shard(layer, mesh=mesh)
-    # Otherwise the outermost parameters would stay whole after a forward pass, and be taken for the sharded ones.
+    # Otherwise the outermost parameters would stay gathered after a forward pass and be mistaken for the shards.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
@@ -366,31 +355,31 @@ def is_sharded(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def save_model(model: PackedModel, out: Path) -> None:
-    """Write a fully fine-tuned model as an ordinary transformers folder in fp32; all processes call, one writes."""
+    """Write a fully fine-tuned model as a transformers folder in fp32; all processes call this, one writes."""
     state = {name: checkpoints.whole(tensor) for name, tensor in model.causal_lm.state_dict().items()}
     if processes().is_main_process:
         with replacing_folder(out) as aside:
             model.causal_lm.save_pretrained(aside, state_dict=state, safe_serialization=True)
 
 
-def choose_layout(model: PackedModel, longest: int) -> str:
-    """Compare packed with plain log-probs, and run the model sequence by sequence where packing is not exact.
+def select_packing(model: PackedModel, longest: int) -> str:
+    """Compare packed with plain log-probs, and run the model one sequence at a time if packing is not exact.
 
     Args:
         model: as loaded.
-        longest: tokens of the longest sequence that it will see.
+        longest: tokens of the longest sequence in the data.
 
     Returns:
-        a sentence on what was found.
+        a sentence with the result.
 
     Raises:
-        InputError: neither way gives the model's own log-probs.
+        InputError: neither way reproduces the model's own log-probs.
     """
     name = type(model.causal_lm).__name__
     # 4-bit kernels round to bf16 inside, differently for different numbers of rows.
     tolerance = PACKED_TOLERANCE["bf16" if getattr(model.causal_lm, "is_quantized", False) else model.precision]
     try:
-        difference = largest_difference(model)
+        difference = max_packing_error(model)
         reason = f"differ by {difference:.1e} nats"
     except (TypeError, ValueError) as error:
         difference, reason = math.inf, f"cannot be computed ({str(error).splitlines()[0]})"
@@ -401,7 +390,7 @@ def choose_layout(model: PackedModel, longest: int) -> str:
     model.packed = False
     if model.causal_lm.config._attn_implementation == PACKED:
         model.causal_lm.set_attn_implementation("sdpa")
-    difference = largest_difference(model)
+    difference = max_packing_error(model)
     if not difference < tolerance:
         raise InputError(
             f"{name} cannot be trained: its log-probs at the answers differ by {difference:.1e} nats from its own"
@@ -411,22 +400,22 @@ def choose_layout(model: PackedModel, longest: int) -> str:
 
 
 def _beyond_a_short_check(model: PackedModel, longest: int) -> str:
-    """What makes packed log-probs differ on long rows only, or nothing."""
+    """The feature that makes packed log-probs inexact on long rows only, or nothing."""
     config = model.causal_lm.config.get_text_config()
     chunked = set(getattr(config, "layer_types", None) or ()) - PACKED_LAYERS
     if chunked:
         return ", ".join(sorted(chunked))
     rope = getattr(config, "rope_parameters", None) or {}
-    for kind in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
-        original = int(kind.get("original_max_position_embeddings") or config.max_position_embeddings)
-        if kind.get("rope_type") in LENGTH_DEPENDENT_ROPE and longest > original:
-            return f"{kind['rope_type']} positions, whose frequencies depend on the longest sequence of a row"
+    for parameters in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+        original = int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
+        if parameters.get("rope_type") in LENGTH_DEPENDENT_ROPE and longest > original:
+            return f"{parameters['rope_type']} positions, whose frequencies depend on the longest sequence of a row"
     return ""
 
 
 @contextmanager
 def plain_attention(lm: PreTrainedModel, kind: str) -> Iterator[None]:
-    """Let a packed model attend by the implementation `kind` meanwhile, for plain forward passes and generation."""
+    """Switch a packed model to the attention implementation `kind`, for plain forward passes and generation."""
     was_packed = lm.config._attn_implementation == PACKED
     if was_packed:
         lm.set_attn_implementation(kind)
@@ -438,8 +427,8 @@ def plain_attention(lm: PreTrainedModel, kind: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def largest_difference(model: PackedModel) -> float:
-    """Largest difference of a token's log-prob between this module and plain forward passes, on random tokens, nats."""
+def max_packing_error(model: PackedModel) -> float:
+    """Largest difference of a token's log-prob between packed and plain forward passes, on random tokens, nats."""
     lm = model.causal_lm
     generator = torch.Generator().manual_seed(0)
     vocabulary = lm.config.get_text_config().vocab_size

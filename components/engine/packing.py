@@ -1,8 +1,8 @@
 """Lay examples end to end in one row of tokens, each prompt once, and plan which examples share a step.
 
-An example is a prompt and its completions: one for SFT, chosen and rejected for DPO. It lies in the row as
-`prompt | completion | completion`, and every completion's positions go on where the prompt's ended. Which tokens see
-which is the business of `attention.py`. Sharing the prompt is the prefix sharing of arXiv 2410.20305.
+An example is a prompt and its completions: one for SFT, chosen and rejected for DPO. In the row it is
+`prompt | completion | completion`, and the positions of each completion continue those of the prompt. `attention.py`
+decides which tokens see which. Sharing the prompt is the prefix sharing of arXiv 2410.20305.
 
 Shapes: T tokens of the row, N completion tokens, S completions.
 """
@@ -15,16 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LANE_TOKENS = 256
-"""Tokens that a lane has at least in a step; with fewer its matrix products would slow down."""
-IMBALANCE = 1.15
-"""How many times the mean the fullest lane may have; at more, the threads that wait for it lose the gain."""
-
 
 class Example(NamedTuple):
-    """Token ids of a prompt and of the completions that follow it; none of them is empty.
+    """Token ids of a prompt and of its completions, none of them empty.
 
-    `answers` are ranges [start, end) of the prompt that are predicted too, as part of the only completion: the earlier
+    `answers` are ranges [start, end) of the prompt that are predicted as part of the only completion: the earlier
     assistant turns of a conversation.
     """
 
@@ -39,7 +34,7 @@ class Example(NamedTuple):
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that the example takes in a pack."""
+        """Tokens that the example occupies in a pack."""
         return len(self.prompt) + sum(len(completion) for completion in self.completions)
 
 
@@ -133,8 +128,8 @@ def pack(examples: Sequence[Example]) -> Pack:
     )
 
 
-def share_out(indices: Sequence[int], n_tokens: Sequence[int], n_shares: int) -> list[list[int]]:
-    """Divide the examples of a step among processes: longest first, each to the one that has the fewest tokens."""
+def balance(indices: Sequence[int], n_tokens: Sequence[int], n_shares: int) -> list[list[int]]:
+    """Divide examples into shares of similar size: longest first, each to the share with the fewest tokens."""
     shares: list[list[int]] = [[] for _ in range(n_shares)]
     load = [0] * n_shares
     for index in sorted(indices, key=lambda i: (-n_tokens[i], i)):
@@ -144,8 +139,8 @@ def share_out(indices: Sequence[int], n_tokens: Sequence[int], n_shares: int) ->
     return shares
 
 
-def fill_packs(indices: Sequence[int], n_tokens: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Share examples out among packs of at most `max_tokens` tokens, longest first, each into the first that has room.
+def first_fit_decreasing(indices: Sequence[int], n_tokens: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Pack examples into packs of at most `max_tokens` tokens: longest first, each into the first pack with room.
 
     An example longer than `max_tokens` gets a pack of its own.
     """
@@ -163,38 +158,14 @@ def fill_packs(indices: Sequence[int], n_tokens: Sequence[int], max_tokens: int)
     return packs
 
 
-def lanes(
-    indices: Sequence[int], n_tokens: Sequence[int], max_tokens: int, n_threads: int
-) -> tuple[list[list[list[int]]], list[list[int]]]:
-    """Packs that threads work through side by side, and packs for all threads together.
-
-    There are lanes where every thread then has its share: none has many more tokens than the others (`IMBALANCE`), all
-    have some (`LANE_TOKENS`) and equally many threads. Packs that are worked on at the same time have at most
-    `max_tokens` tokens together; what is too long for that goes alone.
-
-    Returns:
-        the packs of each lane, no lanes or at least two; and the packs for all threads, an example longer than
-        `max_tokens` in a pack of its own.
-    """
-    for count in range(min(n_threads, len(indices)), 1, -1):
-        room = max_tokens // count
-        short = [index for index in indices if n_tokens[index] <= room]
-        shares = share_out(short, n_tokens, count)
-        sizes = [sum(n_tokens[index] for index in share) for share in shares]
-        if n_threads % count == 0 and min(sizes) >= LANE_TOKENS and max(sizes) * count <= IMBALANCE * sum(sizes):
-            whole = [index for index in indices if n_tokens[index] > room]
-            return [fill_packs(share, n_tokens, room) for share in shares], fill_packs(whole, n_tokens, max_tokens)
-    return [], fill_packs(indices, n_tokens, max_tokens)
-
-
 def plan_steps(n_examples: int, epochs: float, batch_size: int, seed: int) -> list[list[int]]:
     """The examples of every step of a training run, the same for the same arguments on every machine.
 
-    Each epoch visits every example once in an order drawn from (seed, epoch); `batch_size` consecutive examples make a
-    step, the last step of an epoch takes what is left. A fractional epoch stops after that share of its steps.
+    Each epoch visits every example once in an order drawn from (seed, epoch); `batch_size` consecutive examples form a
+    step, and the last step of an epoch takes the rest. A fractional epoch stops after that share of its steps.
 
     Args:
-        n_examples: how many there are.
+        n_examples: size of the data set.
         epochs: passes over the examples, > 0.
         batch_size: examples in an optimiser step, over all packs and processes.
         seed: of the order.

@@ -13,15 +13,15 @@ from components.common.provenance import code_digest
 from components.config.sections import ModelConfig, OptimiserConfig
 from components.dataset.chat import encode, encode_conversation
 from components.dataset.records import Instruction, Preference
+from components.engine.devices import native_precision
 from components.engine.history import StepRecord
 from components.engine.loop import LoopSettings, Objective, TrainingSet, Validation, best_step, train
 from components.engine.models import (
     PackedModel,
     add_lora,
-    choose_layout,
     load_adapter,
     load_causal_lm,
-    native_precision,
+    select_packing,
     shard,
 )
 from components.engine.packing import Example
@@ -75,7 +75,7 @@ def open_model(run: StageRun, path: Path, config: ModelConfig, trains: bool) -> 
     full = trains and config.tuning == "full"
     lm = load_causal_lm(path, config.precision, full, config.quantization)
     model = PackedModel(lm, config.precision, "fp32" if config.head_precision == "fp32" else None)
-    run.log(choose_layout(model, config.max_length))
+    run.log(select_packing(model, config.max_length))
     if trains and config.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if full and processes().num_processes > 1:

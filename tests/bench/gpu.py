@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from components.common.files import write_json
 from components.engine import attention, loop, objectives
-from components.engine.models import DPO_ADAPTER, PackedModel, add_lora, largest_difference, load_causal_lm
+from components.engine.models import DPO_ADAPTER, PackedModel, add_lora, load_causal_lm, max_packing_error
 from components.engine.packing import Example, pack, plan_steps
 
 SHAPES = {  # hidden, layers, heads, key-value heads, intermediate, vocabulary
@@ -349,7 +349,7 @@ def checks(device: str, shape: str) -> dict[str, Any]:
     model = our_model(folder, "fp32")
     randomize(model)
     packed = pack([Example(p, [c, r]) for p, c, r in rows])
-    results["packed against plain, fp32, nats a token"] = largest_difference(model)
+    results["packed against plain, fp32, nats a token"] = max_packing_error(model)
     with torch.no_grad():
         here = model(packed.to(model.device)).cpu()
         on_cpu = model.to("cpu")(packed)
@@ -367,7 +367,7 @@ def checks(device: str, shape: str) -> dict[str, Any]:
     del trl
     bf16 = our_model(folder, "bf16")
     randomize(bf16)
-    results["packed against plain, bf16, nats a token"] = largest_difference(bf16)
+    results["packed against plain, bf16, nats a token"] = max_packing_error(bf16)
     del bf16
     first, again = (our_gradients(folder, rows, "bf16", device)[0] for _ in range(2))
     results["gradient twice, bf16, relative difference"] = relative(first, again)

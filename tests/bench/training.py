@@ -37,9 +37,10 @@ from components.dataset.chat import load_tokenizer
 from components.dataset.records import Preference, read_rows
 from components.dpo.stage import cached_reference, make_objective
 from components.engine import loop
-from components.engine.models import DPO_ADAPTER, PackedModel, load_causal_lm, native_precision, trainable_state
+from components.engine.cpu.memory import configure_malloc
+from components.engine.devices import native_precision
+from components.engine.models import DPO_ADAPTER, PackedModel, load_causal_lm, trainable_state
 from components.engine.packing import Example, pack
-from components.engine.processes import keep_freed_memory
 from components.sft.stage import objective as sft_objective
 from components.tracking.run import stage_run
 from components.training.run import add_adapter, loop_settings, pair_examples, step_metrics
@@ -316,7 +317,7 @@ def compare(
     for number in range(1, rounds + 1):
         measured = {}
         for side in ("trl", "ours") if number % 2 else ("ours", "trl"):
-            keep_freed_memory(side == "ours")
+            configure_malloc(side == "ours")
             for batch in ours.batches[2 * number - 1 : 2 * number + 1]:  # the second is counted
                 measured[side] = timed(ours.step if side == "ours" else partial(trl.step, batch))
         theirs, mine = measured["trl"], measured["ours"]

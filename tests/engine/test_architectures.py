@@ -14,8 +14,8 @@ from components.engine.models import (
     DPO_ADAPTER,
     PackedModel,
     add_lora,
-    choose_layout,
     load_causal_lm,
+    select_packing,
     trainable_state,
 )
 from components.engine.objectives import LossOptions, dpo_sigmoid_loss, preference_loss, sequence_logps
@@ -183,7 +183,7 @@ def all_true(n_queries: int, n_keys: int, window: int, device: torch.device) -> 
 def test_packed_log_probs_and_gradients_are_the_plain_ones(name: str, tmp_path: Path) -> None:
     folder = build(PACKABLE[name], tmp_path / name)
     model = loaded(folder)
-    assert "packed and plain log-probs differ by at most" in choose_layout(model, 64)
+    assert "packed and plain log-probs differ by at most" in select_packing(model, 64)
     assert model.packed
     found = model(pack(EXAMPLES)).detach()
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_attention_in_blocks_of_queries_is_the_plain_one(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Long sequences go through attention in blocks on a CPU; with small blocks these short ones do too."""
-    monkeypatch.setattr("components.engine.attention.CPU_BLOCK", 5)
+    monkeypatch.setattr("components.engine.cpu.attention.BLOCK", 5)
     test_packed_log_probs_and_gradients_are_the_plain_ones(name, tmp_path)
 
 
@@ -223,7 +223,7 @@ def test_the_examples_reach_past_the_sliding_window(name: str, tmp_path: Path) -
 def test_what_cannot_be_packed_runs_one_sequence_at_a_time_and_is_right(name: str, tmp_path: Path) -> None:
     folder = build(UNPACKABLE[name], tmp_path / name)
     model = loaded(folder)
-    assert "cannot be packed" in choose_layout(model, 64)
+    assert "cannot be packed" in select_packing(model, 64)
     assert not model.packed
     found = model(pack(EXAMPLES)).detach()
     with torch.no_grad():
@@ -246,7 +246,7 @@ def test_frozen_bf16_weights_compute_as_in_fp32_where_the_hardware_has_no_bf16(
     found = {}
     for precision in ("fp32", "bf16"):
         model = PackedModel(load_causal_lm(folder, precision), precision)
-        layout = choose_layout(model, 64).split(" differ")[0]
+        layout = select_packing(model, 64).split(" differ")[0]
         parameters = adapt(model, SOME_LINEAR.get(name, "all-linear"))
         found[precision] = layout, gradient((model(pack(EXAMPLES)) * WEIGHTS).sum(), parameters)
         dtypes = {each.weight.dtype for each in model.causal_lm.modules() if type(each) is torch.nn.Linear}
@@ -382,9 +382,9 @@ def test_positions_that_depend_on_the_longest_sequence_are_packed_only_within_th
 ) -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     folder = build(("LlamaConfig", {"rope_parameters": rope, "max_position_embeddings": 26}), tmp_path / "dynamic")
-    assert "packed and plain log-probs differ by at most" in choose_layout(loaded(folder), 26)
+    assert "packed and plain log-probs differ by at most" in select_packing(loaded(folder), 26)
     model = loaded(folder)
-    assert "dynamic positions" in choose_layout(model, 27)
+    assert "dynamic positions" in select_packing(model, 27)
     with torch.no_grad():
         expected = plain_logps(plain_copy(folder), COMPLETIONS)
     assert (model(pack(EXAMPLES)) - expected).abs().max() < 1e-4

@@ -22,23 +22,23 @@ from components.engine.head import FrozenHeadLogps, chunk_logps
 from components.engine.lora import LoraFunction
 from components.engine.models import (
     DPO_ADAPTER,
+    EXPORT_ADAPTER,
     SFT_ADAPTER,
-    SHIPPED_ADAPTER,
     PackedModel,
     Precision,
     activate,
     add_lora,
-    choose_layout,
     concatenate_adapters,
-    largest_difference,
     load_adapter,
     load_causal_lm,
+    max_packing_error,
     merge,
     save_adapter,
+    select_packing,
     trainable_state,
 )
 from components.engine.objectives import LOSSES
-from components.engine.packing import Example, fill_packs, pack, plan_steps, share_out
+from components.engine.packing import Example, balance, first_fit_decreasing, pack, plan_steps
 from tests.conftest import ROOT
 
 EXAMPLES = [
@@ -128,7 +128,7 @@ def test_an_empty_completion_is_refused() -> None:
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_the_frozen_head_has_the_gradient_of_autograd(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("components.engine.head.CACHED_LOGITS", 7 * 600)  # seven rows: no divisor of a chunk's
+    monkeypatch.setattr("components.engine.cpu.head.CACHED_LOGITS", 7 * 600)  # seven rows: no divisor of a chunk's
     generator = torch.Generator().manual_seed(0)
     head = torch.nn.Linear(8, 600, bias=False).requires_grad_(False)
     hidden = torch.randn(300, 8, generator=generator, requires_grad=True)
@@ -166,26 +166,26 @@ def test_every_epoch_visits_every_example_once_within_the_budget() -> None:
     assert len(steps) == 6
     for epoch in (steps[:3], steps[3:]):
         assert sorted(index for step in epoch for index in step) == list(range(7))
-    packs = [indices for step in steps for indices in fill_packs(step, n_tokens, max_tokens=12)]
+    packs = [indices for step in steps for indices in first_fit_decreasing(step, n_tokens, max_tokens=12)]
     assert all(sum(n_tokens[i] for i in indices) <= 12 for indices in packs)
     assert len(plan_steps(len(n_tokens), epochs=0.34, batch_size=3, seed=7)) == 1
 
 
 def test_an_example_over_the_budget_stands_alone() -> None:
-    assert fill_packs([0, 1, 2], [50, 4, 5], max_tokens=10) == [[0], [2, 1]]
+    assert first_fit_decreasing([0, 1, 2], [50, 4, 5], max_tokens=10) == [[0], [2, 1]]
 
 
 def test_the_check_at_load_passes_the_tiny_model_and_has_teeth(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert largest_difference(packed(tiny_model)) < 1e-4
+    assert max_packing_error(packed(tiny_model)) < 1e-4
     monkeypatch.setattr(
         "components.engine.attention.causal_mask", lambda q, k, w, d: torch.ones(q, k, dtype=torch.bool)
     )
     model = packed(tiny_model)
-    assert "LlamaForCausalLM cannot be packed: its packed log-probs differ by" in choose_layout(model, 64)
+    assert "LlamaForCausalLM cannot be packed: its packed log-probs differ by" in select_packing(model, 64)
     assert not model.packed
-    assert largest_difference(model) < 1e-4, "one sequence at a time it is right"
+    assert max_packing_error(model) < 1e-4, "one sequence at a time it is right"
 
 
 def dpo_objective(model: PackedModel) -> loop.Objective:
@@ -302,7 +302,7 @@ def test_the_shipped_adapter_and_the_merged_model_are_the_policy(tiny_model: Pat
     assert torch.equal(PackedModel(adapted, "fp32")(pack(EXAMPLES)), sft_only), "training never moves the reference"
 
     concatenate_adapters(adapted)
-    save_adapter(adapted, SHIPPED_ADAPTER, tmp_path / "adapter", "sha256:abc")
+    save_adapter(adapted, EXPORT_ADAPTER, tmp_path / "adapter", "sha256:abc")
     shipped = PackedModel(load_adapter(load_causal_lm(tiny_model, "fp32"), tmp_path / "adapter", "x"), "fp32")
     assert torch.allclose(shipped(pack(EXAMPLES)), policy, atol=1e-5)
     merge(tiny_model, tmp_path / "adapter", tmp_path / "merged")
@@ -363,16 +363,16 @@ def test_a_loss_that_is_not_finite_leaves_the_record_ids_in_a_file(tiny_model: P
 
 
 def test_examples_are_shared_out_evenly_and_completely() -> None:
-    shares = share_out([0, 1, 2, 3, 4], [10, 9, 2, 2, 5], 2)
+    shares = balance([0, 1, 2, 3, 4], [10, 9, 2, 2, 5], 2)
     assert shares == [[0, 2, 3], [1, 4]]
-    assert share_out([7], [0] * 8, 3) == [[7], [], []]
+    assert balance([7], [0] * 8, 3) == [[7], [], []]
 
 
 def test_the_fused_layers_give_what_the_models_and_pefts_own_give(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Value and gradient, for two adapters at once; with dropout at work peft's own way is taken."""
-    monkeypatch.setattr("components.engine.fused.PART", 200)  # some tokens of a row, not all
+    monkeypatch.setattr("components.engine.cpu.elementwise.CHUNK_ELEMENTS", 200)  # some tokens of a row, not all
 
     def model(fused: bool, dropout: float = 0.0) -> PackedModel:
         adapted = add_lora(load_causal_lm(tiny_model, "fp32"), SFT_ADAPTER, 4, 6, 0.0, "all-linear", 1)
@@ -489,7 +489,7 @@ def test_bf16_weights_without_bf16_hardware_give_the_gradient_of_fp32_in_less_me
     kept = sum(n for name, n in weights.items() if targets == "all-linear" or name != "layers.0.self_attn.k_proj")
     assert more_bytes - n_bytes == 2 * kept
     monkeypatch.setattr(
-        "components.engine.lora.FrozenLinear.apply",
+        "components.engine.cpu.precision.FrozenLinear.apply",
         lambda x, weight, bias: torch.nn.functional.linear(x, weight.float()),
     )
     assert (kept_bytes_and_gradient(model)[0] > n_bytes) == (targets != "all-linear"), "else copies in fp32 are kept"
@@ -506,7 +506,7 @@ def test_qlora_has_the_gradient_of_its_dequantised_weights_or_says_what_is_missi
     from bitsandbytes.nn import Linear4bit
 
     quantised = PackedModel(load_causal_lm(base_model, "fp32", quantization="nf4"), "fp32")
-    assert "differ by at most" in choose_layout(quantised, 64)
+    assert "differ by at most" in select_packing(quantised, 64)
     weights = {
         name: dequantize_4bit(module.weight.data, module.weight.quant_state)
         for name, module in quantised.causal_lm.named_modules()
@@ -554,13 +554,13 @@ import sys
 
 import torch
 
-from components.engine.processes import keep_freed_memory
+from components.engine.cpu.memory import configure_malloc
 
 def use():
     tensors = [torch.empty(12 * 2**20).fill_(1.0) for _ in range(8)]  # 48 MiB each: glibc would map them anew
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-keep_freed_memory(sys.argv[1] == "keep")
+configure_malloc(sys.argv[1] == "keep")
 use()
 print(-(use() - use()))
 """

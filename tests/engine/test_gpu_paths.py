@@ -1,5 +1,9 @@
-"""What runs on a GPU alone, as far as a CPU can show it: the same values from its layouts and its element-wise code."""
+"""What runs on a GPU alone, as far as a CPU can show it: the same values from its layouts and its element-wise code.
 
+On a CPU the decorators of `devices.py` would call the functions of `cpu/`; `unwrap` takes the GPU's own.
+"""
+
+from inspect import unwrap
 from typing import Any
 
 import pytest
@@ -22,7 +26,9 @@ def by_sequence(
     for first, last, begin, end in bounds:
         q, k, v = (each.transpose(0, 1)[None] for each in (query[first:last], key[begin:end], value[begin:end]))
         window = options["window_size"][0] + 1 if options["window_size"][0] >= 0 else None
-        outputs.append(attention.attend(q, k, v, options["scale"], 0.0, window, None, None)[0].transpose(0, 1))
+        outputs.append(
+            attention.attend(q, k, v, attention.Options(options["scale"], sliding_window=window))[0].transpose(0, 1)
+        )
     return torch.cat(outputs)
 
 
@@ -39,7 +45,10 @@ def test_a_row_as_sequences_of_variable_length_gives_the_outputs_and_gradients_o
     )
     pieces = [
         attention.attend(
-            query[:, :, at], attention.gather(key, r), attention.gather(value, r), None, 0.0, window, None, None
+            query[:, :, at],
+            attention.gather(key, r),
+            attention.gather(value, r),
+            attention.Options(sliding_window=window),
         )
         for at, r in attention.pieces(row.segments, n)
     ]
@@ -68,32 +77,23 @@ def test_the_fused_softmax_gives_log_probs_and_their_slope(softcap: float | None
     expected = capped.log_softmax(1).gather(1, target[:, None])[:, 0]
     (slope,) = torch.autograd.grad(expected.sum(), logits)
     with torch.no_grad():
-        logps, minus_slope = head.logps_and_slope(logits, target, softcap, torch.float32)
+        logps, minus_slope = unwrap(head.logps_and_slope)(logits, target, softcap, torch.float32)
     torch.testing.assert_close(logps, expected)
     torch.testing.assert_close(-minus_slope, slope)
 
 
 def test_the_head_on_a_gpu_gives_what_the_head_on_a_cpu_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "GPU_CHUNK_LOGITS", 1)
-    monkeypatch.setattr(head, "CHUNK_TOKENS", 4)
+    monkeypatch.setattr(head, "GPU_CHUNK_LOGITS", 4 * 13)
+    monkeypatch.setattr("components.engine.cpu.head.CHUNK_TOKENS", 4)
     generator = torch.Generator().manual_seed(2)
     hidden, weight = torch.randn(10, 6, generator=generator), torch.randn(13, 6, generator=generator)
     target = torch.randint(13, (10,), generator=generator)
-
-    class Context:
-        needs_input_grad = (True, False, False, False)
-        saved: Tensor
-
-        def save_for_backward(self, gradient: Tensor) -> None:
-            self.saved = gradient
-
-    context = Context()
-    logps = head.FrozenHeadLogps.on_gpu(context, hidden, target, weight, None)
+    logps, gradient = unwrap(head.frozen_logps)(hidden, target, weight, None, True)
     again = hidden.clone().requires_grad_()
     expected = head.FrozenHeadLogps.apply(again, target, weight, None)
     torch.testing.assert_close(logps, expected.detach())
     (slope,) = torch.autograd.grad(expected.sum(), again)
-    torch.testing.assert_close(context.saved, slope)
+    torch.testing.assert_close(gradient, slope)
 
 
 def test_the_fused_norm_and_gate_have_the_gradients_of_their_definitions() -> None:
@@ -101,13 +101,13 @@ def test_the_fused_norm_and_gate_have_the_gradients_of_their_definitions() -> No
     x, gate, up, dy = (torch.randn(4, 6, generator=generator, requires_grad=i < 3) for i in range(4))
     weight = torch.rand(6, generator=generator)
     expected = weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-    scale = fused.norm_scale(x.detach(), 1e-6)
-    torch.testing.assert_close(fused.normed(x, scale, weight, torch.float32), expected)
+    scale = unwrap(fused.norm_scale)(x.detach(), 1e-6)
+    torch.testing.assert_close(unwrap(fused.normed)(x, scale, weight, torch.float32), expected)
     (dx,) = torch.autograd.grad((expected * dy).sum(), x)
-    torch.testing.assert_close(fused.norm_gradient(dy, x, scale, weight).detach(), dx)
+    torch.testing.assert_close(unwrap(fused.norm_gradient)(dy, x, scale, weight).detach(), dx)
     product = F.silu(gate) * up
-    torch.testing.assert_close(fused.gated(gate, up), product)
+    torch.testing.assert_close(unwrap(fused.gated)(gate, up), product)
     torch.testing.assert_close(
-        tuple(each.detach() for each in fused.gated_gradient(dy, gate, up)),
+        tuple(each.detach() for each in unwrap(fused.gated_gradient)(dy, gate, up)),
         torch.autograd.grad((product * dy).sum(), (gate, up)),
     )

@@ -458,7 +458,7 @@ def test_reproduce_says_what_it_takes_and_checks_it_out(
 ) -> None:
     from dulwich import porcelain
 
-    monkeypatch.setattr("components.engine.models.native_precision", lambda: "fp32")
+    monkeypatch.setattr("components.engine.devices.native_precision", lambda: "fp32")
     project = tmp_path / "project"
     project.mkdir()
     (project / "params.yaml").write_text((ROOT / "params.yaml").read_text())
@@ -476,7 +476,7 @@ def test_reproduce_says_what_it_takes_and_checks_it_out(
     assert settings["dpo"] == CONFIG.sections()["dpo"] and "prepare" in settings
     assert "torch==" in (tmp_path / "again" / "environment.txt").read_text()
     assert "precision fp32, by model.precision=auto" in said.output and "auto is" not in said.output
-    monkeypatch.setattr("components.engine.models.native_precision", lambda: "bf16")
+    monkeypatch.setattr("components.engine.devices.native_precision", lambda: "bf16")
     elsewhere = CliRunner().invoke(app, list(words))
     assert "auto is bf16 on this machine" in elsewhere.output and "--set model.precision=fp32" in elsewhere.output
     full = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "again")])
