@@ -20,9 +20,9 @@ import yaml
 from components.dataset.records import SPLITS, content_id
 from tests.ci.workflow import Job, use_environment
 from tests.conftest import ROOT, environment_without_home
-from tests.pipelines.test_shell import git
 from tests.stubs.github import GitHubStub
 from tests.stubs.receiver import Receiver
+from tests.support.repositories import git
 from tests.support.services import S3, mlflow_server, s3_server
 
 pytestmark = pytest.mark.ci

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.services import free_ports, server
+from tests.support.waiting import wait_until
 from tests.tools.manifests import build
 
 SECRETS = {
@@ -160,10 +160,11 @@ class Cluster:
         process = subprocess.Popen(words, stdout=log, stderr=log, cwd="/")
         try:
             ready = [str(POSTGRES[0] / "pg_isready"), "--host=127.0.0.1", f"--port={port}", "--timeout=30"]
-            for _ in range(100):
-                if subprocess.run(ready, check=False, capture_output=True).returncode == 0:
-                    break
-                time.sleep(0.1)
+            wait_until(
+                lambda: subprocess.run(ready, check=False, capture_output=True).returncode == 0,
+                "PostgreSQL",
+                every_s=0.1,
+            )
             self.sql(f"CREATE DATABASE {values['POSTGRES_DB']}", "postgres")
             yield
         finally:

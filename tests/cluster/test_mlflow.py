@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from tests.cluster.conftest import SECRETS, Cluster
-from tests.pipeline.test_pipeline import ALL, Project, ran
+from tests.support.project import ALL, Project, ran
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -133,7 +134,8 @@ def test_a_restore_that_fails_leaves_the_database_as_it_was(cluster: Cluster) ->
 
 def test_old_backups_are_removed(cluster: Cluster) -> None:
     before = cluster.run("mlflow-backup", 1)
-    time.sleep(1.1)  # backups are named by the second
+    made_s = int(time.time())
+    wait_until(lambda: int(time.time()) > made_s, "the next second, which backups are named by")
     said = cluster.run("mlflow-backup", 1, KEEP="1")
     name = before.split()[1].rstrip(",")
     assert f"removed {name}" in said

@@ -11,9 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from components.common.errors import InputError
 from components.common.images import DATA_IMAGE, TRAIN_IMAGE
 from pipelines.local import containers
 from tests.conftest import ROOT, environment_without_home
+from tests.containers.conftest import IMAGE_USER
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.containers
 
-IMAGE_USER = 10001
 MB = 1_000_000
 FEW_STEPS = [
     "model.max_length=320",
@@ -37,20 +38,6 @@ FEW_STEPS = [
     "evaluate.bootstrap=1000",
     "validate.min_rows=4",
 ]
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Any]:
-    """The engine, with fresh images in it."""
-    try:
-        engine = containers.engine()
-    except InputError as error:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"CI must have a container engine: {error}")
-        pytest.skip(f"no container engine answers, so no container test was run: {str(error)[:80]}")
-    containers.check_images(engine)
-    yield engine
-    engine.close()
 
 
 class Project:
@@ -143,6 +130,11 @@ def test_the_registered_model_answers_outside_the_containers(project: Project, f
     assert len(answer) == 1 and answer[0]
 
 
+def ended_or_began(running: "subprocess.Popen[bytes]", checkpoints: Path, before: set[Path]) -> bool:
+    """Whether a run has ended, or written a checkpoint of sft that was not there before."""
+    return running.poll() is not None or bool(set(checkpoints.glob("sft-*/step-*")) - before)
+
+
 def test_a_run_that_is_killed_in_training_goes_on_from_its_checkpoint(
     project: Project, first: dict[str, Any], client: Any
 ) -> None:
@@ -154,8 +146,7 @@ def test_a_run_that_is_killed_in_training_goes_on_from_its_checkpoint(
             project.words("run", *sets), env=project.environment, stdout=subprocess.DEVNULL, start_new_session=True
         )
         before = set(checkpoints.glob("sft-*/step-*"))
-        while running.poll() is None and not set(checkpoints.glob("sft-*/step-*")) - before:
-            time.sleep(0.05)
+        wait_until(partial(ended_or_began, running, checkpoints, before), "a checkpoint of sft", within_s=600)
         assert running.poll() is None, "the run ended before it could be killed"
         if number == signal.SIGKILL:
             os.killpg(running.pid, number)

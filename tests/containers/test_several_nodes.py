@@ -16,11 +16,9 @@ from components.common.images import TRAIN_IMAGE
 from components.config.loading import load_config
 from components.sft.stage import run_sft
 from tests.conftest import ROOT
-from tests.containers.test_containers import IMAGE_USER, client
+from tests.containers.conftest import IMAGE_USER
 from tests.support.services import free_port, mlflow_server
-from tests.support.stages import SETTINGS, Stages, stages
-
-__all__ = ["client", "stages"]
+from tests.support.stages import SETTINGS, Stages
 
 pytestmark = pytest.mark.containers
 

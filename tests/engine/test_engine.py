@@ -40,35 +40,13 @@ from components.engine.models import (
 from components.engine.objectives import LOSSES
 from components.engine.packing import Example, balance, first_fit_decreasing, pack, plan_steps
 from tests.conftest import ROOT
+from tests.support.engine import SETTINGS, packed, with_adapter
 
 EXAMPLES = [
     Example([5, 6, 7], [[8, 9], [10, 11, 12]]),
     Example([13, 14], [[15], [16, 17]]),
     Example([20, 21, 22, 23], [[24, 25, 26], [27]]),
 ]
-SETTINGS = loop.LoopSettings(
-    epochs=3.0,
-    max_steps=0,
-    batch_size=2,
-    max_tokens_per_step=16,
-    lr=1e-2,
-    warmup_ratio=0.1,
-    schedule="cosine",
-    weight_decay=0.01,
-    max_grad_norm=1.0,
-    seed=3,
-    checkpoint_every_s=1e-9,
-    eval_every_steps=0,
-    early_stopping_patience=0,
-)
-
-
-def packed(tiny: Path) -> PackedModel:
-    return PackedModel(load_causal_lm(tiny, "fp32"), "fp32")
-
-
-def with_adapter(tiny: Path, dropout: float = 0.0) -> PackedModel:
-    return PackedModel(add_lora(load_causal_lm(tiny, "fp32"), DPO_ADAPTER, 4, 8, dropout, "all-linear", 1), "fp32")
 
 
 def plain_logps(tiny: Path, prompt: list[int], completion: list[int]) -> torch.Tensor:

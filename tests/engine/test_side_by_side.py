@@ -18,7 +18,7 @@ from components.engine.cpu.threads import plan_concurrent_packs, side_by_side
 from components.engine.models import DPO_ADAPTER, PackedModel, add_lora, load_causal_lm, trainable_state
 from components.engine.packing import Example
 from tests.conftest import ROOT
-from tests.engine.test_engine import SETTINGS, packed, with_adapter
+from tests.support.engine import SETTINGS, packed, with_adapter
 
 EXAMPLES = [
     Example([5 + n, 6, 7 + n], [[8, 9, 10 + n][: 1 + n % 3], [11 + n, 12, 13, 14][: 2 + n % 2]]) for n in range(8)

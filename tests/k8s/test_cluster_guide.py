@@ -13,9 +13,6 @@ import typer.main
 from components.config.loading import load_config
 from pipelines.cli import app
 from tests.conftest import ROOT
-from tests.k8s.test_manifests import overlays
-
-__all__ = ["overlays"]
 
 GUIDE = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL)

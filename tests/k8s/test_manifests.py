@@ -1,8 +1,6 @@
 """k8s/ holds, and its check has teeth: each rule is broken once, and found."""
 
 import copy
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,19 +13,9 @@ from components.config.loading import load_config
 from components.stages import STAGES
 from pipelines.alignment import compile_pipeline
 from tests.conftest import ROOT
-from tests.tools.manifests import OVERLAYS, STEPS, build, pods, problems, quantity
+from tests.k8s.conftest import Manifest
+from tests.tools.manifests import OVERLAYS, STEPS, pods, problems, quantity
 from tests.tools.pod_security import violations
-
-Manifest = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def overlays() -> dict[str, list[Manifest]]:
-    if not shutil.which("kubectl"):
-        if os.environ.get("CI") == "true":
-            pytest.fail("CI must have kubectl")
-        pytest.skip("no kubectl, so no manifest was checked")
-    return {name: build(name) for name in OVERLAYS}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from components.common.files import sha256_file
-from tests.pipeline.test_pipeline import Project
+from tests.support.project import Project
 
 LONGER = [
     "sft.max_steps=6",

@@ -21,6 +21,7 @@ from components.sources.data import data_folders, resolve_data
 from components.tracking import store
 from components.tracking.errors import report_errors
 from tests.conftest import ROOT
+from tests.support.repositories import dvc, git
 
 PARAMS = ROOT / "params.yaml"
 DATA = data_folders("data")
@@ -124,16 +125,6 @@ def test_a_hub_id_with_network_and_revision_is_pinned() -> None:
 
 
 # ---- data versions
-
-
-def git(folder: Path, *words: str) -> str:
-    identity_words = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    done = subprocess.run(["git", *identity_words, *words], cwd=folder, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def dvc(folder: Path, *words: str) -> None:
-    subprocess.run([sys.executable, "-P", "-m", "dvc", *words], cwd=folder, check=True, capture_output=True)
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from components.prepare.sources import Package, Sources, read_sources, unpack
 from components.prepare.split import Assignment, assign_prompts, read_splits, write_splits
 from components.prepare.stage import prepare_data
 from tests.conftest import ROOT
+from tests.support.prompts import LONG
 
 SHARES = {"train": 0.45, "validation": 0.15, "test": 0.40}
-LONG = "please write a short story about a lighthouse keeper who finds a message in a bottle on the northern shore"
 
 
 def pair(question: str, chosen: str = "yes", rejected: str = "no", **changes: Any) -> dict[str, Any]:

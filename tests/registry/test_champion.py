@@ -18,25 +18,14 @@ from components.tracking import store
 from tests.conftest import ROOT
 from tests.support.component_kit import empty_mlflow, own_home
 from tests.support.services import mlflow_server
+from tests.support.versions import NAME, with_versions
 
 __all__ = ["empty_mlflow", "own_home"]  # an MLflow with its tables made, which takes two seconds
-
-NAME = "m"
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(champion, "RECONCILE_AFTER_S", 0.01)
-
-
-def with_versions(client: Any, n: int, name: str = NAME) -> Any:
-    """A registered model with so many versions of nothing."""
-    run = client.create_run(store.experiment_id(client))
-    client.log_text(run.info.run_id, "nothing", "model/nothing.txt")
-    client.create_registered_model(name)
-    for _ in range(n):
-        client.create_model_version(name, f"runs:/{run.info.run_id}/model", run_id=run.info.run_id)
-    return client
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 
 from components.common.errors import KubealignError
 from components.common.files import digest, read_json, write_json, write_manifest
-from components.config.loading import load_config
 from components.evaluate.candidates import download_incumbent
 from components.gate.rules import GateContext, apply_gate
 from components.register.stage import Judged, Lineage, run_register
@@ -31,32 +30,11 @@ from components.tracking.errors import explain_mlflow_error
 from components.tracking.run import SETTINGS, stage_run
 from pipelines.cli import app
 from tests.conftest import ROOT
-from tests.registry.test_champion import with_versions
 from tests.support.component_kit import Chain, empty_mlflow, own_home
 from tests.support.services import ADMIN, faulty_proxy, mlflow_server_with_users
+from tests.support.versions import CONFIG, LENIENT, LINEAGE, with_versions
 
 __all__ = ["empty_mlflow", "own_home"]  # an MLflow with its tables made, which takes two seconds
-
-LINEAGE = Lineage(
-    data_commit="workspace",
-    preferences_digest="aa.dir",
-    instructions_digest="bb.dir",
-    data_clean=True,
-    test_set="cc",
-    git_commit="dd",
-    base_reference="/models/tiny",
-    base_digest="ee",
-    config="ff",
-    lineage="gg",
-    incumbent="",
-    decision="hh",
-    test_use=1,
-)
-CONFIG = load_config(ROOT / "params.yaml")
-LENIENT = CONFIG.gate.model_copy(
-    update={"min_pairs": 1, "alpha": 0.49, "max_own_loss": 9.0, "max_kl": 1e9, "min_length_ratio": 0.0}
-    | {"max_length_ratio": 1e9, "max_repetition_increase": 1.0, "max_language_regression": 9.0}
-)
 
 
 class Shop:
@@ -313,7 +291,7 @@ import json, os, sys
 from dataclasses import replace
 from pathlib import Path
 from components.register import stage
-from tests.registry.test_registry import CONFIG, LENIENT, LINEAGE
+from tests.support.versions import CONFIG, LENIENT, LINEAGE
 
 stage._decide = lambda *words: os.kill(os.getpid(), 9)
 order = json.loads(sys.argv[1])

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import websocket
 
 from components.report.html import Table, environment
 from tests.support.stages import Stages
+from tests.support.waiting import wait_until
 
 MAX_BYTES = 1_000_000
 STARTS_WITHIN_S = 60
@@ -64,20 +64,17 @@ class Browser:
         self.events.clear()
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.call("Page.navigate", url=url)
-        deadline = time.monotonic() + STARTS_WITHIN_S
-        while time.monotonic() < deadline:
-            frames = self.call("Page.getFrameTree")["frameTree"].get("childFrames", [])
-            contexts = [
-                event["params"]["context"]
-                for event in self.events
-                if event.get("method") == "Runtime.executionContextCreated"
-            ]
-            for context in reversed(contexts):
-                inside = frames and context["auxData"]["frameId"] == frames[0]["frame"]["id"]
-                if inside and self.evaluate(context["id"], "document.readyState") == "complete":
-                    return int(context["id"])
-            time.sleep(0.05)
-        raise AssertionError("the frame has not loaded")
+        return wait_until(self._loaded_frame, "the frame has loaded", STARTS_WITHIN_S)
+
+    def _loaded_frame(self) -> int:
+        """The JavaScript context of the page's frame once it has loaded, until then 0."""
+        frames = self.call("Page.getFrameTree")["frameTree"].get("childFrames", [])
+        created = [event for event in self.events if event.get("method") == "Runtime.executionContextCreated"]
+        for context in reversed([event["params"]["context"] for event in created]):
+            inside = frames and context["auxData"]["frameId"] == frames[0]["frame"]["id"]
+            if inside and self.evaluate(context["id"], "document.readyState") == "complete":
+                return int(context["id"])
+        return 0
 
     def evaluate(self, context: int, expression: str) -> Any:
         found = self.call("Runtime.evaluate", contextId=context, expression=expression, returnByValue=True)
@@ -107,9 +104,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         port = folder / "DevToolsActivePort"
-        deadline = time.monotonic() + STARTS_WITHIN_S
-        while not (port.is_file() and port.read_text().splitlines()) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_until(lambda: port.is_file() and port.read_text().splitlines(), "Chromium's port", STARTS_WITHIN_S)
         yield Browser(f"127.0.0.1:{port.read_text().splitlines()[0]}")
     finally:
         process.terminate()

@@ -8,10 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import boto3
@@ -21,32 +19,17 @@ import yaml
 from components.common.errors import InputError, KubealignError
 from components.common.files import folder_digest
 from components.config.loading import load_config
-from components.fetch.stage import fetch_data, run_fetch
+from components.fetch.stage import run_fetch
 from components.sources.data import data_folders, resolve_data
 from components.tracking import store
 from tests.conftest import ROOT
-from tests.pipelines.test_shell import dvc, git
+from tests.support.remotes import FOLDER, Remote, fetch, source
+from tests.support.repositories import dvc, git
 from tests.support.services import S3, free_port, git_http_server, s3_server
+from tests.support.waiting import wait_until
 
-FOLDER = "corpus/pairs"
 FILES = 4
 BYTES = 24_000_000
-
-
-@dataclass
-class Remote:
-    """A repository whose data lies in corpus/pairs, with more data beside it that nobody asked for."""
-
-    root: Path
-    digests: dict[str, str]
-    commit: str
-
-    def wipe(self) -> None:
-        """Nothing of the data is on this machine any more."""
-        shutil.rmtree(self.root / ".dvc" / "cache", ignore_errors=True)
-        for path in (self.root / FOLDER).iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
 
 
 def content(number: int, size: int) -> bytes:
@@ -76,16 +59,6 @@ def make_remote(root: Path, url: str, size: int, files: int) -> Remote:
     return Remote(root, version.digests, version.commit)
 
 
-def fetch(remote: Remote, out: Path, repo: str = "") -> Path:
-    data = load_config(ROOT / "params.yaml").data
-    fetch_data(data.model_copy(update=source(remote, repo)), remote.digests, out / "dataset")
-    return out / "dataset"
-
-
-def source(remote: Remote, repo: str = "") -> dict[str, str]:
-    return {"repo": repo or str(remote.root), "path": FOLDER, "revision": remote.commit}
-
-
 def assert_whole(remote: Remote, dataset: Path, files: int, size: int) -> None:
     found = sorted(path.relative_to(dataset).as_posix() for path in dataset.rglob("*") if path.is_file())
     assert found == ["instructions/part0.jsonl", *(f"preferences/part{part}.jsonl" for part in range(files))]
@@ -94,6 +67,15 @@ def assert_whole(remote: Remote, dataset: Path, files: int, size: int) -> None:
 
 
 # ---- by path and URL, without git
+
+
+def answers(port: int) -> bool:
+    """Whether somebody listens on a port of this machine."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +89,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Remote, s
     words = ["git", "daemon", "--export-all", f"--base-path={tmp_path}", "--listen=127.0.0.1", f"--port={number}"]
     process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection(("127.0.0.1", number), timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.05)
+        wait_until(lambda: answers(number), "the git server")
         yield remote, f"git://127.0.0.1:{number}/repo"
     finally:
         os.killpg(process.pid, signal.SIGTERM)
@@ -125,7 +101,7 @@ import json, shutil, sys
 from pathlib import Path
 assert shutil.which("git") is None
 from components.sources.data import data_folders, resolve_data
-from tests.sources.test_data_remotes import Remote, fetch
+from tests.support.remotes import Remote, fetch
 for number, repo in enumerate(sys.argv[2:]):
     version = resolve_data(repo, "HEAD", data_folders("corpus/pairs"))
     fetch(Remote(Path(), version.digests, version.commit), Path(sys.argv[1]) / str(number), repo)
@@ -263,9 +239,7 @@ def kill(s3: S3) -> None:
 
 def await_and_kill(s3: S3, child: "subprocess.Popen[str]", begun: Callable[[], bool]) -> None:
     """Kill the server as soon as the transfer has brought something and before it is over."""
-    deadline = time.monotonic() + 60
-    while not begun() and child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
+    wait_until(lambda: begun() or child.poll() is not None, "the transfer began", every_s=0.002)
     assert child.poll() is None, "the transfer was over before the server could be killed"
     kill(s3)
 
@@ -273,7 +247,8 @@ def await_and_kill(s3: S3, child: "subprocess.Popen[str]", begun: Callable[[], b
 FETCH = """
 import sys
 from pathlib import Path
-from tests.sources.test_data_remotes import FOLDER, Remote, data_folders, fetch
+from components.sources.data import data_folders
+from tests.support.remotes import FOLDER, Remote, fetch
 from components.tracking.errors import report_errors
 with report_errors("fetch"):
     remote = Remote(Path(sys.argv[1]), dict(zip(data_folders(FOLDER), sys.argv[3:5])), sys.argv[2])

@@ -97,8 +97,9 @@ class KubeServer:
         self.faults: list[int] = []
         self.command: list[str] = []
         """What a node runs in place of its job's command."""
-        self.creation_answered_after = 0.0
-        """Seconds between a job's creation and the answer."""
+        self.creation_answered = threading.Event()
+        """While it is not set, whoever creates a job gets no answer, though the job is there."""
+        self.creation_answered.set()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._http.kube = self  # type: ignore[attr-defined]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -202,7 +203,7 @@ class KubeServer:
         self.created.append(manifest)
         whole = manifest | {"metadata": manifest["metadata"] | {"namespace": NAMESPACE, "creationTimestamp": NOW}}
         self.jobs[name] = Job(whole, self._run(manifest))
-        time.sleep(self.creation_answered_after)
+        self.creation_answered.wait(60)
         return whole
 
     def _admit(self, spec: Manifest) -> None:

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -15,6 +14,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from tests.support.waiting import wait_until
 
 STARTS_WITHIN_S = 60
 GRPC_ABOVE = 10_000
@@ -58,16 +59,20 @@ def server(words: list[str], environment: dict[str, str], log: Path, health: str
 
 
 def _await(health: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + STARTS_WITHIN_S
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            urllib.request.urlopen(health, timeout=2).close()  # noqa: S310 - our own server
-            return
-        except urllib.error.HTTPError:
-            return
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError(f"{health} does not answer:\n{log.read_text()[-2000:]}")
+    with suppress(AssertionError):  # it says too little: the log is what helps
+        wait_until(lambda: process.poll() is not None or _answers(health), f"{health} answers", STARTS_WITHIN_S, 0.1)
+    assert process.poll() is None and _answers(health), f"{health} does not answer:\n{log.read_text()[-2000:]}"
+
+
+def _answers(health: str) -> bool:
+    """Whether there is an answer, whatever the status."""
+    try:
+        urllib.request.urlopen(health, timeout=2).close()  # noqa: S310 - our own server
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -236,12 +241,12 @@ def _await_bucket(endpoint: str, bucket: str, keys: dict[str, str]) -> None:
 
     named = {name.lower(): value for name, value in keys.items()}
     client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **named)
-    deadline = time.monotonic() + STARTS_WITHIN_S
-    while True:
+
+    def there() -> bool:
         try:
             client.head_bucket(Bucket=bucket)
-            return
         except (BotoCoreError, ClientError):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
+            return False
+        return True
+
+    wait_until(there, f"the bucket {bucket}", STARTS_WITHIN_S)

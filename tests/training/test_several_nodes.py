@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from tests.conftest import ROOT
 from tests.stubs.kube_server import KubeServer
 from tests.support.services import S3, mlflow_server, s3_server
 from tests.support.stages import SETTINGS, Stages
+from tests.support.waiting import wait_until
 from tests.tools.manifests import dropped
 from tests.tools.pod_security import violations
 
@@ -186,6 +188,11 @@ def test_a_runtime_that_is_not_there_is_named(kube: KubeServer, monkeypatch: pyt
 # ---- its fate
 
 
+def waits_for(file: Path) -> str:
+    """A node's program that goes on as soon as the file is there."""
+    return f"import pathlib, time\nwhile not pathlib.Path({str(file)!r}).exists():\n    time.sleep(0.01)\n"
+
+
 def job(kube: KubeServer, program: str, monkeypatch: pytest.MonkeyPatch) -> train_job.TrainJob:
     monkeypatch.setattr(train_job, "parent_run", lambda: "")
     kube.command = [sys.executable, "-u", "-c", program]
@@ -195,17 +202,19 @@ def job(kube: KubeServer, program: str, monkeypatch: pytest.MonkeyPatch) -> trai
 def test_the_log_of_the_first_node_is_the_steps_own_and_the_job_is_removed(
     kube: KubeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program = "import os, time\nfor n in range(5): print('line', n, 'of', os.environ['PET_NODE_RANK']); time.sleep(.1)"
+    program = "import os\nfor n in range(5): print('line', n, 'of', os.environ['PET_NODE_RANK'])"
     job(kube, program, monkeypatch).run()
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("line")]
     assert said == [f"line {n} of 0" for n in range(5)] and kube.jobs == {}
 
 
 def test_a_failed_node_fails_the_step_with_the_reason_and_its_log(
-    kube: KubeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kube: KubeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program = "import os, sys, time\nrank = os.environ['PET_NODE_RANK']\nprint('I am', rank)\n"
-    program += "time.sleep(0.3 if rank == '1' else 600)\nsys.exit('no memory')"
+    spoken = tmp_path / "spoken"
+    program = "import os, pathlib, signal, sys\nif os.environ['PET_NODE_RANK'] == '0':\n    print('I am 0')\n"
+    program += f"    pathlib.Path({str(spoken)!r}).touch()\n    signal.pause()\n"
+    program += f"{waits_for(spoken)}sys.exit('no memory')"
     with pytest.raises(KubealignError, match="TrainJob kubealign-sft-k2-.* failed: JobsFailed: jobset failed"):
         job(kube, program, monkeypatch).run()
     said = capsys.readouterr().out
@@ -213,14 +222,20 @@ def test_a_failed_node_fails_the_step_with_the_reason_and_its_log(
 
 
 def test_a_server_that_is_away_for_a_while_does_not_end_the_step(
-    kube: KubeServer, monkeypatch: pytest.MonkeyPatch
+    kube: KubeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = job(kube, "import time; time.sleep(0.5)", monkeypatch)
+    back = tmp_path / "back"
+    made = job(kube, waits_for(back), monkeypatch)
     start_ = made._start
+
+    def end_when_back() -> None:
+        wait_until(lambda: not kube.faults, "every fault was met")
+        back.touch()
 
     def then_away() -> str:
         name = start_()
         kube.faults += [503] * 6
+        threading.Thread(target=end_when_back, daemon=True).start()
         return name
 
     monkeypatch.setattr(made, "_start", then_away)
@@ -229,11 +244,15 @@ def test_a_server_that_is_away_for_a_while_does_not_end_the_step(
 
 
 def test_a_step_that_is_started_again_follows_the_job_that_runs(
-    kube: KubeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kube: KubeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = job(kube, "import time; time.sleep(1)", monkeypatch)
+    followed = tmp_path / "followed"
+    first = job(kube, waits_for(followed), monkeypatch)
     first._start()  # and the pod of the step is gone
-    job(kube, "raise SystemExit('a second job')", monkeypatch).run()
+    second = job(kube, "raise SystemExit('a second job')", monkeypatch)
+    follow = second._follow
+    monkeypatch.setattr(second, "_follow", lambda: (followed.touch(), follow()))
+    second.run()
     assert len(kube.created) == 1 and "of an attempt before is followed" in capsys.readouterr().out
 
 
@@ -244,7 +263,8 @@ def test_a_failed_job_of_an_attempt_before_is_removed_and_a_new_one_started(
     name = first._start()
     for node in kube.jobs[name].nodes:
         node.process.wait()
-    time.sleep(1.1)  # names of jobs tell the second
+    started_s = int(time.time())
+    wait_until(lambda: int(time.time()) > started_s, "the next second, which names of jobs tell")
     job(kube, "pass", monkeypatch).run()
     assert len(kube.created) == 2 and kube.jobs == {}
 
@@ -252,8 +272,9 @@ def test_a_failed_job_of_an_attempt_before_is_removed_and_a_new_one_started(
 @pytest.mark.parametrize("during", ["creation", "training"])
 def test_a_step_that_is_cancelled_removes_its_job(kube: KubeServer, tmp_path: Path, during: str) -> None:
     """The job is there before Kubernetes has answered that it is."""
-    kube.creation_answered_after = 2 if during == "creation" else 0
-    kube.command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    if during == "creation":
+        kube.creation_answered.clear()
+    kube.command = [sys.executable, "-c", "import signal; signal.pause()"]
     cluster = section().model_dump_json()
     program = (
         "from components.training import train_job\n"
@@ -266,12 +287,13 @@ def test_a_step_that_is_cancelled_removes_its_job(kube: KubeServer, tmp_path: Pa
         step = subprocess.Popen(
             [sys.executable, "-c", program], stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)}
         )
-        while step.poll() is None and not (
-            kube.jobs and (during == "creation" or "is started" in (tmp_path / "log").read_text())
-        ):
-            time.sleep(0.05)
+        started = "" if during == "creation" else "is started"
+        wait_until(
+            lambda: step.poll() is not None or (kube.jobs and started in (tmp_path / "log").read_text()), "the job"
+        )
         assert step.poll() is None, (tmp_path / "log").read_text()
         step.send_signal(signal.SIGTERM)
+        kube.creation_answered.set()
         assert step.wait(60) == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
     assert kube.jobs == {}
 

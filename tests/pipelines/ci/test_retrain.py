@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,12 @@ from components.tracking import store
 from pipelines import kubeflow
 from pipelines.ci import follow, notify, retrain
 from pipelines.ci import job as job_module
-from tests.pipelines.ci.test_plan import Clone, appended, setting
-from tests.pipelines.test_shell import git
 from tests.stubs.kfp_server import KfpServer, RefusalError, Run, closed, status
 from tests.stubs.receiver import Receiver
+from tests.support.clone import Clone, appended, setting
+from tests.support.repositories import git
 from tests.support.services import free_port
+from tests.support.waiting import wait_until
 
 RUNS = "/apis/v2beta1/runs"
 RULES = [
@@ -288,8 +288,7 @@ def test_a_signal_cancels_the_run_also_when_its_id_was_never_heard(
         monkeypatch.setattr(follow, "FIRST_DELAY_S", 0.5)
 
     def interrupt() -> None:
-        while not kfp.runs or (known and len(kfp.asked("GET", f"{RUNS}/.*")) < 3):
-            time.sleep(0.01)
+        wait_until(lambda: kfp.runs and (not known or len(kfp.asked("GET", f"{RUNS}/.*")) >= 3), "the run")
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)  # a second one does not end the cancelling
 

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,9 @@ from pipelines.cli import app
 from pipelines.data import add as data_add
 from pipelines.data.add import Preview, add
 from tests.conftest import ROOT
-from tests.pipelines.test_shell import dvc, git
-from tests.prepare.test_data import LONG
+from tests.support.prompts import LONG
+from tests.support.repositories import dvc, git
+from tests.support.waiting import wait_until
 
 TEAM = RowDefaults("", "auto", "MIT", "")
 SPLITS = ("train", "validation", "test")
@@ -208,9 +208,8 @@ def test_a_killed_add_goes_on_with_dvc_and_all(project: Path, tmp_path: Path, nu
     child = subprocess.Popen(
         words, cwd=project, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
-    while "team" not in (project / "data" / "sources.lock").read_text() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    lock = project / "data" / "sources.lock"
+    wait_until(lambda: "team" in lock.read_text(), "the new source in the lock file", every_s=0.005)
     (os.killpg if number == signal.SIGKILL else os.kill)(child.pid, number)
     _, said = child.communicate(timeout=60)
     assert "team" in (project / "data" / "sources.lock").read_text()

@@ -1,0 +1,91 @@
+"""A project of its own for whole runs: the real data, a tiny model, its own copy of the code."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT, environment_without_home
+from tests.support.repositories import git
+
+ALL = {"resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register"}
+
+
+SMALL = [
+    "model.max_length=400",
+    "model.precision=fp32",
+    "sft.max_steps=2",
+    "dpo.max_steps=2",
+    "evaluate.answers=1",
+    "evaluate.max_new_tokens=4",
+    "evaluate.bootstrap=1000",
+    "validate.min_rows=2",
+]
+
+
+class Project:
+    """A project folder with the real data, its own copy of the code, and a working directory that is neither."""
+
+    def __init__(self, folder: Path, tiny: Path) -> None:
+        self.root = folder / "project"
+        self.code = folder / "code"
+        self.tiny = folder / "tiny"
+        self.elsewhere = folder / "elsewhere"
+        shutil.copytree(tiny, self.tiny)
+        (self.elsewhere / "components").mkdir(parents=True)
+        (self.elsewhere / "components" / "__init__.py").write_text("raise RuntimeError('the wrong components')\n")
+        for package in ("components", "pipelines"):
+            shutil.copytree(ROOT / package, self.code / package, ignore=shutil.ignore_patterns("__pycache__"))
+        self.root.mkdir()
+        for name in ("params.yaml", "dvc.yaml", "dvc.lock"):
+            shutil.copy(ROOT / name, self.root)
+        for name in ("preferences", "instructions"):
+            shutil.copytree(ROOT / "data" / name, self.root / "data" / name)
+        (self.root / ".gitignore").write_text(".kubealign/\ndata/\n")
+        (self.root / ".dvc").mkdir()
+        shutil.copy(ROOT / ".dvc" / "config", self.root / ".dvc")
+        git(self.root, "init", "-q")
+        git(self.root, "add", "-A")
+        git(self.root, "commit", "-qm", "project")
+        self.environment = environment_without_home() | {
+            "PYTHONPATH": str(self.code),
+            "PYTHONSAFEPATH": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+
+    def words(self, *sets: str) -> list[str]:
+        settings = [*SMALL, f"model.base={self.tiny}", *sets]
+        options = [word for setting in settings for word in ("--set", setting)]
+        return [sys.executable, "-P", "-m", "pipelines.cli", "run", "--project", str(self.root), *options]
+
+    def run(self, *sets: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.words(*sets), cwd=self.elsewhere, env=self.environment, capture_output=True, text=True, check=False
+        )
+
+    def report(self) -> dict[str, Any]:
+        command = [sys.executable, "-P", "-m", "pipelines.cli", "report", "--json", "--project", str(self.root)]
+        done = subprocess.run(
+            command, cwd=self.elsewhere, env=self.environment, capture_output=True, text=True, check=True
+        )
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def client(self) -> Any:
+        import mlflow
+
+        uri = f"sqlite:///{self.root}/.kubealign/mlflow.db"
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        return mlflow.MlflowClient(uri, uri)
+
+
+def ran(done: subprocess.CompletedProcess[str]) -> set[str]:
+    """The steps that really ran, as the log says."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    started = {line.split(":")[0] for line in done.stdout.splitlines() if line.endswith(": started")}
+    cached = {line.split(":")[0] for line in done.stdout.splitlines() if line.endswith(": cached")}
+    assert started | cached == ALL and not started & cached
+    return started
