@@ -15,8 +15,9 @@ from components.common.files import digest
 from components.common.provenance import LOCK, code_parts
 from components.sources.base_model import EMBEDDED
 from components.sources.data import data_folders, embedded_model
-from pipelines.ci.revisions import Revision, default_base, find_commit, is_own, opened_repository
+from pipelines.ci.revisions import Revision, default_base, find_repository, is_own
 from pipelines.ci.staleness import stale
+from pipelines.git import find_commit
 from pipelines.platform import TRAIN_STEPS
 
 SECTIONS = {
@@ -106,9 +107,10 @@ def make_plan(root: Path, base: str, head: str, runner: str) -> Plan:
     Raises:
         InputError: no such commit, or a file in it that cannot be read.
     """
-    with opened_repository(root) as (repo, folder), TemporaryDirectory(prefix="kubealign-") as temporary:
-        last = find_commit(repo, head)
-        first = find_commit(repo, base) if base.strip("0") else default_base(repo, last)
+    repo, folder = find_repository(root)
+    last = find_commit(repo, head)
+    first = find_commit(repo, base) if base.strip("0") else default_base(repo, last)
+    with TemporaryDirectory(prefix="kubealign-") as temporary:
         old, new = Revision(repo, folder, first), Revision(repo, folder, last)
         trees = Path(temporary) / "old", Path(temporary) / "new"
         before, after = _inputs(old, trees[0], runner), _inputs(new, trees[1], runner)
