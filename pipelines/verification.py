@@ -178,7 +178,7 @@ def _check_out(project: Path, commit: str, out: Path) -> None:
     repo = git.top_folder(project)
     found = git.find_commit(repo, commit)
     git.run(repo, "clone", "--quiet", "--no-checkout", "--", str(repo), str(out.resolve()))
-    git.run(out, "reset", "--quiet", "--hard", "--end-of-options", found)
+    git.run(out, "reset", "--quiet", "--hard", found)
 
 
 def _write_params(out: Path, settings: dict[str, Any], project: Path, data_commit: str) -> None:

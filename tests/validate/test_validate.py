@@ -171,6 +171,10 @@ def test_every_check_of_rows_has_a_planted_defect() -> None:
         ("call +49 30 1234 5678 now", ["phone"]),
         ("(415) 155-0132", []),  # an exchange begins with 2 to 9
         ("(415) 555-0132", ["phone"]),
+        ("0571-87654321", ["phone"]),
+        ("021-1234567", []),  # Shanghai has eight digits
+        ("-1484724+960397912423686", []),  # a sum
+        ("5336352000 + 1482320", []),
         ("13812345678", ["phone"]),
         ("order 113812345678", []),
         ("version 1.2.3.4.5, 192.168.0.1, 127.0.0.1, 192.0.2.7", []),
@@ -180,6 +184,8 @@ def test_every_check_of_rows_has_a_planted_defect() -> None:
         ("a.b+c@d-e.co.uk", ["email"]),
         (PERSON, ["identity_card"]),
         ("110105194912310021", []),
+        ("999105194912310021", []),  # the check digit is right, the region is none
+        ("110105194902310026", []),  # and neither is the 31st of February a date
         ("4111 1111 1111 1112", []),
         ("5500-0055-5555-5559", ["payment_card"]),
         ("-----BEGIN RSA PRIVATE KEY-----", ["credential"]),
