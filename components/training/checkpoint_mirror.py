@@ -10,6 +10,7 @@ from typing import Any
 
 from components.common.files import MANIFEST, replacing_folder
 from components.engine.checkpoints import stored
+from components.tracking.storage import s3_filesystem
 
 VARIABLE = "KUBEALIGN_STATE"
 
@@ -28,10 +29,7 @@ class Mirror:
         self.fs: Any = None
         self._pushed: set[str] = set()
         if location:
-            import s3fs
-
-            # Listings are never kept: another process writes there, too.
-            self.fs = s3fs.S3FileSystem(use_listings_cache=False)
+            self.fs = s3_filesystem()
 
     def pull(self) -> None:
         """Bring every whole checkpoint here that is not here yet."""
