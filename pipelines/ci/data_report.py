@@ -25,7 +25,8 @@ from pipelines.ci.plan import data_changed
 from pipelines.ci.revisions import Revision, default_base, find_repository, is_own
 from pipelines.data.versions import KINDS, diff
 from pipelines.git import find_commit
-from pipelines.local.runner import QUIET, run_arguments
+from pipelines.local.runner import run_arguments
+from pipelines.quiet import QUIET
 
 MARKER = "<!-- kubealign:data -->"
 MAX_ROWS = 50

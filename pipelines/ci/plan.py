@@ -5,6 +5,7 @@ commits; nothing is run or downloaded. A step runs when one of its own inputs ch
 """
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,7 @@ def _surroundings(revision: Revision, step: str, tree: Path, runner: str) -> dic
     shell = f"components/{step}/component.py"
     found = {
         shell: Input(_component(tree / shell, step), keyed=False),
-        IMAGES: Input(_code_of(revision.text(IMAGES)), keyed=False),
+        IMAGES: Input([_code_of(revision.text(IMAGES)), _version(revision)], keyed=False),
         GRAPH: Input(_code_of(revision.text(GRAPH)), keyed=False, certain=False),
     }
     if runner == "kubeflow":
@@ -164,6 +165,11 @@ def _surroundings(revision: Revision, step: str, tree: Path, runner: str) -> dic
         for key in ("train_image" if step in TRAIN_STEPS else "data_image", "state"):
             found[f"cluster.{key}"] = Input(cluster.get(key), str(cluster.get(key)), keyed=False)
     return found
+
+
+def _version(revision: Revision) -> str:
+    """The project's version, which is the images' tag."""
+    return str(tomllib.loads(revision.text("pyproject.toml")).get("project", {}).get("version"))
 
 
 def _component(path: Path, name: str) -> str:

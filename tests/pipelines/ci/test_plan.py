@@ -132,6 +132,13 @@ CASES = {
     "nothing": Case([], retrain=False),
     "only README": Case([appended("README.md", "more\n")], retrain=False),
     "only tests": Case([appended("tests/test_x.py", "x = 1\n")], retrain=False),
+    "only the version": Case(
+        [replaced("pyproject.toml", r'version = "[\d.]+"', 'version = "9.9.9"')],
+        "fetch",
+        "components/common/images.py changed",
+        retrain=False,
+        images=True,
+    ),
     "only dpo.beta": Case([setting("dpo.beta", 0.2)], "dpo", "dpo.beta 0.1 → 0.2"),
     "sft.lr": Case([setting("sft.lr", 1e-5)], "sft", "sft.lr 0.0002 → 1e-05"),
     "validate.min_rows": Case([setting("validate.min_rows", 9)], "validate", "validate.min_rows 8 → 9"),
