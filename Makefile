@@ -12,11 +12,8 @@ ARGS ?=
 MIN_DISK_MB := 8000
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-export PYTHONSAFEPATH := 1
-export HF_HUB_OFFLINE := 1
-export DVC_NO_ANALYTICS := 1
-export MLFLOW_DISABLE_TELEMETRY := true
-export GX_ANALYTICS_ENABLED := false
+# The quiet environment, unless it is set already.
+$(foreach setting,$(shell sed -n '/^[A-Z]/p' pipelines/quiet.env),$(eval export $(subst =, ?= ,$(setting))))
 
 .PHONY: help
 help: ## this list

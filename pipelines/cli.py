@@ -225,7 +225,7 @@ def _size(folder: Path) -> int:
 
 def main() -> None:
     """Entry point; expected failures become one line and an exit code."""
-    from pipelines.local.runner import QUIET
+    from pipelines.quiet import QUIET
 
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)

@@ -16,6 +16,7 @@ from components.config.sections import PARAMS
 from components.registry.audit import Audit
 from components.registry.manifest import manifest_mismatch
 from components.training.documents import DpoTraining
+from pipelines import git
 
 TOLERANCE = 1e-3
 """Largest difference of a logit, in fp32, between machines; another adapter or base differs by far more."""
@@ -176,23 +177,12 @@ def _precision(asked: str, training: DpoTraining) -> Iterator[str]:
 
 
 def _check_out(project: Path, commit: str, out: Path) -> None:
-    from dulwich import porcelain
-    from dulwich.errors import NotGitRepository
-    from dulwich.repo import Repo
-
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out}: not empty; name a folder that is not there yet")
-    try:
-        with Repo.discover(str(project)) as repo:
-            if commit.encode() not in repo.object_store:
-                raise InputError(f"commit {commit} is not in {repo.path}; fetch it from where the run was made")
-            root = repo.path
-    except NotGitRepository as error:
-        raise InputError(f"{project}: not a git repository; clone the project and run this there") from error
-    with Path("/dev/null").open("wb") as nowhere:
-        porcelain.clone(root, str(out), checkout=False, errstream=nowhere).close()
-        with Repo(str(out)) as made:
-            porcelain.reset(made, "hard", commit)
+    repo = git.top_folder(project)
+    found = git.find_commit(repo, commit)
+    git.run(repo, "clone", "--quiet", "--no-checkout", "--", str(repo), str(out.resolve()))
+    git.run(out, "reset", "--quiet", "--hard", found)
 
 
 def _write_params(out: Path, settings: JsonObject, project: Path, data_commit: str) -> None:

@@ -5,15 +5,9 @@ from pathlib import Path
 
 import pytest
 
-for name, value in {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "GX_ANALYTICS_ENABLED": "false",
-    "DVC_NO_ANALYTICS": "1",
-    "TQDM_DISABLE": "1",
-}.items():
+from pipelines.quiet import QUIET
+
+for name, value in QUIET.items():
     os.environ.setdefault(name, value)
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -181,7 +181,8 @@ def preference_loss(
         scores_S = scores_S / n_tokens_S
     rewards_S = options.beta * scores_S
     chosen_P, rejected_P = rewards_S.view(-1, 2).unbind(1)
-    pairs = PairScores(*scores_S.view(-1, 2).unbind(1), chosen_P, rejected_P, chosen_P - rejected_P)
+    chosen_scores_P, rejected_scores_P = scores_S.view(-1, 2).unbind(1)
+    pairs = PairScores(chosen_scores_P, rejected_scores_P, chosen_P, rejected_P, chosen_P - rejected_P)
     return loss.function(pairs, options), rewards_S
 
 

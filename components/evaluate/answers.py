@@ -5,7 +5,6 @@ KL can be estimated on them.
 """
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from components.common.errors import InputError
 from components.common.files import digest, write_json
 from components.common.provenance import modules_digest
 from components.dataset.chat import encode_prompt
+from components.dataset.language import count_han, count_latin_words, is_refusal
 from components.dataset.records import LANGUAGES, Preference
 from components.engine.models import PackedModel, plain_attention
 from components.evaluate.statistics import Floats, GroupBootstrap
@@ -31,15 +31,6 @@ from components.tracking.run import StageRun
 
 BATCH_PROMPTS = 8
 REPEATED_TOKENS = 4
-HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
-LATIN_WORD = re.compile(r"[A-Za-z]+")
-OPENING_CHARACTERS = 160
-REFUSAL = re.compile(
-    r"\b(i'?m|i am) (very |so |really )?(sorry|unable|not able)|\bi (cannot|can'?t|won'?t|will not)\b|\bi apologi[sz]e"
-    r"|\bas an? (ai|artificial|language model)|抱歉|对不起|很遗憾|我(无法|不能|没有办法)|不能提供|无法提供"
-    r"|作为(一个|一名|一款)?(ai|人工智能|语言模型|大语言模型)",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -208,14 +199,9 @@ def repetition(tokens: Sequence[int]) -> float:
 
 
 def speaks(text: str, lang: str) -> bool:
-    """Whether a text is in the language, by script: Chinese characters against Latin words; True without either."""
-    han, latin = len(HAN.findall(text)), len(LATIN_WORD.findall(text))
+    """Whether a text is in the language, by its script: Chinese characters against Latin words; True for neither."""
+    han, latin = count_han(text), count_latin_words(text)
     return han >= latin if lang == "zh" else latin >= han
-
-
-def refuses(text: str) -> bool:
-    """Whether an answer opens with a refusal or a disclaimer, by a list of English and Chinese phrases."""
-    return REFUSAL.search(text[:OPENING_CHARACTERS].replace("’", "'")) is not None
 
 
 def measure(bootstrap: GroupBootstrap, answers: Sequence[Answer], langs: Sequence[str]) -> Metrics:
@@ -227,7 +213,7 @@ def measure(bootstrap: GroupBootstrap, answers: Sequence[Answer], langs: Sequenc
         "tokens": (lengths(answers), every),
         "repetition": (np.array([repetition(answer.tokens) for answer in answers]), every),
         "language_match": (written * np.array(match), written),
-        "refusal": (np.array([float(refuses(answer.text)) for answer in answers]), every),
+        "refusal": (np.array([float(is_refusal(answer.text)) for answer in answers]), every),
         "empty": (1.0 - written, every),
         "unfinished": (np.array([float(not answer.finished) for answer in answers]), every),
     }

@@ -12,6 +12,7 @@ from components.sources.base_model import EMBEDDED
 from components.sources.data import WORKSPACE, embedded_model, opened, remote_errors, workspace_digest
 from components.tracking import store
 from components.tracking.run import stage_run
+from components.tracking.storage import s3_filesystem
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 """What a model folder may hold: weights in safetensors, configuration and tokenizer. Never pickles, never code."""
@@ -141,9 +142,7 @@ def _fetch_base(data: DataConfig, reference: str, expected: str, out: Path) -> N
             raise InputError(f"model.base={reference}: holds no config.json; expected a transformers model")
         _copy_model(inner, out)
     elif reference.startswith("s3://"):
-        import s3fs
-
-        s3fs.S3FileSystem().get(reference.rstrip("/") + "/", str(out) + "/", recursive=True)
+        s3_filesystem().get(reference.rstrip("/") + "/", str(out) + "/", recursive=True)
     elif reference.startswith("hub:"):
         import os
 

@@ -1,7 +1,6 @@
 """Convert a team's own files to preference pairs; rows that cannot be pairs are quarantined with the reason."""
 
 import gzip
-import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 from components.common.documents import JsonObject
 from components.common.errors import InputError, RowError
 from components.common.files import sha256_file
+from components.dataset.language import guess_language
 from components.dataset.records import (
     LANGUAGES,
     Preference,
@@ -34,10 +34,6 @@ DETECTION_ROWS = 20
 """First rows of a file, which must agree on its format."""
 LOG_EVERY = 50_000
 AUTO = "auto"
-HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
-WORD = re.compile("[A-Za-z]+")
-LANGUAGE_SAMPLE = 500
-"""Leading characters of a row from which its language is guessed."""
 PLACEHOLDER = {"id": "0" * 16, "group": "0" * 16}
 """Fields that `prepare` fills in later."""
 
@@ -144,15 +140,6 @@ def _complete_pair(pair: tuple[Any, str, str], row: JsonObject, defaults: RowDef
     except ValidationError as error:
         raise RowError(schema_problem(error)) from error
     return made
-
-
-def guess_language(text: str) -> str:
-    """`zh` if the start of the text has more Han characters than words in Latin letters, else `en`."""
-    start = text[:LANGUAGE_SAMPLE]
-    if start.isascii():
-        return "en"
-    han = len(HAN.findall(start))
-    return "zh" if han > len(WORD.findall(start)) else "en"
 
 
 def _first_text(row: JsonObject, *keys: str) -> str:

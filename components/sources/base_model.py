@@ -9,6 +9,7 @@ from components.common.files import digest, folder_digest
 from components.config.sections import DataConfig, ModelConfig
 from components.sources.data import embedded_model, resolve_data
 from components.tracking import store
+from components.tracking.storage import s3_filesystem
 
 EMBEDDED = "embedded"
 
@@ -78,11 +79,8 @@ def _registered(uri: str) -> BaseModel:
 
 
 def _bucket(uri: str) -> BaseModel:
-    import s3fs
-
-    fs = s3fs.S3FileSystem()
     try:
-        entries = fs.find(uri, detail=True)
+        entries = s3_filesystem().find(uri, detail=True)
     except (OSError, ValueError) as error:
         raise InputError(f"model.base={uri}: cannot be listed: {single_line(str(error))}") from error
     if not any(path.endswith("/config.json") for path in entries):

@@ -28,11 +28,10 @@ def upload(folder: Path, location: str) -> None:
         with replacing_folder(Path(location)) as aside:
             shutil.copytree(folder, aside, dirs_exist_ok=True)
         return
-    bucket, prefix = _split(location)
-    client = _client()
+    fs = s3_filesystem()
     files = [path for path in folder.rglob("*") if path.is_file()]
     for path in sorted(files, key=lambda path: path == folder / MANIFEST):
-        client.upload_file(str(path), bucket, f"{prefix}/{path.relative_to(folder).as_posix()}")
+        fs.put_file(str(path), f"{location}/{path.relative_to(folder).as_posix()}")
 
 
 def download(location: str, folder: Path) -> None:
@@ -45,11 +44,11 @@ def download(location: str, folder: Path) -> None:
         raise KubealignError(f"{location}: no {MANIFEST} there; expected a folder that a step has written")
     with replacing_folder(folder) as aside:
         if location.startswith(S3):
-            bucket, prefix = _split(location)
-            for key in _keys(bucket, prefix):
-                target = aside / key.removeprefix(f"{prefix}/")
+            fs = s3_filesystem()
+            for path in fs.find(location):
+                target = aside / path.removeprefix(f"{location.removeprefix(S3)}/")
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _client().download_file(bucket, key, str(target))
+                fs.get_file(path, str(target))
         else:
             shutil.copytree(location, aside, dirs_exist_ok=True)
         verify_manifest(aside)
@@ -58,8 +57,7 @@ def download(location: str, folder: Path) -> None:
 def write(location: str, text: str) -> None:
     """Write a small file; it appears whole or not at all."""
     if location.startswith(S3):
-        bucket, key = _split(location)
-        _client().put_object(Bucket=bucket, Key=key, Body=text.encode())
+        s3_filesystem().pipe_file(location, text.encode())
     else:
         write_text(Path(location), text)
 
@@ -68,17 +66,15 @@ def read(location: str) -> str:
     """The text of a small file."""
     if not location.startswith(S3):
         return Path(location).read_text(encoding="utf-8")
-    bucket, key = _split(location)
-    text: str = _client().get_object(Bucket=bucket, Key=key)["Body"].read().decode()
-    return text
+    content: bytes = s3_filesystem().cat_file(location)
+    return content.decode()
 
 
 def exists(location: str) -> bool:
     """Whether a file exists."""
     if not location.startswith(S3):
         return Path(location).is_file()
-    bucket, key = _split(location)
-    return key in _keys(bucket, key, exact=True)
+    return bool(s3_filesystem().exists(location))
 
 
 def remove(location: str) -> None:
@@ -86,9 +82,9 @@ def remove(location: str) -> None:
     if not location.startswith(S3):
         shutil.rmtree(location, ignore_errors=True)
         return
-    bucket, prefix = _split(location)
-    for key in sorted(_keys(bucket, prefix), key=lambda key: not key.endswith(MANIFEST)):
-        _client().delete_object(Bucket=bucket, Key=key)
+    fs = s3_filesystem()
+    for path in sorted(fs.find(location), key=lambda path: not path.endswith(MANIFEST)):
+        fs.rm_file(path)
 
 
 def materialize(location: str | Path) -> Path:
@@ -124,18 +120,8 @@ def output(location: str) -> Iterator[Path]:
             upload(Path(scratch) / "out", location)
 
 
-def _split(location: str) -> tuple[str, str]:
-    bucket, _, key = location.removeprefix(S3).partition("/")
-    return bucket, key.strip("/")
+def s3_filesystem() -> Any:
+    """The S3 of the environment (AWS_ENDPOINT_URL and the keys), without a cache: other machines write there, too."""
+    import s3fs
 
-
-def _keys(bucket: str, prefix: str, exact: bool = False) -> list[str]:
-    start = prefix if exact else f"{prefix}/"
-    pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start)
-    return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-
-
-def _client() -> Any:
-    import boto3
-
-    return boto3.client("s3")
+    return s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)

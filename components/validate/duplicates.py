@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from components.common.errors import InputError
+from components.dataset.language import HAN
 from components.dataset.records import SPLITS, Preference, Row, iter_lines
 from components.dataset.similarity import (
     Sketches,
@@ -47,7 +48,7 @@ def read_listed(path: Path) -> Listed:
         if not isinstance(value, str):
             raise InputError(f"{path}:{number}: no prompt; expected a text in one of {', '.join(TEXT_FIELDS)}")
         texts.append(normal(value).lower())
-    langs = ["zh" if any("\u4e00" <= character <= "\u9fff" for character in text) else "en" for text in texts]
+    langs = ["zh" if HAN.search(text) else "en" for text in texts]
     return Listed(np.array([int(prompt_key(text), 16) for text in texts], np.uint64), sketch(texts, langs))
 
 

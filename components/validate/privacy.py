@@ -1,7 +1,8 @@
 """Personal data and secrets in a text, by kind; what is found is never returned, only which kind it is.
 
-Numbers that have a checksum are checked by it; credentials are found by detect-secrets, with those of its plugins that
-know a provider's format (its entropy and keyword plugins take ordinary prose for secrets).
+Regular expressions find candidates cheaply; libphonenumber and python-stdnum tell which of them can be what they look
+like. Credentials are found by detect-secrets, with those of its plugins that know a provider's format (its entropy and
+keyword plugins take ordinary prose for secrets).
 """
 
 import ipaddress
@@ -9,22 +10,24 @@ import re
 from functools import cache
 from typing import Any
 
+import phonenumbers
+from stdnum import luhn
+from stdnum.cn import ric
+
 KINDS = ("email", "phone", "identity_card", "payment_card", "ip_address", "credential")
 
 EMAIL = re.compile(
     r"(?<![\w.%+-])[A-Za-z0-9._%+-]{1,64}@(?!example\.)[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,4}\.[A-Za-z]{2,24}"
 )
+AMERICAN = r"(?:\([0-9]{3}\) ?|[0-9]{3}[ .-])[0-9]{3}[ .-][0-9]{4}"
 PHONE = re.compile(
-    r"(?<![0-9A-Za-z.-])(?:(?:\+?86[ -]?)?1[3-9][0-9][ -]?[0-9]{4}[ -]?[0-9]{4}"  # Chinese mobile
+    r"(?<![0-9A-Za-z.-])(?:(?:\+?86[ -]?)?1[0-9]{2}[ -]?[0-9]{4}[ -]?[0-9]{4}"  # Chinese mobile
     r"|0[0-9]{2,3}-[0-9]{7,8}"  # Chinese land line
     r"|\+[1-9][0-9]{0,2}(?:[ .-]?\(?[0-9]{1,4}\)?){2,5}"  # international
-    r"|(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}[ .-])[2-9][0-9]{2}[ .-][0-9]{4})(?![0-9A-Za-z-])"  # North American
+    rf"|{AMERICAN})(?![0-9A-Za-z-])"
 )
-PHONE_DIGITS = range(10, 16)
-IDENTITY_CARD = re.compile(
-    r"(?<![0-9A-Za-z])[1-9][0-9]{5}(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])[0-9]{3}[0-9Xx](?![0-9A-Za-z])"
-)
-IDENTITY_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
+"""How people write phone numbers; libphonenumber alone takes every tenth number in a sum for one."""
+IDENTITY_CARD = re.compile(r"(?<![0-9A-Za-z])[1-9][0-9]{16}[0-9Xx](?![0-9A-Za-z])")
 PAYMENT_CARD = re.compile(r"(?<![0-9A-Za-z.-])[2-6][0-9]{3}(?:[ -]?[0-9]){11,15}(?![0-9A-Za-z])")
 ISSUER = re.compile(
     r"4(?:[0-9]{15}|[0-9]{18})|5[1-5][0-9]{14}|2[2-7][0-9]{14}|3[47][0-9]{13}|35[0-9]{14}"
@@ -68,7 +71,7 @@ def kinds_in(text: str) -> list[str]:
     if "@" in text and EMAIL.search(text):
         found.append("email")
     if NUMBER.search(text):
-        if any(_is_phone(match[0]) for match in PHONE.finditer(text)):
+        if any(is_phone(match[0]) for match in PHONE.finditer(text)):
             found.append("phone")
         if any(is_identity_card(match[0]) for match in IDENTITY_CARD.finditer(text)):
             found.append("identity_card")
@@ -83,23 +86,24 @@ def kinds_in(text: str) -> list[str]:
     return found
 
 
+def is_phone(number: str) -> bool:
+    """Whether a number that is written like a phone number can be one: an assigned prefix and its length."""
+    region = "US" if re.fullmatch(AMERICAN, number) else "CN"
+    try:
+        return phonenumbers.is_valid_number(phonenumbers.parse(number, region))
+    except phonenumbers.NumberParseException:
+        return False
+
+
 def is_identity_card(number: str) -> bool:
-    """Whether the last character of a Chinese identity-card number fits the others (GB 11643, ISO 7064 MOD 11-2)."""
-    total = sum(weight * int(digit) for weight, digit in zip(IDENTITY_WEIGHTS, number, strict=False))
-    return "10X98765432"[total % 11] == number[-1].upper()
+    """Whether a Chinese identity-card number has a region and a date of birth, and its check digit (GB 11643)."""
+    return ric.is_valid(number)
 
 
 def is_payment_card(number: str) -> bool:
     """Whether a number has the length and beginning of an issuer's cards and a right check digit (Luhn)."""
     digits = re.sub(r"[ -]", "", number)
-    if not ISSUER.fullmatch(digits):
-        return False
-    doubled = [sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2]]
-    return (sum(doubled) + sum(map(int, digits[-1::-2]))) % 10 == 0
-
-
-def _is_phone(number: str) -> bool:
-    return sum(character.isdigit() for character in number) in PHONE_DIGITS
+    return ISSUER.fullmatch(digits) is not None and luhn.is_valid(digits)
 
 
 def _is_public_address(text: str) -> bool:

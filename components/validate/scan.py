@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from components.common.documents import JsonObject
 from components.dataset.chat import load_tokenizer
+from components.dataset.language import REFUSAL_SAMPLE, is_refusal
 from components.dataset.records import LANGUAGES, Preference, Row, parse_line, raw_lines
 from components.dataset.similarity import Sketches, join_sketches, normal, prompt_key, sketch
 from components.validate.language import is_in_another_language
@@ -39,16 +40,6 @@ SAID = re.compile(r"\S")
 SENTENCE_END = tuple(".!?…。！？\"'”’)）]】}`*:：;；>|")
 SHORTEST_CUT = 16
 """Characters below which an answer is no cut one: `yes` and `yes, because` are two answers."""
-REFUSAL = re.compile(
-    r"\W*(?:(?:i'?m|i am) (?:very |so |really )?(?:sorry|afraid|unable|not able)|(?:i )?apologi[sz]e|my apologies"
-    r"|sorry\b|i (?:can(?:not|'?t)|do ?n[o']t (?:have|think i can)|won'?t)\b|unfortunately,? i\b"
-    r"|as an? (?:\w+ ){0,2}(?:ai|language model)\b"
-    r"|(?:i'?m|i am) (?:just |only )?an? (?:\w+ )?(?:ai|language model|artificial intelligence)\b"
-    r"|(?:非常|很|十分)?(?:抱歉|对不起|遗憾)"
-    r"|作为(?:一个|一名|一款)?(?:大型|大)?(?:人工智能|ai|语言模型|智能助手)"
-    r"|我(?:是一个|是一名|只是一个)?(?:ai|人工智能|语言模型)|我(?:无法|不能|没有办法))"
-)
-REFUSAL_WITHIN = 120
 
 FLAGS = (
     "schema",
@@ -225,7 +216,7 @@ class _Chunk:
         said = [normal(answer) for answer in answers]
         whole = "\n".join([asked, *said])
         lowered = asked.lower()
-        lower_said = [answer[: REFUSAL_WITHIN + 40].lower() for answer in said]
+        lower_said = [answer[:REFUSAL_SAMPLE].lower() for answer in said]
         lang = str(value.get("lang"))
         flags["turns"][row] = ROLES.fullmatch(roles) is None
         flags["characters"][row] = any(mark in whole for mark in BROKEN)
@@ -243,7 +234,7 @@ class _Chunk:
         numbers["content"][row] = _hash("\0".join([roles, asked, *said]))
         for place, (text, opening) in enumerate(zip(answers, lower_said, strict=True)):
             numbers[("first_characters", "second_characters")[place]][row] = len(text)
-            flags[("refusal_first", "refusal_second")[place]][row] = REFUSAL.match(opening) is not None
+            flags[("refusal_first", "refusal_second")[place]][row] = is_refusal(opening)
         if len(said) > 1:
             first, second = said
             flags["same_answer"][row] = is_same(first, second)

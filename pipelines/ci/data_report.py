@@ -22,9 +22,11 @@ from components.config.sections import PARAMS, Config
 from components.tracking import store
 from components.tracking.run import KFP_RUN_VARIABLE, PARENT_VARIABLES
 from pipelines.ci.plan import data_changed
-from pipelines.ci.revisions import Revision, default_base, find_commit, is_own, opened_repository
+from pipelines.ci.revisions import Revision, default_base, find_repository, is_own
 from pipelines.data.versions import KINDS, diff
-from pipelines.local.runner import QUIET, run_arguments
+from pipelines.git import find_commit
+from pipelines.local.runner import run_arguments
+from pipelines.quiet import QUIET
 
 MARKER = "<!-- kubealign:data -->"
 MAX_ROWS = 50
@@ -52,12 +54,12 @@ def data_report(root: Path, base: str, head: str) -> Report:
         InputError: no such commit, or the data is another repository's.
     """
     config = load_config(root / PARAMS)
-    with opened_repository(root) as (repo, folder):
-        last = find_commit(repo, head)
-        first = find_commit(repo, base) if base.strip("0") else default_base(repo, last)
-        if not is_own(repo, folder, config.data.repo):
-            raise InputError(f"data.repo={config.data.repo} is another repository: report on the data there")
-        unchanged = not data_changed(Revision(repo, folder, first), Revision(repo, folder, last))
+    repo, folder = find_repository(root)
+    last = find_commit(repo, head)
+    first = find_commit(repo, base) if base.strip("0") else default_base(repo, last)
+    if not is_own(repo, folder, config.data.repo):
+        raise InputError(f"data.repo={config.data.repo} is another repository: report on the data there")
+    unchanged = not data_changed(Revision(repo, folder, first), Revision(repo, folder, last))
     lines = [MARKER, f"## Data: `{first[:12]}` → `{last[:12]}`", ""]
     if unchanged:
         return Report("\n".join([*lines, "Neither the data nor its settings change.", ""]), accepted=True)

@@ -14,7 +14,8 @@ from components.config.sections import Config
 from components.sources.data import is_url
 from components.sources.lineage import Key, resolve_key
 from pipelines.ci import outcome
-from pipelines.ci.revisions import find_commit, is_own, opened_repository, origin
+from pipelines.ci.revisions import find_repository, is_own, origin
+from pipelines.git import changed_files, find_commit
 from pipelines.local.runner import run_arguments
 from pipelines.project import run_config
 
@@ -90,16 +91,12 @@ def _checkout(root: Path, config: Config) -> tuple[str, str]:
     Raises:
         InputError: tracked files differ from the commit.
     """
-    from dulwich import porcelain
-
-    with opened_repository(root) as (repo, folder):
-        state = porcelain.status(repo, untracked_files="no")
-        changed = [*state.unstaged, *(path for paths in state.staged.values() for path in paths)]
-        if changed:
-            names = ", ".join(os.fsdecode(path) for path in changed[:3])
-            raise InputError(f"{names} differ from the commit that is checked out; commit first")
-        own = is_own(repo, folder, config.data.repo)
-        return find_commit(repo, "HEAD"), (origin(repo) or str(root)) if own else ""
+    repo, folder = find_repository(root)
+    changed = changed_files(repo)
+    if changed:
+        raise InputError(f"{', '.join(changed[:3])} differ from the commit that is checked out; commit first")
+    own = is_own(repo, folder, config.data.repo)
+    return find_commit(repo, "HEAD"), (origin(repo) or str(root)) if own else ""
 
 
 def _with_data(config: Config, repo: str, commit: str) -> Config:

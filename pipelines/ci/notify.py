@@ -8,46 +8,44 @@ import base64
 import binascii
 import hashlib
 import hmac
-import http.client
 import json
+import logging
 import os
 import re
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 from components.common.errors import ApiError, InputError, KubealignError, RequestRejectedError
 
 URL, SECRET = "KUBEALIGN_WEBHOOK_URL", "KUBEALIGN_WEBHOOK_SECRET"
 TRIES = 5
 FIRST_DELAY_S = 1.0
-"""Before the second try; doubled before every further one."""
+"""The second try follows at once; before the third this is waited for twice, and twice as long before every further."""
 ANSWER_S = 10.0
-RETRYABLE = (408, 425, 429)
-"""Answers below 500 after which a later try may succeed."""
+"""Seconds to connect, and seconds without a byte."""
+RETRYABLE = (408, 425, 429, *range(500, 600))
+"""Answers after which a later try may succeed."""
+MAX_RETRY_AFTER_S = 60
+"""The longest wait that a server's Retry-After can ask for."""
 MAX_COMMENT = 65_000
 """GitHub takes 65536 characters."""
 MARKER = re.compile(r"<!-- kubealign:[\w-]+ -->")
 
 
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: what is signed or carries a token goes to the address that was configured."""
-
-    def redirect_request(self, *words: Any, **named: Any) -> None:
-        """Not followed."""
-
-
-_OPENER = urllib.request.build_opener(_Stay)
-
-
 def ask(method: str, url: str, body: bytes | None, headers: dict[str, str], shown: str, tries: int = TRIES) -> bytes:
     """Make a request, again and again while the server fails or does not answer; returns the answer's body.
+
+    A redirect is an error: what is signed or carries a token goes to the address that was configured.
 
     Args:
         method: of HTTP.
@@ -61,24 +59,49 @@ def ask(method: str, url: str, body: bytes | None, headers: dict[str, str], show
         RequestRejectedError: the server says no.
         ApiError: it failed so often; a later try may succeed.
     """
-    delay_s, problem = FIRST_DELAY_S, ""
-    for number in range(tries):
-        if number:
-            time.sleep(delay_s)
-            delay_s *= 2
-        request = urllib.request.Request(url, body, headers, method=method)  # noqa: S310 - checked where it is read
+    retries = Retry(
+        total=tries - 1,
+        allowed_methods=None,  # any
+        status_forcelist=RETRYABLE,
+        backoff_factor=FIRST_DELAY_S,
+        retry_after_max=MAX_RETRY_AFTER_S,
+        raise_on_status=False,
+    )
+    with requests.Session() as session, _silent_urllib3():
+        session.mount("https://", HTTPAdapter(max_retries=retries))
+        session.mount("http://", HTTPAdapter(max_retries=retries))
+        session.auth = _unchanged
         try:
-            with _OPENER.open(request, timeout=ANSWER_S) as answer:
-                found: bytes = answer.read()
-                return found
-        except urllib.error.HTTPError as error:
-            problem = f"answered {error.code}"
-            if error.code < 500 and error.code not in RETRYABLE:
-                said = " ".join(error.read(2000).decode(errors="replace").split())[:200]
-                raise RequestRejectedError(f"{shown} {problem}: {said}", error.code) from None
-        except (OSError, http.client.HTTPException) as error:
-            problem = f"does not answer ({type(getattr(error, 'reason', error)).__name__})"
+            answer = session.request(method, url, data=body, headers=headers, timeout=ANSWER_S, allow_redirects=False)
+        except requests.RequestException as error:
+            # Its message holds the address; the reason's name says enough.
+            reason = getattr(error.args[0], "reason", error) if error.args else error
+            problem = f"does not answer ({type(reason).__name__})"
+        else:
+            if 200 <= answer.status_code < 300:
+                return answer.content
+            problem = f"answered {answer.status_code}"
+            if answer.status_code not in RETRYABLE:
+                said = " ".join(answer.content[:2000].decode(errors="replace").split())[:200]
+                raise RequestRejectedError(f"{shown} {problem}: {said}", answer.status_code)
     raise ApiError(f"{shown} {problem}" + (f", {tries} times" if tries > 1 else ""), retryable=True)
+
+
+def _unchanged(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """Authentication that adds nothing; without one, requests would take a user from ~/.netrc in place of the token."""
+    return request
+
+
+@contextmanager
+def _silent_urllib3() -> Iterator[None]:
+    """urllib3 logs the path of a request that it repeats, which for a webhook is a secret."""
+    logger = logging.getLogger("urllib3")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @dataclass(frozen=True, repr=False)
@@ -113,7 +136,10 @@ class Webhook:
 
 
 def signature(key: bytes, delivery: str, seconds: str, body: bytes) -> str:
-    """The signature of a delivery: HMAC-SHA256 over its id, its time and its body (Standard Webhooks 1.0)."""
+    """The signature of a delivery: HMAC-SHA256 over its id, its time and its body (Standard Webhooks 1.0).
+
+    Two lines that the package `standardwebhooks` has, too; it takes a secret of any length and a time without its zone.
+    """
     digest = hmac.new(key, f"{delivery}.{seconds}.".encode() + body, hashlib.sha256).digest()
     return f"v1,{base64.b64encode(digest).decode()}"
 

@@ -5,6 +5,7 @@ commits; nothing is run or downloaded. A step runs when one of its own inputs ch
 """
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from components.common.files import digest
 from components.common.provenance import LOCK, code_parts
 from components.sources.base_model import EMBEDDED
 from components.sources.data import data_folders, embedded_model
-from pipelines.ci.revisions import Revision, default_base, find_commit, is_own, opened_repository
+from pipelines.ci.revisions import Revision, default_base, find_repository, is_own
 from pipelines.ci.staleness import stale
+from pipelines.git import find_commit
 from pipelines.platform import TRAIN_STEPS
 
 SECTIONS = {
@@ -106,9 +108,10 @@ def make_plan(root: Path, base: str, head: str, runner: str) -> Plan:
     Raises:
         InputError: no such commit, or a file in it that cannot be read.
     """
-    with opened_repository(root) as (repo, folder), TemporaryDirectory(prefix="kubealign-") as temporary:
-        last = find_commit(repo, head)
-        first = find_commit(repo, base) if base.strip("0") else default_base(repo, last)
+    repo, folder = find_repository(root)
+    last = find_commit(repo, head)
+    first = find_commit(repo, base) if base.strip("0") else default_base(repo, last)
+    with TemporaryDirectory(prefix="kubealign-") as temporary:
         old, new = Revision(repo, folder, first), Revision(repo, folder, last)
         trees = Path(temporary) / "old", Path(temporary) / "new"
         before, after = _inputs(old, trees[0], runner), _inputs(new, trees[1], runner)
@@ -154,7 +157,7 @@ def _surroundings(revision: Revision, step: str, tree: Path, runner: str) -> dic
     shell = f"components/{step}/component.py"
     found = {
         shell: Input(_component(tree / shell, step), keyed=False),
-        IMAGES: Input(_code_of(revision.text(IMAGES)), keyed=False),
+        IMAGES: Input([_code_of(revision.text(IMAGES)), _version(revision)], keyed=False),
         GRAPH: Input(_code_of(revision.text(GRAPH)), keyed=False, certain=False),
     }
     if runner == "kubeflow":
@@ -162,6 +165,11 @@ def _surroundings(revision: Revision, step: str, tree: Path, runner: str) -> dic
         for key in ("train_image" if step in TRAIN_STEPS else "data_image", "state"):
             found[f"cluster.{key}"] = Input(cluster.get(key), str(cluster.get(key)), keyed=False)
     return found
+
+
+def _version(revision: Revision) -> str:
+    """The project's version, which is the images' tag."""
+    return str(tomllib.loads(revision.text("pyproject.toml")).get("project", {}).get("version"))
 
 
 def _component(path: Path, name: str) -> str:

@@ -1,8 +1,7 @@
-"""A commit of the project, read from git without a work tree or a git binary: its files, and its state of DVC."""
+"""A commit of the project, read from git without checking it out: its files, and its state of DVC."""
 
+import io
 import re
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import yaml
 from components.common.errors import InputError, single_line
 from components.config.sections import PARAMS
 from components.sources.data import LOCK, commit_of, is_url
+from pipelines import git
 
 MAIN = ("origin/main", "main")
 
@@ -20,25 +20,23 @@ class Revision:
     """A commit of a repository, as the project's files in it.
 
     Args:
-        repo: dulwich's repository.
+        repo: the top of the repository's work tree.
         folder: the project's folder in it, as a path from its top.
         sha: the commit.
     """
 
-    def __init__(self, repo: Any, folder: str, sha: str) -> None:
-        from dulwich.object_store import iter_tree_contents
-
+    def __init__(self, repo: Path, folder: str, sha: str) -> None:
         self.repo, self.folder, self.sha = repo, folder, sha
         prefix = f"{folder}/" if folder else ""
-        found = iter_tree_contents(repo.object_store, repo[sha.encode()].tree)
-        named = ((entry.path.decode(errors="replace"), entry.sha.decode()) for entry in found)
-        self.files = {path.removeprefix(prefix): blob for path, blob in named if path.startswith(prefix)}
+        entries = git.query(repo, "ls-tree", "-r", "-z", "--end-of-options", sha).split("\0")
+        named = (entry.split("\t", 1) for entry in entries if entry)
+        self.files = {path.removeprefix(prefix): facts.split()[2] for facts, path in named if path.startswith(prefix)}
         """The git hash of every file, by its path in the project."""
 
     def content(self, path: str) -> bytes:
         """A file's content; empty when there is no such file."""
         blob = self.files.get(path)
-        return self.repo[blob.encode()].data if blob else b""
+        return git.run(self.repo, "cat-file", "blob", blob) if blob else b""
 
     def text(self, path: str) -> str:
         """A file's content as text; empty when there is no such file."""
@@ -78,7 +76,7 @@ class Revision:
 
     def data_commit(self, digests: dict[str, str]) -> str:
         """The commit that `resolve` names as the version of the data."""
-        return commit_of(Path(self.repo.path), self.sha, digests)
+        return commit_of(self.repo, self.sha, digests)
 
     def below(self, folder: str) -> dict[str, str]:
         """The git hash of every file in a folder, or of the file itself."""
@@ -86,87 +84,60 @@ class Revision:
 
     def write(self, names: list[str], out: Path) -> None:
         """Write files and folders of this commit below `out`."""
-        for name in names:
-            for path, blob in self.below(name).items():
-                target = out / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(self.repo[blob.encode()].data)
+        wanted = {path: blob for name in names for path, blob in self.below(name).items()}
+        listed = "".join(f"{blob}\n" for blob in wanted.values())
+        answer = io.BytesIO(git.run(self.repo, "cat-file", "--batch", stdin=listed.encode()))
+        for path in wanted:
+            size = int(answer.readline().split()[2])
+            target = out / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(answer.read(size))
+            answer.readline()
 
 
-@contextmanager
-def opened_repository(root: Path) -> Iterator[tuple[Any, str]]:
-    """The git repository around a project, and the project's folder in it.
+def find_repository(root: Path) -> tuple[Path, str]:
+    """The top of the git repository around a project, and the project's folder in it.
 
     Raises:
         InputError: there is none.
     """
-    from dulwich.errors import NotGitRepository
-    from dulwich.repo import Repo
-
-    try:
-        repo = Repo.discover(str(root))
-    except NotGitRepository as error:
-        raise InputError(f"{root}: not in a git repository; expected a clone of the project") from error
-    with repo:
-        folder = root.resolve().relative_to(Path(repo.path).resolve()).as_posix()
-        yield repo, "" if folder == "." else folder
+    repo = git.top_folder(root)
+    folder = root.resolve().relative_to(repo.resolve()).as_posix()
+    return repo, "" if folder == "." else folder
 
 
-def find_commit(repo: Any, name: str) -> str:
-    """The commit that a name means: a branch, tag, abbreviated or whole hash, also as in `HEAD^` and `HEAD~2`.
-
-    Raises:
-        InputError: no such commit in this clone.
-    """
-    from scmrepo.exceptions import RevError
-    from scmrepo.git import Git
-
-    try:
-        with closing(Git(repo.path)) as scm:
-            return str(scm.resolve_rev(name))
-    except RevError as error:
-        raise InputError(
-            f"{name}: no such commit in this clone; a shallow clone lacks it (in GitHub Actions: fetch-depth: 0)"
-        ) from error
-
-
-def default_base(repo: Any, head: str) -> str:
+def default_base(repo: Path, head: str) -> str:
     """What a commit is compared with: where it left the main branch, and on the main branch the commit before it.
 
     Raises:
         InputError: no main branch, nothing in common with it, or no earlier commit.
     """
-    from dulwich.graph import find_merge_base
-
     for name in MAIN:
-        try:
-            main = find_commit(repo, name)
-        except InputError:
-            continue
-        common = [found.decode() for found in find_merge_base(repo, [main.encode(), head.encode()])]
-        if common and common[0] != head:
-            return str(common[0])
-        parents = repo[head.encode()].parents
-        if common and parents:
-            return str(parents[0].decode())
+        main = _commit(repo, name)
+        common = main and git.query(repo, "merge-base", main, head)
+        base = common if common != head else _commit(repo, f"{head}^")
+        if base:
+            return base
     raise InputError(
         f"--base: {head[:12]} has nothing in common with {' or '.join(MAIN)}, or nothing before it; name a commit"
+        + git.shallow_hint(repo)
     )
 
 
-def origin(repo: Any) -> str:
+def _commit(repo: Path, name: str) -> str:
+    return git.query(repo, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+
+
+def origin(repo: Path) -> str:
     """The URL of the remote `origin`, without a user in it; empty without one."""
-    try:
-        return re.sub(r"^(https?://)[^/@]*@", r"\1", repo.get_config().get((b"remote", b"origin"), b"url").decode())
-    except KeyError:
-        return ""
+    return re.sub(r"^(https?://)[^/@]*@", r"\1", git.query(repo, "config", "--get", "remote.origin.url"))
 
 
-def is_own(repo: Any, folder: str, named: str) -> bool:
+def is_own(repo: Path, folder: str, named: str) -> bool:
     """Whether `data.repo` means the repository that the project is in: by its folder, or by the URL of its origin."""
     if is_url(named):
         return _plain(named) == _plain(origin(repo))
-    top = Path(repo.path).resolve()
+    top = repo.resolve()
     return (top / folder / named).resolve() == top
 
 

@@ -36,6 +36,7 @@ from components.sources.data import DATA_SETS
 from components.tracking import store
 from components.tracking.run import NoOpRun
 from pipelines.data.versions import Place, compare
+from pipelines.quiet import QUIET
 
 KNOWN = ("sources.lock", "splits.lock", "statistics.json", "decontaminate.jsonl")
 """What `prepare` reads of the data folder."""
@@ -210,7 +211,7 @@ def _dvc(root: Path, *words: str) -> None:
 
 def _run_dvc(root: Path, words: tuple[str, ...]) -> tuple[int, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    environment = os.environ | {"PATH": path, "PYTHONSAFEPATH": "1", "DVC_NO_ANALYTICS": "1"}
+    environment = QUIET | os.environ | {"PATH": path}
     environment[store.HOME_VARIABLE] = str(store.home())
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "dvc", *words],

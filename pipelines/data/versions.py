@@ -15,6 +15,7 @@ from components.config.sections import DataConfig
 from components.dataset.records import SPLITS, iter_lines
 from components.prepare.sources import ADDED
 from components.sources.data import DATA_SETS, WORKSPACE, data_folders, history, opened
+from pipelines import git
 
 KINDS = ("added", "removed", "changed")
 Place = tuple[str, str, str]
@@ -78,30 +79,26 @@ def diff(data: DataConfig, old: str, new: str) -> dict[Place, Counter[str]]:
 
 def log(root: Path, commit: str, path: str) -> list[dict[str, Any]]:
     """The versions of the data up to a commit, the newest first: those that gave a data set another content."""
-    from dulwich.repo import Repo
-
     folders = data_folders(path)
+    tags = git.tags(root)
+    versions = [(entry, outs) for entry, outs in history(root, commit, folders) if len(outs) == len(folders)]
     found = []
-    with Repo(str(root)) as repo:
-        tags: dict[str, list[str]] = {}
-        for ref in repo.refs.keys(b"refs/tags/"):
-            tags.setdefault(repo.get_peeled(b"refs/tags/" + ref).decode(), []).append(ref.decode())
-        versions = [(entry, outs) for entry, outs in history(root, commit, folders) if len(outs) == len(folders)]
-        for (entry, outs), older in zip(versions, [*(outs for _, outs in versions[1:]), {}], strict=True):
-            digests = {name: outs[folder]["md5"] for name, folder in zip(DATA_SETS, folders, strict=True)}
-            if all(older.get(folder, {}).get("md5") == outs[folder]["md5"] for folder in folders):
-                continue
-            found.append(
-                {
-                    "commit": entry.id.decode(),
-                    "tags": sorted(tags.get(entry.id.decode(), [])),
-                    "time": entry.commit_time,
-                    "message": entry.message.decode(errors="replace").partition("\n")[0],
-                    **digests,
-                    "bytes": sum(int(outs[folder].get("size", 0)) for folder in folders),
-                    "added": _added_sources(repo, entry, path),
-                }
-            )
+    for (entry, outs), older in zip(versions, [*(outs for _, outs in versions[1:]), {}], strict=True):
+        digests = {name: outs[folder]["md5"] for name, folder in zip(DATA_SETS, folders, strict=True)}
+        if all(older.get(folder, {}).get("md5") == outs[folder]["md5"] for folder in folders):
+            continue
+        sha = entry.id.decode()
+        found.append(
+            {
+                "commit": sha,
+                "tags": sorted(tags.get(sha, [])),
+                "time": entry.commit_time,
+                "message": entry.message.decode(errors="replace").partition("\n")[0],
+                **digests,
+                "bytes": sum(int(outs[folder].get("size", 0)) for folder in folders),
+                "added": _added_sources(root, sha, path),
+            }
+        )
     return found
 
 
@@ -142,13 +139,7 @@ def _version(data: DataConfig, revision: str, out: Path) -> Path:
     return out
 
 
-def _added_sources(repo: Any, commit: Any, path: str) -> list[str]:
+def _added_sources(root: Path, commit: str, path: str) -> list[str]:
     """The team's own sources that a version holds."""
-    from dulwich.object_store import tree_lookup_path
-
-    try:
-        _, blob = tree_lookup_path(repo.__getitem__, commit.tree, f"{path}/sources.lock".encode())
-    except KeyError:
-        return []
-    lock = yaml.safe_load(repo[blob].data) or {}
+    lock = yaml.safe_load(git.content(root, commit, f"{path}/sources.lock")) or {}
     return sorted(lock.get(ADDED) or {})

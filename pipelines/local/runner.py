@@ -25,27 +25,9 @@ from components.tracking.errors import is_mlflow_failure
 from components.tracking.events import EVENTS_VARIABLE, Event, EventReader
 from pipelines.local.containers import containers_for_a_run
 from pipelines.local.display import Display
+from pipelines.quiet import QUIET
 
 STOP_AFTER_S = 5.0
-QUIET = {
-    "PYTHONSAFEPATH": "1",
-    "PYTHONUNBUFFERED": "1",
-    # Threads that wait for each other by spinning stall on a shared machine: two processes on two cores were each 3.3
-    # times as slow as one alone. A short spin makes that 2 times, and costs nothing when alone.
-    "GOMP_SPINCOUNT": "10000",
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TQDM_DISABLE": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "GX_ANALYTICS_ENABLED": "false",
-    "DVC_NO_ANALYTICS": "1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
-"""Environment of every step, unless it is set already: no telemetry, no hub, no bars that a pipe tears apart."""
 
 LOG_FILE, EVENTS_FILE = "log.txt", "events.jsonl"
 """What a run leaves in its folder: the whole output of its steps, and their events."""

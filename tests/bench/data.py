@@ -33,7 +33,7 @@ from components.common.errors import DataValidationError
 from components.common.files import read_json, sha256_file, write_json
 from components.config.loading import load_config
 from components.dataset.records import SPLITS, iter_lines
-from components.validate.privacy import is_identity_card, is_payment_card
+from components.validate.privacy import is_identity_card, is_payment_card, is_phone
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "build" / "bench" / "data.json"
@@ -109,7 +109,7 @@ def inside(row: Row, text: str) -> Row:
 
 
 def with_check(make: Callable[[], str], check: Callable[[str], bool]) -> str:
-    """The first of random numbers whose checksum is right."""
+    """The first of random numbers that can be what they look like."""
     while not check(number := make()):
         pass
     return number
@@ -149,9 +149,9 @@ def cut_off(rng: random.Random, row: Row) -> Row:
 
 
 def phone(rng: random.Random, row: Row) -> str:
-    chinese = f"1{rng.choice('3456789')}{digits(rng, 9)}"
-    american = f"({rng.choice('23456789')}{digits(rng, 2)}) {rng.choice('23456789')}{digits(rng, 2)}-{digits(rng, 4)}"
-    return chinese if row["lang"] == "zh" else american
+    if row["lang"] == "zh":
+        return with_check(lambda: f"1{digits(rng, 10)}", is_phone)
+    return with_check(lambda: f"({digits(rng, 3)}) {digits(rng, 3)}-{digits(rng, 4)}", is_phone)
 
 
 def identity_card(rng: random.Random) -> str:

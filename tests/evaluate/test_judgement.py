@@ -11,6 +11,7 @@ import pytest
 
 from components.config.loading import load_config
 from components.config.sections import EvaluateConfig, GateConfig
+from components.dataset.language import is_refusal
 from components.dataset.records import Message, Preference
 from components.engine.history import StepRecord
 from components.evaluate import answers, comparison, statistics
@@ -313,9 +314,9 @@ def test_repetition_language_and_refusal_by_hand() -> None:
         "很抱歉，我无法回答",
         "I’m unable",
     ):
-        assert answers.refuses(text), text
+        assert is_refusal(text), text
     for text in ("Sure! Here is a list", "当然可以，这是答案", "The sky is blue. " * 20 + "I'm sorry"):
-        assert not answers.refuses(text), text
+        assert not is_refusal(text), text
 
 
 def test_measures_of_answers_by_hand() -> None:

@@ -21,7 +21,7 @@ from components.stages import STAGES
 from pipelines import cli, kubeflow
 from pipelines.alignment import compile_pipeline
 from pipelines.kubeflow import RunState, Server
-from pipelines.local.runner import QUIET
+from pipelines.quiet import QUIET
 from tests.conftest import ROOT
 from tests.stubs.kfp_server import WORKFLOW, KfpServer, closed, cut_off, failed_pod, silent, status
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from components.common.errors import InputError, RowError
+from components.dataset.language import guess_language
 from components.dataset.records import read_lines
-from components.prepare.convert import RowDefaults, convert_files, guess_language
+from components.prepare.convert import RowDefaults, convert_files
 from components.prepare.formats import convert, detect
 
 USER = {"role": "user", "content": "法国的首都是哪里？"}

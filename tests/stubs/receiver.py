@@ -22,6 +22,8 @@ class Receiver:
         """Of every request, also of those that were answered with an error."""
         self.answers: list[int] = []
         """Statuses of the next answers; 0 for none at all. Then 204."""
+        self.retry_after = ""
+        """The header of that name, with every error."""
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._http.daemon_threads, self._http.block_on_close = True, False
         self._http.receiver = self  # type: ignore[attr-defined]
@@ -65,5 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         if status in (301, 302, 307):
             self.send_header("Location", "/elsewhere")
+        if status >= 400 and receiver.retry_after:
+            self.send_header("Retry-After", receiver.retry_after)
         self.send_header("Content-Length", "0")
         self.end_headers()

@@ -67,7 +67,7 @@ def test_without_a_state_nothing_leaves_the_machine(tmp_path: Path, monkeypatch:
     mirror = Mirror(tmp_path)
     mirror.push()
     mirror.pull()
-    assert mirror.client is None
+    assert mirror.fs is None
 
 
 def test_a_stage_on_another_machine_resumes_from_the_bucket(

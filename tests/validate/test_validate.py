@@ -14,6 +14,7 @@ from components.common.errors import DataValidationError, InputError, KubealignE
 from components.common.files import read_json, verify_manifest, write_json
 from components.config.loading import load_config
 from components.dataset.distribution import Distribution, distance, remember
+from components.dataset.language import is_refusal
 from components.dataset.records import SPLITS, content_id, read_lines
 from components.dataset.similarity import near_groups, normal, sketch
 from components.validate import checks as checks_module
@@ -171,6 +172,10 @@ def test_every_check_of_rows_has_a_planted_defect() -> None:
         ("call +49 30 1234 5678 now", ["phone"]),
         ("(415) 155-0132", []),  # an exchange begins with 2 to 9
         ("(415) 555-0132", ["phone"]),
+        ("0571-87654321", ["phone"]),
+        ("021-1234567", []),  # Shanghai has eight digits
+        ("-1484724+960397912423686", []),  # a sum
+        ("5336352000 + 1482320", []),
         ("13812345678", ["phone"]),
         ("order 113812345678", []),
         ("version 1.2.3.4.5, 192.168.0.1, 127.0.0.1, 192.0.2.7", []),
@@ -180,6 +185,8 @@ def test_every_check_of_rows_has_a_planted_defect() -> None:
         ("a.b+c@d-e.co.uk", ["email"]),
         (PERSON, ["identity_card"]),
         ("110105194912310021", []),
+        ("999105194912310021", []),  # the check digit is right, the region is none
+        ("110105194902310026", []),  # and neither is the 31st of February a date
         ("4111 1111 1111 1112", []),
         ("5500-0055-5555-5559", ["payment_card"]),
         ("-----BEGIN RSA PRIVATE KEY-----", ["credential"]),
@@ -296,7 +303,7 @@ def test_length_and_refusals_that_tell_the_answer_are_measured_and_warned_of(
     assert whole.refusal_loses.value == 1.0 and whole.refusal_accuracy == 0.5 + 0.5 * 4 / 40
     lines = {measure.name: measure.value for measure in measures([whole], 0.6)}
     assert lines == {"length_shortcut": 0.75, "refusal_shortcut": 0.55}
-    monkeypatch.setattr(scan, "REFUSAL", NEVER)
+    monkeypatch.setattr(scan, "is_refusal", NOTHING)
     off = find_bias(biased(base_model, 30, 36), np.ones(40, bool))[0]
     assert off.refusals_rejected == 0 and off.refusal_accuracy == 0.5
 
@@ -315,11 +322,15 @@ def test_a_share_that_may_be_chance_warns_of_nothing(base_model: Path) -> None:
         "作为一个人工智能语言模型，我",
         "很抱歉，我无法",
         "I cannot help",
+        "I’m sorry",
+        "Unfortunately, as an AI language model, I",
+        "作为一名负责任和道德的人工智能助手，我",
+        "无法提供",
     ],
 )
 def test_a_refusal_is_told_by_its_opening(opening: str) -> None:
-    assert scan.REFUSAL.match(opening.lower())
-    assert not scan.REFUSAL.match(f"the model said: {opening}".lower())
+    assert is_refusal(opening)
+    assert not is_refusal(f"The model said: {opening}")
 
 
 def test_drift_is_the_share_of_rows_that_would_have_to_move() -> None:

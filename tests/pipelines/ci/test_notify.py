@@ -81,13 +81,25 @@ def test_another_key_is_not_accepted(receiver: Receiver, monkeypatch: pytest.Mon
         hook.send("x", {})
 
 
-def test_neither_address_nor_key_is_ever_shown(receiver: Receiver) -> None:
-    receiver.answers = [500] * notify.TRIES
+def test_a_server_says_how_long_to_wait_up_to_a_minute(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("urllib3.util.retry.time.sleep", waits.append)
+    hook = webhook()
+    assert hook
+    for receiver.retry_after in ("7", "86400"):
+        receiver.answers = [429]
+        hook.send("x", {})
+    assert waits == [7, 60] and len(receiver.events) == 2
+
+
+def test_neither_address_nor_key_is_ever_shown(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    receiver.answers = [0, *[500] * (notify.TRIES - 1)]
     hook = webhook()
     assert hook
     with pytest.raises(KubealignError) as error:
         hook.send("x", {})
-    shown = f"{error.value} {error.value.__cause__} {hook!r}"
+    shown = f"{error.value} {error.value.__cause__} {hook!r} {caplog.text}"
     assert "answered 500, 5 times" in shown and "t0k3n" not in shown and SECRET[6:] not in shown
 
 
@@ -168,6 +180,14 @@ def test_a_wrong_token_is_one_line_without_it(github: GitHubStub, monkeypatch: p
     monkeypatch.delenv("GITHUB_TOKEN")
     with pytest.raises(InputError, match="GITHUB_TOKEN are needed"):
         GitHub()
+
+
+def test_a_user_in_netrc_does_not_take_the_token_s_place(
+    github: GitHubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password else\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert GitHub().comment(MARKED, 3) == "made"
 
 
 def test_a_commit_s_pull_requests_get_the_comment(github: GitHubStub, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from components.common.errors import InputError
 from pipelines.ci.plan import make_plan
-from pipelines.ci.revisions import is_own, opened_repository
+from pipelines.ci.revisions import find_repository, is_own
+from pipelines.git import changed_files, find_commit
 from tests.support.clone import Clone, Edit, appended, output, replaced, setting
 from tests.support.repositories import dvc, git
 
@@ -47,6 +48,13 @@ CASES = {
     "nothing": Case([], retrain=False),
     "only README": Case([appended("README.md", "more\n")], retrain=False),
     "only tests": Case([appended("tests/test_x.py", "x = 1\n")], retrain=False),
+    "only the version": Case(
+        [replaced("pyproject.toml", r'version = "[\d.]+"', 'version = "9.9.9"')],
+        "fetch",
+        "components/common/images.py changed",
+        retrain=False,
+        images=True,
+    ),
     "only dpo.beta": Case([setting("dpo.beta", 0.2)], "dpo", "dpo.beta 0.1 → 0.2"),
     "sft.lr": Case([setting("sft.lr", 1e-5)], "sft", "sft.lr 0.0002 → 1e-05"),
     "validate.min_rows": Case([setting("validate.min_rows", 9)], "validate", "validate.min_rows 8 → 9"),
@@ -193,23 +201,63 @@ def test_the_default_base_is_where_the_branch_left_main_and_on_main_the_commit_b
         assert make_plan(clone.root, "0" * 40, "main", "kubeflow").base == clone.base
     finally:
         git(clone.root, "branch", "-f", "main", clone.base)
-    with pytest.raises(InputError, match="no such commit in this clone; a shallow clone lacks it"):
+    with pytest.raises(InputError, match="no such commit in this clone$"):
         make_plan(clone.root, "beef" * 10, "HEAD", "kubeflow")
+    with pytest.raises(InputError, match="^--output=x: no such commit in this clone$"):
+        make_plan(clone.root, "--output=x", "HEAD", "kubeflow")
+
+
+def test_a_shallow_clone_says_that_it_lacks_the_commit(clone: Clone, tmp_path: Path) -> None:
+    head = clone.commit()
+    git(tmp_path, "clone", "-q", "--depth=1", f"file://{clone.root}", "shallow")
+    for base in ("", clone.base):
+        with pytest.raises(InputError, match="a shallow clone: .*fetch-depth: 0") as error:
+            make_plan(tmp_path / "shallow", base, head, "kubeflow")
+    assert f"{clone.base}: no such commit" in str(error.value)
+
+
+def test_a_folder_without_git_and_a_machine_without_git_are_told_apart(
+    clone: Clone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="not in a git repository; expected a clone of the project"):
+        find_repository(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="git: no such program on the PATH"):
+        find_repository(clone.root)
+
+
+def test_hooks_and_variables_of_another_repository_change_nothing(
+    clone: Clone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the command runs in a hook of another repository, and this one has a file system monitor of its own."""
+    git(clone.root, "checkout", "-q", clone.base)
+    (tmp_path / "monitor").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "monitor").chmod(0o755)
+    git(clone.root, "config", "core.fsmonitor", str(tmp_path / "monitor"))
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
+    try:
+        assert find_commit(clone.root, "HEAD") == clone.base and not changed_files(clone.root)
+        (clone.root / "README.md").write_text("other\n")
+        assert changed_files(clone.root) == ["README.md"] and not (tmp_path / "ran").exists()
+    finally:
+        monkeypatch.delenv("GIT_DIR")
+        git(clone.root, "config", "--unset", "core.fsmonitor")
+        git(clone.root, "checkout", "-q", "README.md")
 
 
 def test_a_repository_is_known_by_its_folder_and_by_every_spelling_of_its_origin(clone: Clone) -> None:
     git(clone.root, "remote", "add", "origin", "git@git.example.com:team/data.git")
     try:
-        with opened_repository(clone.root) as (repo, folder):
-            same = (
-                ".",
-                str(clone.root),
-                "https://git.example.com/team/data",
-                "ssh://git@git.example.com/team/data.git",
-            )
-            assert all(is_own(repo, folder, name) for name in same)
-            other = ("..", "https://git.example.com/team/other", "https://git.example.org/team/data.git")
-            assert not any(is_own(repo, folder, name) for name in other)
+        repo, folder = find_repository(clone.root)
+        same = (
+            ".",
+            str(clone.root),
+            "https://git.example.com/team/data",
+            "ssh://git@git.example.com/team/data.git",
+        )
+        assert all(is_own(repo, folder, name) for name in same)
+        other = ("..", "https://git.example.com/team/other", "https://git.example.org/team/data.git")
+        assert not any(is_own(repo, folder, name) for name in other)
     finally:
         git(clone.root, "remote", "remove", "origin")
 

@@ -1,0 +1,45 @@
+"""What the characters and first words of a text tell: its language, English or Chinese, and whether it refuses."""
+
+import re
+
+HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]+")
+LATIN_WORD = re.compile("[A-Za-z]+")
+LANGUAGE_SAMPLE = 500
+"""Leading characters of a text from which its language is guessed."""
+REFUSAL_SAMPLE = 160
+"""Leading characters of an answer in which a refusal shows."""
+REFUSAL = re.compile(
+    r"\W*(?:(?:unfortunately,? )?(?:(?:i'?m|i am) (?:very |so |really )?(?:sorry|afraid|unable|not able)"
+    r"|(?:i )?apologi[sz]e|my apologies|sorry\b"
+    r"|i (?:can(?:not|'?t)|do ?n[o']t (?:have|think i can)|won'?t|will not)\b"
+    r"|as an? (?:\w+ ){0,2}(?:ai|artificial intelligence|language model)\b"
+    r"|(?:i'?m|i am) (?:just |only )?an? (?:\w+ )?(?:ai|language model|artificial intelligence)\b)"
+    r"|unfortunately,? i\b"
+    r"|(?:非常|很|十分)?(?:抱歉|对不起|遗憾)"
+    r"|作为(?:大型|大)?(?:人工智能|ai|语言模型|智能助手)|作为一[个名款][^,.，。]{0,10}(?:人工智能|ai|语言模型|智能助手)"
+    r"|我(?:是一[个名]|只是一个)?(?:ai|人工智能|语言模型)|我(?:无法|不能|没有办法)|(?:不能|无法)提供)"
+)
+"""A refusal or a disclaimer as an answer's opening, in lower case: one further on is often part of a real answer."""
+
+
+def count_han(text: str) -> int:
+    """Number of Chinese characters in a text."""
+    return sum(map(len, HAN.findall(text)))
+
+
+def count_latin_words(text: str) -> int:
+    """Number of words in Latin letters in a text."""
+    return len(LATIN_WORD.findall(text))
+
+
+def guess_language(text: str) -> str:
+    """`zh` when the text's beginning has more Chinese characters than words in Latin letters, else `en`."""
+    start = text[:LANGUAGE_SAMPLE]
+    if start.isascii():
+        return "en"
+    return "zh" if count_han(start) > count_latin_words(start) else "en"
+
+
+def is_refusal(answer: str) -> bool:
+    """Whether an answer opens like a refusal or a disclaimer, by a list of English and Chinese phrases."""
+    return REFUSAL.match(answer[:REFUSAL_SAMPLE].lower().replace("’", "'")) is not None
