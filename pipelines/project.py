@@ -4,9 +4,8 @@ import os
 from pathlib import Path
 
 from components.common.errors import InputError
-from components.config.loading import load_config
-from components.config.sections import PARAMS, Config
 from components.tracking import store
+from components.config.params import PARAMS, Config, load_config
 
 
 def project_folder(project: Path | None) -> Path:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from components.__main__ import app
 from components.common import provenance
 from components.common.errors import KubealignError
-from components.stages import STAGES
+from components.stages import STAGE_NAMES
 from tests.conftest import ROOT
 from tests.tools.component_readmes import expected, interface, load_component
 
@@ -35,10 +35,10 @@ def foreign_imports(code: str) -> list[str]:
 
 
 def test_the_components_are_those_of_the_pipeline() -> None:
-    assert {path.parent.name for path in (ROOT / "components").glob("*/component.py")} == set(STAGES)
+    assert {path.parent.name for path in (ROOT / "components").glob("*/component.py")} == set(STAGE_NAMES)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGE_NAMES)
 def test_a_component_imports_at_its_top_only_the_standard_library_and_kfp(stage: str) -> None:
     assert foreign_imports((ROOT / "components" / stage / "component.py").read_text()) == []
 
@@ -52,7 +52,7 @@ def test_other_imports_are_noticed() -> None:
     assert foreign_imports(code) == ["torch.nn", ".", "components.dpo.stage"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGE_NAMES)
 def test_metadata_has_the_fields_of_the_catalogue(stage: str) -> None:
     metadata = yaml.safe_load((ROOT / "components" / stage / "metadata.yaml").read_text())
     assert list(metadata) == ["name", "stability", "dependencies", "tags", "lastVerified"]
@@ -65,13 +65,13 @@ def test_metadata_has_the_fields_of_the_catalogue(stage: str) -> None:
         assert re.fullmatch(r">=\d+\.\d+\.\d+", need["version"]), f"{need}: the catalogue wants all three numbers"
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGE_NAMES)
 def test_a_component_has_its_two_test_files(stage: str) -> None:
     found = {path.name for path in (ROOT / "components" / stage / "tests").glob("*.py")}
     assert found == {"test_component_unit.py", "test_component_local.py"}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGE_NAMES)
 def test_the_readme_says_what_the_component_says(stage: str) -> None:
     folder = ROOT / "components" / stage
     assert (folder / "README.md").read_text(encoding="utf-8") == expected(folder), "run `make readmes`"
@@ -118,14 +118,14 @@ def test_an_edited_test_changes_no_digest_and_an_edited_stage_does(
 ) -> None:
     shutil.copytree(ROOT / "components", tmp_path / "components", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(provenance, "PACKAGES", tmp_path)
-    before = {stage: provenance.code_digest(stage) for stage in STAGES}
-    for stage in STAGES:
+    before = {stage: provenance.code_digest(stage) for stage in STAGE_NAMES}
+    for stage in STAGE_NAMES:
         with (tmp_path / "components" / stage / "tests" / "test_component_unit.py").open("a") as file:
             file.write("# edited\n")
-    assert {stage: provenance.code_digest(stage) for stage in STAGES} == before
+    assert {stage: provenance.code_digest(stage) for stage in STAGE_NAMES} == before
     with (tmp_path / "components" / "dpo" / "stage.py").open("a") as file:
         file.write("# edited\n")
-    assert {stage for stage in STAGES if provenance.code_digest(stage) != before[stage]} == {"dpo"}
+    assert {stage for stage in STAGE_NAMES if provenance.code_digest(stage) != before[stage]} == {"dpo"}
 
 
 def test_the_commands_of_the_readmes_know_their_options(

@@ -22,27 +22,16 @@ from components.common.errors import InputError
 from components.common.files import replacing_folder
 from components.engine import checkpoints, fused, lora
 from components.engine.attention import PACKED, varlen
+from components.engine.hardware import Precision, native_precision
 from components.engine.head import token_logps
 from components.engine.packing import Example, Pack, pack
 from components.engine.processes import keep_freed_memory, processes
 
-Precision = Literal["bf16", "fp32"]
 SFT_ADAPTER, DPO_ADAPTER, SHIPPED_ADAPTER = "sft", "dpo", "policy"
 PACKED_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.5}
 """Largest difference, in nats, between packed and plain log-probs of a token."""
 PACKED_LAYERS = {"full_attention", "sliding_attention"}
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-
-
-def native_precision() -> Precision:
-    """bf16 where this machine multiplies in it by hardware, else fp32: by software bf16 takes several times as long.
-
-    Of ARM CPUs it is not known: fp32.
-    """
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
 class PackedModel(nn.Module):

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from components.config.sections import EvaluateConfig
 from components.dataset.records import LANGUAGES, Preference
+from components.evaluate.config import EvaluateConfig
 from components.evaluate.statistics import (
     DISTRIBUTION_POINTS,
     Floats,

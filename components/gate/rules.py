@@ -12,7 +12,7 @@ settings on the validation side.
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
-from components.config.sections import GateConfig
+from components.config.gate import GateConfig
 from components.gate.results import Comparison, Estimate, Generation, Results
 
 Outcome = Literal["pass", "fail", "not applicable"]

@@ -10,10 +10,11 @@ from typing import Any
 
 from components.common.errors import ChampionChangedError, KubealignError
 from components.common.files import read_json, sha256_file, verify_manifest, write_json
-from components.config.sections import GateConfig, RegisterConfig
+from components.config.gate import GateConfig
 from components.gate.rules import Circumstances, judge
 from components.register import package
 from components.register.card import model_card
+from components.register.config import RegisterConfig
 from components.registry.audit import CHALLENGER, Audit
 from components.registry.champion import ROLLED_BACK, champion_alias, promote, reconcile_alias
 from components.tracking.errors import explain_mlflow_error, is_mlflow_failure

@@ -8,7 +8,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from components.common.files import UNSEALED, verify_manifest, write_json, write_manifest
-from components.config.sections import ModelConfig, SftConfig
+from components.config.model import ExecutionConfig
 from components.dataset.chat import load_tokenizer
 from components.dataset.records import Instruction, Preference, read_rows
 from components.engine import objectives
@@ -16,6 +16,7 @@ from components.engine.loop import StepRecord, TrainingSet, evaluate
 from components.engine.models import SFT_ADAPTER, PackedModel, save_adapter, save_model
 from components.engine.packing import Pack
 from components.tracking.run import StageRun, is_main_process, stage_run
+from components.sft.config import SftConfig
 from components.training.run import (
     add_adapter,
     checkpoint_folder,
@@ -32,7 +33,7 @@ from components.training.scoring import score, weights_digest
 
 
 def run_sft(
-    config: SftConfig, model: ModelConfig, dataset: Path, base_model: Path, out: Path
+    config: SftConfig, model: ExecutionConfig, dataset: Path, base_model: Path, out: Path
 ) -> tuple[str, dict[str, float]]:
     """Fine-tune the base model on the instructions.
 
@@ -48,7 +49,7 @@ def run_sft(
         id of the MLflow run, and the metrics: loss on the validation answers before and after (nats per token).
     """
     model = resolve_precision(model)
-    with stage_run("sft", config.model_dump() | model.how()) as run:
+    with stage_run("sft", config.model_dump() | model.execution_settings()) as run:
         base_digest, data_digest = verify_manifest(base_model), verify_manifest(dataset)
         tokenizer = load_tokenizer(base_model)
         sets = {split: _training_set(tokenizer, dataset, split, config.loss_on) for split in ("train", "validation")}
@@ -80,7 +81,7 @@ def run_sft(
 def _score_pairs(
     run: StageRun,
     lm: PackedModel,
-    model: ModelConfig,
+    model: ExecutionConfig,
     dataset: Path,
     tokenizer: Any,
     base_digest: str,

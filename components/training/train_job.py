@@ -22,10 +22,12 @@ import yaml
 from components.common.errors import KubealignError, KubernetesApiError, single_line
 from components.common.files import digest, verify_manifest
 from components.common.images import TRAIN_IMAGE
+from components.config.cluster import ClusterConfig
 from components.config.loading import validated
-from components.config.sections import ClusterConfig, ModelConfig, OptimiserConfig
 from components.tracking import events, storage, store
 from components.tracking.run import KFP_RUN_VARIABLE, parent_run
+from components.config.model import ExecutionConfig
+from components.training.config import OptimiserConfig
 
 VARIABLE = "KUBEALIGN_CLUSTER"
 """Environment variable of a step that is to run on several nodes: the section `cluster` as JSON."""
@@ -59,7 +61,7 @@ def run_on_nodes(
     cluster: ClusterConfig,
     stage: str,
     config: OptimiserConfig,
-    model: ModelConfig,
+    model: ExecutionConfig,
     inputs: dict[str, Path],
     out: Path,
 ) -> tuple[str, dict[str, float]]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from components.common.errors import InputError
-from components.config.sections import ValidateConfig
 from components.dataset.records import LANGUAGES, Instruction, Preference, Row
+from components.validate.config import ValidateConfig
 
+Summary = dict[str, Any]
 Severity = Literal["error", "stop", "warn"]
 TOO_LONG = "too_long"
 KINDS: dict[str, type[Row]] = {"preferences": Preference, "instructions": Instruction}
@@ -35,6 +36,12 @@ class Check:
     advice: str
     expectation: str
     arguments: Mapping[str, Any]
+
+
+def every_check(summary: Summary) -> list[Summary]:
+    """The checks of a data set's rows, and of the data set as a whole."""
+    found: list[Summary] = summary["checks"] + summary.get("statistics", {"checks": []})["checks"]
+    return found
 
 
 def row_checks(kind: type[Row], max_length: int) -> list[Check]:

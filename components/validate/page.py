@@ -1,14 +1,12 @@
 """The validation report: a self-contained page and its Markdown summary. It says where, never what was found there."""
 
 import html
-from typing import Any
 
 from components.dataset.distribution import MEASURES
 from components.report.html import page, table_html
 from components.validate.bias import ALL
-from components.validate.checks import KINDS
+from components.validate.checks import KINDS, Summary, every_check
 
-Summary = dict[str, Any]
 ORDER = ("stop", "error", "warn")
 SHOWN = 8
 """Places that the page names for a check; validation.json has more, quarantine.jsonl and warnings.jsonl have all."""
@@ -48,12 +46,6 @@ def markdown_page(summaries: Summary) -> str:
         )
     lines += ["", _drift_sentence(summaries), "", _listed_sentence(summaries), ""]
     return "\n".join(lines)
-
-
-def every_check(summary: Summary) -> list[Summary]:
-    """The checks of a data set's rows, and of the data set as a whole."""
-    found: list[Summary] = summary["checks"] + summary.get("statistics", {"checks": []})["checks"]
-    return found
 
 
 def _failing(summaries: Summary) -> list[tuple[str, Summary]]:

@@ -14,18 +14,26 @@ from pydantic import ValidationError
 
 from components.common.errors import DataValidationError, InputError
 from components.common.files import read_json, replacing_folder, write_json, write_manifest, write_text
-from components.config.sections import ModelConfig, ValidateConfig
 from components.dataset.distribution import MEASURES, PREVIOUS, Distribution, distance, length_bucket
 from components.dataset.records import SPLITS, parse_line, raw_lines, schema_problem
 from components.tracking.run import StageRun, stage_run
 from components.validate.bias import ALL, Bias, find_bias, statistics
-from components.validate.checks import KINDS, TOO_LONG, Check, row_checks, statistic_checks, with_severities
+from components.validate.checks import (
+    KINDS,
+    TOO_LONG,
+    Check,
+    Summary,
+    every_check,
+    row_checks,
+    statistic_checks,
+    with_severities,
+)
+from components.validate.config import ValidateConfig
 from components.validate.duplicates import Listed, mark_prompts, mark_rows, read_listed
-from components.validate.page import every_check, html_page, markdown_page
+from components.validate.page import html_page, markdown_page
 from components.validate.scan import Found, Scan, join_found, processes_for, scan_file
 from components.validate.suite import Suite
 
-Summary = dict[str, Any]
 Failed = dict[str, NDArray[np.int64]]
 SHOWN_PLACES = 20
 """Lines that the report names for a check; quarantine.jsonl has all."""
@@ -33,7 +41,7 @@ SHOWN_PLACES = 20
 
 def run_validate(
     config: ValidateConfig,
-    model: ModelConfig,
+    max_length: int,
     dataset: Path,
     base_model: Path,
     clean_out: Path,
@@ -44,7 +52,7 @@ def run_validate(
 
     Args:
         config: the thresholds, and when to stop.
-        model: the length limit.
+        max_length: tokens of prompt and answer above which a row is set aside.
         dataset: folder with preferences/ and instructions/, from fetch.
         base_model: model folder, for its tokenizer.
         clean_out: gets the good rows, quarantine.jsonl, warnings.jsonl (where rows stand that a check warns of, not
@@ -60,10 +68,10 @@ def run_validate(
             reports are written first.
         InputError: a file that is not JSON lines.
     """
-    params = config.model_dump() | {"max_length": model.max_length}
+    params = config.model_dump() | {"max_length": max_length}
     with stage_run("validate", params) as run:
         overall = with_severities(statistic_checks(), config)
-        checked = check_rows(config, model, dataset, base_model, run)
+        checked = check_rows(config, max_length, dataset, base_model, run)
         sets, sides, checks, failed = checked.sets, checked.sides, checked.checks, checked.failed
         bias = find_bias(sets["preferences"], sets["preferences"].columns["schema"] == 0)
         drift = _drift(dataset, sets["preferences"])
@@ -91,7 +99,7 @@ def run_validate(
         for path in (clean_out / "validation.json", html_out):
             run.log_artifact(path)
         for name in KINDS:
-            run.log(f"{name}: {summaries[name]['rows']} rows = {_counts(summaries[name], model.max_length)}")
+            run.log(f"{name}: {summaries[name]['rows']} rows = {_counts(summaries[name], max_length)}")
         _stop_when_bad(config, summaries)
         return run.run_id, metrics
 
@@ -108,16 +116,18 @@ class Checked:
     suite: Suite
 
 
-def check_rows(config: ValidateConfig, model: ModelConfig, dataset: Path, base_model: Path, run: StageRun) -> Checked:
+def check_rows(
+    config: ValidateConfig, max_length: int, dataset: Path, base_model: Path, run: StageRun
+) -> Checked:
     """Look at every row of both data sets, and write nothing.
 
     Raises:
         InputError: a file that is not JSON lines.
         KubealignError: a check could not be evaluated.
     """
-    checks = {name: with_severities(row_checks(kind, model.max_length), config) for name, kind in KINDS.items()}
+    checks = {name: with_severities(row_checks(kind, max_length), config) for name, kind in KINDS.items()}
     listed = _read_list(config, dataset)
-    sets, sides = _scan(config, model, dataset, base_model, run)
+    sets, sides = _scan(config, max_length, dataset, base_model, run)
     suite = Suite()
     flags = mark_prompts(sets, sides, listed, config.near_duplicate)
     failed = {
@@ -133,7 +143,7 @@ def _read_list(config: ValidateConfig, dataset: Path) -> Listed | None:
 
 
 def _scan(
-    config: ValidateConfig, model: ModelConfig, dataset: Path, base_model: Path, run: StageRun
+    config: ValidateConfig, max_length: int, dataset: Path, base_model: Path, run: StageRun
 ) -> tuple[dict[str, Found], dict[str, NDArray[np.uint8]]]:
     """Each data set as columns, and the side of every row as its position in SPLITS."""
     paths = {name: [dataset / name / f"{split}.jsonl" for split in SPLITS] for name in KINDS}
@@ -144,7 +154,7 @@ def _scan(
     sets, sides = {}, {}
     try:
         for name, kind in KINDS.items():
-            scan = Scan(kind, base_model, model.max_length, config.language_confidence)
+            scan = Scan(kind, base_model, max_length, config.language_confidence)
             parts: list[Found] = []
             side = []
             for position, path in enumerate(paths[name]):

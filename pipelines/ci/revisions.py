@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from components.common.errors import InputError, single_line
-from components.config.sections import PARAMS
+from components.config.params import PARAMS
 from components.sources.data import LOCK, commit_of, is_url
 
 MAIN = ("origin/main", "main")

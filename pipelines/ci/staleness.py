@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from components.config.sections import PARAMS
+from components.config.params import PARAMS
 from components.sources.data import LOCK
 from pipelines.ci.revisions import Revision
 

@@ -31,8 +31,7 @@ from accelerate.state import AcceleratorState
 
 from components.common.files import read_json, write_json
 from components.common.memory import peak_memory_mib
-from components.config.loading import load_config
-from components.config.sections import Config
+from components.config.params import Config, load_config
 from components.dataset.chat import load_tokenizer
 from components.dataset.records import Preference, read_rows
 from components.dpo.stage import cached_reference, make_objective

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from components.common.errors import TrainingError
-from components.config.loading import load_config
+from components.config.params import load_config
 from components.dpo.stage import cached_reference, make_objective
 from components.engine import loop
 from components.engine.models import DPO_ADAPTER, PackedModel, add_lora, load_causal_lm, trainable_state

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.config.loading import load_config
-from components.config.sections import EvaluateConfig, GateConfig
+from components.config.gate import GateConfig
+from components.config.params import load_config
 from components.dataset.records import Message, Preference
 from components.evaluate import answers, comparison, statistics
 from components.evaluate.comparison import Scored, compare
+from components.evaluate.config import EvaluateConfig
 from components.evaluate.page import markdown, report
 from components.evaluate.statistics import GroupBootstrap
 from components.gate.rules import Circumstances, judge

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from components.config.XXX import section
 from pydantic import BaseModel
 
 from components.common import provenance
 from components.common.errors import InputError, KubealignError
 from components.common.files import replacing, replacing_folder, verify_manifest, write_json, write_manifest
-from components.config.loading import load_config, pipeline_arguments, section
-from components.config.sections import FORM_FIELDS, Config, DpoConfig, ModelConfig
+from components.config.model import ModelConfig
+from components.config.params import FORM_FIELDS, Config, load_config, pipeline_arguments
+from components.dpo.config import DpoConfig
 from components.sources.base_model import resolve_base
 from components.sources.data import data_folders, resolve_data
 from components.tracking import store

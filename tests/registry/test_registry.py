@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from components.common.errors import KubealignError
 from components.common.files import digest, read_json, write_json, write_manifest
-from components.config.loading import load_config
+from components.config.params import load_config
 from components.evaluate.candidates import download_incumbent
 from components.gate.rules import Circumstances, judge
 from components.register.stage import Judged, Lineage, run_register

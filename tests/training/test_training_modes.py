@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from components.common.files import UNSEALED, write_manifest
-from components.config.loading import load_config
+from components.config.params import load_config
 from components.dataset.chat import load_tokenizer
 from components.dataset.records import Preference, read_rows
 from components.dpo.stage import run_dpo
