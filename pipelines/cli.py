@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from components.common.errors import InputError, KubealignError
+from components.config.params import PARAMS, Config, load_config
 from components.tracking import store
 from components.tracking.errors import explain_mlflow_error, explain_os_error, is_mlflow_failure
-from components.config.params import PARAMS, Config, load_config
 from pipelines.commands import ci, data, kubeflow, registry
 from pipelines.commands.options import Overrides, Project
 from pipelines.project import project_folder, run_config

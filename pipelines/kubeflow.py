@@ -24,10 +24,10 @@ from typing import Any
 from components.common.errors import InputError, KubeflowApiError, WaitTimeoutError, single_line
 from components.common.files import sha256_file
 from components.common.provenance import git_commit
-from components.tracking.store import without_credentials
 from components.config.cluster import ClusterConfig
 from components.config.params import Config, pipeline_arguments
 from components.stages import STAGE_NAMES
+from components.tracking.store import without_credentials
 from pipelines.alignment import DESCRIPTION, NAME, compile_pipeline
 from pipelines.platform import for_its_hardware, pod_template
 

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from components.common.errors import InputError
-from components.tracking import store
 from components.config.params import PARAMS, Config, load_config
+from components.tracking import store
 
 
 def project_folder(project: Path | None) -> Path:

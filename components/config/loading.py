@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from components.common.errors import InputError
-from components.tracking.store import without_credentials
 from components.config.section import Section
+from components.tracking.store import without_credentials
 
 S = TypeVar("S", bound=Section)
 

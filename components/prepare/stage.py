@@ -22,9 +22,8 @@ from components.common.files import folder_digest, replacing, replacing_folder, 
 from components.dataset.distribution import PREVIOUS, STATISTICS, Distribution, remember
 from components.dataset.records import SPLITS, content_id, iter_lines, line_of
 from components.dataset.similarity import Sketches, join_sketches, prompt_key, prompt_text, sketch
-from components.prepare.formats import convert
 from components.prepare.config import PrepareConfig
-from components.prepare.formats import RowProblem, convert
+from components.prepare.formats import convert
 from components.prepare.sources import Member, Sources, added_pairs, read_sources, unpack
 from components.prepare.split import Assignment, assign_prompts, read_splits, write_splits
 from components.tracking import store

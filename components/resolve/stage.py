@@ -15,10 +15,9 @@ from components.config.params import Config
 from components.orders import Order, decision_key, make_orders, with_keys
 from components.registry.audit import Audit, next_use
 from components.registry.champion import champion_alias, reconcile_alias
-from components.sources.data import data_folders
+from components.sources.facts import resolve_facts
 from components.tracking import store
 from components.tracking.run import SETTINGS, StageRun, stage_run
-from components.sources.facts import resolve_facts
 
 ORDERS = "orders.json"
 """Artifact of the run: the order of every step."""

@@ -15,8 +15,8 @@ from components.engine import objectives
 from components.engine.loop import StepRecord, TrainingSet, evaluate
 from components.engine.models import SFT_ADAPTER, PackedModel, save_adapter, save_model
 from components.engine.packing import Pack
-from components.tracking.run import StageRun, is_main_process, stage_run
 from components.sft.config import SftConfig
+from components.tracking.run import StageRun, is_main_process, stage_run
 from components.training.run import (
     add_adapter,
     checkpoint_folder,

@@ -28,10 +28,10 @@ from components.engine.models import (
 )
 from components.engine.packing import Example
 from components.engine.processes import processes
-from components.tracking import store
-from components.tracking.run import StageRun, is_main_process
 from components.orders import make_order
 from components.stages import BY_NAME
+from components.tracking import store
+from components.tracking.run import StageRun, is_main_process
 from components.training.checkpoint_mirror import Mirror
 from components.training.config import OptimiserConfig
 

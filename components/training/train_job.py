@@ -24,9 +24,9 @@ from components.common.files import digest, verify_manifest
 from components.common.images import TRAIN_IMAGE
 from components.config.cluster import ClusterConfig
 from components.config.loading import validated
+from components.config.model import ExecutionConfig
 from components.tracking import events, storage, store
 from components.tracking.run import KFP_RUN_VARIABLE, parent_run
-from components.config.model import ExecutionConfig
 from components.training.config import OptimiserConfig
 
 VARIABLE = "KUBEALIGN_CLUSTER"

@@ -116,9 +116,7 @@ class Checked:
     suite: Suite
 
 
-def check_rows(
-    config: ValidateConfig, max_length: int, dataset: Path, base_model: Path, run: StageRun
-) -> Checked:
+def check_rows(config: ValidateConfig, max_length: int, dataset: Path, base_model: Path, run: StageRun) -> Checked:
     """Look at every row of both data sets, and write nothing.
 
     Raises:

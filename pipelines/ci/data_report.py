@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from components.common.errors import InputError
+from components.config.params import PARAMS, Config, load_config
 from components.tracking import store
 from components.tracking.run import KFP_RUN_VARIABLE, PARENT_VARIABLES
-from components.config.params import PARAMS, Config, load_config
 from pipelines.ci.plan import data_changed
 from pipelines.ci.revisions import Revision, default_base, find_commit, is_own, opened_repository
 from pipelines.data.versions import KINDS, diff

@@ -24,8 +24,8 @@ from components.common.errors import (
     WaitTimeoutError,
 )
 from components.common.files import read_json, write_json
-from components.tracking import store
 from components.config.params import PARAMS, load_config
+from components.tracking import store
 from pipelines.alignment import NAME
 from pipelines.ci.job import Job
 from pipelines.kubeflow import RunState, Server, submit

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from components.common.errors import InputError, InterruptedRunError, KubealignError, RunPendingError
+from components.config.params import PARAMS, load_config
 from components.tracking import store
 from components.tracking.errors import explain_mlflow_error, is_mlflow_failure
-from components.config.params import PARAMS, load_config
 from pipelines.ci import notify, outcome
 from pipelines.ci.follow import run_on_kubeflow
 from pipelines.ci.job import Job

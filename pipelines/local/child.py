@@ -87,9 +87,9 @@ def main() -> None:
     from kfp.local import subprocess_task_handler
 
     from components.common.files import digest
+    from components.config.params import PARAMS, load_config
     from components.tracking import events
     from components.tracking.errors import explain_os_error
-    from components.config.params import PARAMS, load_config
     from pipelines.alignment import build_pipeline
     from pipelines.local.containers import runner as container_runner
 

@@ -19,10 +19,10 @@ from components.common.errors import InputError, InterruptedRunError, StepFailed
 from components.common.provenance import git_commit
 from components.config.params import Config, pipeline_arguments
 from components.sources.data import is_url
+from components.stages import BY_NAME
 from components.tracking import store
 from components.tracking.errors import is_mlflow_failure
 from components.tracking.events import EVENTS_VARIABLE, Event, EventReader
-from components.stages import BY_NAME
 from pipelines.local.containers import containers_for_a_run
 from pipelines.local.display import Display
 from pipelines.platform import for_its_hardware

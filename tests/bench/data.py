@@ -277,7 +277,7 @@ def child(project: Path) -> None:
     reports = (project / "report.html", project / "report.md")
     try:
         run_validate(config.validate_, config.model.max_length, project / "data", base, project / "clean", *reports)
-    except DataStop as stop:
+    except DataValidationError as stop:
         print(stop)
     seconds["validate"] = time.monotonic() - started
     write_json(project / "seconds.json", seconds)

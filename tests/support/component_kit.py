@@ -15,9 +15,9 @@ from components.common.provenance import code_digest
 from components.config.params import load_config, pipeline_arguments
 from components.orders import Facts, Order, make_order, read_order
 from components.resolve.component import resolve
+from components.stages import BY_NAME, ORDERED, STAGE_NAMES
 from components.tracking import store
 from components.tracking.run import SETTINGS
-from components.stages import BY_NAME, ORDERED, STAGE_NAMES
 from tests.conftest import ROOT, move_home
 
 SMALL = [
