@@ -23,11 +23,16 @@ def door() -> None:
 
 
 @app.command()
-def prepare(project: Path = Path(), base_model: bool = False) -> None:
-    """Make the canonical data sets below data/, or with --base-model the embedded base model."""
-    from components.prepare.stage import prepare_base_model, prepare_data
+def prepare(project: Path = Path(), base_model: bool = False, code: bool = False) -> None:
+    """Make the canonical data sets below data/, or with --base-model the embedded base model.
 
-    if base_model:
+    With --code write data/prepare.code, which names the code that makes the data: DVC goes by it.
+    """
+    from components.prepare.stage import prepare_base_model, prepare_data, write_code_digest
+
+    if code:
+        write_code_digest(project / "data")
+    elif base_model:
         prepare_base_model(project / "data")
     else:
         prepare_data(load_config(project / PARAMS).prepare, project / "data")

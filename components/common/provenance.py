@@ -22,8 +22,10 @@ LIBRARIES = {
     "mlflow": "mlflow-skinny",
 }
 """Libraries whose version is part of the code that imports them: module -> distribution."""
-PAGE_WRITERS = re.compile(r"components\.(report(\..*)?|\w+\.(page|report_page|card))")
-"""Modules that only write pages and cards: no later step reads what they make."""
+WITHOUT_RESULT = re.compile(r"components\.(stages|orders|report(\..*)?|\w+\.(page|report_page|card))")
+"""Modules that no result depends on: those that only write pages and cards, which no later step reads, and those that
+make the orders, whose content is in every key itself.
+"""
 CHAT = "components.dataset.chat"
 CHAT_TEMPLATES = "components/dataset/templates"
 """The files beside that module which are part of its code."""
@@ -42,6 +44,11 @@ def modules_digest(start: str) -> str:
     return digest(list(code_parts(start, PACKAGES)))[:16]
 
 
+def source_digest(start: str, tree: Path) -> str:
+    """Digest of our own code behind a module, whatever the libraries."""
+    return digest(code_parts(start, tree)[0])[:16]
+
+
 def code_parts(start: str, tree: Path) -> tuple[dict[str, str], dict[str, str]]:
     """What the behaviour of a module consists of.
 
@@ -50,8 +57,8 @@ def code_parts(start: str, tree: Path) -> tuple[dict[str, str], dict[str, str]]:
         tree: the folder with the package `components` in it; another one than ours is read, never run.
 
     Returns:
-        the digest of every module of ours that `start` reaches by imports, page writers left out, and of the chat
-        templates; and the versions of the libraries that they import: those installed with us, else those that the
+        the digest of every module of ours that `start` reaches by imports, those without a result left out, and of the
+        chat templates; and the versions of the libraries that they import: those installed with us, else those that the
         tree's requirements.lock names, so that every image has the same ones, whichever of them it holds.
     """
     modules = imported_modules(start, tree)
@@ -59,7 +66,8 @@ def code_parts(start: str, tree: Path) -> tuple[dict[str, str], dict[str, str]]:
     if CHAT in modules:
         templates = sorted((tree / CHAT_TEMPLATES).glob("*.jinja"))
         files |= {path.relative_to(tree).as_posix(): sha256_file(path) for path in templates}
-    imported = {name.partition(".")[0] for path in modules.values() for name in _imports(path.read_text("utf-8"))}
+    sources = [path.read_text(encoding="utf-8") for path in modules.values()]
+    imported = {name.partition(".")[0] for source in sources for name in _imports(source)}
     used = [distribution for module, distribution in LIBRARIES.items() if module in imported]
     known = locked_versions(tree / LOCK) | (versions(used) if tree == PACKAGES else {})
     return files, {name: known[name] for name in used if name in known}
@@ -121,14 +129,14 @@ def environment() -> str:
 def imported_modules(start: str, tree: Path | None = None) -> dict[str, Path]:
     """Every module of the package `components` that `start` imports, directly or not, wherever the import stands.
 
-    Page writers are left out, with what they alone import.
+    Those without a result (WITHOUT_RESULT) are left out, with what they alone import.
     """
     found: dict[str, Path] = {}
     waiting = [start]
     while waiting:
         name = waiting.pop()
         path = _module_file(name, tree or PACKAGES)
-        if name in found or path is None or PAGE_WRITERS.fullmatch(name):
+        if name in found or path is None or WITHOUT_RESULT.fullmatch(name):
             continue
         found[name] = path
         waiting += _imports(path.read_text(encoding="utf-8"))

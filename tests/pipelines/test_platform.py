@@ -17,9 +17,9 @@ from components.common.errors import InputError
 from components.common.images import DATA_IMAGE, TRAIN_IMAGE
 from components.config.cluster import ClusterConfig
 from components.config.params import load_config, pipeline_arguments
-from components.stages import STAGE_NAMES
+from components.stages import BY_NAME, STAGE_NAMES
 from pipelines.alignment import compile_pipeline
-from pipelines.platform import TRAIN_STEPS, pod_template
+from pipelines.platform import for_its_hardware, pod_template
 from tests.stubs.kfp_server import POD_TEMPLATE, parse_package
 
 FOLDER = Path(__file__).parent / "golden"
@@ -162,7 +162,7 @@ def test_every_parameter_has_a_description_a_type_and_the_default_of_the_configu
     fields = compiled(tmp_path, full())[0]["root"]["inputDefinitions"]["parameters"]
     assert all(field["description"].strip() and field["parameterType"] for field in fields.values())
     defaults = {name: field["defaultValue"] for name, field in fields.items()}
-    assert defaults == pipeline_arguments(load_config(PARAMS, REMOTE))
+    assert defaults == pipeline_arguments(for_its_hardware(load_config(PARAMS, [*REMOTE, *full()]), "kubeflow"))
 
 
 def test_secrets_are_named_never_copied(tmp_path: Path) -> None:
@@ -204,19 +204,18 @@ def test_steps_that_need_a_model_have_the_train_image_and_the_gpu(tmp_path: Path
     documents = compiled(tmp_path, full())
     for stage in STAGE_NAMES:
         container, more = containers(documents)[stage], platform(documents)[stage]
-        trains = stage in TRAIN_STEPS
+        trains = BY_NAME[stage].image == "train"
         assert container["image"] == FULL["train_image" if trains else "data_image"]
         found = {"accelerator"} & container["resources"].keys() | {"nodeSelector", "tolerations"} & more.keys()
         assert found == ({"accelerator", "nodeSelector", "tolerations"} if trains else set())
         mounted = [mount["mountPath"] for mount in more.get("emptyDirMounts", [])]
         assert mounted == (["/dev/shm"] if trains else [])  # noqa: S108
-    assert set(TRAIN_STEPS) == {"sft", "dpo", "evaluate"}
 
 
 @pytest.mark.parametrize("target", ["kubeflow", "local"])
 def test_our_own_images_have_a_version(tmp_path: Path, target: str) -> None:
     images = {stage: box["image"] for stage, box in containers(compiled(tmp_path, [], target)).items()}
-    assert images == {stage: TRAIN_IMAGE if stage in TRAIN_STEPS else DATA_IMAGE for stage in STAGE_NAMES}
+    assert images == {stage: TRAIN_IMAGE if BY_NAME[stage].image == "train" else DATA_IMAGE for stage in STAGE_NAMES}
     assert all(image.rpartition(":")[2] not in ("", "latest", image) for image in images.values())
 
 

@@ -26,6 +26,7 @@ from components.gate.rules import Circumstances, judge
 from components.register.stage import Judged, Lineage, run_register
 from components.registry.audit import Audit
 from components.registry.champion import champion_alias, promote
+from components.stages import STAGE_NAMES
 from components.tracking import store
 from components.tracking.errors import explain_mlflow_error
 from components.tracking.run import SETTINGS, stage_run
@@ -67,7 +68,7 @@ class Shop:
         client = store.client()
         run_id = client.create_run(store.experiment_id(client)).info.run_id
         client.log_text(run_id, (ROOT / "params.yaml").read_text(encoding="utf-8"), SETTINGS)
-        self.runs = dict.fromkeys(("resolve", "fetch", "validate", "sft", "dpo", "evaluate"), run_id)
+        self.runs = dict.fromkeys(STAGE_NAMES[:-1], run_id)
 
     def register(
         self, p_value: float = 1e-4, name: str = "one", kind: str = "merged", **lineage: Any
