@@ -43,7 +43,7 @@ def build_pipeline(config: Config, target: str = "local", caching: bool = True) 
         platform.check(config)
         config = platform.for_its_hardware(config, "kubeflow")
     for component in COMPONENTS:
-        _ship_without_prose(component)
+        ship_without_prose(component)
 
     def alignment(*inputs: Any) -> None:
         for task in _connect(dict(zip(FORM, inputs, strict=True))):
@@ -92,7 +92,7 @@ def _connect(form: dict[str, Any]) -> list[Any]:
     return [facts, fetched, checked, tuned, aligned, judged, registered]
 
 
-def _ship_without_prose(component: Any) -> None:
+def ship_without_prose(component: Any) -> None:
     """Let KFP ship a component's function without docstring and comments: its caches go by that text."""
     command = component.component_spec.implementation.container.command
     command[-1] = ast.unparse(without_prose(ast.parse(command[-1])))
