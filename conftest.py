@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import base_model, tiny_model
-from tests.support.component_kit import chain, empty_mlflow, facts, own_home, runs
+from tests.support.component_kit import chain, empty_mlflow, orders, own_home, runs
 from tests.support.stages import fast_compiler, stages
 
-__all__ = ["base_model", "chain", "empty_mlflow", "facts", "fast_compiler", "own_home", "runs", "stages", "tiny_model"]
+__all__ = ["base_model", "chain", "empty_mlflow", "fast_compiler", "orders", "own_home", "runs", "stages", "tiny_model"]
 COMPONENTS = Path(__file__).with_name("components")
 
 

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from components.common.errors import KubealignError
-from components.config.loading import load_config, load_section
-from components.config.sections import PARAMS
+from components.config.params import PARAMS, load_config
 from components.tracking import storage
 from components.tracking.errors import explain_os_error
 from components.tracking.result import StageResult
@@ -25,11 +24,16 @@ def door() -> None:
 
 
 @app.command()
-def prepare(project: Path = Path(), base_model: bool = False) -> None:
-    """Make the canonical data sets below data/, or with --base-model the embedded base model."""
-    from components.prepare.stage import prepare_base_model, prepare_data
+def prepare(project: Path = Path(), base_model: bool = False, code: bool = False) -> None:
+    """Make the canonical data sets below data/, or with --base-model the embedded base model.
 
-    if base_model:
+    With --code write data/prepare.code, which names the code that makes the data: DVC goes by it.
+    """
+    from components.prepare.stage import prepare_base_model, prepare_data, write_code_digest
+
+    if code:
+        write_code_digest(project / "data")
+    elif base_model:
         prepare_base_model(project / "data")
     else:
         prepare_data(load_config(project / PARAMS).prepare, project / "data")
@@ -64,7 +68,8 @@ def fetch(out: Out, params: Params = Path(PARAMS)) -> None:
     version = resolve_data(config.data.repo, config.data.revision, data_folders(config.data.path))
     data = config.data.model_copy(update={"revision": version.commit})
     base = resolve_base(config.model, config.data)
-    run_fetch(data, version.digests, config.model, base.reference, base.digest, out / "dataset", out / "base")
+    folders = (out / "dataset", out / "base")
+    run_fetch(data, version.digests, config.model.template, base.reference, base.digest, *folders)
 
 
 @app.command()
@@ -74,7 +79,7 @@ def validate(dataset: DatasetIn, base: BaseIn, out: Out, params: Params = Path(P
 
     config = load_config(params)
     reports = (out / "report.html", out / "report.md")
-    run_validate(config.validate_, config.model, dataset, base, out / "clean", *reports)
+    run_validate(config.validate_, config.model.max_length, dataset, base, out / "clean", *reports)
 
 
 @app.command()
@@ -82,9 +87,9 @@ def sft(dataset: DatasetIn, base: BaseIn, out: OutLocation, params: Params = Pat
     """Fine-tune the base model on the instructions of a validated data set."""
     from components.sft.stage import run_sft
 
-    config, model = load_section(params, "sft"), load_section(params, "model")
+    config = load_config(params)
     with storage.output(out) as folder:
-        done = run_sft(config, model, dataset, base, folder)
+        done = run_sft(config.sft, config.model, dataset, base, folder)
     _write_result(result, done)
 
 
@@ -100,9 +105,9 @@ def dpo(
     """Align the SFT model to the preferences of a validated data set."""
     from components.dpo.stage import run_dpo
 
-    config, model = load_section(params, "dpo"), load_section(params, "model")
+    config = load_config(params)
     with storage.output(out) as folder:
-        done = run_dpo(config, model, dataset, base, sft_model, folder)
+        done = run_dpo(config.dpo, config.model, dataset, base, sft_model, folder)
     _write_result(result, done)
 
 

@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from components.common.errors import InputError, KubealignError
-from components.config.loading import load_config
-from components.config.sections import PARAMS, Config
+from components.config.params import PARAMS, Config, load_config
 from components.tracking import store
 from components.tracking.errors import explain_mlflow_error, explain_os_error, is_mlflow_failure
 from pipelines.commands import ci, data, kubeflow, registry

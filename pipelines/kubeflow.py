@@ -24,12 +24,12 @@ from typing import Any
 from components.common.errors import InputError, KubeflowApiError, WaitTimeoutError, single_line
 from components.common.files import sha256_file
 from components.common.provenance import git_commit
-from components.config.loading import pipeline_arguments
-from components.config.sections import ClusterConfig, Config
-from components.stages import STAGES
+from components.config.cluster import ClusterConfig
+from components.config.params import Config, pipeline_arguments
+from components.stages import STAGE_NAMES
 from components.tracking.store import without_credentials
 from pipelines.alignment import DESCRIPTION, NAME, compile_pipeline
-from pipelines.platform import pod_template
+from pipelines.platform import for_its_hardware, pod_template
 
 ENDPOINT, TOKEN, TOKEN_FILE, CA_FILE = "KFP_ENDPOINT", "KFP_TOKEN", "KFP_TOKEN_FILE", "KFP_CA_FILE"
 SERVICE_ACCOUNT_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
@@ -369,7 +369,7 @@ def _steps(details: list[Any], template: str) -> list[Step]:
     attempts = [_children(task) for task in details if task.display_name == "executor" and task.state == "FAILED"]
     found = {task.display_name: task for task in details if task.state not in (None, "RUNTIME_STATE_UNSPECIFIED")}
     steps = []
-    for name in (stage for stage in STAGES if stage in found):
+    for name in (stage for stage in STAGE_NAMES if stage in found):
         task = found[name]
         error = (task.error and task.error.message) or ""
         nodes = [node for children in [*attempts, _children(task)] for node in reversed(children)]
@@ -410,7 +410,7 @@ def submit(config: Config, server: Server, cron: str = "", name: str = "", cachi
         version = f"{commit[:12]}{'-dirty' if commit.endswith('-dirty') else ''}-{sha256_file(package)[:8]}"
         ids = server.upload(package, version)
     name = name or f"{NAME} {config.data.revision} {version}"
-    parameters = pipeline_arguments(config)
+    parameters = pipeline_arguments(for_its_hardware(config, "kubeflow"))
     if cron:
         return server.schedule(name, ids, parameters, cron), version
     return server.start(name, ids, parameters), version

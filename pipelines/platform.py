@@ -8,12 +8,11 @@ from kfp import dsl, kubernetes
 
 from components.common.errors import InputError
 from components.common.images import DATA_IMAGE, TRAIN_IMAGE
-from components.config.sections import ClusterConfig, Config
+from components.config.cluster import ClusterConfig
+from components.config.params import Config
+from components.stages import BY_NAME
 from components.training.train_job import HOME, MLFLOW_KEYS, S3_KEYS, VARIABLE, labels
 
-TRAIN_STEPS = ("sft", "dpo", "evaluate")
-SEVERAL_NODES = ("sft", "dpo")
-"""Steps that `cluster.nodes` above 1 makes TrainJobs; the step itself then only starts and follows one."""
 RUN_LABEL = "metadata.labels['pipeline/runid']"
 """Kubeflow's label with the run's id, documented in kfp-kubernetes' README for use as an environment variable."""
 GIT_KEYS = {"username": "GIT_USERNAME", "password": "GIT_PASSWORD"}
@@ -42,6 +41,25 @@ def check(config: Config) -> None:
         )
 
 
+def for_its_hardware(config: Config, runner: str) -> Config:
+    """The configuration with `model.hardware` definite: what the steps will run on.
+
+    Args:
+        config: the whole configuration.
+        runner: `kubeflow`, where the section `cluster` says it; `subprocess`, this machine; or `docker`, whose
+            containers see no GPU.
+    """
+    if config.model.hardware != "auto":
+        return config
+    if runner == "kubeflow":
+        found = "gpu+bf16" if config.cluster.train.gpus else "cpu"
+    else:
+        from components.engine.hardware import hardware
+
+        found = hardware(gpu=runner != "docker")
+    return config.model_copy(update={"model": config.model.model_copy(update={"hardware": found})})
+
+
 def pipeline_config(cluster: ClusterConfig) -> dsl.PipelineConfig:
     """Settings of the whole workflow."""
     return dsl.PipelineConfig(ttl_seconds_after_finished=cluster.ttl_s or None)
@@ -49,8 +67,9 @@ def pipeline_config(cluster: ClusterConfig) -> dsl.PipelineConfig:
 
 def configure(task: Any, cluster: ClusterConfig) -> None:
     """Give a task its image, environment, resources, volumes and retries."""
-    follows = cluster.nodes > 1 and task.name in SEVERAL_NODES
-    trains = task.name in TRAIN_STEPS and not follows
+    stage = BY_NAME[task.name]
+    follows = cluster.nodes > 1 and stage.several_nodes
+    trains = stage.image == "train" and not follows
     task.set_container_image((cluster.train_image or TRAIN_IMAGE) if trains else (cluster.data_image or DATA_IMAGE))
     kubernetes.set_image_pull_policy(task, cluster.pull_policy)
     if cluster.pull_secrets:

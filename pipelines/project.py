@@ -4,8 +4,7 @@ import os
 from pathlib import Path
 
 from components.common.errors import InputError
-from components.config.loading import load_config
-from components.config.sections import PARAMS, Config
+from components.config.params import PARAMS, Config, load_config
 from components.tracking import store
 
 

@@ -12,7 +12,8 @@ from components.common.documents import JsonObject, parse_document, read_documen
 from components.common.errors import InputError, KubealignError
 from components.common.files import write_text
 from components.common.provenance import environment
-from components.config.sections import PARAMS
+from components.config.model import ExecutionConfig
+from components.config.params import PARAMS
 from components.registry.audit import Audit
 from components.registry.manifest import manifest_mismatch
 from components.training.documents import DpoTraining
@@ -145,7 +146,7 @@ def reproduce(version: Any, project: Path, out: Path | None) -> Iterator[str]:
         )
         yield from _packages(recorded)
         facts = parse_document(training, DpoTraining, f"{source}/training.json", unknown="ignore")
-        yield from _precision(yaml.safe_load(settings)["model"]["precision"], facts)
+        yield from _hardware(yaml.safe_load(settings)["model"], facts["precision"])
         if out is None:
             yield "to check it out: the same command with --out FOLDER"
             return
@@ -163,17 +164,19 @@ def _packages(recorded: str) -> Iterator[str]:
     yield f"packages  {len(then)}, " + (f"different here: {', '.join(differing[:8])}{more}" if differing else "as here")
 
 
-def _precision(asked: str, training: DpoTraining) -> Iterator[str]:
-    """What `auto` was for the version, and whether it would be the same here."""
-    from components.engine.devices import native_precision
+def _hardware(model: dict[str, Any], precision: str) -> Iterator[str]:
+    """What the version was trained for and in, and whether this machine would compute the same."""
+    from components.engine.hardware import hardware
 
-    if asked == "auto":
-        yield f"precision {training['precision']}, by model.precision=auto"
-        if training["precision"] != native_precision():
-            yield (
-                f"warning   auto is {native_precision()} on this machine: the same model needs"
-                f" --set model.precision={training['precision']}, and then has another lineage"
-            )
+    settings = {"precision": precision, "hardware": model.get("hardware", "auto")}
+    trained = ExecutionConfig.model_validate(settings).resolved(hardware())
+    here = ExecutionConfig.model_validate({"precision": precision}).resolved(hardware())
+    yield f"hardware  {trained.hardware}, in {trained.precision}"
+    if trained.hardware != here.hardware:
+        yield (
+            f"warning   this machine is {here.hardware}, on which these settings would give other weights, so a run"
+            f" here refuses them; a run with --set model.hardware={here.hardware} has another lineage"
+        )
 
 
 def _check_out(project: Path, commit: str, out: Path) -> None:

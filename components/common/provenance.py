@@ -13,10 +13,22 @@ from components.common.files import digest, sha256_file
 
 PACKAGES = Path(__file__).resolve().parent.parent.parent
 LOCK = "requirements.lock"
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "great-expectations", "mlflow-skinny", "kfp")
-"""Libraries whose version is part of a stage's code."""
-DATA_SUFFIXES = (".html", ".jinja", ".css", ".js")
-"""Files beside the modules that are part of their code."""
+LIBRARIES = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "peft": "peft",
+    "accelerate": "accelerate",
+    "great_expectations": "great-expectations",
+    "mlflow": "mlflow-skinny",
+}
+"""Libraries whose version is part of the code that imports them: module -> distribution."""
+WITHOUT_RESULT = re.compile(r"components\.(stages|orders|report(\..*)?|\w+\.(page|report_page|card))")
+"""Modules that no result depends on: those that only write pages and cards, which no later step reads, and those that
+make the orders, whose content is in every key itself.
+"""
+CHAT = "components.dataset.chat"
+CHAT_TEMPLATES = "components/dataset/templates"
+"""The files beside that module which are part of its code."""
 
 
 def code_digest(stage: str) -> str:
@@ -32,23 +44,62 @@ def modules_digest(start: str) -> str:
     return digest(list(code_parts(start, PACKAGES)))[:16]
 
 
+def source_digest(start: str, tree: Path) -> str:
+    """Digest of our own code behind a module, whatever the libraries."""
+    return digest(code_parts(start, tree)[0])[:16]
+
+
 def code_parts(start: str, tree: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """What the code behind a module consists of.
+    """What the behaviour of a module consists of.
 
     Args:
         start: a module of ours.
         tree: the folder with the package `components` in it; another one than ours is read, never run.
 
     Returns:
-        the hash of every module of ours that `start` reaches by imports and of the templates and styles beside them;
-        and the versions of the libraries: those installed with us, else those that the tree's requirements.lock names,
-        so that every image has the same ones, whichever of them it holds.
+        the digest of every module of ours that `start` reaches by imports, those without a result left out, and of the
+        chat templates; and the versions of the libraries that they import: those installed with us, else those that the
+        tree's requirements.lock names, so that every image has the same ones, whichever of them it holds.
     """
     modules = imported_modules(start, tree)
-    files = {name: sha256_file(path) for name, path in modules.items()}
-    others = [path for folder in {path.parent for path in modules.values()} for path in _data_files(folder)]
-    files |= {path.relative_to(tree).as_posix(): sha256_file(path) for path in others}
-    return files, locked_versions(tree / LOCK) | (versions(LIBRARIES) if tree == PACKAGES else {})
+    files = {name: module_digest(path.read_text(encoding="utf-8")) for name, path in modules.items()}
+    if CHAT in modules:
+        templates = sorted((tree / CHAT_TEMPLATES).glob("*.jinja"))
+        files |= {path.relative_to(tree).as_posix(): sha256_file(path) for path in templates}
+    sources = [path.read_text(encoding="utf-8") for path in modules.values()]
+    imported = {name.partition(".")[0] for source in sources for name in _imports(source)}
+    used = [distribution for module, distribution in LIBRARIES.items() if module in imported]
+    known = locked_versions(tree / LOCK) | (versions(used) if tree == PACKAGES else {})
+    return files, {name: known[name] for name in used if name in known}
+
+
+@cache
+def module_digest(source: str) -> str:
+    """Digest of what a module does: of its syntax tree without comments, layout, docstrings and field descriptions."""
+    return digest(ast.dump(without_prose(ast.parse(source))))
+
+
+def without_prose(tree: ast.Module) -> ast.Module:
+    """A syntax tree without texts that are for people: docstrings, and the descriptions of pydantic's fields."""
+    changed: ast.Module = _WithoutProse().visit(tree)
+    return changed
+
+
+class _WithoutProse(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if text else self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if isinstance(node.func, ast.Name) and node.func.id == "Field":
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg != "description"]
+        return self.generic_visit(node)
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        if getattr(node, "body", None) == []:
+            node.body = [ast.Pass()]  # type: ignore[attr-defined]
+        return node
 
 
 def locked_versions(lock: Path) -> dict[str, str]:
@@ -57,7 +108,7 @@ def locked_versions(lock: Path) -> dict[str, str]:
         return {}
     pins = re.findall(r"^([\w.-]+)==([^\s;+]+)", lock.read_text(encoding="utf-8"), re.MULTILINE)
     found = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins}
-    return {name: found[name] for name in LIBRARIES if name in found}
+    return {name: found[name] for name in LIBRARIES.values() if name in found}
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
@@ -76,13 +127,16 @@ def environment() -> str:
 
 
 def imported_modules(start: str, tree: Path | None = None) -> dict[str, Path]:
-    """Every module of the package `components` that `start` imports, directly or not, wherever the import stands."""
+    """Every module of the package `components` that `start` imports, directly or not, wherever the import stands.
+
+    Those without a result (WITHOUT_RESULT) are left out, with what they alone import.
+    """
     found: dict[str, Path] = {}
     waiting = [start]
     while waiting:
         name = waiting.pop()
         path = _module_file(name, tree or PACKAGES)
-        if name in found or path is None:
+        if name in found or path is None or WITHOUT_RESULT.fullmatch(name):
             continue
         found[name] = path
         waiting += _imports(path.read_text(encoding="utf-8"))
@@ -126,7 +180,3 @@ def _module_file(name: str, tree: Path) -> Path | None:
     path = tree.joinpath(*name.split("."))
     candidates = (path.with_suffix(".py"), path / "__init__.py")
     return next((candidate for candidate in candidates if candidate.is_file()), None)
-
-
-def _data_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix in DATA_SUFFIXES)

@@ -7,13 +7,7 @@ from components.common.images import TRAIN_IMAGE
 
 @dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
 def dpo(
-    dpo_section: str,
-    epochs: float,
-    lr: float,
-    beta: float,
-    loss: str,
-    model_section: str,
-    code: str,
+    order: str,
     dataset: dsl.Input[dsl.Dataset],
     base: dsl.Input[dsl.Model],
     sft_model: dsl.Input[dsl.Model],
@@ -23,13 +17,8 @@ def dpo(
     """Align the SFT model to the preferences.
 
     Args:
-        dpo_section: section `dpo` of params.yaml as JSON, without epochs, lr, beta and loss.
-        epochs: passes over the pairs.
-        lr: peak learning rate.
-        beta: strength of the pull towards the reference.
-        loss: preference loss.
-        model_section: section `model` as JSON, without its base.
-        code: digest of this step's code, for the cache.
+        order: what this step depends on, from `resolve`: the section `dpo`, how the model is run and the
+            digest of its code.
         dataset: The clean data set.
         base: The base model.
         sft_model: The SFT model.
@@ -42,15 +31,18 @@ def dpo(
     """
     from pathlib import Path
 
-    from components.config.loading import section
-    from components.config.sections import DpoConfig, ModelConfig
+    from components.config.loading import validated
+    from components.config.model import ExecutionConfig
+    from components.dpo.config import DpoConfig
+    from components.orders import read_order
     from components.tracking.errors import report_errors
     from components.tracking.run import show_metrics
     from components.training.train_job import run_on_nodes, several_nodes
 
     with report_errors("dpo"):
-        config = section(DpoConfig, dpo_section, epochs=epochs, lr=lr, beta=beta, loss=loss)
-        model = section(ModelConfig, model_section, base=base.metadata.get("reference", "base"))
+        sections = read_order(order).sections
+        config = validated(DpoConfig, sections["dpo"], "dpo")
+        model = validated(ExecutionConfig, sections["model"], "model")
         inputs = {"dataset": Path(dataset.path), "base": Path(base.path), "sft-model": Path(sft_model.path)}
         cluster = several_nodes()
         if cluster:

@@ -12,9 +12,10 @@ from torch import Tensor
 from components.common.errors import TrainingError
 from components.common.files import UNSEALED, verify_manifest, write_json, write_manifest, write_text
 from components.common.provenance import environment, versions
-from components.config.sections import DpoConfig, ModelConfig
+from components.config.model import ExecutionConfig
 from components.dataset.chat import load_tokenizer
 from components.dataset.records import Preference, read_rows
+from components.dpo.config import DpoConfig
 from components.engine import objectives
 from components.engine.history import StepRecord, write_history
 from components.engine.loop import Objective, TrainingSet, evaluate, sequence_logps
@@ -56,7 +57,7 @@ REFERENCE_TOLERANCE_NATS = 0.05
 
 
 def run_dpo(
-    config: DpoConfig, model: ModelConfig, dataset: Path, base_model: Path, sft_model: Path, out: Path
+    config: DpoConfig, model: ExecutionConfig, dataset: Path, base_model: Path, sft_model: Path, out: Path
 ) -> StageResult:
     """Align the SFT model to the preferences.
 
@@ -77,7 +78,7 @@ def run_dpo(
         TrainingError: the policy does not equal its reference before the first step, or a loss is not finite.
     """
     model = resolve_precision(model)
-    with stage_run("dpo", config.model_dump() | model.how()) as run:
+    with stage_run("dpo", config.model_dump() | model.execution_settings()) as run:
         base_digest, data_digest, sft_digest = map(verify_manifest, (base_model, dataset, sft_model))
         tokenizer = load_tokenizer(base_model)
         rows = {
@@ -235,7 +236,7 @@ def check_reference(policy: PackedModel, examples: Sequence[Any], reference_logp
 
 
 def _write_policy(
-    folder: Path, policy: PackedModel, model: ModelConfig, base_model: Path, base_digest: str, tokenizer: Any
+    folder: Path, policy: PackedModel, model: ExecutionConfig, base_model: Path, base_digest: str, tokenizer: Any
 ) -> None:
     if model.tuning == "full":
         save_model(policy, folder / "model")

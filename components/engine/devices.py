@@ -1,4 +1,4 @@
-"""What runs where: the one place that picks precision, attention and kernels by device.
+"""What runs where: the one place that picks attention and kernels by device; `hardware.py` tells what there is.
 
 The method as a GPU runs it is in `attention.py`, `head.py`, `fused.py` and `lora.py`; `cpu/` holds what pays off on
 CPUs only.
@@ -6,7 +6,7 @@ CPUs only.
 
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,20 +19,8 @@ from components.engine.packing import Segment
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Precision = Literal["bf16", "fp32"]
 PACKED = "packed"
 """Name of the packed attention in transformers' AttentionInterface."""
-
-
-def native_precision() -> Precision:
-    """bf16 if the hardware supports it natively, otherwise fp32 (emulated bf16 is several times slower).
-
-    ARM CPUs do not report it: fp32.
-    """
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
 def on_cpu(cpu_function: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -25,8 +25,9 @@ from components.engine import checkpoints
 from components.engine.cpu import threads
 from components.engine.cpu.memory import configure_malloc
 from components.engine.cpu.precision import compute_in_fp32
-from components.engine.devices import PACKED, Precision, native_precision, row_layout
+from components.engine.devices import PACKED, row_layout
 from components.engine.fused import patch_norms_and_mlps
+from components.engine.hardware import Precision, native_precision
 from components.engine.head import token_logps
 from components.engine.lora import patch_lora
 from components.engine.packing import Example, Pack, pack

@@ -14,7 +14,7 @@ from typing import Any
 from components.common.documents import read_document
 from components.common.errors import InputError, single_line
 from components.common.files import digest, read_json, sha256_file, verify_manifest
-from components.config.sections import ModelConfig
+from components.config.model import ExecutionConfig
 from components.dataset.chat import load_tokenizer
 from components.engine.models import PackedModel, keep_first_ranks
 from components.registry.manifest import BaseReference, manifest_mismatch
@@ -67,7 +67,7 @@ class Candidate:
     loss: str = ""
 
 
-def find_candidates(run: StageRun, model: ModelConfig, inputs: Inputs) -> list[Candidate]:
+def find_candidates(run: StageRun, model: ExecutionConfig, inputs: Inputs) -> list[Candidate]:
     """All candidates, each before its reference, so a model's samples exist when its reference is opened.
 
     Raises:
@@ -91,7 +91,9 @@ def find_candidates(run: StageRun, model: ModelConfig, inputs: Inputs) -> list[C
     return [*_incumbent(run, model, inputs, base_digest, sft_digest), policy, sft, base]
 
 
-def _incumbent(run: StageRun, model: ModelConfig, inputs: Inputs, base_digest: str, sft_digest: str) -> list[Candidate]:
+def _incumbent(
+    run: StageRun, model: ExecutionConfig, inputs: Inputs, base_digest: str, sft_digest: str
+) -> list[Candidate]:
     """The incumbent, and its reference if that is not the SFT model."""
     folder = download_incumbent(inputs.incumbent)
     training = read_dpo_training(folder)

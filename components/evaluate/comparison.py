@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from components.config.sections import EvaluateConfig
 from components.dataset.records import LANGUAGES, Preference
 from components.engine.objectives import LOSSES
+from components.evaluate.config import EvaluateConfig
 from components.evaluate.statistics import (
     DISTRIBUTION_POINTS,
     Floats,

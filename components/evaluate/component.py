@@ -7,17 +7,7 @@ from components.common.images import TRAIN_IMAGE
 
 @dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
 def evaluate(
-    evaluate_section: str,
-    gate_section: str,
-    model_section: str,
-    incumbent: str,
-    test_use: int,
-    data_clean: bool,
-    data_commit: str,
-    preferences_digest: str,
-    config: str,
-    lineage: str,
-    code: str,
+    order: str,
     dataset: dsl.Input[dsl.Dataset],
     base: dsl.Input[dsl.Model],
     sft_model: dsl.Input[dsl.Model],
@@ -31,17 +21,8 @@ def evaluate(
     """Judge the policy on held-out pairs against SFT and the incumbent champion.
 
     Args:
-        evaluate_section: section `evaluate` of params.yaml as JSON.
-        gate_section: section `gate` as JSON.
-        model_section: section `model` as JSON, without its base.
-        incumbent: the champion to beat as models:/name/version; empty for the SFT model.
-        test_use: number of this decision among those on the same test set, from 1.
-        data_clean: whether the data is what a commit records.
-        data_commit: commit of the data, for the report.
-        preferences_digest: digest of the pairs, for the report.
-        config: digest of all settings, for the report.
-        lineage: key of everything that decides the weights, for the report.
-        code: digest of this step's code, for the cache.
+        order: what this step depends on, from `resolve`: the sections `evaluate` and `gate`, how models are
+            run, the champion to beat, the number of this decision on the test set, and the digest of its code.
         dataset: The clean data set.
         base: The base model.
         sft_model: The SFT model.
@@ -59,37 +40,25 @@ def evaluate(
 
     from components.common.documents import read_document
     from components.common.files import write_json
-    from components.config.loading import section
-    from components.config.sections import EvaluateConfig, GateConfig, ModelConfig
+    from components.config.gate import GateConfig
+    from components.config.loading import validated
+    from components.config.model import ExecutionConfig
     from components.evaluate.candidates import Inputs
+    from components.evaluate.config import EvaluateConfig
     from components.evaluate.stage import run_evaluate
     from components.gate.results import Evaluation
+    from components.orders import read_order
     from components.tracking.errors import report_errors
     from components.tracking.run import show_metrics
 
     with report_errors("evaluate"):
-        facts = {
-            "data_commit": data_commit,
-            "preferences_digest": preferences_digest,
-            "base_model": base.metadata.get("reference", "base"),
-            "base_digest": base.metadata.get("digest", ""),
-            "lineage": lineage,
-            "config": config,
-        }
+        given = read_order(order)
         run_id, values = run_evaluate(
-            section(EvaluateConfig, evaluate_section),
-            section(GateConfig, gate_section),
-            section(ModelConfig, model_section, base=facts["base_model"]),
-            Inputs(
-                Path(dataset.path),
-                Path(base.path),
-                Path(sft_model.path),
-                Path(policy.path),
-                incumbent,
-                test_use,
-                data_clean,
-            ),
-            facts,
+            validated(EvaluateConfig, given.sections["evaluate"], "evaluate"),
+            validated(GateConfig, given.sections["gate"], "gate"),
+            validated(ExecutionConfig, given.sections["model"], "model"),
+            Inputs(Path(dataset.path), Path(base.path), Path(sft_model.path), Path(policy.path), **given.facts),
+            given.origin,
             Path(evaluation.path),
             Path(report.path),
             Path(summary.path),

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from components.common.documents import read_document
 from components.common.files import MANIFEST, digest, write_json, write_text
-from components.config.sections import EvaluateConfig, GateConfig, ModelConfig
+from components.config.gate import GateConfig
+from components.config.model import ExecutionConfig
 from components.dataset.chat import encode_prompt
 from components.dataset.records import Preference, read_rows
 from components.dataset.validation import ValidationSummary
@@ -21,6 +22,7 @@ from components.engine.packing import Example
 from components.evaluate.answers import Answers, answer, fixed_prompts, generation
 from components.evaluate.candidates import Candidate, Inputs, find_candidates
 from components.evaluate.comparison import SIDES, Rows, Scored, compare, sampled_kl
+from components.evaluate.config import EvaluateConfig
 from components.evaluate.diagnosis import diagnose
 from components.evaluate.report_page import markdown, report
 from components.evaluate.statistics import Floats, GroupBootstrap
@@ -39,7 +41,7 @@ MODELS = ("base", "sft", "policy", "incumbent")
 def run_evaluate(
     config: EvaluateConfig,
     gate: GateConfig,
-    model: ModelConfig,
+    model: ExecutionConfig,
     inputs: Inputs,
     facts: dict[str, str],
     out: Path,
@@ -66,7 +68,7 @@ def run_evaluate(
     """
     model = resolve_precision(model)
     params = config.model_dump() | {f"gate_{key}": value for key, value in gate.model_dump().items()}
-    params |= {"incumbent": inputs.incumbent or "sft", "precision": model.precision}
+    params |= {"incumbent": inputs.incumbent or "sft", "precision": model.precision, "hardware": model.hardware}
     with stage_run("evaluate", params) as run:
         rows = {side: read_rows(inputs.dataset / "preferences" / f"{side}.jsonl", Preference) for side in SIDES}
         asked = fixed_prompts(rows["test"], config.answers)
@@ -103,7 +105,7 @@ class _ModelOutputs:
 def _run_models(
     run: StageRun,
     config: EvaluateConfig,
-    model: ModelConfig,
+    model: ExecutionConfig,
     candidates: Sequence[Candidate],
     rows: Rows,
     asked: Sequence[Preference],
@@ -117,7 +119,8 @@ def _run_models(
         scores = _scorer(run, model, candidate, opened)
         sides[name] = {side: scores(pair_examples(candidate.tokenizer, rows[side]), f"{name}_{side}") for side in SIDES}
         if asked and name in MODELS:
-            cache_key_parts = [candidate.content, model.precision, model.head_precision, model.quantization]
+            cache_key_parts = [candidate.content, model.precision, model.hardware, model.head_precision]
+            cache_key_parts.append(model.quantization)
             settings = (config.max_new_tokens, config.seed, name)
             answers[name] = answer(run, opened, cache_key_parts, candidate.tokenizer, asked, *settings)
         for other in candidates:
@@ -135,7 +138,7 @@ def _run_models(
 
 
 def _scorer(
-    run: StageRun, model: ModelConfig, candidate: Candidate, opened: Callable[[], PackedModel]
+    run: StageRun, model: ExecutionConfig, candidate: Candidate, opened: Callable[[], PackedModel]
 ) -> Callable[[list[Example], str], TokenLogps]:
     return lambda examples, what: score(run, opened, model, candidate.content, examples, what)
 

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from components.common.errors import InputError, KubealignError
 from components.common.files import folder_digest, read_json, replacing, replacing_folder, write_json, write_manifest
-from components.config.sections import DataConfig, ModelConfig
+from components.config.data import DataConfig
 from components.dataset.chat import choose_template
 from components.sources.base_model import EMBEDDED
 from components.sources.data import WORKSPACE, embedded_model, opened, remote_errors, workspace_digest
@@ -25,7 +25,7 @@ DOWNLOADS = "downloads"
 def run_fetch(
     data: DataConfig,
     digests: dict[str, str],
-    model: ModelConfig,
+    template: str,
     base_reference: str,
     base_digest: str,
     dataset_out: Path,
@@ -36,7 +36,7 @@ def run_fetch(
     Args:
         data: the data repository; its revision is the commit that resolve found, or `workspace`.
         digests: expected DVC digest of each data folder.
-        model: for the chat template.
+        template: the chat template that the base model gets, as `model.template` names it.
         base_reference: definite name of the base model, from resolve.
         base_digest: its digest, from resolve.
         dataset_out: gets preferences/ and instructions/.
@@ -59,7 +59,7 @@ def run_fetch(
             run.log_dataset(Path(folder).name, source, found, "alignment")
         with replacing_folder(base_out) as aside:
             _fetch_base(data, base_reference, base_digest, aside)
-            _settle_model(model, aside)
+            _clean_model_folder(template, base_reference, aside)
             content = write_manifest(aside)
         run.log_params({"base_content": content})
         run.log(f"data set and base model are here; base model content {content[:12]}")
@@ -164,17 +164,15 @@ def _copy_model(folder: Path, out: Path) -> None:
             shutil.copyfile(path, out / path.name)
 
 
-def _settle_model(model: ModelConfig, folder: Path) -> None:
+def _clean_model_folder(template: str, base: str, folder: Path) -> None:
     """Leave only files that a model may hold, and exactly one chat template, the one that was asked for."""
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     if not any(folder.glob("*.safetensors")):
-        raise InputError(
-            f"model.base={model.base}: no *.safetensors; pickled weights are not loaded, convert them first"
-        )
+        raise InputError(f"model.base={base}: no *.safetensors; pickled weights are not loaded, convert them first")
     template_file = folder / "chat_template.jinja"
     settings_file = folder / "tokenizer_config.json"
     settings = read_json(settings_file) if settings_file.exists() else {}
     own = template_file.read_text(encoding="utf-8") if template_file.exists() else settings.pop("chat_template", None)
-    template_file.write_text(choose_template(model.template, own), encoding="utf-8")
+    template_file.write_text(choose_template(template, own), encoding="utf-8")
     settings.pop("chat_template", None)
     write_json(settings_file, settings)

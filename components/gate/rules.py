@@ -12,7 +12,7 @@ side's numbers: choose settings on the validation side.
 from dataclasses import dataclass
 
 from components.common.errors import KubealignError
-from components.config.sections import GateConfig
+from components.config.gate import GateConfig
 from components.engine.objectives import LOSSES
 from components.gate.results import Comparison, Estimate, Evaluation, Generation
 from components.gate.verdict import Rule, Verdict, VerdictName

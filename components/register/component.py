@@ -7,22 +7,7 @@ from components.common.images import DATA_IMAGE
 
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
 def register(
-    register_section: str,
-    promote: bool,
-    gate_section: str,
-    data_commit: str,
-    preferences_digest: str,
-    instructions_digest: str,
-    data_clean: bool,
-    test_set: str,
-    git_commit: str,
-    base_reference: str,
-    base_digest: str,
-    config: str,
-    lineage: str,
-    incumbent: str,
-    decision: str,
-    test_use: int,
+    order: str,
     resolve_run: str,
     fetch_run: str,
     validate_run: str,
@@ -39,22 +24,7 @@ def register(
     """Register the model in MLflow with its lineage and move the aliases as the verdict says. Never cached.
 
     Args:
-        register_section: section `register` of params.yaml as JSON, without promote.
-        promote: whether a passed gate makes the model the champion.
-        gate_section: section `gate` as JSON; the verdict must follow from it.
-        data_commit: commit of the data.
-        preferences_digest: DVC digest of the preference pairs.
-        instructions_digest: DVC digest of the instructions.
-        data_clean: whether a commit records just this data.
-        test_set: md5 of the test side's pairs.
-        git_commit: commit of the code.
-        base_reference: definite name of the base model.
-        base_digest: its digest.
-        config: digest of all settings.
-        lineage: key of everything that decides the weights.
-        incumbent: the champion that was to beat.
-        decision: key of what was asked of the test set.
-        test_use: its number among the decisions on this test set, from 1.
+        order: the sections `register` and `gate`, from which the verdict must follow, and where the model comes from.
         resolve_run: MLflow run of resolve.
         fetch_run: MLflow run of fetch.
         validate_run: MLflow run of validate.
@@ -73,38 +43,22 @@ def register(
     """
     from pathlib import Path
 
-    from components.config.loading import section
-    from components.config.sections import GateConfig, RegisterConfig
+    from components.config.gate import GateConfig
+    from components.config.loading import validated
+    from components.orders import read_order
+    from components.register.config import RegisterConfig
     from components.register.stage import Judged, Lineage, run_register
+    from components.stages import STAGE_NAMES
     from components.tracking.errors import report_errors
 
     with report_errors("register"):
+        given = read_order(order)
+        runs = (resolve_run, fetch_run, validate_run, sft_run, dpo_run, evaluate_run)
         found = run_register(
-            section(RegisterConfig, register_section, promote=promote),
-            section(GateConfig, gate_section),
-            Lineage(
-                data_commit,
-                preferences_digest,
-                instructions_digest,
-                data_clean,
-                test_set,
-                git_commit,
-                base_reference,
-                base_digest,
-                config,
-                lineage,
-                incumbent,
-                decision,
-                test_use,
-            ),
-            {
-                "resolve": resolve_run,
-                "fetch": fetch_run,
-                "validate": validate_run,
-                "sft": sft_run,
-                "dpo": dpo_run,
-                "evaluate": evaluate_run,
-            },
+            validated(RegisterConfig, given.sections["register"], "register"),
+            validated(GateConfig, given.sections["gate"], "gate"),
+            Lineage(**given.facts, **given.origin),
+            dict(zip(STAGE_NAMES, runs, strict=False)),
             Judged(Path(policy.path), Path(base.path), Path(evaluation.path), Path(dataset.path), Path(report.path)),
             Path(result.path),
         )

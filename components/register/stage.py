@@ -11,13 +11,14 @@ from typing import Any
 from components.common.documents import read_document
 from components.common.errors import ChampionChangedError, KubealignError
 from components.common.files import sha256_file, verify_manifest, write_json
-from components.config.sections import GateConfig, RegisterConfig
+from components.config.gate import GateConfig
 from components.dataset.validation import ValidationSummary
 from components.gate.results import Evaluation
 from components.gate.rules import GateContext, apply_gate
 from components.gate.verdict import Verdict
 from components.register import package
 from components.register.card import model_card
+from components.register.config import RegisterConfig
 from components.register.result import Decision, Result, StageSummary
 from components.registry.audit import CHALLENGER, Audit
 from components.registry.champion import ROLLED_BACK, champion_alias, promote, reconcile_alias

@@ -1,116 +1,96 @@
-"""Turn names into facts before anything else runs: data version, base model, code, incumbent champion.
+"""Turn names into facts before anything else runs, and tell every later step what it depends on: its order.
 
-Never cached. Every later task takes what it depends on from here as parameters, so that the cache cannot serve it a
-stale result.
+Never cached. The cache goes by the orders, so that it cannot serve a step a stale result.
 """
 
-from typing import Any, NamedTuple
+import importlib.util
+from dataclasses import asdict, replace
+from typing import Any
 
 import yaml
 
 from components.common.errors import InputError
-from components.common.files import digest
-from components.common.provenance import git_commit
-from components.config.sections import DataConfig, ModelConfig, RegisterConfig
+from components.config.model import ModelConfig
+from components.config.params import Config
+from components.orders import Order, decision_key, make_orders, with_keys
 from components.registry.audit import Audit, next_use
 from components.registry.champion import champion_alias, reconcile_alias
-from components.sources.data import data_folders
-from components.sources.lineage import resolve_key
+from components.sources.facts import resolve_facts
 from components.tracking import store
 from components.tracking.run import SETTINGS, StageRun, stage_run
 
-
-class Resolved(NamedTuple):
-    """The facts of a run. Digests of folders are DVC's, the others are sha256.
-
-    `lineage` is the key of everything that decides the weights; `config` of all settings, those of the judgement too.
-    `decision` is the key of what will be asked of the test set, and `test_use` its number among all that were asked.
-    """
-
-    data_commit: str
-    preferences_digest: str
-    instructions_digest: str
-    data_clean: bool
-    test_set: str
-    base_reference: str
-    base_digest: str
-    git_commit: str
-    code_fetch: str
-    code_validate: str
-    code_sft: str
-    code_dpo: str
-    code_evaluate: str
-    template_digest: str
-    config: str
-    lineage: str
-    incumbent: str
-    decision: str
-    test_use: int
-    run_id: str
+ORDERS = "orders.json"
+"""Artifact of the run: the order of every step."""
 
 
-def run_resolve(
-    data: DataConfig,
-    model: ModelConfig,
-    register: RegisterConfig,
-    training: list[str | float],
-    judging: list[str],
-    settings: dict[str, Any],
-) -> Resolved:
+def run_resolve(config: Config) -> tuple[dict[str, str], str]:
     """Resolve a run's names.
 
     Args:
-        data: repository and revision.
-        model: the base model's name.
-        register: the registered model whose champion is the incumbent.
-        training: every other setting that decides what is trained.
-        judging: the settings of evaluate and gate.
-        settings: all sections, as they can be run again.
+        config: of the run.
+
+    Returns:
+        the order of every later step as JSON, and the id of the MLflow run.
 
     Raises:
         InputError: a name that means nothing, or a format that the model cannot be stored in.
     """
-    if register.format == "adapter" and model.tuning == "full":
+    data, register = config.data, config.register_
+    if register.format == "adapter" and config.model.tuning == "full":
         raise InputError("register.format=adapter: full fine-tuning makes no adapter; set register.format=merged")
-    named = {
-        "data_repo": store.without_credentials(data.repo),
-        "data_revision": data.revision,
-        "data_path": data.path,
-    }
+    named = {"data_repo": _public(data.repo), "data_revision": data.revision, "data_path": data.path}
     with stage_run("resolve", named) as run:
-        key = resolve_key(data, model, training, judging, register.format)
-        version, base, lineage = key.data, key.base, key.lineage
-        preferences, instructions = data_folders(data.path)
-        incumbent = _incumbent(run, register.name, lineage)
-        decision = digest([lineage, incumbent, judging])[:32]
-        facts = Resolved(
-            data_commit=version.commit,
-            preferences_digest=version.digests[preferences],
-            instructions_digest=version.digests[instructions],
-            data_clean=version.clean,
-            test_set=version.test_set,
-            base_reference=base.reference,
-            base_digest=base.digest,
-            git_commit=git_commit(),
-            **{f"code_{stage}": value for stage, value in key.code.items()},
-            template_digest=key.template,
-            config=key.config,
-            lineage=lineage,
-            incumbent=incumbent,
-            decision=decision,
-            test_use=_test_use(run.client, register.name, version.test_set, decision),
-            run_id=run.run_id,
+        model = resolved_for_its_hardware(config.model)
+        run.log(f"precision {model.precision}, for {model.hardware} (model.precision, model.hardware)")
+        config = config.model_copy(update={"model": model})
+        sections = config.sections()
+        facts = with_keys(sections, resolve_facts(data, model))
+        facts = replace(facts, incumbent=_incumbent(run, register.name, facts.lineage))
+        decision = decision_key(make_orders(sections, facts), facts.incumbent)
+        uses = _test_use(run.client, register.name, facts.test_set, decision)
+        facts = replace(facts, decision=decision, test_use=uses)
+        orders = make_orders(sections, facts)
+        _record(run, config, asdict(facts), orders)
+        run.log(f"data {facts.data_commit[:12]}, base model {facts.base_reference}")
+        run.log(f"incumbent {facts.incumbent or 'none'}")
+        if uses > 1:
+            run.log(f"this will be decision {uses} on the test set; the gate's level follows")
+        return {stage: order.as_json() for stage, order in orders.items()}, run.run_id
+
+
+def resolved_for_its_hardware(model: ModelConfig) -> ModelConfig:
+    """The section with precision and hardware definite: `auto` is this machine, for a run whose steps stay on it.
+
+    Raises:
+        InputError: this image cannot tell, and the run does not say what it is for.
+    """
+    if model.hardware != "auto":
+        return model.resolved(model.hardware)
+    if importlib.util.find_spec("torch") is None:
+        raise InputError(
+            "model.hardware=auto: here is no torch to ask what this machine computes on; set it to what sft and dpo"
+            " will run on, such as cpu or gpu+bf16"
         )
-        run.log_params(facts._asdict())
-        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        run.client.log_text(run.run_id, store.without_credentials(text), SETTINGS)
-        run.log(f"data {version.commit[:12]}, base model {base.reference}, incumbent {facts.incumbent or 'none'}")
-        if facts.test_use > 1:
-            run.log(f"this will be decision {facts.test_use} on the test set; the gate's level follows")
-        return facts
+    from components.engine.hardware import hardware
+
+    return model.resolved(hardware())
 
 
-def _incumbent(run: StageRun, name: str, lineage: str) -> str:
+def _record(run: StageRun, config: Config, facts: dict[str, Any], orders: dict[str, Order]) -> None:
+    """Write facts, orders and settings, as they can be run again, into the run."""
+    code = {f"code_{stage}": value for stage, value in facts.pop("code").items()}
+    run.log_params({key: _public(value) for key, value in (facts | code).items()})
+    run.client.log_dict(run.run_id, {stage: asdict(order) for stage, order in orders.items()}, ORDERS)
+    settings = {name: values for name, values in config.sections().items() if name not in ("prepare", "cluster")}
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    run.client.log_text(run.run_id, store.without_credentials(text), SETTINGS)
+
+
+def _public(value: Any) -> Any:
+    return store.without_credentials(value) if isinstance(value, str) else value
+
+
+def _incumbent(run: StageRun, name: str, made: str) -> str:
     """The version to beat, as models:/name/version, or nothing before the first champion.
 
     When the champion is what this very lineage once made, the run repeats that one, and so has the same incumbent.
@@ -122,7 +102,7 @@ def _incumbent(run: StageRun, name: str, lineage: str) -> str:
     if not version:
         return ""
     tags = run.client.get_model_version(name, version).tags
-    if tags.get("kubealign.lineage") == lineage:
+    if tags.get("kubealign.lineage") == made:
         return str(tags.get("kubealign.incumbent", ""))
     return f"models:/{name}/{version}"
 

@@ -7,11 +7,7 @@ from components.common.images import TRAIN_IMAGE
 
 @dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
 def sft(
-    sft_section: str,
-    epochs: float,
-    lr: float,
-    model_section: str,
-    code: str,
+    order: str,
     dataset: dsl.Input[dsl.Dataset],
     base: dsl.Input[dsl.Model],
     sft_model: dsl.Output[dsl.Model],
@@ -20,11 +16,8 @@ def sft(
     """Fine-tune the base model on the answers of the instructions.
 
     Args:
-        sft_section: section `sft` of params.yaml as JSON, without epochs and lr.
-        epochs: passes over the instructions.
-        lr: peak learning rate.
-        model_section: section `model` as JSON, without its base.
-        code: digest of this step's code, for the cache.
+        order: what this step depends on, from `resolve`: the section `sft`, how the model is run and the
+            digest of its code.
         dataset: The clean data set.
         base: The base model.
         sft_model: `adapter/`, or `model/` after full fine-tuning; `cache/` (reference log-probs of the pairs),
@@ -36,15 +29,18 @@ def sft(
     """
     from pathlib import Path
 
-    from components.config.loading import section
-    from components.config.sections import ModelConfig, SftConfig
+    from components.config.loading import validated
+    from components.config.model import ExecutionConfig
+    from components.orders import read_order
+    from components.sft.config import SftConfig
     from components.tracking.errors import report_errors
     from components.tracking.run import show_metrics
     from components.training.train_job import run_on_nodes, several_nodes
 
     with report_errors("sft"):
-        config = section(SftConfig, sft_section, epochs=epochs, lr=lr)
-        model = section(ModelConfig, model_section, base=base.metadata.get("reference", "base"))
+        sections = read_order(order).sections
+        config = validated(SftConfig, sections["sft"], "sft")
+        model = validated(ExecutionConfig, sections["model"], "model")
         inputs = {"dataset": Path(dataset.path), "base": Path(base.path)}
         cluster = several_nodes()
         if cluster:

@@ -8,7 +8,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from components.common.files import UNSEALED, verify_manifest, write_json, write_manifest
-from components.config.sections import ModelConfig, SftConfig
+from components.config.model import ExecutionConfig
 from components.dataset.chat import load_tokenizer
 from components.dataset.records import Instruction, Preference, read_rows
 from components.engine import objectives
@@ -16,6 +16,7 @@ from components.engine.history import StepRecord, write_history
 from components.engine.loop import TrainingSet, evaluate
 from components.engine.models import SFT_ADAPTER, PackedModel, save_adapter, save_model
 from components.engine.packing import Pack
+from components.sft.config import SftConfig
 from components.tracking.result import StageResult
 from components.tracking.run import StageRun, is_main_process, stage_run
 from components.training.documents import SftTraining
@@ -33,7 +34,7 @@ from components.training.run import (
 from components.training.scoring import score, weights_digest
 
 
-def run_sft(config: SftConfig, model: ModelConfig, dataset: Path, base_model: Path, out: Path) -> StageResult:
+def run_sft(config: SftConfig, model: ExecutionConfig, dataset: Path, base_model: Path, out: Path) -> StageResult:
     """Fine-tune the base model on the instructions.
 
     Args:
@@ -48,7 +49,7 @@ def run_sft(config: SftConfig, model: ModelConfig, dataset: Path, base_model: Pa
         the MLflow run and the loss on the validation answers before and after, nats per token.
     """
     model = resolve_precision(model)
-    with stage_run("sft", config.model_dump() | model.how()) as run:
+    with stage_run("sft", config.model_dump() | model.execution_settings()) as run:
         base_digest, data_digest = verify_manifest(base_model), verify_manifest(dataset)
         tokenizer = load_tokenizer(base_model)
         sets = {split: _training_set(tokenizer, dataset, split, config.loss_on) for split in ("train", "validation")}
@@ -81,7 +82,7 @@ def run_sft(config: SftConfig, model: ModelConfig, dataset: Path, base_model: Pa
 def _score_pairs(
     run: StageRun,
     lm: PackedModel,
-    model: ModelConfig,
+    model: ExecutionConfig,
     dataset: Path,
     tokenizer: Any,
     base_digest: str,

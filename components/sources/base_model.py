@@ -6,7 +6,8 @@ from pathlib import Path
 
 from components.common.errors import InputError, single_line
 from components.common.files import digest, folder_digest
-from components.config.sections import DataConfig, ModelConfig
+from components.config.data import DataConfig
+from components.config.model import ModelSource
 from components.sources.data import embedded_model, resolve_data
 from components.tracking import store
 from components.tracking.storage import s3_filesystem
@@ -22,7 +23,7 @@ class BaseModel:
     digest: str
 
 
-def resolve_base(model: ModelConfig, data: DataConfig) -> BaseModel:
+def resolve_base(model: ModelSource, data: DataConfig) -> BaseModel:
     """Make the configured base model definite.
 
     Raises:
@@ -50,7 +51,7 @@ def resolve_base(model: ModelConfig, data: DataConfig) -> BaseModel:
     )
 
 
-def _hub(model: ModelConfig) -> BaseModel:
+def _hub(model: ModelSource) -> BaseModel:
     if not model.allow_network:
         raise InputError(
             f"model.base={model.base}: no such folder, and as a hub id it needs the network; set model.allow_network"

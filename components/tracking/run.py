@@ -12,6 +12,7 @@ from typing import Any
 from components.common.errors import error_chain
 from components.common.files import write_json
 from components.common.memory import peak_memory_mib
+from components.stages import STAGE_NAMES
 from components.tracking import events
 from components.tracking.errors import is_unreachable
 from components.tracking.store import client, experiment_id
@@ -20,7 +21,6 @@ PARENT_VARIABLES = ("KUBEALIGN_PARENT_RUN", "MLFLOW_RUN_ID")
 """Environment variables that name the parent run: ours, and that of KFP's MLflow plugin."""
 KFP_RUN_VARIABLE = "KUBEALIGN_KFP_RUN"
 """Environment variable with the id of the run on Kubeflow, which its parent run in MLflow carries as a tag."""
-LAST_STAGE = "register"
 SETTINGS = "settings.yaml"
 """Artifact of resolve's run: every setting of the pipeline run, as sections of params.yaml."""
 PROGRESS_EVERY_S = 1.0
@@ -166,7 +166,7 @@ def stage_run(name: str, params: Mapping[str, Any]) -> Iterator[StageRun]:
 def _end_run(run: StageRun, name: str, status: str, seconds: float) -> None:
     run.log_metrics([(0, {"seconds": seconds, "peak_memory_mib": peak_memory_mib()})])
     run.client.set_terminated(run.run_id, status)
-    if os.environ.get(KFP_RUN_VARIABLE) and (status == "FAILED" or name == LAST_STAGE):
+    if os.environ.get(KFP_RUN_VARIABLE) and (status == "FAILED" or name == STAGE_NAMES[-1]):
         run.client.set_terminated(parent_run(), status)
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from components.common.errors import InputError
 from components.common.files import digest, replacing_folder
 from components.common.provenance import code_digest
-from components.config.sections import ModelConfig, OptimiserConfig
+from components.config.model import ExecutionConfig
 from components.dataset.chat import encode, encode_conversation
 from components.dataset.records import Instruction, Preference
-from components.engine.devices import native_precision
+from components.engine.hardware import hardware, native_precision
 from components.engine.history import StepRecord
 from components.engine.loop import LoopSettings, Objective, TrainingSet, Validation, best_step, train
 from components.engine.models import (
@@ -26,9 +27,12 @@ from components.engine.models import (
 )
 from components.engine.packing import Example
 from components.engine.processes import processes
+from components.orders import make_order
+from components.stages import BY_NAME
 from components.tracking import store
 from components.tracking.run import StageRun, is_main_process
 from components.training.checkpoint_mirror import Mirror
+from components.training.config import OptimiserConfig
 
 LOG_EVERY_STEPS = 20
 
@@ -52,20 +56,31 @@ def instruction_examples(tokenizer: Any, rows: list[Instruction], loss_on: str) 
     return [Example(prompt, [completion], answers) for prompt, completion, answers in conversations]
 
 
-def resolve_precision(model: ModelConfig) -> ModelConfig:
-    """The configuration with `precision: auto` decided for this machine, for a stage to begin with."""
-    if model.precision != "auto":
-        return model
-    return model.model_copy(update={"precision": native_precision()})
+def resolve_precision(model: ExecutionConfig) -> ExecutionConfig:
+    """The configuration with precision and hardware definite, for a stage to begin with.
+
+    Raises:
+        InputError: the run is for other hardware, on which the same configuration computes other weights.
+    """
+    here = hardware()
+    resolved = model.resolved(here)
+    expected = resolved.model_copy(update={"hardware": "auto"}).resolved(here)
+    if resolved.hardware != expected.hardware:
+        raise InputError(
+            f"model.hardware={resolved.hardware}: this run in {resolved.precision} is for such a machine, and this one"
+            f" is {here}, on which it would compute other weights; set model.hardware={here} or model.precision=fp32,"
+            " or run it elsewhere"
+        )
+    return resolved
 
 
-def open_model(run: StageRun, path: Path, config: ModelConfig, trains: bool) -> PackedModel:
+def open_model(run: StageRun, path: Path, config: ExecutionConfig, trains: bool) -> PackedModel:
     """The model of a local folder, as the configuration wants it run.
 
     Args:
         run: hears what the check of the layout found, and of a precision that this machine computes otherwise.
         path: model folder.
-        config: of the model, settled.
+        config: of the model, its precision resolved.
         trains: whether it will be trained: then it is ready for full fine-tuning and gradient checkpointing.
     """
     if config.precision == "auto":
@@ -84,7 +99,7 @@ def open_model(run: StageRun, path: Path, config: ModelConfig, trains: bool) -> 
 
 
 def open_tuned(
-    run: StageRun, base: Path, tuned: Path, config: ModelConfig, name: str, trains: bool = False
+    run: StageRun, base: Path, tuned: Path, config: ExecutionConfig, name: str, trains: bool = False
 ) -> PackedModel:
     """The model that sft or dpo wrote to `tuned`: its adapter, called `name`, on the base model, or its own weights."""
     if not (tuned / "adapter").is_dir():
@@ -113,8 +128,8 @@ def loop_settings(config: OptimiserConfig) -> LoopSettings:
 
 
 @contextmanager
-def checkpoint_folder(stage: str, config: OptimiserConfig, model: ModelConfig, *inputs: str) -> Iterator[Path]:
-    """The folder of this very training: same stage, configuration, inputs and code; held by one process at a time.
+def checkpoint_folder(stage: str, config: OptimiserConfig, model: ExecutionConfig, *inputs: str) -> Iterator[Path]:
+    """The folder of this very training: same order and inputs; held by one process at a time.
 
     Args:
         stage: `sft` or `dpo`.
@@ -123,7 +138,9 @@ def checkpoint_folder(stage: str, config: OptimiserConfig, model: ModelConfig, *
         inputs: content hashes of data and models.
     """
     n_processes = processes().num_processes
-    key = digest([stage, config.model_dump(mode="json"), model.how(), inputs, code_digest(stage), n_processes])[:24]
+    sections = {stage: config.model_dump(mode="json"), "model": model.execution_settings()}
+    order = make_order(BY_NAME[stage], sections, {}, code_digest(stage))
+    key = digest([order.digest, inputs, n_processes])[:24]
     folder = store.home() / "checkpoints" / f"{stage}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     if not is_main_process():

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from components.common.files import digest, replacing, sha256_file
 from components.common.provenance import modules_digest
-from components.config.sections import ModelConfig
+from components.config.model import ExecutionConfig
 from components.engine.loop import completion_logps
 from components.engine.models import PackedModel
 from components.engine.packing import Example
@@ -72,7 +72,7 @@ class TokenLogps:
 def score(
     run: StageRun,
     open_model: Callable[[], PackedModel],
-    how: ModelConfig,
+    how: ExecutionConfig,
     model_digest: str,
     examples: Sequence[Example],
     what: str,
@@ -96,7 +96,8 @@ def score(
     """
     tokens = digest([[list(example.prompt), [list(c) for c in example.completions]] for example in examples])
     # The layout (packed or not) follows from these, the model and the code.
-    layout = [how.precision, how.head_precision, how.quantization, how.max_length, as_trained and how.tuning == "full"]
+    layout = [how.precision, how.hardware, how.head_precision, how.quantization, how.max_length]
+    layout.append(as_trained and how.tuning == "full")
     key = digest([model_digest, tokens, layout, modules_digest("components.engine.loop")])
     name = f"{key}.safetensors"
     cache = store.home() / "cache" / "logps" / name

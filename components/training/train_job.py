@@ -23,11 +23,13 @@ from components.common.documents import parse_document
 from components.common.errors import KubealignError, KubernetesApiError, single_line
 from components.common.files import digest, verify_manifest
 from components.common.images import TRAIN_IMAGE
+from components.config.cluster import ClusterConfig
 from components.config.loading import validated
-from components.config.sections import ClusterConfig, ModelConfig, OptimiserConfig
+from components.config.model import ExecutionConfig
 from components.tracking import events, storage, store
 from components.tracking.result import StageResult
 from components.tracking.run import KFP_RUN_VARIABLE, parent_run
+from components.training.config import OptimiserConfig
 
 VARIABLE = "KUBEALIGN_CLUSTER"
 """Environment variable of a step that is to run on several nodes: the section `cluster` as JSON."""
@@ -61,7 +63,7 @@ def run_on_nodes(
     cluster: ClusterConfig,
     stage: str,
     config: OptimiserConfig,
-    model: ModelConfig,
+    model: ExecutionConfig,
     inputs: dict[str, Path],
     out: Path,
 ) -> StageResult:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from components.common.errors import InputError
-from components.config.sections import ValidateConfig
 from components.dataset.records import LANGUAGES, Instruction, Preference, Row
 from components.dataset.validation import Severity
+from components.validate.config import ValidateConfig
 
 TOO_LONG = "too_long"
 KINDS: dict[str, type[Row]] = {"preferences": Preference, "instructions": Instruction}

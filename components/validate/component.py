@@ -7,9 +7,7 @@ from components.common.images import DATA_IMAGE
 
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
 def validate(
-    validate_section: str,
-    model_section: str,
-    code: str,
+    order: str,
     dataset: dsl.Input[dsl.Dataset],
     base: dsl.Input[dsl.Model],
     clean: dsl.Output[dsl.Dataset],
@@ -20,9 +18,8 @@ def validate(
     """Check both data sets with Great Expectations and set bad rows aside.
 
     Args:
-        validate_section: section `validate` of params.yaml as JSON.
-        model_section: section `model` as JSON, without its base.
-        code: digest of this step's code, for the cache.
+        order: what this step depends on, from `resolve`: the section `validate`, `model.max_length` and the
+            digest of its code.
         dataset: The data set.
         base: The base model, for its tokenizer.
         clean: The good rows, quarantine.jsonl, warnings.jsonl, validation.json (what the report says), manifest.json.
@@ -35,16 +32,18 @@ def validate(
     """
     from pathlib import Path
 
-    from components.config.loading import section
-    from components.config.sections import ModelConfig, ValidateConfig
+    from components.config.loading import validated
+    from components.orders import read_order
     from components.tracking.errors import report_errors
     from components.tracking.run import show_metrics
+    from components.validate.config import ValidateConfig
     from components.validate.stage import run_validate
 
     with report_errors("validate"):
+        sections = read_order(order).sections
         run_id, counts = run_validate(
-            section(ValidateConfig, validate_section),
-            section(ModelConfig, model_section, base=base.metadata.get("reference", "base")),
+            validated(ValidateConfig, sections["validate"], "validate"),
+            sections["model"]["max_length"],
             Path(dataset.path),
             Path(base.path),
             Path(clean.path),

@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from components.common.documents import JsonObject
 from components.common.errors import DataValidationError, InputError
 from components.common.files import read_json, replacing_folder, write_json, write_manifest, write_text
-from components.config.sections import ModelConfig, ValidateConfig
 from components.dataset.distribution import MEASURES, PREVIOUS, Distribution, distance, length_bucket
 from components.dataset.records import SPLITS, parse_line, raw_lines, schema_problem
 from components.dataset.validation import (
@@ -33,6 +32,7 @@ from components.tracking.result import StageResult
 from components.tracking.run import StageRun, stage_run
 from components.validate.bias import ALL, Bias, Measure, find_bias, measures
 from components.validate.checks import KINDS, TOO_LONG, Check, row_checks, statistic_checks, with_severities
+from components.validate.config import ValidateConfig
 from components.validate.duplicates import Listed, mark_prompts, mark_rows, read_listed
 from components.validate.report_page import html_page, markdown_page
 from components.validate.scan import Found, Scan, join_found, processes_for, scan_file
@@ -45,7 +45,7 @@ SHOWN_PLACES = 20
 
 def run_validate(
     config: ValidateConfig,
-    model: ModelConfig,
+    max_length: int,
     dataset: Path,
     base_model: Path,
     clean_out: Path,
@@ -56,7 +56,7 @@ def run_validate(
 
     Args:
         config: the thresholds, and when to stop.
-        model: the length limit.
+        max_length: tokens of prompt and answer above which a row is set aside.
         dataset: folder with preferences/ and instructions/, from fetch.
         base_model: model folder, for its tokenizer.
         clean_out: gets the good rows, quarantine.jsonl, warnings.jsonl (where rows stand that a check warns of, not
@@ -72,10 +72,10 @@ def run_validate(
             reports are written first.
         InputError: a file that is not JSON lines.
     """
-    params = config.model_dump() | {"max_length": model.max_length}
+    params = config.model_dump() | {"max_length": max_length}
     with stage_run("validate", params) as run:
         overall = with_severities(statistic_checks(), config)
-        checked = check_rows(config, model, dataset, base_model, run)
+        checked = check_rows(config, max_length, dataset, base_model, run)
         sets, sides, checks, failed = checked.sets, checked.sides, checked.checks, checked.failed
         bias = find_bias(sets["preferences"], sets["preferences"].columns["schema"] == 0)
         drift = _drift(dataset, sets["preferences"])
@@ -101,7 +101,7 @@ def run_validate(
         metrics = _metrics(summary, bias)
         run.log_metrics([(0, metrics)])
         for name, found in data_sets(summary).items():
-            run.log(f"{name}: {found['rows']} rows = {_counts(found, model.max_length)}")
+            run.log(f"{name}: {found['rows']} rows = {_counts(found, max_length)}")
         write_text(html_out, html_page(summary))
         write_text(markdown_out, markdown_page(summary))
         for path in (clean_out / "validation.json", html_out):
@@ -122,16 +122,16 @@ class Checked:
     suite: Suite
 
 
-def check_rows(config: ValidateConfig, model: ModelConfig, dataset: Path, base_model: Path, run: StageRun) -> Checked:
+def check_rows(config: ValidateConfig, max_length: int, dataset: Path, base_model: Path, run: StageRun) -> Checked:
     """Look at every row of both data sets, and write nothing.
 
     Raises:
         InputError: a file that is not JSON lines.
         KubealignError: a check could not be evaluated.
     """
-    checks = {name: with_severities(row_checks(kind, model.max_length), config) for name, kind in KINDS.items()}
+    checks = {name: with_severities(row_checks(kind, max_length), config) for name, kind in KINDS.items()}
     listed = _read_list(config, dataset)
-    sets, sides = _scan(config, model, dataset, base_model, run)
+    sets, sides = _scan(config, max_length, dataset, base_model, run)
     suite = Suite()
     flags = mark_prompts(sets, sides, listed, config.near_duplicate)
     failed = {
@@ -147,7 +147,7 @@ def _read_list(config: ValidateConfig, dataset: Path) -> Listed | None:
 
 
 def _scan(
-    config: ValidateConfig, model: ModelConfig, dataset: Path, base_model: Path, run: StageRun
+    config: ValidateConfig, max_length: int, dataset: Path, base_model: Path, run: StageRun
 ) -> tuple[dict[str, Found], dict[str, NDArray[np.uint8]]]:
     """Each data set as columns, and the side of every row as its position in SPLITS."""
     paths = {name: [dataset / name / f"{split}.jsonl" for split in SPLITS] for name in KINDS}
@@ -158,7 +158,7 @@ def _scan(
     sets, sides = {}, {}
     try:
         for name, kind in KINDS.items():
-            scan = Scan(kind, base_model, model.max_length, config.language_confidence)
+            scan = Scan(kind, base_model, max_length, config.language_confidence)
             parts: list[Found] = []
             side = []
             for position, path in enumerate(paths[name]):

@@ -17,15 +17,14 @@ import yaml
 
 from components.common.documents import JsonObject
 from components.common.errors import InputError
-from components.config.loading import load_config
-from components.config.sections import PARAMS, Config
+from components.config.params import PARAMS, Config, load_config
 from components.tracking import store
 from components.tracking.run import KFP_RUN_VARIABLE, PARENT_VARIABLES
 from pipelines.ci.plan import data_changed
 from pipelines.ci.revisions import Revision, default_base, find_repository, is_own
 from pipelines.data.versions import KINDS, diff
 from pipelines.git import find_commit
-from pipelines.local.runner import run_arguments
+from pipelines.local.runner import with_absolute_paths
 from pipelines.quiet import QUIET
 
 MARKER = "<!-- kubealign:data -->"
@@ -103,10 +102,8 @@ def _validation(root: Path, config: Config, commit: str) -> tuple[bool, list[str
     """Fetch and validate the data of a commit, in processes and an MLflow of their own."""
     with TemporaryDirectory(prefix="kubealign-") as temporary:
         folder = Path(temporary)
-        settled = run_arguments(config, root)
-        sections = config.sections()
+        sections = with_absolute_paths(config, root).sections()
         sections["data"] |= {"repo": str(root), "revision": commit}
-        sections["model"] |= json.loads(settled["model_section"]) | {"base": settled["base_model"]}
         (folder / PARAMS).write_text(yaml.safe_dump(sections, allow_unicode=True), encoding="utf-8")
         common = ["--params", str(folder / PARAMS)]
         fetched = ["--dataset", str(folder / "dataset"), "--base", str(folder / "base")]

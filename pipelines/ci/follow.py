@@ -24,8 +24,7 @@ from components.common.errors import (
     WaitTimeoutError,
 )
 from components.common.files import read_json, write_json
-from components.config.loading import load_config
-from components.config.sections import PARAMS
+from components.config.params import PARAMS, load_config
 from components.tracking import store
 from pipelines.alignment import NAME
 from pipelines.ci.job import Job

@@ -1,6 +1,5 @@
 """What a retraining is to train: the commit that is checked out, its data, and the key that they have."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,23 +7,16 @@ from pathlib import Path
 from rich.console import Console
 
 from components.common.errors import InputError
-from components.common.files import digest
-from components.config.loading import pipeline_arguments
-from components.config.sections import Config
+from components.config.params import Config
+from components.orders import Facts, with_keys
 from components.sources.data import is_url
-from components.sources.lineage import Key, resolve_key
+from components.sources.facts import resolve_facts
 from pipelines.ci import outcome
 from pipelines.ci.revisions import find_repository, is_own, origin
 from pipelines.git import changed_files, find_commit
-from pipelines.local.runner import run_arguments
+from pipelines.local.runner import with_absolute_paths
+from pipelines.platform import for_its_hardware
 from pipelines.project import run_config
-
-TRAINING = (
-    "validate_section",
-    *("sft_section", "sft_epochs", "sft_lr"),
-    *("dpo_section", "dpo_epochs", "dpo_lr", "dpo_beta", "dpo_loss"),
-)
-JUDGING = ("evaluate_section", "gate_section")
 
 
 @dataclass(frozen=True)
@@ -36,8 +28,8 @@ class Job:
     """With the data's repository and commit as the runner gets them."""
     runner: str
     commit: str
-    key: str
-    facts: Key
+    facts: Facts
+    """Without the champion of the registry."""
     rerun: bool
     out: Path
     retry_timeout_s: float
@@ -45,8 +37,13 @@ class Job:
     console: Console
 
     @property
+    def key(self) -> str:
+        """Names what a retraining would make and how it would be judged."""
+        return self.facts.config[:16]
+
+    @property
     def order(self) -> outcome.Order:
-        return outcome.Order(self.commit, self.key, next(iter(self.facts.data.digests.values())))
+        return outcome.Order(self.commit, self.key, self.facts.preferences_digest)
 
     def log(self, message: str) -> None:
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
@@ -72,17 +69,18 @@ def make_job(
     if own and any(override.strip().startswith("data.") for override in overrides):
         raise InputError("the data is in this repository: a retraining takes it from the commit that is checked out")
     local = _with_data(config, str(root), commit) if own else config
-    settled = run_arguments(local, root)
-    template = json.loads(settled["model_section"])["template"]
-    model = local.model.model_copy(update={"base": settled["base_model"], "template": template})
-    arguments = pipeline_arguments(local)
-    training, judging = ([arguments[name] for name in names] for names in (TRAINING, JUDGING))
-    facts = resolve_key(local.data, model, training, judging, local.register_.format)
+    facts = _facts(for_its_hardware(with_absolute_paths(local, root), runner))
     config = _with_data(config, own, commit) if own and runner == "kubeflow" else local
-    key = digest([facts.lineage, facts.config, facts.code["evaluate"], config.register_.name])[:16]
     if runner == "kubeflow":
         _refuse_what_only_this_machine_has(config, own)
-    return Job(root, config, runner, commit, key, facts, rerun, out, retry_timeout_s, timeout_s, console)
+    return Job(root, config, runner, commit, facts, rerun, out, retry_timeout_s, timeout_s, console)
+
+
+def _facts(config: Config) -> Facts:
+    """The facts of a run, with the keys that its orders have, whoever is champion."""
+    model = config.model.resolved(config.model.hardware)
+    sections = config.model_copy(update={"model": model}).sections()
+    return with_keys(sections, resolve_facts(config.data, model))
 
 
 def _checkout(root: Path, config: Config) -> tuple[str, str]:

@@ -1,60 +1,41 @@
 """`kubealign ci plan`: what a change between two commits means, which steps of the pipeline have to run, and why.
 
-The inputs of every step are those that `pipelines/alignment.py` passes to it, read from git and dvc.lock of both
-commits; nothing is run or downloaded. A step runs when one of its own inputs changed or a step before it runs.
+The orders of both commits are made from git and dvc.lock, as `resolve` would make them, and compared; nothing is run or
+downloaded. A step runs when its own order changed, or what KFP's cache goes by beside it, or a step before it runs.
 """
 
 import ast
+import re
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pydantic import ValidationError
+
 from components.common.files import digest
-from components.common.provenance import LOCK, code_parts
+from components.common.provenance import LOCK, code_parts, module_digest, without_prose
+from components.config.model import ModelConfig
+from components.config.params import Config
+from components.orders import Facts, Order, config_key, make_orders
 from components.sources.base_model import EMBEDDED
 from components.sources.data import data_folders, embedded_model
+from components.stages import BY_NAME, CACHED, ORDERED, STAGES
 from pipelines.ci.revisions import Revision, default_base, find_repository, is_own
 from pipelines.ci.staleness import stale
 from pipelines.git import find_commit
-from pipelines.platform import TRAIN_STEPS
 
-SECTIONS = {
-    "fetch": ("data", "model"),
-    "validate": ("validate", "model"),
-    "sft": ("sft", "model"),
-    "dpo": ("dpo", "model"),
-    "evaluate": ("evaluate", "gate", "model"),
-}
-"""The sections of params.yaml that each step gets; the steps stand one after another."""
-FACTS = ("data.repo", "data.revision", "model.base", "model.template")
-"""Keys whose meaning is compared, not their text: `resolve` makes facts of them."""
 GRAPH = "pipelines/alignment.py"
 IMAGES = "components/common/images.py"
 BUILT_FROM = ("components", "pyproject.toml", LOCK)
 DATA_SECTIONS = ("data", "prepare", "validate")
 UNCHANGED = "as it was"
 NEVER_CACHED = "never cached: it looks up what is true now"
+UNCERTAIN = {GRAPH: ": it may pass something else", "register.name": ": another champion to beat"}
+"""Changes that need not make a step run, and why they may."""
 REASONS = 4
 """Reasons that a row of the table names; the others are counted."""
-
-
-@dataclass(frozen=True)
-class Input:
-    """What a step depends on.
-
-    `value` is compared and `shown` to a person. A model made with another value is another model when `keyed`; else the
-    step runs anew to the same result. Whether a change makes the step run is not `certain` for everything, and a name
-    that `moves` may mean something else without a change here.
-    """
-
-    value: Any
-    shown: str = ""
-    keyed: bool = True
-    certain: bool = True
-    moves: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +77,18 @@ class Plan:
         return f"Nothing that a model is made of changed {since}: no retraining."
 
 
+@dataclass(frozen=True)
+class Project:
+    """What a commit would run: all that each step depends on, by name, and the key of what a retraining would make.
+
+    `moving` are names that may mean something else without a change here.
+    """
+
+    depends: dict[str, dict[str, str]]
+    key: str
+    moving: tuple[str, ...]
+
+
 def make_plan(root: Path, base: str, head: str, runner: str) -> Plan:
     """Compare two commits of a project.
 
@@ -114,57 +107,61 @@ def make_plan(root: Path, base: str, head: str, runner: str) -> Plan:
     with TemporaryDirectory(prefix="kubealign-") as temporary:
         old, new = Revision(repo, folder, first), Revision(repo, folder, last)
         trees = Path(temporary) / "old", Path(temporary) / "new"
-        before, after = _inputs(old, trees[0], runner), _inputs(new, trees[1], runner)
+        before, after = read_project(old, trees[0], runner), read_project(new, trees[1], runner)
         errors = tuple(stale(new, trees[1]))
         changed = sorted({path for path, _ in _built_from(old) ^ _built_from(new)})
-        steps, keyed = _compare(before, after)
         prepared = _data_row(old, new, errors)
         touched = data_changed(old, new)
     images = Row("images", "build anew" if changed else "as they are", tuple(_short(changed)))
-    ends = Row("resolve", "runs", (NEVER_CACHED,)), Row("register", "runs", (NEVER_CACHED,))
-    rows = (prepared, images, ends[0], *steps, ends[1])
-    return Plan(first, last, rows, keyed, bool(changed), touched or bool(errors), errors)
+    rows = (prepared, images, *_rows(before, after))
+    retrain = before.key != after.key or bool(after.moving)
+    return Plan(first, last, rows, retrain, bool(changed), touched or bool(errors), errors)
 
 
-def _inputs(revision: Revision, tree: Path, runner: str) -> dict[str, dict[str, Input]]:
-    """The inputs of every step at a commit, by their names; `tree` gets the files that they are computed from."""
+def read_project(revision: Revision, tree: Path, runner: str) -> Project:
+    """What a commit would run; `tree` gets its code, which is read, never run."""
     revision.write(["components", LOCK], tree)
-    found: dict[str, dict[str, Input]] = {}
-    for step, sections in SECTIONS.items():
-        settings = {key: value for section in sections for key, value in _settings(revision, section)}
-        found[step] = settings | _code(step, tree) | _surroundings(revision, step, tree, runner)
-    found["fetch"] |= _data(revision) | _base_model(revision)
-    name = str((revision.params.get("register") or {}).get("name"))
-    found["evaluate"]["register.name"] = Input(name, name, certain=False)
-    return found
-
-
-def _settings(revision: Revision, section: str) -> Iterator[tuple[str, Input]]:
-    for key, value in (revision.params.get(section) or {}).items():
-        if f"{section}.{key}" not in FACTS:
-            yield f"{section}.{key}", Input(value, str(value))
-
-
-def _code(step: str, tree: Path) -> dict[str, Input]:
-    files, libraries = code_parts(f"components.{step}.stage", tree)
-    return {name: Input(sha) for name, sha in files.items()} | {
-        name: Input(version, version) for name, version in libraries.items()
+    code = {step: code_parts(f"components.{step}.stage", tree) for step in ORDERED}
+    sections = _sections(revision, runner)
+    data, moving = _data(revision, sections["data"])
+    base, moving_base = _base_model(revision, sections)
+    names: dict[str, Any] = {
+        "data_repo": str(sections["data"]["repo"]),
+        "data_path": _path(sections["data"]),
+        "git_commit": "",
+        "data_clean": True,
     }
+    digests = {step: digest(list(parts))[:16] for step, parts in code.items()}
+    facts = Facts(**data, **base, **names, test_set="", code=digests)
+    orders = make_orders(sections, facts)
+    depends = {}
+    for step in CACHED:
+        files, libraries = code[step]
+        depends[step] = _values(orders[step]) | files | libraries | _beside(revision, step, sections, runner)
+    return Project(depends, config_key(sections, facts), (*moving, *moving_base))
 
 
-def _surroundings(revision: Revision, step: str, tree: Path, runner: str) -> dict[str, Input]:
-    """What KFP's cache goes by beside the arguments, though no result depends on it."""
-    shell = f"components/{step}/component.py"
-    found = {
-        shell: Input(_component(tree / shell, step), keyed=False),
-        IMAGES: Input([_code_of(revision.text(IMAGES)), _version(revision)], keyed=False),
-        GRAPH: Input(_code_of(revision.text(GRAPH)), keyed=False, certain=False),
-    }
-    if runner == "kubeflow":
-        cluster = revision.params.get("cluster") or {}
-        for key in ("train_image" if step in TRAIN_STEPS else "data_image", "state"):
-            found[f"cluster.{key}"] = Input(cluster.get(key), str(cluster.get(key)), keyed=False)
-    return found
+def _values(order: Order) -> dict[str, str]:
+    """What an order holds, by names that a person knows."""
+    found = {f"{section}.{key}": value for section, keys in order.sections.items() for key, value in keys.items()}
+    return {name: str(value) for name, value in (found | order.origin | order.facts).items() if name != "lineage"}
+
+
+def _sections(revision: Revision, runner: str) -> dict[str, dict[str, Any]]:
+    """The configuration, with its defaults; a section of an older commit that this code cannot read, as it stands."""
+    sections = {}
+    for name, default in Config().sections().items():
+        given = revision.params.get(name) or {}
+        try:
+            sections[name] = Config.model_validate({name: given}).sections()[name]
+        except ValidationError:
+            sections[name] = {key: value for key, value in (default | given).items() if value != "auto"}
+    gpus = runner == "kubeflow" and (sections["cluster"].get("train") or {}).get("gpus")
+    try:
+        model = ModelConfig.model_validate(sections["model"]).resolved("gpu+bf16" if gpus else "cpu")
+    except ValidationError:
+        return sections
+    return sections | {"model": model.model_dump(mode="json")}
 
 
 def _version(revision: Revision) -> str:
@@ -172,58 +169,53 @@ def _version(revision: Revision) -> str:
     return str(tomllib.loads(revision.text("pyproject.toml")).get("project", {}).get("version"))
 
 
-def _component(path: Path, name: str) -> str:
-    """The source of a component's function, which is what KFP ships, and its decorator."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            return "\n".join([*map(ast.unparse, node.decorator_list), ast.get_source_segment(text, node) or ""])
-    return ""
-
-
-def _code_of(text: str) -> str:
-    """Code without its comments and layout."""
-    return digest(ast.dump(ast.parse(text)))
-
-
-def _data(revision: Revision) -> dict[str, Input]:
-    """The data: of this repository as DVC recorded it, of another one by name."""
-    data = revision.params.get("data") or {}
-    repo, name = str(data.get("repo", "")), str(data.get("revision", ""))
-    where = {"data.repo": Input(repo, repo, keyed=False)}
+def _data(revision: Revision, data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The data: of this repository as DVC recorded it, of another one by name; and the names that move."""
+    repo, name = str(data["repo"]), str(data["revision"])
+    preferences, instructions = data_folders(_path(data))
     if not is_own(revision.repo, revision.folder, repo):
-        return where | {"data.revision": _name(name, len(name) == 40)}
-    digests = {folder: revision.outputs.get(folder, "") for folder in data_folders(_data_path(revision))}
-    commit = revision.data_commit(digests)
-    return (
-        where
-        | {folder: Input(value, value[:8] or "nothing") for folder, value in digests.items()}
-        | {"the commit of the data": Input(commit, commit[:12], keyed=False)}
-    )
+        facts = {"preferences_digest": f"{repo}@{name}", "instructions_digest": f"{repo}@{name}", "data_commit": name}
+        return facts, [] if len(name) == 40 else [f"data.revision {name}"]
+    digests = {folder: revision.outputs.get(folder, "") for folder in (preferences, instructions)}
+    facts = {"preferences_digest": digests[preferences], "instructions_digest": digests[instructions]}
+    return facts | {"data_commit": revision.data_commit(digests)}, []
 
 
-def _data_path(revision: Revision) -> str:
-    return str((revision.params.get("data") or {}).get("path", "data"))
+def _path(data: dict[str, Any]) -> str:
+    return str(data.get("path", "data"))
 
 
-def _base_model(revision: Revision) -> dict[str, Input]:
-    """Base model and chat template: what is in git or DVC by content, anything else by name."""
-    model = revision.params.get("model") or {}
-    base, template = str(model.get("base", "")), str(model.get("template", ""))
-    folder = embedded_model(_data_path(revision)) if base == EMBEDDED else base
-    own = revision.outputs.get(folder) or revision.below(folder)
-    definite = bool(own) or base == EMBEDDED or (base.startswith("models:/") and "@" not in base)
-    pinned = definite or bool(model.get("revision"))
-    file = revision.files.get(template)
-    return {
-        "model.base": _name(base, pinned),
-        "the base model's files": Input(own, str(own)[:8] if isinstance(own, str) else ""),
-        "model.template": Input([template, file], template),
-    }
+def _base_model(revision: Revision, sections: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+    """Base model and chat template: what is in git or DVC by content, else by name; and the names that move."""
+    model = sections["model"]
+    base, template, pinned = str(model.get("base")), str(model.get("template")), str(model.get("revision") or "")
+    folder = embedded_model(_path(sections["data"])) if base == EMBEDDED else base
+    own = revision.outputs.get(folder) or digest(revision.below(folder))
+    known = bool(revision.outputs.get(folder) or revision.below(folder)) or base == EMBEDDED
+    definite = known or bool(pinned) or (base.startswith("models:/") and "@" not in base)
+    facts = {"base_reference": base, "base_digest": own if known else f"{base}@{pinned}"}
+    facts |= {"template": template, "template_digest": revision.files.get(template, template)}
+    return facts, [] if definite else [f"model.base {base}"]
 
 
-def _name(name: str, definite: bool) -> Input:
-    return Input(name, name, moves=not definite)
+def _beside(revision: Revision, step: str, sections: dict[str, dict[str, Any]], runner: str) -> dict[str, str]:
+    """What makes a step run beside its order, though no result depends on it: KFP's cache goes by it."""
+    shell = f"components/{step}/component.py"
+    found = {shell: _component(revision.text(shell), step), IMAGES: module_digest(revision.text(IMAGES))}
+    if runner == "kubeflow":
+        image = f"{BY_NAME[step].image}_image"
+        found |= {f"cluster.{key}": str(sections["cluster"].get(key)) for key in (image, "state")}
+    if step == CACHED[0]:
+        found[GRAPH] = module_digest(revision.text(GRAPH))
+    if "incumbent" in BY_NAME[step].facts:
+        found["register.name"] = str(sections["register"].get("name"))
+    return found
+
+
+def _component(text: str, name: str) -> str:
+    """What KFP ships of a component: its function and decorator, without what is for people."""
+    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == name]
+    return digest(ast.dump(without_prose(ast.Module(list(nodes), []))))
 
 
 def _built_from(revision: Revision) -> set[tuple[str, str]]:
@@ -232,27 +224,24 @@ def _built_from(revision: Revision) -> set[tuple[str, str]]:
     return {(path, blob) for path, blob in found if "/tests/" not in path and not path.endswith(".md")}
 
 
-def _compare(before: dict[str, dict[str, Input]], after: dict[str, dict[str, Input]]) -> tuple[list[Row], bool]:
-    """A row for every step, and whether a change makes, or may make, another model."""
+def _rows(before: Project, after: Project) -> list[Row]:
+    """A row for every stage; the reasons of a step that runs after another one end with that."""
     rows: list[Row] = []
-    retrain = False
-    for step, new in after.items():
-        old = before[step]
-        changed = {
-            name: new.get(name) or old[name]
-            for name in [*new, *(old.keys() - new.keys())]
-            if name not in new or name not in old or old[name].value != new[name].value
-        }
-        moving = {name: found for name, found in new.items() if found.moves and name not in changed}
-        reasons = [_reason(name, old.get(name), new.get(name)) for name in changed]
-        reasons += [f"{name} {found.shown} may mean something new" for name, found in moving.items()]
-        earlier = [row.step for row in rows if row.state != "cached"][-1:]
-        reasons = [*_short(reasons), *(f"after {name}" for name in earlier)]
-        surely = any(found.certain for found in changed.values()) or any(row.state == "runs" for row in rows)
+    last: Row | None = None
+    for stage in STAGES:
+        if not stage.cached:
+            rows.append(Row(stage.name, "runs", (NEVER_CACHED,)))
+            continue
+        old, new = before.depends[stage.name], after.depends[stage.name]
+        changed = [name for name in [*new, *(old.keys() - new.keys())] if old.get(name) != new.get(name)]
+        reasons = [_reason(name, old.get(name, ""), new.get(name, "")) for name in changed]
+        reasons += [f"{name} may mean something new" for name in after.moving if stage.name == CACHED[0]]
+        reasons = [*_short(reasons), *([f"after {last.step}"] if last else [])]
+        surely = set(changed) - UNCERTAIN.keys() or (last and last.state == "runs")
         state = "runs" if surely else "may run" if reasons else "cached"
-        retrain = retrain or bool(moving) or any(found.keyed for found in changed.values())
-        rows.append(Row(step, state, tuple(reasons)))
-    return rows, retrain
+        rows.append(Row(stage.name, state, tuple(reasons)))
+        last = rows[-1] if reasons else last
+    return rows
 
 
 def _short(reasons: list[str]) -> list[str]:
@@ -260,16 +249,16 @@ def _short(reasons: list[str]) -> list[str]:
     return [*reasons[:REASONS], f"and {more} more"] if more > 0 else reasons
 
 
-def _reason(name: str, old: Input | None, new: Input | None) -> str:
-    was, now = (found.shown if found else "" for found in (old, new))
-    title = name.replace(".", "/") + ".py" if name.startswith("components.") else name
-    if name == GRAPH:
-        return f"{GRAPH} changed: it may pass something else"
-    if name == "register.name":
-        return f"register.name {was} → {now}: another champion to beat"
-    if was and now:
-        return f"{title} {was} → {now}"
-    return f"{title} {'changed' if old and new else 'added' if new else 'removed'}"
+def _reason(name: str, old: str, new: str) -> str:
+    title = f"{name.replace('.', '/')}.py" if name.startswith("components.") else name
+    more = UNCERTAIN.get(name, "")
+    if old and new and "/" not in title:
+        return f"{title} {_shown(old)} → {_shown(new)}{more}"
+    return f"{title} {'changed' if old and new else 'added' if new else 'removed'}{more}"
+
+
+def _shown(value: str) -> str:
+    return value[:8] if re.fullmatch(r"[0-9a-f]{32,}(\.dir)?", value) else value
 
 
 def data_changed(old: Revision, new: Revision) -> bool:

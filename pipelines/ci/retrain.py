@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from components.common.errors import InputError, InterruptedRunError, KubealignError, RunPendingError
-from components.config.loading import load_config
-from components.config.sections import PARAMS
+from components.config.params import PARAMS, load_config
 from components.tracking import store
 from components.tracking.errors import explain_mlflow_error, is_mlflow_failure
 from pipelines.ci import notify, outcome
@@ -50,9 +49,9 @@ def _state_after(error: KubealignError) -> str:
 
 
 def _come_to_a_verdict(job: Job, hook: notify.Webhook | None) -> int:
-    versions = {Path(name).name: value[:8] for name, value in job.facts.data.digests.items()}
-    data = ", ".join(f"{name} {value}" for name, value in versions.items())
-    job.log(f"commit    {job.commit[:12]}  ({data}; base model {job.facts.base.digest[:8]})")
+    facts = job.facts
+    data = f"preferences {facts.preferences_digest[:8]}, instructions {facts.instructions_digest[:8]}"
+    job.log(f"commit    {job.commit[:12]}  ({data}; base model {facts.base_digest[:8]})")
     job.log(f"key       {job.key}")
     known = None if job.rerun else judged_before(job)
     if known:
@@ -88,7 +87,7 @@ def _notify(hook: notify.Webhook | None, job: Job, kind: str, data: Mapping[str,
 def judged_before(job: Job) -> FinishedRun | None:
     """The result of the newest run with the same key whose version still is in the registry."""
     client = store.client()
-    facts = {"lineage": job.facts.lineage, "config": job.facts.config, "code_evaluate": job.facts.code["evaluate"]}
+    facts = {"lineage": job.facts.lineage, "config": job.facts.config}
     query = " AND ".join(["tags.`kubealign.stage` = 'resolve'", *(f"params.{k} = '{v}'" for k, v in facts.items())])
     order = ["attributes.start_time DESC"]
     for found in client.search_runs([store.experiment_id(client)], query, order_by=order, max_results=50):

@@ -9,11 +9,13 @@ from typing import Any
 import yaml
 
 from components.common.errors import InputError, single_line
-from components.config.sections import PARAMS
+from components.config.params import PARAMS
 from components.sources.data import LOCK, commit_of, is_url
 from pipelines import git
 
 MAIN = ("origin/main", "main")
+CODE_FILE = "data/prepare.code"
+"""What DVC's stage `code` writes and `prepare` depends on: the digest of the code that makes the data."""
 
 
 class Revision:
@@ -67,7 +69,7 @@ class Revision:
     def outputs(self) -> dict[str, str]:
         """DVC's digest of every output, by its path: from dvc.lock and from .dvc files."""
         found = [out for stage in self.yaml(LOCK).get("stages", {}).values() for out in stage.get("outs", [])]
-        digests = {str(out["path"]): str(out["md5"]) for out in found if "md5" in out}
+        digests = {str(out["path"]): str(out["md5"]) for out in found if "md5" in out and out["path"] != CODE_FILE}
         for path in self.files:
             if path.endswith(".dvc"):
                 for out in self.yaml(path).get("outs", []):

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from components.config.sections import PARAMS
+from components.common.provenance import source_digest
+from components.config.params import PARAMS
 from components.sources.data import LOCK
-from pipelines.ci.revisions import Revision
+from pipelines.ci.revisions import CODE_FILE, Revision
 
 
 def stale(revision: Revision, tree: Path) -> Iterator[str]:
@@ -36,6 +37,10 @@ def _reasons(revision: Revision, tree: Path, stage: dict[str, Any], lock: dict[s
         yield "its command changed"
     known = {str(dep["path"]): dep.get("md5") for dep in lock.get("deps", [])}
     for dep in map(_path, stage.get("deps", [])):
+        if dep == CODE_FILE:
+            if known.get(dep) != _code_md5(revision, tree):
+                yield "its code changed"
+            continue
         now = revision.outputs.get(dep) or _md5(revision, tree, dep)
         if dep not in known or now != known[dep]:
             yield f"{dep} changed" if now else f"{dep} is not in this commit"
@@ -44,6 +49,13 @@ def _reasons(revision: Revision, tree: Path, stage: dict[str, Any], lock: dict[s
     for file, keys in _params(stage):
         was = lock.get("params", {}).get(file, {})
         yield from (f"{key} of {file} changed" for key in keys if was.get(key) != _value(revision.yaml(file), key))
+
+
+def _code_md5(revision: Revision, tree: Path) -> str:
+    """DVC's md5 of the file that names the code of `prepare`, as this commit would write it."""
+    revision.write(["components"], tree)
+    text = f"{source_digest('components.prepare.stage', tree)}\n"
+    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
 
 
 def _path(entry: str | dict[str, Any]) -> str:

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from components.common.errors import InputError
-from components.config.loading import load_config
-from components.config.sections import PARAMS, DataConfig
+from components.config.data import DataConfig
+from components.config.params import PARAMS, load_config
 from pipelines.commands.options import Project
 from pipelines.project import project_folder
 

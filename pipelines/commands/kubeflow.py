@@ -10,8 +10,7 @@ from rich.table import Table
 
 from components.common.errors import InputError
 from components.common.files import read_json, write_json
-from components.config.loading import load_config
-from components.config.sections import PARAMS
+from components.config.params import PARAMS, load_config
 from components.tracking import store
 from pipelines.commands.options import Overrides, Project
 from pipelines.project import project_folder, run_config

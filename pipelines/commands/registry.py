@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from components.common.errors import InputError, KubealignError
-from components.config.loading import load_config
-from components.config.sections import PARAMS
+from components.config.params import PARAMS, load_config
 from components.tracking import store
 from pipelines.commands.options import Project
 from pipelines.project import project_folder

@@ -26,7 +26,7 @@ import numpy as np
 
 from components.common.errors import InputError, InterruptedRunError, KubealignError
 from components.common.files import replacing, replacing_folder
-from components.config.sections import Config
+from components.config.params import Config
 from components.dataset.records import SPLITS
 from components.prepare.convert import Converted, RowDefaults, convert_files
 from components.prepare.sources import ADDED, Sources, added_pairs, read_sources, record_added
@@ -132,7 +132,7 @@ def _findings(data: Path, staged: Path, config: Config, sources: set[str]) -> li
     sides = [staged / name / f"{split}.jsonl" for name in DATA_SETS for split in SPLITS]
     if not base.is_dir() or not all(path.stat().st_size for path in sides):
         return None
-    checked = check_rows(config.validate_, config.model, staged, base, NoOpRun("validate"))
+    checked = check_rows(config.validate_, config.model.max_length, staged, base, NoOpRun("validate"))
     found = checked.sets["preferences"]
     mine = [position for position, name in enumerate(found.names["source"]) if name in sources]
     is_mine = np.isin(found.columns["source"], mine)

@@ -11,7 +11,7 @@ import orjson
 import yaml
 
 from components.common.errors import InputError
-from components.config.sections import DataConfig
+from components.config.data import DataConfig
 from components.dataset.records import SPLITS, iter_lines
 from components.prepare.sources import ADDED
 from components.sources.data import DATA_SETS, WORKSPACE, data_folders, history, opened

@@ -87,8 +87,7 @@ def main() -> None:
     from kfp.local import subprocess_task_handler
 
     from components.common.files import digest
-    from components.config.loading import load_config
-    from components.config.sections import PARAMS
+    from components.config.params import PARAMS, load_config
     from components.tracking import events
     from components.tracking.errors import explain_os_error
     from pipelines.alignment import build_pipeline

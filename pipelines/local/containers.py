@@ -22,7 +22,7 @@ from typing import Any
 from components.common.errors import InputError, KubealignError, single_line
 from components.common.files import digest, sha256_file
 from components.common.images import DATA_IMAGE, TRAIN_IMAGE
-from components.common.provenance import DATA_SUFFIXES, PACKAGES
+from components.common.provenance import PACKAGES
 from components.sources.data import is_url
 from components.tracking import store
 
@@ -33,12 +33,14 @@ PASSED_ON = ("AWS_", "MLFLOW_TRACKING_", "GIT_", "KUBEALIGN_", "OMP_", "GOMP_")
 STEP_FOLDERS = ("steps", "workspace", "checkpoints", "cache", "mlartifacts")
 """Folders below the home folder that steps write to, as its owner."""
 SERVER_STARTS_WITHIN_S = 120
+IN_IMAGES = (".py", ".html", ".jinja", ".css", ".js")
+"""Suffixes of what the images hold of the package `components`."""
 
 
 def code_in_images() -> str:
     """Digest of what the images contain of this project: the package `components` and the locked versions."""
     folder = PACKAGES / "components"
-    files = [path for path in folder.rglob("*") if path.suffix in (".py", *DATA_SUFFIXES) and "tests" not in path.parts]
+    files = [path for path in folder.rglob("*") if path.suffix in IN_IMAGES and "tests" not in path.parts]
     hashes = {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
     lock = PACKAGES / "requirements.lock"
     return digest([hashes, sha256_file(lock) if lock.is_file() else ""])[:16]

@@ -17,14 +17,15 @@ from typing import Any, NoReturn
 
 from components.common.errors import InputError, InterruptedRunError, StepFailedError
 from components.common.provenance import git_commit
-from components.config.loading import pipeline_arguments
-from components.config.sections import Config
+from components.config.params import Config, pipeline_arguments
 from components.sources.data import is_url
+from components.stages import BY_NAME
 from components.tracking import store
 from components.tracking.errors import is_mlflow_failure
 from components.tracking.events import EVENTS_VARIABLE, Event, EventReader
 from pipelines.local.containers import containers_for_a_run
 from pipelines.local.display import Display
+from pipelines.platform import for_its_hardware
 from pipelines.quiet import QUIET
 
 STOP_AFTER_S = 5.0
@@ -59,6 +60,8 @@ def run_pipeline(config: Config, project: Path, display: Display, runner: str, c
         StepFailedError: a step failed.
         InterruptedRunError: SIGINT or SIGTERM arrived; every child process is gone.
     """
+    if runner == "docker":
+        config = for_its_hardware(config, runner)
     arguments = run_arguments(config, project)
     uri = store.tracking_uri()
     with containers_for_a_run() if runner == "docker" else nullcontext():
@@ -166,17 +169,7 @@ def _follow(
 
 def run_arguments(config: Config, project: Path) -> dict[str, Any]:
     """The pipeline's arguments, with local paths made absolute."""
-    arguments = pipeline_arguments(config)
-    data = json.loads(arguments["data_section"])
-    if not is_url(data["repo"]):
-        data["repo"] = str((project / data["repo"]).resolve())
-    arguments["data_section"] = json.dumps(data, sort_keys=True)
-    if (project / arguments["base_model"]).is_dir():
-        arguments["base_model"] = str((project / arguments["base_model"]).resolve())
-    model = json.loads(arguments["model_section"])
-    if (project / model["template"]).is_file():
-        model["template"] = str((project / model["template"]).resolve())
-    arguments["model_section"] = json.dumps(model, sort_keys=True)
+    arguments = pipeline_arguments(with_absolute_paths(config, project))
     for value in arguments.values():
         if isinstance(value, str) and "python3" in value:
             raise InputError(
@@ -184,6 +177,18 @@ def run_arguments(config: Config, project: Path) -> dict[str, Any]:
                 f" rename it: {store.without_credentials(value)}"
             )
     return arguments
+
+
+def with_absolute_paths(config: Config, project: Path) -> Config:
+    """The configuration with its local paths, which are relative to the project, made absolute."""
+    data, model = config.data, config.model
+    if not is_url(data.repo):
+        data = data.model_copy(update={"repo": str((project / data.repo).resolve())})
+    if (project / model.base).is_dir():
+        model = model.model_copy(update={"base": str((project / model.base).resolve())})
+    if (project / model.template).is_file():
+        model = model.model_copy(update={"template": str((project / model.template).resolve())})
+    return config.model_copy(update={"data": data, "model": model})
 
 
 def _handle_event(event: Event, state: ChildState, display: Display) -> None:
@@ -200,7 +205,7 @@ def _fail(state: ChildState, log: Path) -> NoReturn:
         raise StepFailedError(f"{last.stage}: {last.message}\n(whole log: {log})", last.exit_code or 1)
     knobs = (
         f" (what helps: a lower {state.stage}.max_tokens_per_step, model.gradient_checkpointing=true)"
-        if state.stage in ("sft", "dpo")
+        if state.stage in BY_NAME and BY_NAME[state.stage].trains
         else ""
     )
     raise StepFailedError(

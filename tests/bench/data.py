@@ -31,7 +31,7 @@ import psutil
 
 from components.common.errors import DataValidationError
 from components.common.files import read_json, sha256_file, write_json
-from components.config.loading import load_config
+from components.config.params import load_config
 from components.dataset.records import SPLITS, iter_lines
 from components.validate.privacy import is_identity_card, is_payment_card, is_phone
 
@@ -276,7 +276,7 @@ def child(project: Path) -> None:
     base = ROOT / "data" / "base_model"
     reports = (project / "report.html", project / "report.md")
     try:
-        run_validate(config.validate_, config.model, project / "data", base, project / "clean", *reports)
+        run_validate(config.validate_, config.model.max_length, project / "data", base, project / "clean", *reports)
     except DataValidationError as stop:
         print(stop)
     seconds["validate"] = time.monotonic() - started

@@ -27,8 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from components.common.files import digest, sha256_file, write_manifest
-from components.config.loading import load_config
-from components.config.sections import Config
+from components.config.params import Config, load_config
 from components.dataset.records import read_lines, write_lines
 from components.dpo.stage import run_dpo
 from components.evaluate.candidates import Inputs

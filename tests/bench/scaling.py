@@ -16,7 +16,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from components.common.files import write_text
-from components.config.loading import load_config
+from components.config.params import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -31,14 +31,13 @@ from accelerate.state import AcceleratorState
 
 from components.common.files import read_json, write_json
 from components.common.memory import peak_memory_mib
-from components.config.loading import load_config
-from components.config.sections import Config
+from components.config.params import Config, load_config
 from components.dataset.chat import load_tokenizer
 from components.dataset.records import Preference, read_rows
 from components.dpo.stage import cached_reference, make_objective
 from components.engine import loop
 from components.engine.cpu.memory import configure_malloc
-from components.engine.devices import native_precision
+from components.engine.hardware import native_precision
 from components.engine.models import DPO_ADAPTER, PackedModel, load_causal_lm, trainable_state
 from components.engine.packing import Example, pack
 from components.sft.stage import objective as sft_objective

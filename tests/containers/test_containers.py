@@ -21,6 +21,7 @@ import pytest
 
 from components.common.errors import InputError
 from components.common.images import DATA_IMAGE, TRAIN_IMAGE
+from components.stages import STAGE_NAMES
 from pipelines.local import containers
 from tests.conftest import ROOT, environment_without_home
 from tests.containers.conftest import IMAGE_USER
@@ -97,7 +98,7 @@ def first(project: Project) -> dict[str, Any]:
 def test_the_whole_dag_runs_in_our_images_and_registers_a_model(
     project: Project, first: dict[str, Any], client: Any
 ) -> None:
-    assert set(first["stages"]) == {"resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register"}
+    assert set(first["stages"]) == set(STAGE_NAMES)
     assert all(stage["seconds"] > 0 and not stage["cached"] for stage in first["stages"].values())
     assert first["model_uri"] == "models:/kubealign/1" and first["verdict"]["rules"]
     assert first["git_commit"] == client.images.get(DATA_IMAGE).labels["org.opencontainers.image.revision"]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from components.common.images import TRAIN_IMAGE
-from components.config.loading import load_config
+from components.config.params import load_config
 from components.sft.stage import run_sft
 from tests.conftest import ROOT
 from tests.containers.conftest import IMAGE_USER

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from components.common.files import write_manifest
-from components.config.loading import load_config
+from components.config.params import load_config
 from components.dataset.chat import choose_template, encode, encode_conversation, encode_prompt, load_tokenizer
 from components.dataset.records import Instruction, Message, content_id, read_rows
 from components.dpo.stage import run_dpo
@@ -205,7 +205,7 @@ def test_sft_on_every_answer_and_dpo_train_it(chinese_llama: Path, tmp_path: Pat
     config = load_config(ROOT / "params.yaml", sets)
     clean = tmp_path / "clean"
     reports = (tmp_path / "v.html", tmp_path / "v.md")
-    run_validate(config.validate_, config.model, tmp_path / "data", base, clean, *reports)
+    run_validate(config.validate_, config.model.max_length, tmp_path / "data", base, clean, *reports)
     instructions = read_rows(clean / "instructions" / "train.jsonl", Instruction)
     assert len(instructions) == 32
     assert all(len(e.answers) == 1 for e in instruction_examples(load_tokenizer(base), instructions, "every"))

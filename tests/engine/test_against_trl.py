@@ -22,9 +22,9 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
-from components.config.loading import load_config
-from components.config.sections import DpoConfig
+from components.config.params import load_config
 from components.dataset.chat import load_tokenizer
+from components.dpo.config import DpoConfig
 from components.dpo.stage import cached_reference, make_objective
 from components.engine.loop import Objective
 from components.engine.models import DPO_ADAPTER, PackedModel, add_lora, load_causal_lm, trainable_state

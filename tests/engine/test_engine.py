@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from components.common.errors import InputError, TrainingError
-from components.config.loading import load_config
+from components.config.params import load_config
 from components.dpo.stage import cached_reference, check_reference, make_objective
 from components.engine import checkpoints, fused, loop
 from components.engine.head import FrozenHeadLogps, chunk_logps

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from components.common.errors import TrainingError
-from components.config.loading import load_config
+from components.config.params import load_config
 from components.dpo.stage import cached_reference, make_objective
 from components.engine import loop
 from components.engine.cpu.threads import plan_concurrent_packs, side_by_side

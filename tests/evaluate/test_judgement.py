@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.config.loading import load_config
-from components.config.sections import EvaluateConfig, GateConfig
+from components.config.gate import GateConfig
+from components.config.params import load_config
 from components.dataset.language import is_refusal
 from components.dataset.records import Message, Preference
 from components.engine.history import StepRecord
 from components.evaluate import answers, comparison, statistics
 from components.evaluate.comparison import Scored, compare
+from components.evaluate.config import EvaluateConfig
 from components.evaluate.report_page import markdown, report
 from components.evaluate.statistics import GroupBootstrap
 from components.gate.rules import GateContext, apply_gate

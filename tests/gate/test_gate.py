@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from components.common.errors import InputError
-from components.config.loading import load_config, validated
-from components.config.sections import GateConfig
+from components.config.gate import GateConfig
+from components.config.loading import validated
+from components.config.params import load_config
 from components.evaluate import statistics
 from components.evaluate.statistics import GroupBootstrap, compared_loss, fit_scale, superiority_p
 from components.gate.rules import GateContext, alpha_for_decision, apply_gate

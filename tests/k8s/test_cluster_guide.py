@@ -10,7 +10,7 @@ import click
 import pytest
 import typer.main
 
-from components.config.loading import load_config
+from components.config.params import load_config
 from pipelines.cli import app
 from tests.conftest import ROOT
 

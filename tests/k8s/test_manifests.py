@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from components.common.images import MLFLOW_IMAGE
-from components.config.loading import load_config
-from components.stages import STAGES
+from components.config.params import load_config
+from components.stages import STAGE_NAMES
 from pipelines.alignment import compile_pipeline
 from tests.conftest import ROOT
 from tests.k8s.conftest import Manifest
@@ -42,7 +42,7 @@ def box(manifests: list[Manifest]) -> Manifest:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_overlay_is_without_problems(overlays: dict[str, list[Manifest]], overlay: str) -> None:
     assert problems(overlays[overlay]) == []
-    assert set(STAGES) == STEPS
+    assert set(STAGE_NAMES) == STEPS
 
 
 BROKEN: dict[str, tuple[Callable[[list[Manifest]], Any], str]] = {
@@ -232,7 +232,7 @@ def test_the_steps_of_a_run_are_restricted(tmp_path: Path) -> None:
     remote = ["data.repo=https://git.example.com/a.git", "data.revision=v1", "cluster.train.gpus=1"]
     compile_pipeline(load_config(ROOT / "params.yaml", remote), tmp_path / "a.yaml", "kubeflow")
     documents = list(yaml.safe_load_all((tmp_path / "a.yaml").read_text(encoding="utf-8")))
-    for step in STAGES:
+    for step in STAGE_NAMES:
         assert list(violations(step_pod(step, documents))) == []
     platform = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-sft"]
     for key, rule in (("runAsNonRoot", "runAsNonRoot"), ("runAsUser", "runAsUser is 0")):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from components.common.files import sha256_file
+from components.stages import ORDERED
 from tests.support.project import Project
 
 LONGER = [
@@ -21,7 +22,6 @@ LONGER = [
     "sft.eval_every_steps=4",
     "dpo.eval_every_steps=4",
 ]
-STAGES = ("fetch", "validate", "sft", "dpo", "evaluate", "register")
 
 
 class Killer:
@@ -92,7 +92,7 @@ def test_a_run_killed_three_times_ends_with_bit_identical_weights(killer: Killer
 def test_twenty_random_kill_points_end_with_bit_identical_weights(killer: Killer) -> None:
     n_killed = n_resumed = 0
     while n_killed < 20:
-        point = (random.choice(STAGES), random.uniform(0.0, 12.0))
+        point = (random.choice(ORDERED), random.uniform(0.0, 12.0))
         if killer.run_and_kill(*point):
             n_killed += 1
             n_resumed += "resuming after step" in killer.finish([point])

@@ -18,10 +18,16 @@ from components.dataset.records import read_lines
 from components.prepare.sources import read_sources, unpack
 from components.registry.audit import Audit
 from components.registry.manifest import MANIFEST_TAG
+from components.stages import STAGE_NAMES
 from tests.conftest import ROOT
 from tests.support.project import ALL, Project, ran
 from tests.support.services import mlflow_server
 from tests.support.waiting import wait_until
+
+
+def since(step: str) -> set[str]:
+    """The steps that run when this one and all behind it have to: `resolve` always does."""
+    return {STAGE_NAMES[0], *STAGE_NAMES[STAGE_NAMES.index(step) :]}
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +155,7 @@ def test_a_new_champion_reruns_only_the_evaluation(project: Project, first: dict
     manifest = {MANIFEST_TAG: one.tags[MANIFEST_TAG]}
     other = client.create_model_version("kubealign", one.source, run_id=one.run_id, tags=manifest)
     client.set_registered_model_alias("kubealign", "champion", other.version)
-    assert ran(project.run()) == {"resolve", "evaluate", "register"}
+    assert ran(project.run()) == since("evaluate")
     found = project.report()
     assert found["incumbent"] == f"models:/kubealign/{other.version}" and "incumbent" in found["metrics"]
     assert found["comparisons"]["incumbent"]["improvement"]["value"] == 0.0
@@ -159,12 +165,12 @@ def test_a_new_champion_reruns_only_the_evaluation(project: Project, first: dict
 
 def test_a_changed_dpo_setting_leaves_sft_cached(project: Project, first: dict[str, Any]) -> None:
     done = project.run("dpo.beta=0.3")
-    assert ran(done) == {"resolve", "dpo", "evaluate", "register"}
+    assert ran(done) == since("dpo")
 
 
 def test_dpo_that_does_not_update_gives_no_evidence(project: Project, first: dict[str, Any]) -> None:
     done = project.run("dpo.lr=1e-30", "gate.min_pairs=1")
-    assert ran(done) == {"resolve", "dpo", "evaluate", "register"}
+    assert ran(done) == since("dpo")
     found = project.report()
     assert abs(found["comparisons"]["sft"]["improvement"]["value"]) < 1e-4
     assert found["verdict"]["passed"] is False and found["verdict"]["verdict"] == "no evidence"
@@ -191,9 +197,9 @@ def test_a_run_that_another_one_overtakes_judges_again(project: Project, first: 
             number = len(audit.decisions(test_set)) + 1
             assert audit.claim_decision(test_set, number, "another run's")
     assert process.wait() == 0, "\n".join(lines)
-    repeated = lines[lines.index("judging again against what is champion now") :]
+    repeated = lines[lines.index("judging again, against the new champion") :]
     assert [line for line in repeated if line.endswith(": started")] == [
-        f"{step}: started" for step in ("resolve", "evaluate", "register")
+        f"{step}: started" for step in STAGE_NAMES if step in since("evaluate")
     ]
     found = project.report()
     assert found["verdict"]["test_use"] == number + 1 and found["decided"]["state"] == "not passed"
@@ -204,7 +210,7 @@ def test_an_edited_stage_reruns_itself_and_what_follows(project: Project, first:
     text = path.read_text()
     try:
         path.write_text(text + "# edited\n")
-        assert ran(project.run()) == {"resolve", "dpo", "evaluate", "register"}
+        assert ran(project.run()) == since("dpo")
     finally:
         path.write_text(text)
 
@@ -245,7 +251,7 @@ def test_a_stop_leaves_no_child_and_the_same_command_goes_on(project: Project, f
     assert not client.search_runs(["1"], "attributes.status = 'RUNNING'")
     done = project.run(*sets)
     assert "resuming after step" in done.stdout
-    assert ran(done) == {"resolve", "sft", "dpo", "evaluate", "register"}
+    assert ran(done) == since("sft")
 
 
 def test_a_changed_row_reruns_everything(project: Project, first: dict[str, Any]) -> None:

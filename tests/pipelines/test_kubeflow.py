@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from components.common.errors import InputError, KubeflowApiError
-from components.config.loading import load_config, pipeline_arguments
-from components.stages import STAGES
+from components.config.params import load_config, pipeline_arguments
+from components.stages import STAGE_NAMES
 from pipelines import cli, kubeflow
 from pipelines.alignment import compile_pipeline
 from pipelines.kubeflow import RunState, Server
@@ -164,9 +164,9 @@ def test_what_is_uploaded_is_one_flat_graph_with_a_kubernetes_configuration_of_e
 ) -> None:
     kubealign("submit")
     (package,) = kfp.packages.values()
-    assert set(package.spec.root.dag.tasks) == set(STAGES)
+    assert set(package.spec.root.dag.tasks) == set(STAGE_NAMES)
     assert all(component.executor_label for component in package.spec.components.values())
-    assert set(package.executors) == {f"exec-{stage}" for stage in STAGES}
+    assert set(package.executors) == {f"exec-{stage}" for stage in STAGE_NAMES}
     assert package.executors["exec-dpo"].pvc_mount[0].mount_path == "/kubealign"
 
 
@@ -400,7 +400,7 @@ def test_wait_succeeds_only_when_the_run_has_succeeded(kfp: KfpServer, process: 
     run_id = kfp.add_run("SUCCEEDED")
     done = process("wait", run_id)
     assert done.code == 0 and done.err == ""
-    assert [line.partition(":")[0] for line in done.out.splitlines()] == [*STAGES, "succeeded"]
+    assert [line.partition(":")[0] for line in done.out.splitlines()] == [*STAGE_NAMES, "succeeded"]
 
 
 def test_wait_tells_every_state_of_a_run_once(kfp: KfpServer, project: Path) -> None:

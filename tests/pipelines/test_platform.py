@@ -15,11 +15,11 @@ import yaml
 
 from components.common.errors import InputError
 from components.common.images import DATA_IMAGE, TRAIN_IMAGE
-from components.config.loading import load_config, pipeline_arguments
-from components.config.sections import ClusterConfig
-from components.stages import STAGES
+from components.config.cluster import ClusterConfig
+from components.config.params import load_config, pipeline_arguments
+from components.stages import BY_NAME, STAGE_NAMES
 from pipelines.alignment import compile_pipeline
-from pipelines.platform import TRAIN_STEPS, pod_template
+from pipelines.platform import for_its_hardware, pod_template
 from tests.stubs.kfp_server import POD_TEMPLATE, parse_package
 
 FOLDER = Path(__file__).parent / "golden"
@@ -145,7 +145,7 @@ def test_every_key_of_the_section_is_in_the_golden_file() -> None:
 def test_the_golden_configuration_parses_strictly(tmp_path: Path) -> None:
     compiled(tmp_path, full())
     package = parse_package((tmp_path / "alignment.yaml").read_text(encoding="utf-8"))
-    assert set(package.executors) == {f"exec-{stage}" for stage in STAGES}
+    assert set(package.executors) == {f"exec-{stage}" for stage in STAGE_NAMES}
     assert package.executors["exec-sft"].tolerations[0].value == "a100"
 
 
@@ -155,14 +155,14 @@ def test_the_golden_configuration_parses_strictly(tmp_path: Path) -> None:
 def test_the_cache_is_off_for_resolve_and_register_alone(tmp_path: Path) -> None:
     tasks = compiled(tmp_path, full())[0]["root"]["dag"]["tasks"]
     cached = {name: task["cachingOptions"].get("enableCache", False) for name, task in tasks.items()}
-    assert cached == {stage: stage not in ("resolve", "register") for stage in STAGES}
+    assert cached == {stage: stage not in ("resolve", "register") for stage in STAGE_NAMES}
 
 
 def test_every_parameter_has_a_description_a_type_and_the_default_of_the_configuration(tmp_path: Path) -> None:
     fields = compiled(tmp_path, full())[0]["root"]["inputDefinitions"]["parameters"]
     assert all(field["description"].strip() and field["parameterType"] for field in fields.values())
     defaults = {name: field["defaultValue"] for name, field in fields.items()}
-    assert defaults == pipeline_arguments(load_config(PARAMS, REMOTE))
+    assert defaults == pipeline_arguments(for_its_hardware(load_config(PARAMS, [*REMOTE, *full()]), "kubeflow"))
 
 
 def test_secrets_are_named_never_copied(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_secrets_are_named_never_copied(tmp_path: Path) -> None:
         "s3": {"access_key": "AWS_ACCESS_KEY_ID", "secret_key": "AWS_SECRET_ACCESS_KEY"},
         "git": {"username": "GIT_USERNAME", "password": "GIT_PASSWORD"},
     }
-    for stage in STAGES:
+    for stage in STAGE_NAMES:
         named = {
             entry["secretName"]: {pair["secretKey"]: pair["envVar"] for pair in entry["keyToEnv"]}
             for entry in platform(documents)[stage]["secretAsEnv"]
@@ -185,7 +185,7 @@ def test_secrets_are_named_never_copied(tmp_path: Path) -> None:
 
 def test_state_on_a_claim_is_mounted_in_every_step(tmp_path: Path) -> None:
     documents = compiled(tmp_path, full())
-    for stage in STAGES:
+    for stage in STAGE_NAMES:
         (mount,) = platform(documents)[stage]["pvcMount"]
         assert (mount["constant"], mount["mountPath"]) == ("alignment-state", "/kubealign")
         assert variables(containers(documents)[stage])["KUBEALIGN_HOME"] == "/kubealign"
@@ -194,7 +194,7 @@ def test_state_on_a_claim_is_mounted_in_every_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("state", ["s3://bucket/state", "''"])
 def test_state_elsewhere_mounts_nothing(tmp_path: Path, state: str) -> None:
     documents = compiled(tmp_path, full(state=state))
-    for stage in STAGES:
+    for stage in STAGE_NAMES:
         plain = variables(containers(documents)[stage])
         assert "pvcMount" not in platform(documents)[stage] and "KUBEALIGN_HOME" not in plain
         assert plain.get("KUBEALIGN_STATE") == (state if state.startswith("s3") else None)
@@ -202,21 +202,20 @@ def test_state_elsewhere_mounts_nothing(tmp_path: Path, state: str) -> None:
 
 def test_steps_that_need_a_model_have_the_train_image_and_the_gpu(tmp_path: Path) -> None:
     documents = compiled(tmp_path, full())
-    for stage in STAGES:
+    for stage in STAGE_NAMES:
         container, more = containers(documents)[stage], platform(documents)[stage]
-        trains = stage in TRAIN_STEPS
+        trains = BY_NAME[stage].image == "train"
         assert container["image"] == FULL["train_image" if trains else "data_image"]
         found = {"accelerator"} & container["resources"].keys() | {"nodeSelector", "tolerations"} & more.keys()
         assert found == ({"accelerator", "nodeSelector", "tolerations"} if trains else set())
         mounted = [mount["mountPath"] for mount in more.get("emptyDirMounts", [])]
         assert mounted == (["/dev/shm"] if trains else [])  # noqa: S108
-    assert set(TRAIN_STEPS) == {"sft", "dpo", "evaluate"}
 
 
 @pytest.mark.parametrize("target", ["kubeflow", "local"])
 def test_our_own_images_have_a_version(tmp_path: Path, target: str) -> None:
     images = {stage: box["image"] for stage, box in containers(compiled(tmp_path, [], target)).items()}
-    assert images == {stage: TRAIN_IMAGE if stage in TRAIN_STEPS else DATA_IMAGE for stage in STAGES}
+    assert images == {stage: TRAIN_IMAGE if BY_NAME[stage].image == "train" else DATA_IMAGE for stage in STAGE_NAMES}
     assert all(image.rpartition(":")[2] not in ("", "latest", image) for image in images.values())
 
 
@@ -226,7 +225,7 @@ def test_nothing_that_is_empty_leaves_a_trace(tmp_path: Path) -> None:
     none = {"pull_secrets": "[]", "labels": "{}", "train.tolerations": "[]", "train.node_selector": "{}"}
     documents = compiled(tmp_path, full(**empty | none, retries="0", ttl_s="0", **{"train.gpus": "0"}))
     assert "pipelineConfig" not in documents[1]["platforms"]["kubernetes"]
-    for stage in STAGES:
+    for stage in STAGE_NAMES:
         known = {"imagePullPolicy", "fieldPathAsEnv", "activeDeadlineSeconds", "podMetadata", "securityContext"}
         assert set(platform(documents)[stage]) == known
         assert set(variables(containers(documents)[stage])) == {"MLFLOW_TRACKING_URI"}
@@ -237,7 +236,7 @@ def test_nothing_that_is_empty_leaves_a_trace(tmp_path: Path) -> None:
 def test_on_several_nodes_sft_and_dpo_only_start_and_follow_a_job(tmp_path: Path) -> None:
     """They are told the whole section, and need neither the training image nor a GPU themselves."""
     documents = compiled(tmp_path, full(nodes="2", runtime="our-torch"))
-    for stage in STAGES:
+    for stage in STAGE_NAMES:
         container, more = containers(documents)[stage], platform(documents)[stage]
         follows = stage in ("sft", "dpo")
         trains = stage == "evaluate"

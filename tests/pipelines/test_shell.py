@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,13 +12,13 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from components.common import provenance
 from components.common.errors import InputError, KubealignError
 from components.common.files import replacing, replacing_folder, verify_manifest, write_json, write_manifest
-from components.config.loading import load_config, pipeline_arguments, section
-from components.config.sections import FORM_FIELDS, Config, DpoConfig, ModelConfig
+from components.config.model import ModelConfig
+from components.config.params import FORM_FIELDS, Config, config_from_arguments, load_config, pipeline_arguments
 from components.sources.base_model import resolve_base
 from components.sources.data import data_folders, resolve_data
+from components.stages import STAGE_NAMES
 from components.tracking import store
 from components.tracking.errors import report_errors
 from tests.conftest import ROOT
@@ -35,7 +36,7 @@ DATA = data_folders("data")
         ("dpo.beta=-1", r"dpo.beta: input should be greater than 0, found -1 \(strength of the pull"),
         ("dpo.loss=ppo", "dpo.loss: input should be 'sigmoid', 'robust', .* or 'orpo', found 'ppo'"),
         ("model.precision=fp16", "model.precision: fp16 overflows"),
-        ("prepare.split.train=0.9", "the shares add up to 1.45; expected 1"),
+        ("prepare.split.train=0.9", "prepare.split: the shares add up to 1.45; expected 1"),
         ("data.repo=https://me:secret@example.org/x.git", "data.repo: a user or token in a URL"),
         ("beta=1", "--set beta=1: expected section.key=value, such as dpo.beta=0.2"),
     ],
@@ -51,12 +52,15 @@ def test_smoothing_that_would_do_nothing_is_refused() -> None:
         load_config(PARAMS, ["dpo.loss=ipo", "dpo.label_smoothing=0.1"])
 
 
-def test_a_missing_key_is_named(tmp_path: Path) -> None:
-    raw = yaml.safe_load(PARAMS.read_text())
-    del raw["dpo"]["beta"]
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
-    with pytest.raises(InputError, match="dpo.beta: missing; add it"):
-        load_config(tmp_path / "params.yaml")
+def test_a_key_that_the_file_leaves_out_has_its_default(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("dpo: {lr: 1.0e-5}\n")
+    assert load_config(tmp_path / "params.yaml") == load_config(PARAMS, ["dpo.lr=1e-5"])
+    read = load_config(tmp_path / "params.yaml", ["data.revision=1.2", "sft.lr=5e-7", "cluster.train.gpus=2"])
+    assert (read.data.revision, read.sft.lr, read.cluster.train.gpus) == ("1.2", 5e-7, 2)
+
+
+def test_the_shipped_file_shows_every_key_with_its_default() -> None:
+    assert yaml.safe_load(PARAMS.read_text()) == Config().sections()
 
 
 def test_a_value_is_read_as_the_kind_that_it_replaces() -> None:
@@ -89,10 +93,20 @@ def test_form_fields_are_taken_out_of_the_json_and_may_not_be_given_twice() -> N
     arguments = pipeline_arguments(load_config(PARAMS))
     text = arguments["dpo_section"]
     assert set(FORM_FIELDS) <= set(arguments) and "beta" not in json.loads(text)
-    form = {"epochs": 1.0, "lr": 1e-4, "beta": 0.3, "loss": "sigmoid"}
-    assert section(DpoConfig, text, **form).beta == 0.3
-    with pytest.raises(InputError, match="beta is a field of its own; take it out of the section's JSON"):
-        section(DpoConfig, json.dumps(json.loads(text) | {"beta": 0.1}), **form)
+    assert config_from_arguments(arguments) == load_config(PARAMS)
+    assert config_from_arguments(arguments | {"dpo_beta": 0.3}).dpo.beta == 0.3
+    twice = arguments | {"dpo_section": json.dumps(json.loads(text) | {"beta": 0.1})}
+    with pytest.raises(InputError, match="dpo.beta is the form field dpo_beta; take it out of dpo_section"):
+        config_from_arguments(twice)
+
+
+def test_a_rule_of_a_whole_section_names_the_section_and_shows_none_of_it() -> None:
+    arguments = pipeline_arguments(load_config(PARAMS)) | {"dpo_loss": "ipo"}
+    smoothed = json.dumps(json.loads(arguments["dpo_section"]) | {"label_smoothing": 0.1})
+    with pytest.raises(InputError) as error:
+        config_from_arguments(arguments | {"dpo_section": smoothed})
+    assert re.match(r"the run: dpo: label_smoothing means nothing to the loss ipo", str(error.value))
+    assert "batch_size" not in str(error.value)
 
 
 # ---- base models
@@ -184,44 +198,6 @@ def test_data_that_is_not_there_is_a_clear_error(data_repo: Path, tmp_path: Path
     shutil.rmtree(data_repo / "data" / "preferences")
     with pytest.raises(InputError, match=r"data/preferences: not found or empty; `make data`"):
         resolve_data(str(data_repo), "workspace", DATA)
-
-
-# ---- code
-
-
-def test_the_code_digest_follows_what_a_stage_imports_and_nothing_else() -> None:
-    modules = provenance.imported_modules("components.dpo.stage")
-    assert "components.engine.objectives" in modules and "components.dataset.chat" in modules
-    assert "components.validate.stage" not in modules and "components.evaluate.stage" not in modules
-    assert provenance.code_digest("dpo") != provenance.code_digest("sft")
-
-
-def test_the_code_digest_changes_with_one_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(ROOT / "components", tmp_path / "components")
-    monkeypatch.setattr(provenance, "PACKAGES", tmp_path)
-    stages = ("fetch", "validate", "sft", "dpo", "evaluate")
-    before = {stage: provenance.code_digest(stage) for stage in stages}
-    with (tmp_path / "components" / "engine" / "packing.py").open("a") as file:
-        file.write("# one more line\n")
-    after = {stage: provenance.code_digest(stage) for stage in stages}
-    assert [stage for stage in stages if before[stage] != after[stage]] == ["sft", "dpo", "evaluate"]
-
-
-def test_an_image_without_a_library_has_the_digest_of_one_with_the_locked_version(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`resolve` runs in the data image, which has no torch, and keys the cache of steps in the one that has."""
-    shutil.copytree(ROOT / "components", tmp_path / "components", ignore=shutil.ignore_patterns("__pycache__"))
-    installed = provenance.versions(provenance.LIBRARIES)
-    lock = "".join(f"{name.replace('-', '_')}=={version}\n" for name, version in installed.items())
-    monkeypatch.setattr(provenance, "PACKAGES", tmp_path)
-    (tmp_path / provenance.LOCK).write_text(lock)
-    everywhere = provenance.code_digest("sft")
-    without = {name: version for name, version in installed.items() if name not in ("torch", "peft", "accelerate")}
-    monkeypatch.setattr(provenance, "versions", lambda names: without)
-    assert provenance.code_digest("sft") == everywhere
-    (tmp_path / provenance.LOCK).write_text(lock.replace(f"torch=={installed['torch']}", "torch==9.9.9"))
-    assert provenance.code_digest("sft") != everywhere
 
 
 # ---- files
@@ -331,7 +307,7 @@ def test_the_compiled_pipeline_has_typed_described_fields_with_the_defaults_of_p
     assert fields["dpo_beta"]["defaultValue"] == 0.33 and fields["dpo_beta"]["parameterType"] == "NUMBER_DOUBLE"
     assert all(field.get("description") and "defaultValue" in field for field in fields.values())
     tasks = spec["root"]["dag"]["tasks"]
-    assert list(tasks) == sorted(["resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register"])
+    assert list(tasks) == sorted(STAGE_NAMES)
     uncached = [name for name, task in tasks.items() if not task["cachingOptions"].get("enableCache")]
     assert sorted(uncached) == ["register", "resolve"]
 

@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from components.common.errors import InputError
-from components.config.loading import load_config
-from components.config.sections import PrepareConfig
+from components.config.params import load_config
 from components.dataset.chat import choose_template, encode, load_tokenizer
 from components.dataset.records import Message, Preference, content_id, read_lines, read_rows
 from components.dataset.similarity import prompt_key, prompt_text, sketch
+from components.prepare.config import PrepareConfig
 from components.prepare.sources import Package, Sources, read_sources, unpack
 from components.prepare.split import Assignment, assign_prompts, read_splits, write_splits
 from components.prepare.stage import prepare_data

@@ -25,6 +25,7 @@ from components.gate.rules import GateContext, apply_gate
 from components.register.stage import Judged, Lineage, run_register
 from components.registry.audit import Audit
 from components.registry.champion import champion_alias, promote
+from components.stages import STAGE_NAMES
 from components.tracking import store
 from components.tracking.errors import explain_mlflow_error
 from components.tracking.run import SETTINGS, stage_run
@@ -45,7 +46,7 @@ class Shop:
         client = store.client()
         run_id = client.create_run(store.experiment_id(client)).info.run_id
         client.log_text(run_id, (ROOT / "params.yaml").read_text(encoding="utf-8"), SETTINGS)
-        self.runs = dict.fromkeys(("resolve", "fetch", "validate", "sft", "dpo", "evaluate"), run_id)
+        self.runs = dict.fromkeys(STAGE_NAMES[:-1], run_id)
 
     def register(
         self, p_value: float = 1e-4, name: str = "one", kind: str = "merged", **lineage: Any
@@ -436,7 +437,7 @@ def test_reproduce_says_what_it_takes_and_checks_it_out(
 ) -> None:
     from dulwich import porcelain
 
-    monkeypatch.setattr("components.engine.devices.native_precision", lambda: "fp32")
+    monkeypatch.setattr("components.engine.hardware.native_precision", lambda: "fp32")
     project = tmp_path / "project"
     project.mkdir()
     (project / "params.yaml").write_text((ROOT / "params.yaml").read_text())
@@ -454,7 +455,7 @@ def test_reproduce_says_what_it_takes_and_checks_it_out(
     assert settings["dpo"] == CONFIG.sections()["dpo"] and "prepare" in settings
     assert "torch==" in (tmp_path / "again" / "environment.txt").read_text()
     assert "precision fp32, by model.precision=auto" in said.output and "auto is" not in said.output
-    monkeypatch.setattr("components.engine.devices.native_precision", lambda: "bf16")
+    monkeypatch.setattr("components.engine.hardware.native_precision", lambda: "bf16")
     elsewhere = CliRunner().invoke(app, list(words))
     assert "auto is bf16 on this machine" in elsewhere.output and "--set model.precision=fp32" in elsewhere.output
     full = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "again")])

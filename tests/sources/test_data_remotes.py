@@ -18,7 +18,7 @@ import yaml
 
 from components.common.errors import InputError, KubealignError
 from components.common.files import folder_digest
-from components.config.loading import load_config
+from components.config.params import load_config
 from components.fetch.stage import run_fetch
 from components.sources.data import data_folders, resolve_data
 from components.tracking import store
@@ -179,7 +179,9 @@ def test_mlflow_says_where_the_data_came_from(
     config = load_config(ROOT / "params.yaml")
     data = config.data.model_copy(update=source(remote, url))
     base = (str(tiny_model), folder_digest(tiny_model))
-    run_fetch(data, remote.digests, config.model, *base, tmp_path / "out" / "dataset", tmp_path / "out" / "base")
+    run_fetch(
+        data, remote.digests, config.model.template, *base, tmp_path / "out" / "dataset", tmp_path / "out" / "base"
+    )
     client = store.client()
     (run,) = client.search_runs([store.experiment_id(client)])
     inputs = {entry.dataset.name: entry.dataset for entry in run.inputs.dataset_inputs}

@@ -26,12 +26,13 @@ from google.protobuf import json_format
 from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConfig
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec, PlatformSpec
 
+from components.stages import STAGE_NAMES
+
 WORKFLOW = "alignment-x8k2p"
 POD_TEMPLATE = "metadata-0-2-retry-system-container-impl"
 """Template of a step with two labels, no annotation and retries: src/v2/compiler/argocompiler/container.go,
 addContainerExecutorTemplate. A pod is named after workflow, template and hash: src/common/util/workflow.go,
 RetrievePodName."""
-STEPS = ("resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register")
 
 
 class RefusalError(Exception):
@@ -502,8 +503,8 @@ def nodes(state: str, failed: str) -> list[dict[str, Any]]:
         node("root", ended, "2"),
         node("root-driver", ended),
     ]
-    last = STEPS.index(failed or ("register" if state == "SUCCEEDED" else "sft"))
-    for number, step in reversed(list(enumerate(STEPS))):
+    last = STAGE_NAMES.index(failed or ("register" if state == "SUCCEEDED" else "sft"))
+    for number, step in reversed(list(enumerate(STAGE_NAMES))):
         if number > last:
             found.append({"task_id": str(uuid.uuid4()), "display_name": step})  # omitted: an unpopulated state
         elif step == failed:

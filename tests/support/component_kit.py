@@ -2,7 +2,7 @@
 
 import inspect
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,8 +11,11 @@ from kfp import compiler, dsl, local
 from kfp.components import load_component_from_file
 from kfp.local.config import LocalExecutionConfig
 
-from components.config.loading import load_config, pipeline_arguments
+from components.common.provenance import code_digest
+from components.config.params import load_config, pipeline_arguments
+from components.orders import Facts, Order, make_order, read_order
 from components.resolve.component import resolve
+from components.stages import BY_NAME, ORDERED, STAGE_NAMES
 from components.tracking import store
 from components.tracking.run import SETTINGS
 from tests.conftest import ROOT, move_home
@@ -83,13 +86,33 @@ def chain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
 
 
 @pytest.fixture(scope="session")
-def facts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What resolve finds out about the real data and the tiny model."""
-    folder = tmp_path_factory.mktemp("facts")
+def orders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Order]:
+    """What resolve orders of each stage, for the real data and the tiny model."""
+    folder = tmp_path_factory.mktemp("orders")
     with pytest.MonkeyPatch.context() as patch:
         move_home(folder / "home", patch)
-        found: dict[str, str] = call(resolve, folder, base_model=str(tiny_model))[0]._asdict()
-        return found
+        return resolved_orders(call(resolve, folder, base_model=str(tiny_model))[0])
+
+
+def resolved_orders(outputs: tuple[str, ...]) -> dict[str, Order]:
+    """The orders among the outputs of resolve."""
+    return {name: read_order(text) for name, text in zip(ORDERED, outputs, strict=False)}
+
+
+def order(stage: str, changed: dict[str, Any] | None = None, **facts: Any) -> str:
+    """The order of a stage for the small configuration.
+
+    Args:
+        stage: its name.
+        changed: values by section, which nothing has checked.
+        facts: what differs from made-up ones.
+    """
+    config = load_config(ROOT / "params.yaml", [*SMALL, "model.hardware=cpu"])
+    sections = config.sections()
+    for section, values in (changed or {}).items():
+        sections[section].update(values)
+    made_up = {field.name: field.name for field in fields(Facts)} | {"incumbent": "", "test_use": 1, "data_clean": True}
+    return make_order(BY_NAME[stage], sections, made_up | facts, code_digest(stage)).as_json()
 
 
 @pytest.fixture
@@ -98,7 +121,7 @@ def runs(own_home: Path) -> dict[str, str]:
     client = store.client()
     run_id = client.create_run(store.experiment_id(client)).info.run_id
     client.log_text(run_id, (ROOT / "params.yaml").read_text(encoding="utf-8"), SETTINGS)
-    return {f"{stage}_run": run_id for stage in ("resolve", "fetch", "validate", "sft", "dpo", "evaluate")}
+    return {f"{stage}_run": run_id for stage in STAGE_NAMES[:-1]}
 
 
 def judged_inputs(chain: Chain) -> dict[str, Any]:
@@ -108,7 +131,7 @@ def judged_inputs(chain: Chain) -> dict[str, Any]:
     gate = load_config(ROOT / "params.yaml", SETTINGS).gate
     folders = {"dataset": chain.clean, "base": chain.base, "policy": chain.policy}
     folders |= {"evaluation": chain.evaluation, "report": chain.report}
-    return folders | {"gate_section": gate.model_dump_json(), "incumbent": "", "test_use": 1, "data_clean": True}
+    return folders | {"order": order("register", {"gate": gate.model_dump(mode="json")})}
 
 
 def call(component: Any, folder: Path, **given: Any) -> tuple[Any, dict[str, dsl.Artifact]]:
@@ -178,10 +201,9 @@ def _artifacts(component: Any) -> dict[str, type[dsl.Artifact]]:
 
 
 def _parameters(component: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a component: as given, else as configured; a fact that is neither has its name for a value."""
+    """The parameters of a component: as given, else as configured; a run that is neither has its name for an id."""
     configured = pipeline_arguments(load_config(ROOT / "params.yaml", SMALL))
-    values = {}
-    for name in inspect.signature(component.python_func).parameters.keys() - _artifacts(component).keys():
-        own = configured.get(f"{component.name}_{name}", name)
-        values[name] = given.get(name, configured.get(name, own))
-    return values
+    if component.name in ORDERED:
+        configured["order"] = order(component.name)
+    names = inspect.signature(component.python_func).parameters.keys() - _artifacts(component).keys()
+    return {name: given.get(name, configured.get(name, name)) for name in names}

@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.config.loading import load_config
+from components.config.params import load_config
 from components.fetch.stage import fetch_data
 from tests.conftest import ROOT
 

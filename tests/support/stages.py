@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from components.common.files import read_json, write_manifest
-from components.config.loading import load_config
+from components.config.params import load_config
 from components.dataset.records import content_id
 from components.dpo.stage import run_dpo
 from components.evaluate.candidates import Inputs
@@ -66,7 +66,7 @@ class Stages:
                 (folder / "data" / kind / f"{split}.jsonl").write_text(lines, encoding="utf-8")
         config = load_config(ROOT / "params.yaml", SETTINGS)
         reports = (folder / "v.html", folder / "v.md")
-        run_validate(config.validate_, config.model, folder / "data", self.base, folder / "clean", *reports)
+        run_validate(config.validate_, config.model.max_length, folder / "data", self.base, folder / "clean", *reports)
         run_sft(config.sft, config.model, folder / "clean", self.base, folder / "sft")
 
     def sft(self, out: Path, home: Path) -> Path:

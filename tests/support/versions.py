@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from components.config.loading import load_config
+from components.config.params import load_config
 from components.register.stage import Lineage
 from components.tracking import store
 from tests.conftest import ROOT

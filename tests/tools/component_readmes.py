@@ -12,7 +12,7 @@ from typing import Any, get_args
 import docstring_parser
 import yaml
 
-from components.stages import STAGES
+from components.stages import STAGE_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 START, END = "<!-- generated: component -->", "<!-- /generated -->"
@@ -94,6 +94,6 @@ def _table(what: str, rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    for stage in STAGES:
+    for stage in STAGE_NAMES:
         folder = ROOT / "components" / stage
         (folder / "README.md").write_text(expected(folder), encoding="utf-8")

@@ -19,6 +19,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from components.stages import STAGE_NAMES
 from tests.tools.pod_security import violations
 
 K8S = Path(__file__).resolve().parents[2] / "k8s"
@@ -28,7 +29,7 @@ KUBERNETES = "1.33"
 """The oldest version of Kubernetes that the manifests are for."""
 KNOWN_KINDS = {"TrainingRuntime": "TrainerV1alpha1TrainingRuntime"}
 """Kinds that Kubernetes itself does not know, and their model in kubeflow_trainer_api."""
-STEPS = {"resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register"}
+STEPS = set(STAGE_NAMES)
 """Components that pipeline runs bring."""
 SUFFIXES = {"": 1, "m": Decimal("0.001")} | {s: 1000 ** (n + 1) for n, s in enumerate("kMGTPE")}
 SUFFIXES |= {f"{s}i": 1024 ** (n + 1) for n, s in enumerate("KMGTPE")}

@@ -19,8 +19,8 @@ import pytest
 
 from components.common.errors import InputError, KubealignError
 from components.common.files import write_manifest
-from components.config.loading import load_config
-from components.config.sections import ClusterConfig
+from components.config.cluster import ClusterConfig
+from components.config.params import load_config
 from components.sft.stage import run_sft
 from components.tracking import storage, store
 from components.training import train_job
@@ -278,7 +278,7 @@ def test_a_step_that_is_cancelled_removes_its_job(kube: KubeServer, tmp_path: Pa
     cluster = section().model_dump_json()
     program = (
         "from components.training import train_job\n"
-        "from components.config.sections import ClusterConfig\n"
+        "from components.config.cluster import ClusterConfig\n"
         "train_job.parent_run = lambda: ''\n"
         f"cluster = ClusterConfig.model_validate_json({cluster!r})\n"
         "train_job.TrainJob(cluster, 'sft', 'k3', []).run()\n"

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from components.common.files import UNSEALED, write_manifest
-from components.config.loading import load_config
+from components.config.params import load_config
 from components.dataset.chat import load_tokenizer
 from components.dataset.records import Preference, read_rows
 from components.dpo.stage import run_dpo
@@ -102,7 +102,7 @@ def test_auto_is_bf16_only_where_the_machine_computes_it(
     meant: str,
     other: str,
 ) -> None:
-    for module in ("components.training.run", "components.engine.models"):
+    for module in ("components.training.run", "components.engine.models", "components.engine.hardware"):
         monkeypatch.setattr(f"{module}.native_precision", lambda: meant)
     for precision in ("auto", meant, other):
         train(stages, tmp_path / precision, f"model.precision={precision}")

@@ -12,7 +12,7 @@ import pytest
 
 from components.common.errors import DataValidationError, InputError, KubealignError
 from components.common.files import read_json, verify_manifest, write_json
-from components.config.loading import load_config
+from components.config.params import load_config
 from components.dataset.distribution import Distribution, distance, remember
 from components.dataset.language import is_refusal
 from components.dataset.records import SPLITS, content_id, read_lines
@@ -376,7 +376,9 @@ class Project:
             ROOT / "params.yaml",
             ["model.max_length=256", "validate.min_rows=1", "validate.max_quarantined=0.9", *sets],
         )
-        run_validate(config.validate_, config.model, self.folder / "in", self.base, self.out, self.html, self.markdown)
+        run_validate(
+            config.validate_, config.model.max_length, self.folder / "in", self.base, self.out, self.html, self.markdown
+        )
         return dict(read_json(self.out / "validation.json"))
 
     def quarantine(self) -> list[Row]:
@@ -546,7 +548,7 @@ def embedded(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KUBEALIGN_HOME", str(folder / "home"))
         reports = (folder / "report.html", folder / "report.md")
-        run_validate(config.validate_, config.model, ROOT / "data", base_model, folder / "clean", *reports)
+        run_validate(config.validate_, config.model.max_length, ROOT / "data", base_model, folder / "clean", *reports)
     return read_json(folder / "clean" / "validation.json"), reports[0].read_text()
 
 

@@ -8,7 +8,7 @@ import pytest
 from components.common.files import read_json, verify_manifest
 from components.dataset.records import read_lines
 from components.dpo.component import dpo
-from tests.support.component_kit import Chain, assert_refused, call
+from tests.support.component_kit import Chain, assert_refused, call, order
 
 
 def test_it_starts_at_ln_2_and_writes_the_policy_whole_and_as_an_adapter(chain: Chain, tmp_path: Path) -> None:
@@ -22,5 +22,6 @@ def test_it_starts_at_ln_2_and_writes_the_policy_whole_and_as_an_adapter(chain: 
 
 
 def test_a_loss_that_there_is_not_is_refused(chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = {"loss": "ppo", "dataset": chain.clean, "base": chain.base, "sft_model": chain.sft_model}
-    assert_refused("loss: input should be 'sigmoid'", capsys, dpo, tmp_path, **wrong)
+    wrong = order("dpo", {"dpo": {"loss": "ppo"}})
+    given = {"dataset": chain.clean, "base": chain.base, "sft_model": chain.sft_model}
+    assert_refused("dpo: loss: input should be 'sigmoid'", capsys, dpo, tmp_path, order=wrong, **given)

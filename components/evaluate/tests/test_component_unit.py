@@ -1,20 +1,17 @@
 """The function of the evaluate component."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from components.common.files import read_json, verify_manifest
-from components.config.loading import load_config
 from components.evaluate.component import evaluate
-from tests.conftest import ROOT
-from tests.support.component_kit import Chain, assert_refused, call
+from tests.support.component_kit import Chain, assert_refused, call, order
 
 
 def test_it_writes_numbers_verdict_and_report_on_that_very_policy(chain: Chain, tmp_path: Path) -> None:
     models = {"base": chain.base, "sft_model": chain.sft_model, "policy": chain.policy}
-    _, made = call(evaluate, tmp_path, dataset=chain.clean, incumbent="", test_use=1, data_clean=True, **models)
+    _, made = call(evaluate, tmp_path, dataset=chain.clean, **models)
     found = read_json(tmp_path / "evaluation" / "evaluation.json")
     verdict = read_json(tmp_path / "evaluation" / "verdict.json")
     assert verdict["policy_digest"] == verify_manifest(chain.policy)
@@ -27,7 +24,6 @@ def test_it_writes_numbers_verdict_and_report_on_that_very_policy(chain: Chain, 
 
 
 def test_a_level_that_is_no_level_is_refused(chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gate = load_config(ROOT / "params.yaml").gate.model_dump() | {"alpha": 5.0}
     models = {"base": chain.base, "sft_model": chain.sft_model, "policy": chain.policy}
-    wrong = {"test_use": 1, "data_clean": True, "gate_section": json.dumps(gate), "dataset": chain.clean, **models}
+    wrong = {"order": order("evaluate", {"gate": {"alpha": 5.0}}), "dataset": chain.clean, **models}
     assert_refused("alpha: input should be less than 0.5, found 5", capsys, evaluate, tmp_path, **wrong)

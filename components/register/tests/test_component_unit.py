@@ -12,11 +12,11 @@ from tests.support.component_kit import Chain, assert_refused, call, judged_inpu
 
 def test_it_makes_a_version_with_its_lineage_and_aliases(chain: Chain, runs: dict[str, str], tmp_path: Path) -> None:
     judged = judged_inputs(chain)
-    uri, _ = call(register, tmp_path, lineage="abc", **judged, **runs)
+    uri, _ = call(register, tmp_path, **judged, **runs)
     result = read_json(tmp_path / "result")
     version = store.client().get_model_version_by_alias("kubealign", "challenger")
     assert uri == result["model_uri"] == f"models:/kubealign/{version.version}"
-    assert version.tags["kubealign.lineage"] == result["lineage"] == "abc"
+    assert version.tags["kubealign.lineage"] == result["lineage"] == "lineage"
     assert ("champion" in result["aliases"]) == result["verdict"]["passed"]
 
 

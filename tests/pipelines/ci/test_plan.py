@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 from components.common.errors import InputError
+from components.stages import CACHED
 from pipelines.ci.plan import make_plan
 from pipelines.ci.revisions import find_repository, is_own
 from pipelines.git import changed_files, find_commit
 from tests.support.clone import Clone, Edit, appended, output, replaced, setting
 from tests.support.repositories import dvc, git
-
-STEPS = ("fetch", "validate", "sft", "dpo", "evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +151,9 @@ def test_a_change_runs_the_steps_that_depend_on_it_and_no_other(clone: Clone, na
     case = CASES[name]
     plan = clone.plan(*case.edits)
     rows = {row.step: row for row in plan.rows}
-    first = STEPS.index(case.first) if case.first else len(STEPS)
-    expected = {step: case.state if number >= first else "cached" for number, step in enumerate(STEPS)}
-    assert {step: rows[step].state for step in STEPS} == expected, plan
+    first = CACHED.index(case.first) if case.first else len(CACHED)
+    expected = {step: case.state if number >= first else "cached" for number, step in enumerate(CACHED)}
+    assert {step: rows[step].state for step in CACHED} == expected, plan
     if case.first:
         assert re.search(case.why, "; ".join(rows[case.first].reasons)), rows[case.first]
     assert (plan.retrain, plan.images) == (case.retrain, case.images), plan
@@ -166,7 +165,7 @@ def test_a_change_runs_the_steps_that_depend_on_it_and_no_other(clone: Clone, na
 def test_what_kubeflow_alone_caches_by_means_nothing_to_the_local_runner(clone: Clone) -> None:
     edit = setting("cluster.train_image", "r.example.com/train:1")
     plan = clone.plan(edit, runner="subprocess")
-    assert {row.state for row in plan.rows if row.step in STEPS} == {"cached"}
+    assert {row.state for row in plan.rows if row.step in CACHED} == {"cached"}
 
 
 def test_a_name_that_moves_may_mean_something_new_without_a_change(clone: Clone) -> None:
@@ -176,7 +175,7 @@ def test_a_name_that_moves_may_mean_something_new_without_a_change(clone: Clone)
     git(clone.root, "commit", "-qam", "nothing else")
     plan = make_plan(clone.root, first, "HEAD", "kubeflow")
     rows = {row.step: row for row in plan.rows}
-    assert {rows[step].state for step in STEPS} == {"may run"} and plan.retrain
+    assert {rows[step].state for step in CACHED} == {"may run"} and plan.retrain
     assert rows["fetch"].reasons == ("model.base models:/llama@best may mean something new",)
 
 

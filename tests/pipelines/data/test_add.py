@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from components.common.errors import InputError, KubealignError
-from components.config.loading import load_config
+from components.config.params import load_config
 from components.dataset.records import read_lines
 from components.prepare.convert import RowDefaults
 from components.prepare.sources import Added, added_pairs, read_sources, record_added

@@ -1,0 +1,122 @@
+"""The section `cluster`: how Kubernetes runs the steps. No stage reads it."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from components.config.section import Section
+
+QUANTITY = r"^\d+(\.\d+)?(Ki|Mi|Gi|Ti|K|M|G|T)?$"
+IMAGE = r"^([^\s@]+(:[\w.-]+|@sha256:[0-9a-f]{64}))?$"
+
+
+class StepResources(Section):
+    """What Kubernetes reserves for a step; requests and limits are the same."""
+
+    cpu: str = Field(default="1", pattern=r"^\d+(\.\d+)?m?$", description="cores, such as 2 or 500m")
+    memory: str = Field(default="4Gi", pattern=QUANTITY, description="such as 4Gi")
+
+
+class Toleration(Section):
+    """A node taint that a step puts up with."""
+
+    key: str = Field(default="", description="of the taint; empty for all")
+    operator: Literal["Equal", "Exists"] = Field(default="Equal", description="how `value` is compared")
+    value: str = Field(default="", description="of the taint; empty with Exists")
+    effect: Literal["", "NoSchedule", "NoExecute", "PreferNoSchedule"] = Field(
+        default="", description="of the taint; empty for all"
+    )
+
+
+class TrainResources(StepResources):
+    """The same for the steps that need a model, whose image is `train_image`."""
+
+    cpu: str = Field(default="4", pattern=r"^\d+(\.\d+)?m?$", description="cores, such as 2 or 500m")
+    memory: str = Field(default="16Gi", pattern=QUANTITY, description="such as 4Gi")
+    gpus: int = Field(default=0, ge=0, description="GPUs of a step")
+    gpu_type: str = Field(
+        default="nvidia.com/gpu", min_length=1, description="their resource name, such as nvidia.com/gpu"
+    )
+    shm: str = Field(
+        default="2Gi",
+        pattern=rf"{QUANTITY}|^$",
+        description="size of /dev/shm, in memory; empty for the node's default",
+    )
+    node_selector: dict[str, str] = Field(default={}, description="labels that the node must have")
+    tolerations: list[Toleration] = Field(default=[], description="taints of the node that are accepted")
+
+
+class ClusterConfig(Section):
+    """How `compile --target kubeflow` wants the steps run. Nothing here changes a result, so no stage gets it."""
+
+    data_image: str = Field(
+        default="",
+        pattern=IMAGE,
+        description="of resolve, fetch, validate, register, with a tag or @sha256 digest; empty for ours",
+    )
+    train_image: str = Field(default="", pattern=IMAGE, description="of sft, dpo, evaluate; likewise")
+    pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
+        default="IfNotPresent", description="when a node pulls an image"
+    )
+    pull_secrets: list[str] = Field(default=[], description="secrets with registry credentials")
+    run_as_user: int = Field(default=10001, ge=1, description="user id of every step")
+    mlflow_uri: str = Field(
+        default="http://mlflow.kubealign.svc:5000",
+        pattern=r"^(https?://[^@\s]+)?$",
+        description="MLflow server; needed for the kubeflow target",
+    )
+    ui_url: str = Field(
+        default="",
+        pattern=r"^(https?://[^@\s]+)?$",
+        description="Kubeflow UI, for links from model versions to runs; empty for none",
+    )
+    mlflow_secret: str = Field(
+        default="", description="secret with keys `username` and `password` for MLflow; empty for none"
+    )
+    s3_endpoint: str = Field(
+        default="", pattern=r"^(https?://[^@\s]+)?$", description="S3-compatible store; empty for AWS's own"
+    )
+    s3_secret: str = Field(default="", description="secret with keys `access_key` and `secret_key`; empty for none")
+    git_secret: str = Field(
+        default="", description="secret with keys `username` and `password` (a token) for data.repo; or empty"
+    )
+    state: str = Field(
+        default="pvc:kubealign-state",
+        pattern=r"^(pvc:[a-z0-9][a-z0-9.-]*|s3://\S+)?$",
+        description="what outlives a pod, checkpoints above all: pvc:CLAIM or s3://bucket/prefix; empty: a step that is"
+        " started again begins anew",
+    )
+    data: StepResources = StepResources()
+    train: TrainResources = TrainResources()
+    nodes: int = Field(
+        default=1,
+        ge=1,
+        description="machines that sft and dpo train on; above 1 a step starts a TrainJob of Kubeflow, each node with"
+        " the resources of `train`, and `state` has to be a bucket or a claim with ReadWriteMany",
+    )
+    runtime: str = Field(
+        default="kubealign-torch",
+        pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$",
+        description="TrainingRuntime of those TrainJobs, from k8s/several-nodes",
+    )
+    retries: int = Field(default=2, ge=0, description="times that a failed step is started again")
+    backoff_s: int = Field(
+        default=60, ge=0, description="seconds before the first retry; doubled for every further one"
+    )
+    timeout_s: int = Field(default=86400, ge=1, description="seconds after which a step's pod is ended")
+    ttl_s: int = Field(default=604800, ge=0, description="seconds that a finished workflow's pods are kept; 0 for ever")
+    labels: dict[str, str] = Field(default={}, description="further labels of every pod")
+    namespace: str = Field(
+        default="", description="Kubeflow profile that runs belong to; empty without multi-user Kubeflow"
+    )
+    experiment: str = Field(
+        default="kubealign", min_length=1, description="experiment of the runs in Kubeflow Pipelines"
+    )
+    service_account: str = Field(default="pipeline-runner", description="of the pods; empty for Kubeflow's own choice")
+
+    @field_validator("data_image", "train_image")
+    @classmethod
+    def _definite(cls, image: str) -> str:
+        if image.endswith(":latest"):
+            raise ValueError("`latest` means another image tomorrow; name a version or a digest")
+        return image

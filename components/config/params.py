@@ -1,0 +1,161 @@
+"""params.yaml as one typed configuration, and what a pipeline run gets of it: its form fields and its sections as JSON.
+
+A few knobs that people turn are typed fields of the run form (FORM_FIELDS); they are taken out of their section's JSON,
+and `config_from_arguments` puts them back.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from components.common.errors import InputError
+from components.config.cluster import ClusterConfig
+from components.config.data import DataConfig
+from components.config.gate import GateConfig
+from components.config.loading import keys, validated
+from components.config.model import ModelConfig
+from components.config.section import Section
+from components.dpo.config import DpoConfig
+from components.evaluate.config import EvaluateConfig
+from components.prepare.config import PrepareConfig
+from components.register.config import RegisterConfig
+from components.sft.config import SftConfig
+from components.validate.config import ValidateConfig
+
+PARAMS = "params.yaml"
+FORM_FIELDS: dict[str, tuple[str, str]] = {
+    "data_revision": ("data", "revision"),
+    "base_model": ("model", "base"),
+    "sft_epochs": ("sft", "epochs"),
+    "sft_lr": ("sft", "lr"),
+    "dpo_epochs": ("dpo", "epochs"),
+    "dpo_lr": ("dpo", "lr"),
+    "dpo_beta": ("dpo", "beta"),
+    "dpo_loss": ("dpo", "loss"),
+    "promote": ("register", "promote"),
+}
+"""Typed fields of the pipeline's run form: name -> (section, key)."""
+OF_A_SECTION = "_section"
+"""End of the name of a run parameter that holds a section as JSON."""
+
+
+class Config(Section):
+    """All of params.yaml. What the file leaves out has its default."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    prepare: PrepareConfig = PrepareConfig()
+    validate_: ValidateConfig = Field(default=ValidateConfig(), alias="validate")
+    sft: SftConfig = SftConfig()
+    dpo: DpoConfig = DpoConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    gate: GateConfig = GateConfig()
+    register_: RegisterConfig = Field(default=RegisterConfig(), alias="register")
+    cluster: ClusterConfig = ClusterConfig()
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """The configuration as plain values, by the names of params.yaml."""
+        return self.model_dump(by_alias=True, mode="json")
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read params.yaml and apply `section.key=value` overrides.
+
+    Raises:
+        InputError: the file or an override is wrong; the message names the key and the nearest valid one.
+    """
+    raw = _read(path)
+    for override in overrides or []:
+        _override(raw, override)
+    return validated(Config, raw, str(path))
+
+
+def pipeline_arguments(config: Config) -> dict[str, Any]:
+    """The arguments of a pipeline run: each form field, and each section as JSON text without its form fields."""
+    sections = config.sections()
+    form = {name: sections[name_of].pop(key) for name, (name_of, key) in FORM_FIELDS.items()}
+    names = [name for name in sections if name not in ("prepare", "cluster")]
+    return form | {f"{name}{OF_A_SECTION}": json.dumps(sections[name], sort_keys=True) for name in names}
+
+
+def config_from_arguments(arguments: Mapping[str, Any]) -> Config:
+    """The configuration of a run from its arguments, as `pipeline_arguments` made them or a person changed them.
+
+    Raises:
+        InputError: a field is given both in a section's JSON and on the form, or a value is wrong.
+    """
+    raw = {name.removesuffix(OF_A_SECTION): _parsed(name, text) for name, text in _sections_of(arguments).items()}
+    for name, (section, key) in FORM_FIELDS.items():
+        if key in raw[section]:
+            raise InputError(f"{section}.{key} is the form field {name}; take it out of {section}{OF_A_SECTION}")
+        raw[section][key] = arguments[name]
+    return validated(Config, raw, "the run")
+
+
+def _sections_of(arguments: Mapping[str, Any]) -> dict[str, str]:
+    return {name: text for name, text in arguments.items() if name.endswith(OF_A_SECTION)}
+
+
+def _parsed(name: str, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{name}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{name}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: not found; run this in the project's folder or name it with --project") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected sections ({', '.join(keys(Config))}), found {type(raw).__name__}")
+    return raw
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    name, _, field = key.strip().partition(".")
+    if not equals or not field:
+        raise InputError(f"--set {override}: expected section.key=value, such as dpo.beta=0.2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: {text!r} is not a YAML value") from error
+    *parents, last = [name, *field.split(".")]
+    target: Any = raw
+    default: Any = _defaults()
+    for parent in parents:
+        target = target.setdefault(parent, {}) if isinstance(target, dict) else target
+        default = default.get(parent) if isinstance(default, dict) else None
+    if not isinstance(target, dict):
+        raise InputError(f"--set {override}: {key} is not inside a section")
+    old = default.get(last) if isinstance(default, dict) else None
+    target[last] = _like(target.get(last, old), value, text)
+
+
+@cache
+def _defaults() -> dict[str, dict[str, Any]]:
+    return Config().sections()
+
+
+def _like(old: Any, value: Any, text: str) -> Any:
+    """The new value, read as the old one was: a tag 1.2 stays text, and 5e-7, which YAML 1.1 calls text, a number."""
+    if isinstance(old, str) and not isinstance(value, str):
+        return text
+    if isinstance(old, int | float) and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

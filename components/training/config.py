@@ -1,0 +1,52 @@
+"""What the sections `sft` and `dpo` share."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from components.config.section import Positive, Probability, Section
+
+LearningRate = Annotated[Positive, Field(description="peak learning rate of AdamW")]
+BatchSize = Annotated[int, Field(ge=1, description="examples or pairs in an optimiser step")]
+Seed = Annotated[int, Field(ge=0, description="of the order of the examples, the LoRA start and dropout")]
+
+
+class OptimiserConfig(Section):
+    """How a stage trains; the same fields for sft and dpo."""
+
+    epochs: Positive = Field(default=1.0, description="passes over the training examples; may be a fraction")
+    max_steps: int = Field(default=0, ge=0, description="stop after this many optimiser steps; 0 for no limit")
+    lr: LearningRate = 2.0e-4
+    batch_size: BatchSize = 8
+    max_tokens_per_step: int = Field(default=2048, ge=16, description="token budget of one forward and backward pass")
+    warmup_ratio: Probability = Field(default=0.1, description="share of the steps in which the learning rate rises")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="cosine", description="learning rate after the warm-up"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: Positive = Field(default=1.0, description="gradients are clipped to this norm")
+    lora_rank: int = Field(default=16, ge=1, description="rank of the LoRA update")
+    lora_alpha: Positive = Field(default=32.0, description="LoRA's scale times its rank")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout before the LoRA update")
+    lora_targets: str | list[str] = Field(
+        default="all-linear", description="`all-linear`, or names of the linear layers to adapt"
+    )
+    seed: Seed = 1
+    checkpoint_every_s: Positive = Field(default=30.0, description="seconds between checkpoints")
+    eval_every_steps: int = Field(
+        default=15,
+        ge=0,
+        description="steps between evaluations on the validation split, from which the best is kept; 0 for only"
+        " before and after",
+    )
+    early_stopping_patience: int = Field(
+        default=0,
+        ge=0,
+        description="evaluations without a better validation loss after which training stops; 0 for never",
+    )
+
+    @model_validator(mode="after")
+    def _patience_needs_evaluations(self) -> Self:
+        if self.early_stopping_patience and not self.eval_every_steps:
+            raise ValueError("early_stopping_patience counts evaluations; set eval_every_steps above 0")
+        return self
