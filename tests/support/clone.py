@@ -7,15 +7,17 @@ from pathlib import Path
 
 import yaml
 
+from components.prepare.stage import write_code_digest
 from pipelines.ci.plan import Plan, make_plan
 from tests.conftest import ROOT
 from tests.support.repositories import dvc, git
 
 DVC_YAML = {
     "stages": {
+        "code": {"cmd": "prepare --code", "always_changed": True, "outs": [{"data/prepare.code": {"cache": False}}]},
         "prepare": {
             "cmd": "prepare",
-            "deps": ["components/prepare", "data/sources.lock"],
+            "deps": ["data/prepare.code", "data/sources.lock"],
             "params": ["prepare"],
             "outs": ["data/preferences", "data/instructions"],
         },
@@ -40,6 +42,7 @@ class Clone:
             (root / "data" / name).mkdir(parents=True)
             (root / "data" / name / "train.jsonl").write_text('{"lang": "en"}\n{"lang": "zh"}\n')
         (root / "data" / "sources.lock").write_text("model: {}\n")
+        write_code_digest(root / "data")
         (root / "dvc.yaml").write_text(yaml.safe_dump(DVC_YAML))
         git(root, "init", "-q", "-b", "main")
         dvc(root, "init", "-q")

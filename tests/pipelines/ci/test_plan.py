@@ -59,18 +59,20 @@ CASES = {
     "validate.min_rows": Case([setting("validate.min_rows", 9)], "validate", "validate.min_rows 8 → 9"),
     "only the gate": Case([setting("gate.alpha", 0.01)], "evaluate", "gate.alpha 0.05 → 0.01"),
     "only evaluate": Case([setting("evaluate.seed", 4)], "evaluate", "evaluate.seed 3 → 4"),
-    "model.max_length": Case([setting("model.max_length", 512)], "fetch", "model.max_length 768 → 512"),
-    "only Chinese rows": Case([chinese_rows], "fetch", r"data/preferences \w{8} → \w{8}"),
-    "only instructions": Case([output("data/instructions")], "fetch", r"data/instructions \w{8} → 55555555"),
-    "base model by name": Case([setting("model.base", "models:/llama/3")], "fetch", "model.base embedded → models:"),
-    "embedded base model": Case([output("data/base_model")], "fetch", "base model's files .* → 55555555"),
-    "a base model's alias": Case(
-        [setting("model.base", "models:/llama@best")], "fetch", "model.base embedded → models:/llama@best"
+    "model.max_length": Case([setting("model.max_length", 512)], "validate", "model.max_length 768 → 512"),
+    "only Chinese rows": Case([chinese_rows], "fetch", r"preferences_digest \w{8} → \w{8}"),
+    "only instructions": Case([output("data/instructions")], "fetch", r"instructions_digest \w{8} → 55555555"),
+    "base model by name": Case(
+        [setting("model.base", "models:/llama/3")], "fetch", "base_reference embedded → models:"
     ),
-    "the chat template": Case([setting("model.template", "chatml")], "fetch", "model.template model → chatml"),
+    "embedded base model": Case([output("data/base_model")], "fetch", r"base_digest \w{8} → 55555555"),
+    "a base model's alias": Case(
+        [setting("model.base", "models:/llama@best")], "fetch", "base_reference embedded → models:/llama@best"
+    ),
+    "the chat template": Case([setting("model.template", "chatml")], "fetch", "template model → chatml"),
     "torch in the lock file": Case(
         [replaced("requirements.lock", r"(?m)^torch==.*", "torch==9.9.9")],
-        "fetch",
+        "sft",
         r"torch [\d.]+ → 9.9.9",
         images=True,
     ),
@@ -84,10 +86,45 @@ CASES = {
         [appended("components/engine/loop.py", "\nX = 1\n")], "sft", "components/engine/loop.py", images=True
     ),
     "common code": Case(
-        [appended("components/common/files.py", "\nX = 1\n")], "fetch", "components/common/files.py", images=True
+        [appended("components/common/files.py", "\nX = 1\n")],
+        "fetch",
+        "components/common/files.py",
+        images=True,
+        error="prepare is stale (its code changed)",
+    ),
+    "a chat template": Case(
+        [appended("components/dataset/templates/chatml.jinja", "{# more #}")],
+        "fetch",
+        "components/dataset/templates/chatml.jinja changed",
+        images=True,
+    ),
+    "texts for people and pages": Case(
+        [
+            appended("components/engine/loop.py", "# more\n"),
+            replaced("components/engine/objectives.py", '^"""', '"""More: '),
+            replaced("components/dpo/config.py", "strength of the pull", "how strong the pull is"),
+            replaced("components/sft/component.py", r'    """.*', r"\g<0> More."),
+            appended("components/report/page.css", "b { color: red }\n"),
+            appended("components/report/html.py", "\nX = 1\n"),
+            appended("components/validate/page.py", "\nX = 1\n"),
+            appended("components/evaluate/page.py", "\nX = 1\n"),
+            appended("components/prepare/README.md", "more\n"),
+            appended("components/prepare/split.py", "# more\n"),
+        ],
+        retrain=False,
+        images=True,
+    ),
+    "a knob of the cluster": Case(
+        [replaced("components/config/cluster.py", "    nodes: int", "    x: int = 1\n    nodes: int")],
+        retrain=False,
+        images=True,
     ),
     "a component's shell": Case(
-        [replaced("components/sft/component.py", r'    """.*', r"\g<0> More.")],
+        [
+            replaced(
+                "components/sft/component.py", r"show_metrics\(metrics, values\)", "show_metrics(metrics, dict(values))"
+            )
+        ],
         "sft",
         "components/sft/component.py changed",
         retrain=False,
@@ -113,11 +150,12 @@ CASES = {
     "register.name": Case(
         [setting("register.name", "other")], "evaluate", "register.name kubealign → other", state="may run"
     ),
+    "register.format": Case([setting("register.format", "adapter")]),
     "register.promote": Case([setting("register.promote", False)], retrain=False),
     "data of another repository": Case(
         [setting("data.repo", "https://git.example.com/d.git"), setting("data.revision", "main")],
         "fetch",
-        "data.repo . → https",
+        "data_repo . → https",
     ),
     "sources.lock without dvc.lock": Case(
         [appended("data/sources.lock", "x: 1\n")],
@@ -133,7 +171,7 @@ CASES = {
         [appended("components/prepare/split.py", "\nX = 1\n")],
         retrain=False,
         images=True,
-        error="prepare is stale (components/prepare changed)",
+        error="prepare is stale (its code changed)",
     ),
     "dvc.yaml without dvc.lock": Case(
         [replaced("dvc.yaml", "cmd: prepare --base-model", "cmd: other")],
@@ -188,7 +226,7 @@ def test_the_data_of_an_earlier_time_again_is_the_same_model_and_another_commit_
     plan = make_plan(clone.root, clone.base, "HEAD", "kubeflow")
     rows = {row.step: row for row in plan.rows}
     assert not plan.retrain and rows["fetch"].state == "runs"
-    assert re.fullmatch(r"the commit of the data \w{12} → \w{12}", rows["fetch"].reasons[0])
+    assert re.fullmatch(r"data_commit \w{8} → \w{8}", rows["fetch"].reasons[0])
 
 
 def test_the_default_base_is_where_the_branch_left_main_and_on_main_the_commit_before(clone: Clone) -> None:
