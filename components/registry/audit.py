@@ -21,6 +21,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from typing_extensions import TypedDict
+
+from components.common.documents import parse_document
 from components.common.errors import KubealignError
 from components.tracking import store
 
@@ -48,6 +51,18 @@ class ChampionRecord:
     run: str
     alias_set: bool = False
     """Whether the alias was set to it."""
+
+
+class Claim(TypedDict):
+    """The parameter `champion.<n>`: a champion, and what tells one claim to be it from another."""
+
+    version: str
+    how: str
+    reason: str
+    by: str
+    at: str
+    run: str
+    claim: str
 
 
 class Audit:
@@ -102,9 +117,20 @@ class Audit:
         facts = self._facts()
         records: list[ChampionRecord] = []
         while (text := facts.get(f"champion.{len(records) + 1}")) is not None:
-            found = {key: value for key, value in json.loads(text).items() if key != "claim"}
             number = len(records) + 1
-            records.append(ChampionRecord(number=number, alias_set=f"champion.{number}.set" in facts, **found))
+            claim = parse_document(text, Claim, f"audit run {self.run_id}: champion.{number}")
+            records.append(
+                ChampionRecord(
+                    number=number,
+                    version=claim["version"],
+                    how=claim["how"],
+                    reason=claim["reason"],
+                    by=claim["by"],
+                    at=claim["at"],
+                    run=claim["run"],
+                    alias_set=f"champion.{number}.set" in facts,
+                )
+            )
         return records
 
     def claim_champion(self, number: int, version: str, how: str, reason: str, run: str = "") -> ChampionRecord | None:
