@@ -25,7 +25,7 @@ from pipelines.quiet import QUIET
 from tests.conftest import ROOT
 from tests.stubs.kfp_server import WORKFLOW, KfpServer, closed, cut_off, failed_pod, silent, status
 
-PARAMS = ROOT / "tests" / "pipelines" / "golden" / "params.yaml"
+PARAMS = ROOT / "params.yaml"
 SECRET = "s3cr3t-t0k3n"  # noqa: S105 - of the stub
 RUN = r"/apis/v2beta1/runs/[^/:]+"
 

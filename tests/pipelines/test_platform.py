@@ -1,9 +1,8 @@
 """What the section `cluster` becomes in the compiled pipeline, compared with a golden file.
 
-`RENEW_GOLDEN=1 pytest tests/pipelines/test_platform.py -k golden` writes tests/pipelines/golden/alignment-kubeflow.yaml
-anew; read its diff before you commit it. Two things are left out of it: the SDK's version and the source text of the
-components.
-The configuration is golden/params.yaml, a copy that does not follow params.yaml, with the settings below.
+`RENEW_GOLDEN=1 pytest tests/pipelines/test_platform.py -k golden` writes tests/pipelines/golden_cluster.yaml anew; read
+its diff before you commit it. It has what comes from the section and nothing else, for one step of each image: no
+other setting, signature or source text moves it.
 """
 
 import os
@@ -20,11 +19,11 @@ from components.config.params import load_config, pipeline_arguments
 from components.stages import BY_NAME, STAGE_NAMES
 from pipelines.alignment import compile_pipeline
 from pipelines.platform import for_its_hardware, pod_template
+from tests.conftest import ROOT
 from tests.stubs.kfp_server import POD_TEMPLATE, parse_package
 
-FOLDER = Path(__file__).parent / "golden"
-PARAMS = FOLDER / "params.yaml"
-GOLDEN = FOLDER / "alignment-kubeflow.yaml"
+PARAMS = ROOT / "params.yaml"
+GOLDEN = Path(__file__).with_name("golden_cluster.yaml")
 REMOTE = ["data.repo=https://git.example.com/alignment.git", "data.revision=v1.2"]
 FULL = {
     "data_image": f"registry.example.com/python-data@sha256:{'d' * 64}",
@@ -81,6 +80,9 @@ CHANGES = {
 )
 """Another value for each of them."""
 
+DATA_STEP, TRAIN_STEP = "validate", "sft"
+"""The steps of the golden file."""
+
 pytestmark = pytest.mark.usefixtures("fast_compiler")
 
 
@@ -95,12 +97,20 @@ def full(**changes: str) -> list[str]:
     return [f"cluster.{key}={value}" for key, value in (FULL | changes).items()]
 
 
-def comparable(documents: list[Any]) -> list[Any]:
-    """Without the SDK's version and the components' source text."""
-    del documents[0]["sdkVersion"]
-    for executor in documents[0]["deploymentSpec"]["executors"].values():
-        del executor["container"]["command"], executor["container"]["args"]
-    return documents
+def of_the_section(documents: list[Any], stage: str) -> dict[str, Any]:
+    """What a step has from the section: its container without the program, its pod, how it is tried again."""
+    container = containers(documents)[stage]
+    return {
+        "container": {key: value for key, value in container.items() if key not in ("command", "args")},
+        "pod": platform(documents)[stage],
+        "retries": documents[0]["root"]["dag"]["tasks"][stage].get("retryPolicy"),
+    }
+
+
+def comparable(documents: list[Any]) -> dict[str, Any]:
+    """What the golden file holds."""
+    run = documents[1]["platforms"]["kubernetes"].get("pipelineConfig")
+    return {"run": run} | {stage: of_the_section(documents, stage) for stage in (DATA_STEP, TRAIN_STEP)}
 
 
 def containers(documents: list[Any]) -> dict[str, Any]:
@@ -122,16 +132,24 @@ def variables(container: dict[str, Any]) -> dict[str, str]:
 # ---- the golden file
 
 
-def test_the_compiled_pipeline_is_the_golden_one(tmp_path: Path) -> None:
+def test_a_compiled_step_of_each_image_is_the_golden_one(tmp_path: Path) -> None:
     found = comparable(compiled(tmp_path, full()))
     if os.environ.get("RENEW_GOLDEN"):
-        GOLDEN.write_text(yaml.safe_dump_all(found, allow_unicode=True), encoding="utf-8")
-    assert found == list(yaml.safe_load_all(GOLDEN.read_text(encoding="utf-8")))
+        GOLDEN.write_text(yaml.safe_dump(found, allow_unicode=True), encoding="utf-8")
+    assert found == yaml.safe_load(GOLDEN.read_text(encoding="utf-8"))
+
+
+def test_the_other_steps_have_what_the_golden_ones_have(tmp_path: Path) -> None:
+    documents = compiled(tmp_path, full())
+    for stage in STAGE_NAMES:
+        golden = DATA_STEP if BY_NAME[stage].image == "data" else TRAIN_STEP
+        text = yaml.safe_dump(of_the_section(documents, golden)).replace(f"component: {golden}", f"component: {stage}")
+        assert of_the_section(documents, stage) == yaml.safe_load(text)
 
 
 @pytest.mark.parametrize("key", FULL)
 def test_the_golden_file_notices_every_setting(tmp_path: Path, key: str) -> None:
-    golden = list(yaml.safe_load_all(GOLDEN.read_text(encoding="utf-8")))
+    golden = yaml.safe_load(GOLDEN.read_text(encoding="utf-8"))
     assert comparable(compiled(tmp_path, full(**{key: CHANGES[key]}))) != golden
 
 
