@@ -201,7 +201,8 @@ def _base_model(revision: Revision, sections: dict[str, dict[str, Any]]) -> tupl
 def _beside(revision: Revision, step: str, sections: dict[str, dict[str, Any]], runner: str) -> dict[str, str]:
     """What makes a step run beside its order, though no result depends on it: KFP's cache goes by it."""
     shell = f"components/{step}/component.py"
-    found = {shell: _component(revision.text(shell), step), IMAGES: module_digest(revision.text(IMAGES))}
+    images = digest([module_digest(revision.text(IMAGES)), _version(revision)])
+    found = {shell: _component(revision.text(shell), step), IMAGES: images}
     if runner == "kubeflow":
         image = f"{BY_NAME[step].image}_image"
         found |= {f"cluster.{key}": str(sections["cluster"].get(key)) for key in (image, "state")}
