@@ -217,14 +217,14 @@ def test_a_json_array_and_gzip_give_the_same_pairs_as_lines(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
     [
-        ([{"question": "x", "answer": "y"}], {}, r"a.jsonl:1: of no known format \(its columns: answer, question\)"),
+        ([{"question": "x", "answer": "y"}], {}, r"a.jsonl:1: unknown format \(columns: answer, question\)"),
         (
             [GOOD, {"instruction": "x", "chosen": "a", "rejected": "b"}],
             {},
             r"more than one format: alpaca \(.*a.jsonl:2\) and trl \(.*a.jsonl:1\); split the file",
         ),
-        ([GOOD], {"licence": ""}, r"a.jsonl:1: the row names no licence; say under which terms"),
-        ([GOOD | {"chosen": 1}], {}, r"no preference pair in it; the first row is not usable: 'chosen' is a number"),
+        ([GOOD], {"licence": ""}, r"a.jsonl:1: the row names no licence; state the terms"),
+        ([GOOD | {"chosen": 1}], {}, r"contains no preference pair; the first row is not usable: 'chosen' is a number"),
         ([], {}, r"a.jsonl: no rows; expected at least one"),
     ],
 )
