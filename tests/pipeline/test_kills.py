@@ -14,6 +14,8 @@ from components.common.files import sha256_file
 from components.stages import ORDERED
 from tests.support.project import Project
 
+pytestmark = pytest.mark.integration
+
 LONGER = [
     "sft.max_steps=6",
     "dpo.max_steps=6",

@@ -24,6 +24,8 @@ from tests.support.project import ALL, Project, ran
 from tests.support.services import mlflow_server
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.integration
+
 
 def since(step: str) -> set[str]:
     """The steps that run when this one and all behind it have to: `resolve` always does."""

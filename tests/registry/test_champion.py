@@ -224,6 +224,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield address
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("each", [5, pytest.param(20, marks=pytest.mark.long)])
 def test_two_pipelines_that_promote_at_the_same_moment_end_in_one_champion(server: str, each: int) -> None:
     client = with_versions(store.client(), 2 * each)
