@@ -190,7 +190,7 @@ def test_a_deleted_audit_run_is_an_error_that_says_how_to_get_it_back(client: An
     audit = Audit.find(client, NAME)
     assert audit
     client.delete_run(audit.run_id)
-    with pytest.raises(KubealignError, match="is marked deleted; `mlflow runs restore"):
+    with pytest.raises(KubealignError, match="is marked as deleted; .*`mlflow runs restore"):
         promote(client, NAME, "2", "gate", "", expected="1")
     client.restore_run(audit.run_id)
     assert promote(client, NAME, "2", "gate", "", expected="1").number == 2
@@ -242,7 +242,7 @@ def test_two_pipelines_that_promote_at_the_same_moment_end_in_one_champion(serve
     assert audit
     records = audit.champions()
     assert sorted(int(record.version) for record in records) == list(range(1, 2 * each + 1)), "each was champion once"
-    assert all(record.how == "gate" and record.followed for record in records)
+    assert all(record.how == "gate" and record.alias_set for record in records)
     assert champion_alias(client, NAME) == records[-1].version
     for numbers in mine:
         order = [record.version for record in records if record.version in numbers]
