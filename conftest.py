@@ -5,11 +5,18 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import base_model, tiny_model
+from tests.support import programs
 from tests.support.component_kit import chain, empty_mlflow, orders, own_home, runs
 from tests.support.stages import fast_compiler, stages
 
 __all__ = ["base_model", "chain", "empty_mlflow", "fast_compiler", "orders", "own_home", "runs", "stages", "tiny_model"]
 COMPONENTS = Path(__file__).with_name("components")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before fixtures of any scope: only a marked test may start servers and programs."""
+    programs.allow({marker.name for marker in item.iter_markers()})
 
 
 @pytest.fixture(autouse=True)

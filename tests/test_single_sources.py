@@ -6,9 +6,13 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from components.common import images
 from pipelines.quiet import QUIET
 from tests.conftest import ROOT
+
+pytestmark = pytest.mark.integration
 
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 IMAGE = re.compile(r"kubealign/(?:python-data|python-train|mlflow):([\w.-]+)")

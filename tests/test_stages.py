@@ -13,6 +13,8 @@ import yaml
 from components.stages import BY_NAME, CACHED, LINEAGE, ORDERED, STAGE_NAMES
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.integration
+
 TABLE = Path("components/stages.py")
 PREPARE = "prepare"
 """DVC's stage, which has a folder beside the others."""

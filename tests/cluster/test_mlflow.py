@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.conftest import SECRETS, Cluster
-from tests.support.project import ALL, Project, ran
+from tests.support.project import ALL, Project
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
@@ -85,12 +85,17 @@ def test_the_server_lets_in_known_users_by_known_names_alone(cluster: Cluster) -
     assert not any(secret in log for values in SECRETS.values() for secret in values.values() if "secret" in secret)
 
 
-def test_the_whole_pipeline_runs_against_it(
-    cluster: Cluster, project: Project, monkeypatch: pytest.MonkeyPatch
+def test_the_compiled_yaml_runs_under_the_local_runner_against_it(
+    cluster: Cluster, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    home = tmp_path / "home"
+    project.environment["KUBEALIGN_HOME"] = str(home)
     with cluster.mlflow() as uri:
-        assert ran(project.run()) == ALL
+        result = project.run_compiled(tmp_path)
         found = client(uri, monkeypatch)
+        challenger = found.get_model_version_by_alias("kubealign", "challenger")
+        assert challenger.version == result["version"] and challenger.tags["kubealign.lineage"] == result["lineage"]
+        assert not (home / "mlflow.db").exists()
         version = found.get_model_version("kubealign", "1")
         found.set_registered_model_alias("kubealign", "champion", version.version)
         stage_runs = found.search_runs([found.get_experiment_by_name("kubealign").experiment_id])

@@ -14,6 +14,8 @@ from components.config.params import load_config
 from pipelines.cli import app
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.integration
+
 GUIDE = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL)
 INLINE = re.findall(r"`((?:kubectl|kubealign) [^`]+)`", GUIDE)

@@ -17,6 +17,8 @@ from tests.k8s.conftest import Manifest
 from tests.tools.manifests import OVERLAYS, STEPS, pods, problems, quantity
 from tests.tools.pod_security import violations
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def dev(overlays: dict[str, list[Manifest]]) -> list[Manifest]:

@@ -471,7 +471,9 @@ def test_a_server_that_falls_silent_is_asked_again(
 def test_wait_stops_when_its_time_is_up_and_says_how_to_go_on(kfp: KfpServer, kubealign: Cli) -> None:
     run_id = kfp.add_run("RUNNING")
     stopped = kubealign("wait", run_id, "--timeout", "0").err.splitlines()[-1]
-    assert stopped == f"error: run {run_id} is RUNNING after 0 s; it goes on: `kubealign wait {run_id}`"
+    assert (
+        stopped == f"error: run {run_id} is RUNNING after 0 s: still running; follow it with `kubealign wait {run_id}`"
+    )
 
 
 # ---- status and cancel
@@ -488,7 +490,7 @@ def test_cancel_ends_the_last_run_that_was_submitted_from_here(kfp: KfpServer, k
     kfp.next_run.states = ["RUNNING"]
     kubealign("submit")
     (run_id,) = kfp.runs
-    assert f"{run_id}: is being canceled" in kubealign("cancel").out
+    assert f"{run_id}: cancellation requested" in kubealign("cancel").out
     ended = kubealign("wait")
     assert ended.code == 1 and f"run {run_id} ended as CANCELED" in ended.err
 
@@ -498,4 +500,4 @@ def test_a_run_that_has_ended_cannot_be_cancelled(kfp: KfpServer, kubealign: Cli
 
 
 def test_without_a_run_there_is_nothing_to_wait_for(kfp: KfpServer, kubealign: Cli) -> None:
-    assert "no run was submitted from here; name a run's id" in kubealign("wait").one_error(2)
+    assert "no run was submitted from here; give a run id" in kubealign("wait").one_error(2)

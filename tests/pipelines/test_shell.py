@@ -171,6 +171,7 @@ def data_repo(tmp_path: Path) -> Path:
     return repo
 
 
+@pytest.mark.integration
 def test_a_revision_is_the_commit_that_gave_the_data_its_content(data_repo: Path) -> None:
     second, head = git(data_repo, "rev-parse", "v2"), git(data_repo, "rev-parse", "HEAD")
     assert second != head
@@ -181,6 +182,7 @@ def test_a_revision_is_the_commit_that_gave_the_data_its_content(data_repo: Path
         assert resolve_data(str(data_repo), same, DATA) == now, "so the cache serves a run on any of these names"
 
 
+@pytest.mark.integration
 def test_the_workspace_has_dvcs_own_digest_and_follows_every_change(data_repo: Path) -> None:
     committed, workspace = resolve_data(str(data_repo), "HEAD", DATA), resolve_data(str(data_repo), "workspace", DATA)
     assert workspace.digests == committed.digests and workspace.commit == "workspace"
@@ -190,6 +192,7 @@ def test_the_workspace_has_dvcs_own_digest_and_follows_every_change(data_repo: P
     assert changed["data/instructions"] == committed.digests["data/instructions"]
 
 
+@pytest.mark.integration
 def test_data_that_is_not_there_is_a_clear_error(data_repo: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data.revision=nowhere.*expected a git repository with DVC data"):
         resolve_data(str(data_repo), "nowhere", DATA)

@@ -190,7 +190,7 @@ def test_a_deleted_audit_run_is_an_error_that_says_how_to_get_it_back(client: An
     audit = Audit.find(client, NAME)
     assert audit
     client.delete_run(audit.run_id)
-    with pytest.raises(KubealignError, match="restore it with `mlflow runs restore"):
+    with pytest.raises(KubealignError, match="is marked as deleted; .*`mlflow runs restore"):
         promote(client, NAME, "2", "gate", "", expected="1")
     client.restore_run(audit.run_id)
     assert promote(client, NAME, "2", "gate", "", expected="1").number == 2
@@ -224,6 +224,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield address
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("each", [5, pytest.param(20, marks=pytest.mark.long)])
 def test_two_pipelines_that_promote_at_the_same_moment_end_in_one_champion(server: str, each: int) -> None:
     client = with_versions(store.client(), 2 * each)

@@ -330,6 +330,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
+@pytest.mark.integration
 def test_mlflow_on_a_bad_day_is_asked_again_and_then_the_model_is_kept_and_the_next_run_finishes(
     chain: Chain, tmp_path: Path, server: str, quick_retries: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,6 +374,7 @@ def post(address: str, path: str, **body: Any) -> Any:
         return json.load(response)
 
 
+@pytest.mark.integration
 def test_a_user_without_the_right_is_told_what_it_takes(
     server: str, quick_retries: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -412,6 +414,7 @@ print(round(peak_memory_mib()))
 """
 
 
+@pytest.mark.integration
 @pytest.mark.long
 def test_weights_over_100_mb_are_not_held_in_memory_on_their_way_to_a_server(
     tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch

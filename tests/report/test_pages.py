@@ -19,6 +19,8 @@ from components.report.html import Table, environment
 from tests.support.stages import Stages
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.integration
+
 MAX_BYTES = 1_000_000
 STARTS_WITHIN_S = 60
 FLAGS = [

@@ -28,6 +28,8 @@ from tests.support.repositories import dvc, git
 from tests.support.services import S3, free_port, git_http_server, s3_server
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.integration
+
 FILES = 4
 BYTES = 24_000_000
 

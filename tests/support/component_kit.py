@@ -19,6 +19,7 @@ from components.stages import BY_NAME, ORDERED, STAGE_NAMES
 from components.tracking import store
 from components.tracking.run import SETTINGS
 from tests.conftest import ROOT, move_home
+from tests.support.stages import Stages
 
 SMALL = [
     f"data.repo={ROOT}",
@@ -64,14 +65,11 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Path
 
 
 @pytest.fixture(scope="session")
-def chain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def chain(stages: Stages) -> Chain:
     """All stages run once on the tiny model."""
-    from tests.support.stages import Stages
-
-    folder = tmp_path_factory.mktemp("chain")
+    folder = stages.folder
     with pytest.MonkeyPatch.context() as patch:
         move_home(folder / "home", patch)
-        stages = Stages(folder, tiny_model)
         stages.align("aligned", "dpo.max_steps=1", "evaluate.answers=0")
     aligned = folder / "aligned"
     return Chain(

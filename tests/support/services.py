@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from tests.support import programs
 from tests.support.waiting import wait_until
 
 STARTS_WITHIN_S = 60
@@ -47,6 +48,7 @@ def free_ports(count: int) -> list[int]:
 @contextmanager
 def server(words: list[str], environment: dict[str, str], log: Path, health: str) -> Iterator[subprocess.Popen[bytes]]:
     """Start a server, wait until its health address answers (whatever the status), and end its process group."""
+    programs.check(words[0])
     with log.open("w") as out:
         process = subprocess.Popen(words, env=environment, stdout=out, stderr=out, start_new_session=True)
         try:

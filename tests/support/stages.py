@@ -16,7 +16,7 @@ from components.evaluate.candidates import Inputs
 from components.evaluate.stage import run_evaluate
 from components.sft.stage import run_sft
 from components.validate.stage import run_validate
-from tests.conftest import ROOT
+from tests.conftest import ROOT, move_home
 
 SETTINGS = [
     "model.precision=fp32",
@@ -94,11 +94,12 @@ class Stages:
         return found | {"verdict": read_json(out / "evaluation" / "verdict.json")}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def stages(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Stages:
+    """Data validated and sft trained once; a test aligns under a name of its own, and puts back what it changes."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("stages")
-        patch.setenv("KUBEALIGN_HOME", str(folder / "home"))
+        move_home(folder / "home", patch)
         return Stages(folder, tiny_model)
 
 

@@ -35,6 +35,7 @@ def checkpoint(folder: Path, step: int) -> Path:
     return path
 
 
+@pytest.mark.integration
 def test_a_fresh_disk_gets_every_whole_checkpoint_and_no_other(bucket: S3, tmp_path: Path) -> None:
     here = tmp_path / "one" / "checkpoints" / "sft-1"
     checkpoint(here, 1)
@@ -49,6 +50,7 @@ def test_a_fresh_disk_gets_every_whole_checkpoint_and_no_other(bucket: S3, tmp_p
     assert (fresh / whole.name / "parameters.safetensors").read_text() == "step 2"
 
 
+@pytest.mark.integration
 def test_checkpoints_that_are_dropped_here_are_dropped_there(bucket: S3, tmp_path: Path) -> None:
     here = tmp_path / "checkpoints" / "sft-2"
     old = checkpoint(here, 1)
@@ -70,6 +72,7 @@ def test_without_a_state_nothing_leaves_the_machine(tmp_path: Path, monkeypatch:
     assert mirror.fs is None
 
 
+@pytest.mark.integration
 def test_a_stage_on_another_machine_resumes_from_the_bucket(
     bucket: S3, stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

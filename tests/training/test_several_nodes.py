@@ -253,7 +253,7 @@ def test_a_step_that_is_started_again_follows_the_job_that_runs(
     follow = second._follow
     monkeypatch.setattr(second, "_follow", lambda: (followed.touch(), follow()))
     second.run()
-    assert len(kube.created) == 1 and "of an attempt before is followed" in capsys.readouterr().out
+    assert len(kube.created) == 1 and "is followed" in capsys.readouterr().out
 
 
 def test_a_failed_job_of_an_attempt_before_is_removed_and_a_new_one_started(
@@ -311,6 +311,7 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("state", ["s3", pytest.param("pvc", marks=pytest.mark.long)])
 def test_two_nodes_give_the_losses_of_one_process(
     kube: KubeServer, stages: Stages, s3: S3, tmp_path: Path, state: str, monkeypatch: pytest.MonkeyPatch
@@ -340,6 +341,7 @@ def test_two_nodes_give_the_losses_of_one_process(
     assert not storage.s3_filesystem().find(f"{s3.bucket}/{tmp_path.name}/jobs")
 
 
+@pytest.mark.integration
 @pytest.mark.long
 def test_only_the_first_nodes_disk_has_checkpoints_and_every_node_resumes_from_them(
     stages: Stages, tmp_path: Path
@@ -401,6 +403,7 @@ def test_several_nodes_need_a_place_that_all_of_them_see() -> None:
         cluster_module.check(load_config(ROOT / "params.yaml", remote))
 
 
+@pytest.mark.integration
 def test_what_comes_back_damaged_is_refused(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import boto3
 

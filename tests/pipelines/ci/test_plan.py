@@ -16,6 +16,8 @@ from pipelines.git import changed_files, find_commit
 from tests.support.clone import Clone, Edit, appended, output, replaced, setting
 from tests.support.repositories import dvc, git
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:

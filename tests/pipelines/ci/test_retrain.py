@@ -26,6 +26,8 @@ from tests.support.repositories import git
 from tests.support.services import free_port
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.integration
+
 RUNS = "/apis/v2beta1/runs"
 RULES = [
     {"name": "superiority", "outcome": "fail", "found": 0.31, "expected": "p <= 0.025", "sentence": "p = 0.31"},

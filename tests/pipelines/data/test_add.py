@@ -28,6 +28,8 @@ from tests.support.prompts import LONG
 from tests.support.repositories import dvc, git
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.integration
+
 TEAM = RowDefaults("", "auto", "MIT", "")
 SPLITS = ("train", "validation", "test")
 
