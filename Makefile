@@ -33,7 +33,7 @@ test: data ## ruff, mypy, import-linter and all tests of the normal tier
 	ruff check .
 	mypy
 	lint-imports
-	pytest -n $(TEST_JOBS) --dist loadfile -m "not long and not containers and not ci and not cluster" $(PYTEST_ARGS)
+	pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder -m "not long and not containers and not ci and not cluster" $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: data ## the training engine against TRL: time, memory, differences; an hour

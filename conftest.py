@@ -19,6 +19,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     programs.allow({marker.name for marker in item.iter_markers()})
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first: a file is the work of one process, and the longest must not be the last to begin."""
+    items.sort(key=lambda item: not item.path.is_relative_to(COMPONENTS.with_name("tests") / "pipeline"))
+
+
 @pytest.fixture(autouse=True)
 def _home_of_a_component(request: pytest.FixtureRequest) -> None:
     """Every test beside a component has a home of its own; the other tests see to theirs."""

@@ -1,9 +1,8 @@
 #!/bin/sh
-# Inside an image's build: /opt/venv with the locked packages of one extra of pyproject.toml, and its bill of materials.
+# Inside an image's build, which has /opt/tools: /opt/venv with the locked packages of one extra of pyproject.toml, and
+# its bill of materials.
 set -eu
 extra=$1
-python -m venv /opt/tools
-/opt/tools/bin/python -m pip install -q -c requirements.lock pip cyclonedx-bom
 python -m venv --without-pip /opt/venv
 install() { /opt/tools/bin/python -m pip --python /opt/venv/bin/python install -q --no-compile -c requirements.lock "$@"; }
 python -c "

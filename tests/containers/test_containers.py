@@ -42,16 +42,19 @@ FEW_STEPS = [
 
 
 class Project:
-    """A project folder with the embedded model and real data; its home belongs to the images' user, who is not root."""
+    """A project folder with real data and a tiny model where the embedded one is; its home belongs to the images' user,
+    who is not root.
+    """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tiny: Path) -> None:
         self.root = folder / "project"
         self.root.mkdir(mode=0o755)
         for name in ("params.yaml", "dvc.yaml", "dvc.lock"):
             shutil.copy(ROOT / name, self.root)
         shutil.copytree(ROOT / ".dvc", self.root / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
-        for name in ("preferences", "instructions", "base_model"):
+        for name in ("preferences", "instructions"):
             shutil.copytree(ROOT / "data" / name, self.root / "data" / name)
+        shutil.copytree(tiny, self.root / "data" / "base_model")
         self.home = self.root / ".kubealign"
         self.home.mkdir()
         os.chown(self.home, IMAGE_USER, 0)
@@ -85,8 +88,8 @@ class Project:
 
 
 @pytest.fixture(scope="module")
-def project(client: Any, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    return Project(tmp_path_factory.mktemp("containers"))
+def project(client: Any, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return Project(tmp_path_factory.mktemp("containers"), tiny_model)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +143,7 @@ def test_a_run_that_is_killed_in_training_goes_on_from_its_checkpoint(
     project: Project, first: dict[str, Any], client: Any
 ) -> None:
     """SIGTERM leaves no container; after SIGKILL of everything the next run ends what was left; both resume."""
-    sets = ["sft.seed=7", "sft.max_steps=4", "sft.checkpoint_every_s=0.01", "sft.eval_every_steps=0"]
+    sets = ["sft.seed=7", "sft.max_steps=40", "sft.checkpoint_every_s=0.01", "sft.eval_every_steps=0"]
     checkpoints = project.home / "checkpoints"
     for number in (signal.SIGTERM, signal.SIGKILL):
         running = subprocess.Popen(

@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.support import programs
 from tests.support.waiting import wait_until
 
-STARTS_WITHIN_S = 60
+STARTS_WITHIN_S = 180
 GRPC_ABOVE = 10_000
 
 
