@@ -22,7 +22,7 @@ LIBRARIES = {
     "mlflow": "mlflow-skinny",
 }
 """Libraries whose version is part of the code that imports them: module -> distribution."""
-WITHOUT_RESULT = re.compile(r"components\.(stages|orders|report(\..*)?|\w+\.(page|report_page|card))")
+WITHOUT_RESULT = re.compile(r"components\.(stages|orders|report(\..*)?|\w+\.(report_page|card))")
 """Modules that no result depends on: those that only write pages and cards, which no later step reads, and those that
 make the orders, whose content is in every key itself.
 """

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from components.stages import STAGE_NAMES
 from tests.conftest import ROOT, environment_without_home
 from tests.support.repositories import git
 
-ALL = {"resolve", "fetch", "validate", "sft", "dpo", "evaluate", "register"}
+ALL = set(STAGE_NAMES)
 
 
 SMALL = [
