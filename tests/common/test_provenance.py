@@ -1,11 +1,13 @@
 """A step's code has an identity as wide as its behaviour: texts for people and pages change nothing, an engine does."""
 
+import hashlib
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from components.common import provenance
 from components.common.provenance import code_digest, imported_modules, source_digest
@@ -165,6 +167,17 @@ def test_the_data_is_stale_for_another_content_id_and_not_for_a_readme_or_a_comm
     assert source_digest(start, tree) == before
     replaced("components/dataset/records.py", r"(def content_id(.|\n)*?    return )", r"\1'x' + ")(tree)
     assert source_digest(start, tree) != before
+
+
+def test_the_lock_of_the_data_is_that_of_this_code_and_goes_by_no_other_file_of_it() -> None:
+    text = f"{source_digest(provenance.DATA_STAGE, ROOT)}\n"
+    stage = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]["prepare"]
+    known = {dep["path"]: dep["md5"] for dep in stage["deps"]}
+    assert known["data/prepare.code"] == hashlib.md5(text.encode(), usedforsecurity=False).hexdigest(), (
+        "run `dvc repro`"
+    )
+    assert not [path for path in known if path.startswith("components")]
+    assert "components.common.provenance" not in imported_modules(provenance.DATA_STAGE)
 
 
 def test_an_image_without_a_library_has_the_digest_of_one_with_the_locked_version(
