@@ -29,10 +29,11 @@ def prepare(project: Path = Path(), base_model: bool = False, code: bool = False
 
     With --code write data/prepare.code, which names the code that makes the data: DVC goes by it.
     """
-    from components.prepare.stage import prepare_base_model, prepare_data, write_code_digest
+    from components.common.provenance import write_code_of_data
+    from components.prepare.stage import prepare_base_model, prepare_data
 
     if code:
-        write_code_digest(project / "data")
+        write_code_of_data(project / "data")
     elif base_model:
         prepare_base_model(project / "data")
     else:

@@ -9,10 +9,12 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from components.common.files import digest, sha256_file
+from components.common.files import digest, sha256_file, write_text
 
 PACKAGES = Path(__file__).resolve().parent.parent.parent
 LOCK = "requirements.lock"
+DATA_STAGE = "components.prepare.stage"
+DATA_CODE = "prepare.code"
 LIBRARIES = {
     "torch": "torch",
     "transformers": "transformers",
@@ -22,7 +24,7 @@ LIBRARIES = {
     "mlflow": "mlflow-skinny",
 }
 """Libraries whose version is part of the code that imports them: module -> distribution."""
-WITHOUT_RESULT = re.compile(r"components\.(stages|orders|report(\..*)?|\w+\.(page|report_page|card))")
+WITHOUT_RESULT = re.compile(r"components\.(stages|orders|report(\..*)?|\w+\.(report_page|card))")
 """Modules that no result depends on: those that only write pages and cards, which no later step reads, and those that
 make the orders, whose content is in every key itself.
 """
@@ -47,6 +49,11 @@ def modules_digest(start: str) -> str:
 def source_digest(start: str, tree: Path) -> str:
     """Digest of our own code behind a module, whatever the libraries."""
     return digest(code_parts(start, tree)[0])[:16]
+
+
+def write_code_of_data(data: Path) -> None:
+    """Write data/prepare.code: the digest of the code that makes the data, by which DVC goes."""
+    write_text(data / DATA_CODE, f"{source_digest(DATA_STAGE, PACKAGES)}\n")
 
 
 def code_parts(start: str, tree: Path) -> tuple[dict[str, str], dict[str, str]]:

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from components.common.documents import JsonObject
 from components.common.errors import InputError, RowError
-from components.common.files import folder_digest, replacing, replacing_folder, write_json, write_text
-from components.common.provenance import PACKAGES, source_digest
+from components.common.files import folder_digest, replacing, replacing_folder, write_json
 from components.dataset.distribution import PREVIOUS, STATISTICS, Distribution, remember
 from components.dataset.records import SPLITS, content_id, iter_lines, line_of
 from components.dataset.similarity import Sketches, join_sketches, prompt_key, prompt_text, sketch
@@ -30,16 +29,10 @@ from components.prepare.sources import Member, Sources, added_pairs, read_source
 from components.prepare.split import Assignment, assign_prompts, read_splits, write_splits
 from components.tracking import store
 
-CODE = "prepare.code"
 DECONTAMINATE = "decontaminate.jsonl"
 """Prompts that must not appear in the data; it travels with the rows, and `validate` looks for them."""
 SKETCH_CHUNK = 8192
 SAY_EVERY = 100_000
-
-
-def write_code_digest(data: Path) -> None:
-    """Write data/prepare.code: the digest of what this stage does, whatever comments and READMEs say of it."""
-    write_text(data / CODE, f"{source_digest(__name__, PACKAGES)}\n")
 
 
 def prepare_data(config: PrepareConfig, data: Path) -> None:

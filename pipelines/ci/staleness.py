@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from components.common.provenance import source_digest
+from components.common.provenance import DATA_STAGE, source_digest
 from components.config.params import PARAMS
 from components.sources.data import LOCK
 from pipelines.ci.revisions import CODE_FILE, Revision
@@ -54,7 +54,7 @@ def _reasons(revision: Revision, tree: Path, stage: dict[str, Any], lock: dict[s
 def _code_md5(revision: Revision, tree: Path) -> str:
     """DVC's md5 of the file that names the code of `prepare`, as this commit would write it."""
     revision.write(["components"], tree)
-    text = f"{source_digest('components.prepare.stage', tree)}\n"
+    text = f"{source_digest(DATA_STAGE, tree)}\n"
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
 
 

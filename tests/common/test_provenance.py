@@ -1,11 +1,13 @@
 """A step's code has an identity as wide as its behaviour: texts for people and pages change nothing, an engine does."""
 
+import hashlib
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from components.common import provenance
 from components.common.provenance import code_digest, imported_modules, source_digest
@@ -29,6 +31,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def appended(path: str, text: str) -> Edit:
     def edit(root: Path) -> None:
+        assert (root / path).is_file(), f"{path} is not there"
         with (root / path).open("a", encoding="utf-8") as file:
             file.write(text)
 
@@ -67,10 +70,10 @@ NOTHING = {
     "the style sheet": appended("components/report/page.css", "b { color: red }\n"),
     "the page's script": appended("components/report/page.js", "// more\n"),
     "what makes a page": appended("components/report/html.py", "\nX = 1\n"),
-    "the page of validate": appended("components/validate/page.py", "\nX = 1\n"),
-    "the page of evaluate": appended("components/evaluate/page.py", "\nX = 1\n"),
+    "the page of validate": appended("components/validate/report_page.py", "\nX = 1\n"),
+    "the page of evaluate": appended("components/evaluate/report_page.py", "\nX = 1\n"),
     "the model card": appended("components/register/card.py", "\nX = 1\n"),
-    "a page template": appended("components/evaluate/report.html.jinja", "<p>{{ sentence }}</p>"),
+    "a page template": appended("components/report/templates/alignment.html.jinja", "<p>{{ sentence }}</p>"),
     "a field's description": replaced("components/dpo/config.py", "strength of the pull", "how strong the pull is"),
     "a word of cluster": replaced("components/config/cluster.py", "Kubeflow profile that", "The profile that"),
     "a knob of cluster": replaced("components/config/cluster.py", "    nodes: int", "    x: int = 1\n    nodes: int"),
@@ -81,7 +84,10 @@ NOTHING = {
 }
 BEHAVIOUR = {
     "the training loop": (appended("components/engine/loop.py", "\nX = 1\n"), "sft dpo evaluate"),
-    "the objectives": (replaced("components/engine/objectives.py", "return", "pass\n    return"), "sft dpo"),
+    "the objectives": (
+        replaced("components/engine/objectives.py", "return", "pass\n    return"),
+        "sft dpo evaluate register",
+    ),
     "a stage": (appended("components/dpo/stage.py", "\nX = 1\n"), "dpo"),
     "a check of the data": (appended("components/validate/duplicates.py", "\nX = 1\n"), "validate"),
     "the rules of the gate": (appended("components/gate/rules.py", "\nX = 1\n"), "evaluate register"),
@@ -137,7 +143,7 @@ def test_the_check_notices_a_digest_that_takes_pages_for_results(tree: Path, mon
 
 def test_what_is_taken_for_a_page_is_there() -> None:
     """A page writer that is renamed must stay one."""
-    writers = [path for path in (ROOT / "components").rglob("*.py") if path.stem in ("page", "report_page", "card")]
+    writers = [path for path in (ROOT / "components").rglob("*.py") if path.stem in ("report_page", "card")]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in writers]
     assert len(names) == 3 and all(provenance.WITHOUT_RESULT.fullmatch(name) for name in names)
 
@@ -161,6 +167,17 @@ def test_the_data_is_stale_for_another_content_id_and_not_for_a_readme_or_a_comm
     assert source_digest(start, tree) == before
     replaced("components/dataset/records.py", r"(def content_id(.|\n)*?    return )", r"\1'x' + ")(tree)
     assert source_digest(start, tree) != before
+
+
+def test_the_lock_of_the_data_is_that_of_this_code_and_goes_by_no_other_file_of_it() -> None:
+    text = f"{source_digest(provenance.DATA_STAGE, ROOT)}\n"
+    stage = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]["prepare"]
+    known = {dep["path"]: dep["md5"] for dep in stage["deps"]}
+    assert known["data/prepare.code"] == hashlib.md5(text.encode(), usedforsecurity=False).hexdigest(), (
+        "run `dvc repro`"
+    )
+    assert not [path for path in known if path.startswith("components")]
+    assert "components.common.provenance" not in imported_modules(provenance.DATA_STAGE)
 
 
 def test_an_image_without_a_library_has_the_digest_of_one_with_the_locked_version(

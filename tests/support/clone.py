@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from components.prepare.stage import write_code_digest
+from components.common.provenance import write_code_of_data
 from pipelines.ci.plan import Plan, make_plan
 from tests.conftest import ROOT
 from tests.support.repositories import dvc, git
@@ -42,7 +42,7 @@ class Clone:
             (root / "data" / name).mkdir(parents=True)
             (root / "data" / name / "train.jsonl").write_text('{"lang": "en"}\n{"lang": "zh"}\n')
         (root / "data" / "sources.lock").write_text("model: {}\n")
-        write_code_digest(root / "data")
+        write_code_of_data(root / "data")
         (root / "dvc.yaml").write_text(yaml.safe_dump(DVC_YAML))
         git(root, "init", "-q", "-b", "main")
         dvc(root, "init", "-q")
