@@ -14,7 +14,8 @@ from components.common.errors import TrainingError
 from components.config.params import load_config
 from components.dpo.stage import cached_reference, make_objective
 from components.engine import loop
-from components.engine.cpu.threads import plan_concurrent_packs, side_by_side
+from components.engine.cpu.threads import plan_concurrent_packs as plan
+from components.engine.cpu.threads import side_by_side
 from components.engine.models import DPO_ADAPTER, PackedModel, add_lora, load_causal_lm, trainable_state
 from components.engine.packing import Example
 from tests.conftest import ROOT
@@ -46,20 +47,14 @@ def train(model: PackedModel, folder: Path, pure: bool = True) -> list[loop.Step
 
 def test_packs_go_side_by_side_only_where_every_thread_has_its_share() -> None:
     tokens = [300, 310, 620, 590, 900, 40, 1100]
-    assert plan_concurrent_packs([0, 1, 2, 3], tokens, 2048, 2) == ([[[2, 0]], [[3, 1]]], [])
-    assert plan_concurrent_packs([0, 1, 2, 3], tokens, 1300, 2) == ([[[2], [0]], [[3], [1]]], []), (
-        "650 tokens in each at a time"
-    )
-    assert plan_concurrent_packs([0, 1, 2, 3], tokens, 2048, 1) == ([], [[2, 3, 1, 0]])
-    assert plan_concurrent_packs([4, 0], tokens, 2048, 2) == ([], [[4, 0]]), (
-        "one thread would wait for 900 tokens after 300"
-    )
-    assert plan_concurrent_packs([0, 5], tokens, 2048, 2) == ([], [[0, 5]]), "too few tokens for two"
-    assert plan_concurrent_packs([0, 1, 2, 3, 6], tokens, 2048, 2) == ([[[2, 0]], [[3, 1]]], [[6]]), (
-        "two of 1100 would be too many"
-    )
-    assert plan_concurrent_packs([0, 1, 4], tokens, 2048, 8) == ([], [[4, 1, 0]]), "no three lanes alike, and no two"
-    found, rest = plan_concurrent_packs([0, 1, 2, 3], tokens, 2048, 8)
+    assert plan([0, 1, 2, 3], tokens, 2048, 2) == ([[[2, 0]], [[3, 1]]], [])
+    assert plan([0, 1, 2, 3], tokens, 1300, 2) == ([[[2], [0]], [[3], [1]]], []), "650 tokens in each at a time"
+    assert plan([0, 1, 2, 3], tokens, 2048, 1) == ([], [[2, 3, 1, 0]])
+    assert plan([4, 0], tokens, 2048, 2) == ([], [[4, 0]]), "one thread would wait for 900 tokens after 300"
+    assert plan([0, 5], tokens, 2048, 2) == ([], [[0, 5]]), "too few tokens for two"
+    assert plan([0, 1, 2, 3, 6], tokens, 2048, 2) == ([[[2, 0]], [[3, 1]]], [[6]]), "two of 1100 would be too many"
+    assert plan([0, 1, 4], tokens, 2048, 8) == ([], [[4, 1, 0]]), "no three lanes alike, and no two"
+    found, rest = plan([0, 1, 2, 3], tokens, 2048, 8)
     assert list(map(len, found)) == [1, 1] and not rest, "three lanes would leave two threads idle"
 
 
