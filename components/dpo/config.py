@@ -1,11 +1,19 @@
 """The section `dpo`."""
 
+from collections.abc import Iterable
+from itertools import compress
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from components.config.section import Positive
+from components.engine.objectives import LOSSES
 from components.training.config import BatchSize, LearningRate, OptimiserConfig, Seed
+
+
+def _names(wanted: Iterable[bool]) -> str:
+    """The losses at these positions of the table."""
+    return ", ".join(compress(LOSSES, wanted))
 
 
 class DpoConfig(OptimiserConfig):
@@ -19,18 +27,24 @@ class DpoConfig(OptimiserConfig):
         default="cached",
         description="reference log-probs computed once and kept, or live in every step (slower, nothing on disk)",
     )
-    loss: Literal["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "apo_zero", "apo_down", "simpo", "orpo"] = Field(
+    loss: Literal[tuple(LOSSES)] = Field(  # type: ignore[valid-type]
         default="sigmoid",
-        description="preference loss; ipo and sigmoid_norm work per token, simpo and orpo without a reference",
+        description="preference loss;"
+        f" per token: {_names(loss.per_token for loss in LOSSES.values())};"
+        f" without a reference: {_names(loss.reference_free for loss in LOSSES.values())}",
     )
     label_smoothing: float = Field(
-        default=0.0, ge=0, lt=0.5, description="assumed share of swapped labels; for sigmoid and robust"
+        default=0.0,
+        ge=0,
+        lt=0.5,
+        description="assumed share of swapped labels; for"
+        f" {_names('label_smoothing' in loss.options for loss in LOSSES.values())}",
     )
     simpo_gamma: float = Field(default=0.5, ge=0, description="target margin of simpo")
     orpo_weight: float = Field(default=0.1, ge=0, description="weight of orpo's odds-ratio term (lambda in the paper)")
 
     @model_validator(mode="after")
     def _smoothing_is_used(self) -> Self:
-        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+        if self.label_smoothing and "label_smoothing" not in LOSSES[self.loss].options:
             raise ValueError(f"label_smoothing means nothing to the loss {self.loss}; set it to 0, or use robust")
         return self
