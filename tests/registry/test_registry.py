@@ -141,7 +141,7 @@ def test_promote_asks_for_evidence_and_force_for_a_reason_that_is_recorded(shop:
     shop.register(p_value=0.9)
     refused = named("promote", "1")
     assert refused.exit_code and "did not pass the gate" in str(refused.exception)
-    assert "say why by --reason" in str(named("promote", "1", "--force").exception)
+    assert "give the reason with --reason" in str(named("promote", "1", "--force").exception)
     done = named("promote", "1", "--force", "--reason", "the board said so")
     assert done.exit_code == 0 and champion_alias(client, "m") == "1"
     assert "the board said so" in client.get_model_version("m", "1").tags["kubealign.forced"]
@@ -166,7 +166,7 @@ def test_what_was_rolled_back_is_not_promoted_again_by_the_same_run(shop: Shop) 
 def test_a_champion_is_copied_to_the_next_environment_with_its_tags(shop: Shop) -> None:
     client = store.client()
     shop.register(p_value=0.9)
-    assert "is not the champion there" in str(named("promote", "1", "--to", "prod").exception)
+    assert "is not its champion" in str(named("promote", "1", "--to", "prod").exception)
     named("promote", "1", "--force", "--reason", "x")
     done = named("promote", "1", "--to", "prod")
     assert done.exit_code == 0, done.exception
