@@ -43,9 +43,14 @@ class Shop:
 
     def __init__(self, chain: Chain, folder: Path) -> None:
         self.chain, self.folder = chain, folder
+        self.made_for("cpu")
+
+    def made_for(self, hardware: str) -> None:
+        """Register from now on as runs whose settings `resolve` recorded for this hardware."""
         client = store.client()
         run_id = client.create_run(store.experiment_id(client)).info.run_id
-        client.log_text(run_id, (ROOT / "params.yaml").read_text(encoding="utf-8"), SETTINGS)
+        settings = (ROOT / "params.yaml").read_text(encoding="utf-8")
+        client.log_text(run_id, settings.replace("hardware: auto", f"hardware: {hardware}"), SETTINGS)
         self.runs = dict.fromkeys(STAGE_NAMES[:-1], run_id)
 
     def register(
@@ -457,9 +462,11 @@ def test_reproduce_says_what_it_takes_and_checks_it_out(
     settings = yaml.safe_load((tmp_path / "again" / "params.yaml").read_text())
     assert settings["dpo"] == CONFIG.sections()["dpo"] and "prepare" in settings
     assert "torch==" in (tmp_path / "again" / "environment.txt").read_text()
-    assert "precision fp32, by model.precision=auto" in said.output and "auto is" not in said.output
-    monkeypatch.setattr("components.engine.hardware.native_precision", lambda: "bf16")
-    elsewhere = CliRunner().invoke(app, list(words))
-    assert "auto is bf16 on this machine" in elsewhere.output and "--set model.precision=fp32" in elsewhere.output
+    assert "hardware  cpu, in fp32" in said.output and "this machine is" not in said.output
+    shop.made_for("gpu")
+    shop.register(name="two", git_commit=commit, data_clean=False, test_use=2, decision="two")
+    elsewhere = CliRunner().invoke(app, ["reproduce", "2", *words[2:]])
+    assert "hardware  gpu, in fp32" in elsewhere.output and "this machine is cpu" in elsewhere.output
+    assert "--set model.hardware=cpu" in elsewhere.output
     full = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "again")])
     assert full.exit_code and "not empty" in str(full.exception)

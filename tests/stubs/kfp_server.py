@@ -30,6 +30,8 @@ from components.stages import STAGE_NAMES
 
 WORKFLOW = "alignment-x8k2p"
 POD_TEMPLATE = "metadata-0-2-retry-system-container-impl"
+CLIENT = kfp_server_api.ApiClient()
+"""Made once: making one takes logging's lock, which a signal in the main thread may interrupt and leave taken."""
 """Template of a step with two labels, no annotation and retries: src/v2/compiler/argocompiler/container.go,
 addContainerExecutorTemplate. A pod is named after workflow, template and hash: src/common/util/workflow.go,
 RetrievePodName."""
@@ -114,7 +116,7 @@ def parse_strictly(data: Any, kind: str, where: str = "") -> Any:
     """A model of kfp_server_api from JSON values; what it does not know is refused."""
     rule = "common/utils.go, CustomMarshaler: DiscardUnknown is false, so an unknown field is an error"
     _refuse_unknown(data, kind, where or kind, rule)
-    return kfp_server_api.ApiClient()._ApiClient__deserialize(data, kind)  # type: ignore[attr-defined]
+    return CLIENT._ApiClient__deserialize(data, kind)  # type: ignore[attr-defined]
 
 
 def _refuse_unknown(data: Any, kind: str, where: str, rule: str) -> None:

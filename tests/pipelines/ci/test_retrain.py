@@ -112,7 +112,7 @@ def record(job: job_module.Job, kfp_run: str, **changes: Any) -> None:
         client.log_param(resolve, key, value)
     if not client.search_registered_models():
         client.create_registered_model("kubealign")
-    version = client.create_model_version("kubealign", "file:///nowhere").version
+    version = str(client.create_model_version("kubealign", "file:///nowhere").version)
     client.set_registered_model_alias("kubealign", "challenger", version)
     uri = f"models:/kubealign/{version}"
     metrics = {"preference_log_loss": ESTIMATE, "reward_accuracy": ESTIMATE, "reward_margin": ESTIMATE}

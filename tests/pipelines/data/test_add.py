@@ -114,7 +114,7 @@ def test_a_version_is_shown_then_made_and_its_history_is_told(project: Path, tmp
     words = ("add", str(team), "--licence", "MIT")
     before = state(project)
     asked = kubealign(project, *words)
-    assert asked.returncode == 2 and "nothing is written without a yes" in asked.stderr
+    assert asked.returncode == 2 and "there is no terminal; pass --yes" in asked.stderr
     assert "quarantined: 1 because no 'chosen', first at" in asked.stdout and "team.jsonl:21" in asked.stdout
     assert ["preferences", "en", "team", "10", "0", "0"] in table(asked.stdout)
     assert ["preferences", "zh", "team", "10", "0", "0"] in table(asked.stdout)
@@ -298,7 +298,7 @@ def sides_after(data: Path, *adds: tuple[str, list[str]]) -> dict[str, tuple[str
     for name, texts in adds:
         put(data, name, texts)
         prepare_data(config, data)
-    return {key: (place.group, place.side) for key, place in read_splits(data / "splits.lock").items()}
+    return {key: (assignment.group, assignment.split) for key, assignment in read_splits(data / "splits.lock").items()}
 
 
 def test_adding_in_another_order_gives_the_same_sides(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_a_row_that_bridges_two_sides_stands_in_the_quarantine_with_its_reason(t
     (entry,) = read_lines(data / "quarantine.jsonl")
     assert entry["reason"].startswith("bridge: its prompt nearly equals prompts in both the ")
     assert entry["row"]["prompt"][0]["content"] == bridge
-    after = {key: (place.group, place.side) for key, place in read_splits(data / "splits.lock").items()}
+    after = {key: (assignment.group, assignment.split) for key, assignment in read_splits(data / "splits.lock").items()}
     assert after == sides, "and what was there stays where it was"
 
 
@@ -350,7 +350,7 @@ def test_a_fresh_clone_makes_the_data_from_the_remote_and_from_nothing_else(proj
         assert found[name] == made[name]
     with pairs.open("a") as file:
         file.write("{}\n")
-    with pytest.raises(InputError, match=r"pairs.jsonl: sha256 is .*, data/sources.lock says .*; `dvc checkout` mends"):
+    with pytest.raises(InputError, match=r"pairs.jsonl: sha256 is .*, data/sources.lock says .*; run `dvc checkout`"):
         prepare_data(config, clone / "data")
     for left in (clone / ".kubealign", clone / ".dvc" / "cache", pairs.parent):
         shutil.rmtree(left, ignore_errors=True)
