@@ -18,7 +18,10 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,23 @@ THEIRS = {
     "8b": [(1, False, False), (2, False, False), (8, True, False), (2, False, True)],
 }
 """TRL's micro-batch, gradient checkpointing, and Liger's layers: last, as they took minutes to start once."""
+
+SETTINGS = loop.LoopSettings(
+    epochs=100.0,
+    max_steps=0,
+    batch_size=16,
+    max_tokens_per_step=8192,
+    lr=1e-5,
+    warmup_ratio=0.0,
+    schedule="constant",
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    seed=0,
+    checkpoint_every_s=1e9,
+    eval_every_steps=0,
+    early_stopping_patience=0,
+)
+"""Steps without end, and no checkpoint among those that are measured."""
 
 Row = tuple[list[int], list[int], list[int]]
 
@@ -140,11 +160,7 @@ class Ours:
             return dpo_loss(logps_N, packed.sequence_N, packed.n_sequences) / normaliser, {}
 
         data = loop.TrainingSet(examples, [str(i) for i in range(len(rows))], [1.0] * len(rows))
-        settings = loop.LoopSettings(
-            epochs=100.0, max_steps=0, batch_size=batch, max_tokens_per_step=tokens, lr=1e-5, warmup_ratio=0.0,
-            schedule="constant", weight_decay=0.0, max_grad_norm=1.0, seed=0, checkpoint_every_s=1e9,
-            eval_every_steps=0, early_stopping_patience=0,
-        )  # fmt: skip
+        settings = replace(SETTINGS, batch_size=batch, max_tokens_per_step=tokens)
         self.model = model
         self.steps = loop.train(model, data, objective, settings, Path(tempfile.mkdtemp()), print)
 
@@ -285,12 +301,8 @@ def flops(shape: str, rows: list[Row]) -> float:
 def randomize(model: torch.nn.Module, seed: int = 3) -> None:
     """LoRA's B is zero at the start; here it is not, so that every gradient is."""
     for name, parameter in sorted((_plain(n), p) for n, p in model.named_parameters() if p.requires_grad):
-        generator = torch.Generator().manual_seed(hash_of(name) + seed)
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-
-
-def hash_of(name: str) -> int:
-    return sum((i + 1) * ord(letter) for i, letter in enumerate(name)) % 2**31
 
 
 def _plain(name: str) -> str:
@@ -383,11 +395,9 @@ def resume(device: str) -> dict[str, Any]:
         model = our_model(folder, "bf16", dropout=0.1)
         examples = [Example(p, [c, r]) for p, c, r in rows]
         data = loop.TrainingSet(examples, [str(i) for i in range(16)], [1.0] * 16)
-        settings = loop.LoopSettings(
-            epochs=100.0, max_steps=6, batch_size=4, max_tokens_per_step=4096, lr=1e-3, warmup_ratio=0.0,
-            schedule="constant", weight_decay=0.0, max_grad_norm=1.0, seed=0, checkpoint_every_s=0.0,
-            eval_every_steps=0, early_stopping_patience=0,
-        )  # fmt: skip
+        settings = replace(
+            SETTINGS, max_steps=6, batch_size=4, max_tokens_per_step=4096, lr=1e-3, checkpoint_every_s=0.0
+        )
 
         def objective(logps_N: torch.Tensor, packed: Any, indices: list[int], normaliser: float) -> Any:
             return dpo_loss(logps_N, packed.sequence_N, packed.n_sequences) / normaliser, {}
@@ -475,11 +485,7 @@ def measure_ours_alone(folder: Path, shape: str, device: str, found: dict[str, A
     AcceleratorState._reset_state(True)
     model = our_model(folder, "bf16")
     data = loop.TrainingSet(examples, [str(i) for i in range(len(examples))], [1023.0] * len(examples))
-    settings = loop.LoopSettings(
-        epochs=100.0, max_steps=0, batch_size=len(examples), max_tokens_per_step=8192, lr=1e-5, warmup_ratio=0.0,
-        schedule="constant", weight_decay=0.0, max_grad_norm=1.0, seed=0, checkpoint_every_s=1e9, eval_every_steps=0,
-        early_stopping_patience=0,
-    )  # fmt: skip
+    settings = replace(SETTINGS, batch_size=len(examples))
     steps = loop.train(model, data, objective, settings, Path(tempfile.mkdtemp()), print)
     next(steps)
     sync(device)
@@ -528,8 +534,6 @@ def main() -> None:
             else:
                 speed(name, options, ceiling, results, started)
         except Exception as error:
-            import traceback
-
             traceback.print_exc()
             print(f"{name}: {type(error).__name__}: {error}"[:500], flush=True)
         write_json(options.out, results)
