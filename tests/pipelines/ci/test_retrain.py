@@ -5,7 +5,6 @@ MLflow database in which a stand-in for the cluster's steps records what they wo
 import json
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from tests.stubs.receiver import Receiver
 from tests.support.clone import Clone, appended, setting
 from tests.support.repositories import git
 from tests.support.services import free_port
-from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -281,24 +279,34 @@ def test_a_signal_cancels_the_run_also_when_its_id_was_never_heard(
     out = tmp_path / "ci"
     job = make_job(clone, out)
     kfp.next_run = Run(None, ["RUNNING"])
-    if not known:
+
+    def interrupt() -> None:
+        """Signals that arrive while the command waits for this answer, and not while it holds logging's lock, which the
+        stub, in the same process, needs to answer."""
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)  # a second one does not end the cancelling
+
+    if known:
+        answer = kfp._get_run
+
+        def asked(request: Any, run_id: str) -> Any:
+            if len(kfp.asked("GET", f"{RUNS}/.*")) == 3:
+                interrupt()
+            return answer(request, run_id)
+
+        monkeypatch.setattr(kfp, "_get_run", asked)
+    else:
         create = kfp._create_run
 
         def started_and_lost(request: Any) -> Any:
             create(request)
             kfp.fail("GET", RUNS, status(503), times=1)
+            interrupt()
             raise RefusalError(504, "upstream timed out", "a proxy's")
 
         monkeypatch.setattr(kfp, "_create_run", started_and_lost)
         monkeypatch.setattr(follow, "FIRST_DELAY_S", 0.5)
-
-    def interrupt() -> None:
-        wait_until(lambda: kfp.runs and (not known or len(kfp.asked("GET", f"{RUNS}/.*")) >= 3), "the run")
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)  # a second one does not end the cancelling
-
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    threading.Thread(target=interrupt, daemon=True).start()
     try:
         with pytest.raises(InterruptedRunError) as stopped:
             retrain.retrain(job)

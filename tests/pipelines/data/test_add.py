@@ -354,5 +354,5 @@ def test_a_fresh_clone_makes_the_data_from_the_remote_and_from_nothing_else(proj
         prepare_data(config, clone / "data")
     for left in (clone / ".kubealign", clone / ".dvc" / "cache", pairs.parent):
         shutil.rmtree(left, ignore_errors=True)
-    with pytest.raises(InputError, match="neither here nor in the DVC cache or remote; `dvc pull` says why"):
+    with pytest.raises(InputError, match="not found here, nor in the DVC cache or remote; `dvc pull` shows why"):
         prepare_data(config, clone / "data")
