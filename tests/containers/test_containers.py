@@ -55,6 +55,7 @@ class Project:
         for name in ("preferences", "instructions"):
             shutil.copytree(ROOT / "data" / name, self.root / "data" / name)
         shutil.copytree(tiny, self.root / "data" / "base_model")
+        (self.root / "data" / "base_model" / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
         self.home = self.root / ".kubealign"
         self.home.mkdir()
         os.chown(self.home, IMAGE_USER, 0)
