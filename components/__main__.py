@@ -70,7 +70,7 @@ def fetch(out: Out, params: Params = Path(PARAMS)) -> None:
     data = config.data.model_copy(update={"revision": version.commit})
     base = resolve_base(config.model, config.data)
     folders = (out / "dataset", out / "base")
-    run_fetch(data, version.digests, config.model.template, base.reference, base.digest, *folders)
+    run_fetch(data, version.digests, config.model.chat_template, base.reference, base.digest, *folders)
 
 
 @app.command()
@@ -120,7 +120,7 @@ def evaluate(
     policy: Annotated[Path, typer.Option(help="Folder that dpo wrote.")],
     out: Out,
     incumbent: Annotated[str, typer.Option(help="models:/name/version to beat; the SFT model without.")] = "",
-    test_use: Annotated[int, typer.Option(min=1, help="Number of this decision on the same test set.")] = 1,
+    decision_index: Annotated[int, typer.Option(min=1, help="Number of this decision on the same test set.")] = 1,
     data_clean: Annotated[bool, typer.Option(help="Whether a commit records just this data.")] = False,
     params: Params = Path(PARAMS),
 ) -> None:
@@ -129,7 +129,7 @@ def evaluate(
     from components.evaluate.stage import run_evaluate
 
     config = load_config(params)
-    inputs = Inputs(dataset, base, sft_model, policy, incumbent, test_use, data_clean)
+    inputs = Inputs(dataset, base, sft_model, policy, incumbent, decision_index, data_clean)
     reports = (out / "report.html", out / "report.md")
     run_evaluate(config.evaluate, config.gate, config.model, inputs, {"base_model": config.model.base}, out, *reports)
 

@@ -28,8 +28,8 @@ class Facts:
 
     The first ones say what is used, those without a default; the others are known once these are: `lineage` is the key
     of everything that decides the weights, `config` that of the judgement and the stored format too; `incumbent` the
-    champion to beat as models:/name/version, `decision` the key of what is asked of the test set, and `test_use` its
-    number among all that were asked, from 1.
+    champion to beat as models:/name/version, `decision` the key of what is asked of the test set, and `decision_index`
+    its number among all that were asked, from 1.
     """
 
     data_repo: str
@@ -52,7 +52,7 @@ class Facts:
     config: str = ""
     incumbent: str = ""
     decision: str = ""
-    test_use: int = 0
+    decision_index: int = 0
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def lineage(orders: Mapping[str, Order]) -> str:
 
 def config_key(sections: Sections, facts: Facts) -> str:
     """The key of what a retraining would make: the weights, how they are judged whoever is champion, how stored."""
-    orders = make_orders(sections, replace(facts, incumbent="", test_use=0))
+    orders = make_orders(sections, replace(facts, incumbent="", decision_index=0))
     stored = [sections["register"].get(name) for name in ("name", "format")]
     return digest([lineage(orders), orders["evaluate"].digest, stored])[:32]
 

@@ -45,7 +45,7 @@ STAGES = (
         "evaluate",
         "train",
         sections=("evaluate", "gate", "model"),
-        facts=("data_clean", "incumbent", "test_use"),
+        facts=("data_clean", "incumbent", "decision_index"),
         origin=("data_commit", "preferences_digest", "base_reference", "base_digest", "lineage"),
     ),
     Stage(
@@ -54,7 +54,7 @@ STAGES = (
         sections=("register", "gate"),
         facts=(
             *("preferences_digest", "instructions_digest", "base_digest", "data_clean", "test_set"),
-            *("incumbent", "test_use"),
+            *("incumbent", "decision_index"),
         ),
         origin=("data_commit", "git_commit", "base_reference", "lineage", "config", "decision"),
         cached=False,

@@ -56,15 +56,15 @@ def differing(other: dict[str, Order]) -> set[str]:
     [
         ([], {}, ""),
         (["dpo.beta=0.2"], {}, "dpo"),
-        (["sft.lr=1e-5"], {}, "sft"),
+        (["sft.learning_rate=1e-5"], {}, "sft"),
         (["validate.min_rows=9"], {}, "validate"),
         (["model.max_length=512"], {}, "validate sft dpo evaluate"),
-        (["model.tuning=full"], {}, "sft dpo evaluate"),
+        (["model.finetuning=full"], {}, "sft dpo evaluate"),
         (["evaluate.seed=9"], {}, "evaluate"),
         (["gate.alpha=0.01"], {}, "evaluate register"),
         (["register.promote=false"], {}, "register"),
         (["cluster.retries=7", "prepare.near_duplicate=0.5"], {}, ""),
-        (["data.revision=v2", "model.base=other", "model.template=chatml"], {}, ""),
+        (["data.revision=v2", "model.base=other", "model.chat_template=chatml"], {}, ""),
         ([], {"preferences_digest": "p2"}, "fetch register"),
         ([], {"base_digest": "b2"}, "fetch register"),
         ([], {"template_digest": "x"}, "fetch"),
@@ -81,7 +81,7 @@ def test_an_order_holds_what_a_step_depends_on_and_nothing_else(
 
 def test_names_that_resolve_turns_into_facts_are_in_no_order() -> None:
     for order in orders().values():
-        assert not {"base", "revision", "template", "allow_network"} & order.sections.get("model", {}).keys()
+        assert not {"base", "revision", "chat_template", "allow_network"} & order.sections.get("model", {}).keys()
     assert orders()["fetch"].origin == {
         "data_repo": "/here",
         "data_path": "data",
@@ -107,7 +107,9 @@ def test_the_key_of_a_retraining_asks_how_it_is_judged_and_stored_and_not_who_is
     def key(*sets: str, **facts: Any) -> str:
         return config_key(configuration(*sets).sections(), replace(FACTS, **facts))
 
-    assert key() == key("register.promote=false", incumbent="models:/m/1", test_use=4, git_commit="h", data_commit="c")
+    assert key() == key(
+        "register.promote=false", incumbent="models:/m/1", decision_index=4, git_commit="h", data_commit="c"
+    )
     others = [key(f"{name}={value}") for name, value in {"gate.alpha": 0.01, "evaluate.seed": 9}.items()]
     others += [key("register.name=other"), key("register.format=adapter"), key("dpo.beta=0.2")]
     others.append(key(code=dict.fromkeys(ORDERED, "code") | {"evaluate": "new"}))
@@ -116,7 +118,7 @@ def test_the_key_of_a_retraining_asks_how_it_is_judged_and_stored_and_not_who_is
 
 def test_a_decision_is_named_by_weights_rules_and_champion() -> None:
     keys = [decision_key(orders(*sets), champion) for sets in ((), ("gate.alpha=0.01",)) for champion in ("", "m/1")]
-    assert len(set(keys)) == 4 and keys[0] == decision_key(orders(test_use=3), "")
+    assert len(set(keys)) == 4 and keys[0] == decision_key(orders(decision_index=3), "")
 
 
 def test_an_order_is_canonical_json_that_reads_back_as_it_was() -> None:

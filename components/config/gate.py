@@ -24,7 +24,7 @@ class GateConfig(Section):
     )
     margin: float = Field(default=0.0, ge=0, description="of the test, nats of preference log-loss")
     min_pairs: int = Field(default=50, ge=1, description="held-out pairs below which there is no promotion")
-    max_own_loss: Positive = Field(
+    max_policy_loss: Positive = Field(
         default=0.6931,
         description="nats; DPO loss with the policy's own beta and reference must be below it; a policy that learnt"
         " nothing has ln 2 = 0.6931",
@@ -48,7 +48,7 @@ class GateConfig(Section):
     language_alpha: float = Field(
         default=0.05, gt=0, lt=0.5, description="level of those tests together; each language gets an equal share"
     )
-    clean_data: bool = Field(
+    require_committed_data: bool = Field(
         default=True, description="whether the data must be what a commit records (dvc.lock), not edited since"
     )
 

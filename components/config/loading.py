@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from components.common.errors import InputError
+from components.config.renamed import RENAMED
 from components.config.section import Section
 from components.tracking.store import without_credentials
 
@@ -50,6 +51,8 @@ def _explain(kind: type[BaseModel], entry: Any) -> str:
     location = entry["loc"]
     key = ".".join(str(part) for part in location)
     parent = _model_at(kind, location[:-1])
+    if entry["type"] == "extra_forbidden" and key in RENAMED:
+        return f"{key}: renamed; write {RENAMED[key]}"
     if entry["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), keys(parent), n=1, cutoff=0.0)
         return f"{key}: no such key; did you mean {'.'.join([*map(str, location[:-1]), *near])}?"

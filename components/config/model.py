@@ -24,7 +24,7 @@ class ModelSource(Section):
         pattern=r"^([0-9a-f]{40})?$",
         description="commit of a hub id, 40 hexadecimal digits; empty otherwise",
     )
-    template: str = Field(
+    chat_template: str = Field(
         default="model",
         min_length=1,
         description="`model` (the model's own chat template), `chatml`, `llama2`, or a Jinja file",
@@ -51,11 +51,11 @@ class ExecutionConfig(Section):
         " AVX512-BF16 or AMX). auto: this machine, or on Kubeflow gpu+bf16 when cluster.train.gpus is above 0, else"
         " cpu. A step refuses a machine that would compute other weights",
     )
-    head_precision: Literal["same", "fp32"] = Field(
+    lm_head_precision: Literal["same", "fp32"] = Field(
         default="same",
         description="of the products with the output embedding: as `precision` says, or fp32, more exact and slower",
     )
-    tuning: Literal["lora", "full"] = Field(
+    finetuning: Literal["lora", "full"] = Field(
         default="lora",
         description="lora: adapters on a frozen base; full: every parameter trains, in fp32, with about 16 bytes each",
     )
@@ -84,7 +84,7 @@ class ExecutionConfig(Section):
         hardware = hardware if precision == "bf16" else hardware.removesuffix(BF16)
         return self.model_copy(update={"precision": precision, "hardware": hardware})
 
-    @field_validator("precision", "head_precision", mode="before")
+    @field_validator("precision", "lm_head_precision", mode="before")
     @classmethod
     def _no_fp16(cls, precision: Any) -> Any:
         if precision in ("fp16", "float16", "half"):
@@ -96,8 +96,8 @@ class ExecutionConfig(Section):
 
     @model_validator(mode="after")
     def _quantized_is_frozen(self) -> Self:
-        if self.tuning == "full" and self.quantization != "none":
-            raise ValueError("4-bit weights cannot be trained; set model.tuning=lora or model.quantization=none")
+        if self.finetuning == "full" and self.quantization != "none":
+            raise ValueError("4-bit weights cannot be trained; set model.finetuning=lora or model.quantization=none")
         return self
 
 

@@ -32,11 +32,11 @@ FORM_FIELDS: dict[str, tuple[str, str]] = {
     "data_revision": ("data", "revision"),
     "base_model": ("model", "base"),
     "sft_epochs": ("sft", "epochs"),
-    "sft_lr": ("sft", "lr"),
+    "sft_learning_rate": ("sft", "learning_rate"),
     "dpo_epochs": ("dpo", "epochs"),
-    "dpo_lr": ("dpo", "lr"),
+    "dpo_learning_rate": ("dpo", "learning_rate"),
     "dpo_beta": ("dpo", "beta"),
-    "dpo_loss": ("dpo", "loss"),
+    "dpo_loss_type": ("dpo", "loss_type"),
     "promote": ("register", "promote"),
 }
 """Typed fields of the pipeline's run form: name -> (section, key)."""

@@ -41,12 +41,12 @@ def choose_template(name: str, own: str | None) -> str:
         if own:
             return own
         raise InputError(
-            f"the base model has no chat template; set model.template to {', '.join(shipped)} or a Jinja file"
+            f"the base model has no chat template; set model.chat_template to {', '.join(shipped)} or a Jinja file"
         )
     path = shipped.get(name, Path(name))
     if not path.is_file():
         raise InputError(
-            f"model.template={name}: neither `model`, {', '.join(shipped)}, nor a file; expected one of them"
+            f"model.chat_template={name}: neither `model`, {', '.join(shipped)}, nor a file; expected one of them"
         )
     return path.read_text(encoding="utf-8").rstrip("\n")
 
@@ -143,13 +143,13 @@ def encode_conversation(
         if stop <= start or not text.startswith(whole[:stop]):
             raise InputError(
                 "the chat template renders an earlier answer differently once a turn follows, so it cannot be trained"
-                " there; set sft.loss_on=last"
+                " there; set sft.train_on_turns=last"
             )
         spans.append((start, stop))
     if not spans:
         return before, completion, []
     if not tokenizer.is_fast:
-        raise InputError("this tokenizer does not tell where its tokens stand in the text; set sft.loss_on=last")
+        raise InputError("this tokenizer does not tell where its tokens stand in the text; set sft.train_on_turns=last")
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     ranges = []
     for start, stop in spans:

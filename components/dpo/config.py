@@ -19,15 +19,18 @@ def _names(wanted: Iterable[bool]) -> str:
 class DpoConfig(OptimiserConfig):
     """Direct Preference Optimization against the SFT model."""
 
-    lr: LearningRate = 4.0e-4
+    learning_rate: LearningRate = 4.0e-4
     batch_size: BatchSize = 4
     seed: Seed = 2
-    beta: Positive = Field(default=0.1, description="strength of the pull towards the reference")
-    reference: Literal["cached", "live"] = Field(
-        default="cached",
-        description="reference log-probs computed once and kept, or live in every step (slower, nothing on disk)",
+    beta: Positive = Field(
+        default=0.1, description="KL penalty coefficient: higher keeps the policy closer to the reference"
     )
-    loss: Literal[tuple(LOSSES)] = Field(  # type: ignore[valid-type]
+    precompute_ref_log_probs: bool = Field(
+        default=True,
+        description="whether the reference log-probs are computed once and kept; false computes them in every step"
+        " (slower, nothing on disk)",
+    )
+    loss_type: Literal[tuple(LOSSES)] = Field(  # type: ignore[valid-type]
         default="sigmoid",
         description="preference loss;"
         f" per token: {_names(loss.per_token for loss in LOSSES.values())};"
@@ -41,10 +44,10 @@ class DpoConfig(OptimiserConfig):
         f" {_names('label_smoothing' in loss.options for loss in LOSSES.values())}",
     )
     simpo_gamma: float = Field(default=0.5, ge=0, description="target margin of simpo")
-    orpo_weight: float = Field(default=0.1, ge=0, description="weight of orpo's odds-ratio term (lambda in the paper)")
+    orpo_lambda: float = Field(default=0.1, ge=0, description="weight of orpo's odds-ratio term (lambda in the paper)")
 
     @model_validator(mode="after")
     def _smoothing_is_used(self) -> Self:
-        if self.label_smoothing and "label_smoothing" not in LOSSES[self.loss].options:
-            raise ValueError(f"label_smoothing means nothing to the loss {self.loss}; set it to 0, or use robust")
+        if self.label_smoothing and "label_smoothing" not in LOSSES[self.loss_type].options:
+            raise ValueError(f"label_smoothing means nothing to the loss {self.loss_type}; set it to 0, or use robust")
         return self

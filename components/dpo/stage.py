@@ -88,9 +88,9 @@ def run_dpo(
         examples = {split: pair_examples(tokenizer, found) for split, found in rows.items()}
         policy = open_tuned(run, base_model, sft_model, model, SFT_ADAPTER, trains=True)
         references: dict[str, Reference] = {}
-        if LOSSES[config.loss].reference_free:
+        if LOSSES[config.loss_type].reference_free:
             references = dict.fromkeys(examples, no_reference)
-        elif config.reference == "cached":
+        elif config.precompute_ref_log_probs:
             content = weights_digest(base_digest, sft_model)
             logps = {
                 split: score(
@@ -107,19 +107,21 @@ def run_dpo(
             }
             check_reference(policy, examples["train"], logps["train"])
             references = {split: cached_reference(values) for split, values in logps.items()}
-        if model.tuning == "lora":
+        if model.finetuning == "lora":
             add_adapter(policy, DPO_ADAPTER, config)
         if not references:
-            frozen = None if model.tuning == "lora" else open_tuned(run, base_model, sft_model, model, SFT_ADAPTER)
+            frozen = None if model.finetuning == "lora" else open_tuned(run, base_model, sft_model, model, SFT_ADAPTER)
             references = dict.fromkeys(examples, live_reference(policy, frozen))
         sets = {
             split: TrainingSet(examples[split], [row.id for row in rows[split]], [1.0] * len(rows[split]))
             for split in rows
         }
         objective = {split: make_objective(reference, config) for split, reference in references.items()}
-        validate = partial(evaluate, policy, sets["validation"], objective["validation"], config.max_tokens_per_step)
+        validate = partial(
+            evaluate, policy, sets["validation"], objective["validation"], config.max_tokens_per_microbatch
+        )
         with checkpoint_folder("dpo", config, model, base_digest, data_digest, sft_digest) as checkpoints:
-            pure = config.reference != "live"  # which switches the policy's adapters
+            pure = config.precompute_ref_log_probs  # which switches the policy's adapters
             records = run_training(
                 run, policy, sets["train"], objective["train"], config, checkpoints, _show, validate, pure
             )
@@ -131,11 +133,13 @@ def run_dpo(
                 training: DpoTraining = {
                     "metrics": metrics,
                     "beta": config.beta,
-                    "loss": config.loss,
+                    "loss": config.loss_type,
                     "precision": model.precision,
                     "base_digest": base_digest,
                     "sft_digest": sft_digest,
-                    "reference_rank": cast(Any, policy.lm).peft_config[SFT_ADAPTER].r if model.tuning == "lora" else 0,
+                    "reference_rank": cast(Any, policy.lm).peft_config[SFT_ADAPTER].r
+                    if model.finetuning == "lora"
+                    else 0,
                     "libraries": versions(MADE_WITH),
                 }
                 write_json(folder / "training.json", training)
@@ -143,7 +147,8 @@ def run_dpo(
         run.log_metrics([(len(records), metrics)])
         run.log(
             f"validation: loss {metrics['validation_loss']:.4f},"
-            f" accuracy {metrics['validation_reward_accuracy']:.3f}, margin {metrics['validation_reward_margin']:.3f}"
+            f" accuracy {metrics['validation_rewards/accuracies']:.3f},"
+            f" margin {metrics['validation_rewards/margins']:.3f}"
         )
         return StageResult(run.run_id, metrics)
 
@@ -191,7 +196,7 @@ def make_objective(reference: Reference, config: DpoConfig) -> Objective:
     are the data's, not the policy's own.
     """
     options = LossOptions(**config.model_dump(include=set(LossOptions._fields)))
-    reference_free = LOSSES[config.loss].reference_free
+    reference_free = LOSSES[config.loss_type].reference_free
 
     def objective(
         token_logps_N: Tensor, batch: Pack, indices: list[int], normaliser: float
@@ -199,17 +204,17 @@ def make_objective(reference: Reference, config: DpoConfig) -> Objective:
         policy_S = objectives.sequence_logps(token_logps_N, batch.sequence_N, batch.n_sequences)
         n_tokens_S = torch.bincount(batch.sequence_N, minlength=batch.n_sequences).to(policy_S)
         reference_S = reference(batch, indices).to(policy_S)
-        losses_P, rewards_S = objectives.preference_loss(config.loss, policy_S, reference_S, n_tokens_S, options)
+        losses_P, rewards_S = objectives.preference_loss(config.loss_type, policy_S, reference_S, n_tokens_S, options)
         loss = losses_P.sum() / normaliser
         with torch.no_grad():
             chosen_P, rejected_P = rewards_S.view(-1, 2).unbind(1)
             margins_P = chosen_P - rejected_P
             wins_P = (margins_P > 0).float() + 0.5 * (margins_P == 0).float()
             sums = {
-                "reward_margin": margins_P,
-                "reward_accuracy": wins_P,
-                "chosen_reward": chosen_P,
-                "rejected_reward": rejected_P,
+                "rewards/margins": margins_P,
+                "rewards/accuracies": wins_P,
+                "rewards/chosen": chosen_P,
+                "rewards/rejected": rejected_P,
             }
             if not reference_free:
                 sums["kl"] = 0.25 * ((policy_S - reference_S) ** 2).view(-1, 2).sum(1)
@@ -238,7 +243,7 @@ def check_reference(policy: PackedModel, examples: Sequence[Any], reference_logp
 def _write_policy(
     folder: Path, policy: PackedModel, model: ExecutionConfig, base_model: Path, base_digest: str, tokenizer: Any
 ) -> None:
-    if model.tuning == "full":
+    if model.finetuning == "full":
         save_model(policy, folder / "model")
     elif is_main_process():
         concatenate_adapters(policy.lm)
@@ -251,4 +256,4 @@ def _write_policy(
 
 
 def _show(record: StepRecord) -> dict[str, float]:
-    return {"margin": record.metrics["reward_margin"], "accuracy": record.metrics["reward_accuracy"]}
+    return {"margin": record.metrics["rewards/margins"], "accuracy": record.metrics["rewards/accuracies"]}

@@ -17,7 +17,7 @@ class StepRecord:
     step: int
     total_steps: int
     loss: float
-    lr: float
+    learning_rate: float
     grad_norm: float
     tokens: int
     seconds: float

@@ -44,10 +44,10 @@ class LoopSettings:
     epochs: float
     max_steps: int
     batch_size: int
-    max_tokens_per_step: int
-    lr: float
+    max_tokens_per_microbatch: int
+    learning_rate: float
     warmup_ratio: float
-    schedule: str
+    lr_scheduler: str
     weight_decay: float
     max_grad_norm: float
     seed: int
@@ -84,10 +84,10 @@ def learning_rate(step: int, total: int, settings: LoopSettings) -> float:
     """Learning rate of step 1 .. total: linear warm-up over `warmup_ratio` of them, then the schedule down to 0."""
     warmup = math.ceil(settings.warmup_ratio * total)
     if step <= warmup:
-        return settings.lr * step / warmup
+        return settings.learning_rate * step / warmup
     progress = (step - warmup - 1) / max(1, total - warmup)
     shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
-    return settings.lr * shape[settings.schedule]
+    return settings.learning_rate * shape[settings.lr_scheduler]
 
 
 def train(
@@ -118,7 +118,11 @@ def train(
     parameters = trainable_state(model)
     names = list(parameters)
     optimizer = torch.optim.AdamW(
-        parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True, betas=(0.9, 0.999)
+        parameters.values(),
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        fused=True,
+        betas=(0.9, 0.999),
     )
     wrapped = model if is_sharded(model) else accelerator.prepare_model(model)
     n_lanes = model.n_lanes if pure and accelerator.num_processes == 1 else 1
@@ -221,7 +225,7 @@ class _Step:
     number: int
     total: int
     indices: list[int]
-    lr: float
+    learning_rate: float
     n_lanes: int
 
 
@@ -242,10 +246,12 @@ def _run_step(
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     lanes: list[list[list[int]]] = []
     if step.n_lanes > 1:
-        lanes, shared = plan_concurrent_packs(step.indices, data.n_tokens, settings.max_tokens_per_step, step.n_lanes)
+        lanes, shared = plan_concurrent_packs(
+            step.indices, data.n_tokens, settings.max_tokens_per_microbatch, step.n_lanes
+        )
         packs = [(indices, True) for indices in shared]
     else:
-        packs = local_packs(step.indices, data.n_tokens, settings.max_tokens_per_step)
+        packs = local_packs(step.indices, data.n_tokens, settings.max_tokens_per_microbatch)
 
     def run(indices: list[int], backward: Callable[[Tensor], Any]) -> dict[str, float]:
         batch = pack([data.examples[index] for index in indices]).to(accelerator.device)
@@ -269,13 +275,15 @@ def _run_step(
     if not math.isfinite(norm):
         raise TrainingError(_not_finite("gradient", step.number, data, step.indices, folder))
     for group in optimizer.param_groups:
-        group["lr"] = step.lr
+        group["lr"] = step.learning_rate
     optimizer.step()
     optimizer.zero_grad()
     sums = _sum_over_processes(sums)
     loss_sum, tokens = sums.pop("loss"), int(sums.pop("tokens"))
     seconds = time.monotonic() - started
-    return StepRecord(step.number, step.total, loss_sum, step.lr, norm, tokens, seconds, peak_device_memory_mib(), sums)
+    return StepRecord(
+        step.number, step.total, loss_sum, step.learning_rate, norm, tokens, seconds, peak_device_memory_mib(), sums
+    )
 
 
 def _backward(accelerator: Accelerator, factor: float, loss: Tensor) -> None:
@@ -319,7 +327,7 @@ def _enough_memory(number: int, batch: Pack) -> Iterator[None]:
             raise
         n_tokens = len(batch.input_ids_T)
         alone = len(batch.segments) == 1
-        knob = "a lower model.max_length" if alone else "a lower max_tokens_per_step"
+        knob = "a lower model.max_length" if alone else "a lower max_tokens_per_microbatch"
         raise TrainingError(
             f"out of memory in step {number}, on a pass of {n_tokens} tokens ({len(batch.segments)} examples); what"
             f" helps: {knob}, model.gradient_checkpointing=true, or model.precision=bf16"

@@ -63,7 +63,7 @@ class LossOptions(NamedTuple):
     """Assumed share of swapped labels, in [0, 0.5)."""
     simpo_gamma: float = 0.0
     """Target margin, >= 0."""
-    orpo_weight: float = 0.0
+    orpo_lambda: float = 0.0
     """Weight of the odds-ratio term, lambda in the paper, >= 0."""
 
 
@@ -149,10 +149,10 @@ LOSSES: dict[str, Loss] = {
     ),
     "orpo": Loss(
         "ORPO, arXiv 2403.07691, equations 5 to 7",
-        lambda pairs, options: orpo_loss(pairs.chosen_scores_P, pairs.rejected_scores_P, options.orpo_weight),
+        lambda pairs, options: orpo_loss(pairs.chosen_scores_P, pairs.rejected_scores_P, options.orpo_lambda),
         per_token=True,
         reference_free=True,
-        options=("orpo_weight",),
+        options=("orpo_lambda",),
     ),
 }
 

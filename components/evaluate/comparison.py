@@ -83,7 +83,7 @@ def compare(
         scored: `base`, `sft`, `policy` and, if there is one, `incumbent`.
     """
     test = rows["test"]
-    settings = (config.bootstrap, config.confidence)
+    settings = (config.bootstrap_resamples, config.confidence)
     bootstrap = GroupBootstrap([row.group for row in test], *settings, config.seed)
     calibration = GroupBootstrap([row.group for row in rows["validation"]], *settings, config.seed + 1)
     lengths_P = scored["base"].sides["test"].lengths_EC.max(axis=1)
@@ -101,10 +101,10 @@ def compare(
         "pairs": {side: len(rows[side]) for side in SIDES},
         "groups": {"validation": calibration.n_groups, "test": bootstrap.n_groups},
         "confidence": config.confidence,
-        "bootstrap": config.bootstrap,
+        "bootstrap": config.bootstrap_resamples,
         "seed": config.seed,
         "beta": beta,
-        "loss": scored["policy"].loss,
+        "loss_type": scored["policy"].loss,
         "models": {name: model.results for name, model in models.items()},
         "comparisons": comparisons,
         "roc": roc(policy.margins_P),
@@ -195,10 +195,10 @@ def _columns(scored: Scored, rows: Sequence[Preference], rewards_P2: Floats) -> 
     one_P = np.ones(len(rows))
     bytes_P = np.array([float(len(row.chosen.encode())) for row in rows])
     columns = {
-        "reward_accuracy": (accuracy(margins_P), one_P),
-        "reward_margin": (margins_P, one_P),
-        "chosen_reward": (rewards_P2[:, 0], one_P),
-        "rejected_reward": (rewards_P2[:, 1], one_P),
+        "rewards/accuracies": (accuracy(margins_P), one_P),
+        "rewards/margins": (margins_P, one_P),
+        "rewards/chosen": (rewards_P2[:, 0], one_P),
+        "rewards/rejected": (rewards_P2[:, 1], one_P),
         "raw_accuracy": (accuracy(logps_P2[:, 0] - logps_P2[:, 1]), one_P),
         "raw_accuracy_per_token": (accuracy(per_token_P2[:, 0] - per_token_P2[:, 1]), one_P),
         "bits_per_byte": (-logps_P2[:, 0] / math.log(2), bytes_P),
@@ -250,8 +250,8 @@ def policy_rewards(scored: Scored) -> Floats | None:
 
 def _policy_metrics(bootstrap: GroupBootstrap, rewards_P2: Floats) -> Metrics:
     margins_P = rewards_P2[:, 0] - rewards_P2[:, 1]
-    columns = {"loss": log_loss(margins_P), "reward_accuracy": accuracy(margins_P), "reward_margin": margins_P}
-    columns |= {"chosen_reward": rewards_P2[:, 0], "rejected_reward": rewards_P2[:, 1], "brier": brier(margins_P)}
+    columns = {"loss": log_loss(margins_P), "rewards/accuracies": accuracy(margins_P), "rewards/margins": margins_P}
+    columns |= {"rewards/chosen": rewards_P2[:, 0], "rewards/rejected": rewards_P2[:, 1], "brier": brier(margins_P)}
     return {name: bootstrap.estimate(values) for name, values in columns.items()}
 
 

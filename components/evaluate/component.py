@@ -63,7 +63,7 @@ def evaluate(
                 Path(sft_model.path),
                 Path(policy.path),
                 given.facts["incumbent"],
-                given.facts["test_use"],
+                given.facts["decision_index"],
                 given.facts["data_clean"],
             ),
             given.origin,

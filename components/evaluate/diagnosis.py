@@ -73,7 +73,7 @@ def diagnose(records: Sequence[StepRecord], evaluation: PairResults) -> list[Fin
         evaluation: beta and loss of the policy, and what it writes.
     """
     found = curves(records)
-    beta, loss = evaluation["beta"], evaluation["loss"]
+    beta, loss = evaluation["beta"], evaluation["loss_type"]
     checks = [
         _reference_mismatch(found),
         _no_learning(found, loss),
@@ -111,14 +111,14 @@ def _reference_mismatch(found: Curves) -> Finding | None:
 
 
 def _no_learning(found: Curves, loss: str) -> Finding | None:
-    if found.above("reward_accuracy", 0.5) or found.above("reward_margin", 0.0):
+    if found.above("rewards/accuracies", 0.5) or found.above("rewards/margins", 0.0):
         return None
-    accuracy, margin, mean = (found.tail(name)[0] for name in ("reward_accuracy", "reward_margin", "loss"))
-    advice = "the learning rate is too low or training too short: raise dpo.lr or dpo.epochs; if it stays so, look"
-    advice += " whether the labels say anything at all"
+    accuracy, margin, mean = (found.tail(name)[0] for name in ("rewards/accuracies", "rewards/margins", "loss"))
+    advice = "the learning rate is too low or training too short: raise dpo.learning_rate or dpo.epochs; if it stays"
+    advice += " so, look whether the labels say anything at all"
     start = LOSSES[loss].value_at_no_learning
     if start is not None and found.above("loss", start + LOST_NATS):
-        advice = "the learning rate is too high: lower dpo.lr, by ten at first, or raise dpo.warmup_ratio"
+        advice = "the learning rate is too high: lower dpo.learning_rate, by ten at first, or raise dpo.warmup_ratio"
     return _problem(
         "no learning",
         f"over the last third of training the policy ranks {accuracy:.0%} of its own pairs right with a mean margin of"
@@ -131,8 +131,8 @@ def _leak(found: Curves) -> Finding | None:
     """In the first epoch the pairs of a step are new to the policy; validation pairs always are."""
     early = math.ceil(EARLY_SHARE * found.total)
     steps = found.steps["step"]
-    accuracy = found.steps["reward_accuracy"][(steps > early / 2) & (steps <= early) & (steps > 1)]
-    validated = found.validated.get("reward_accuracy", accuracy)
+    accuracy = found.steps["rewards/accuracies"][(steps > early / 2) & (steps <= early) & (steps > 1)]
+    validated = found.validated.get("rewards/accuracies", accuracy)
     if len(accuracy) < EARLY_STEPS or min(accuracy.mean(), validated[-1]) < EARLY_ACCURACY:
         return None
     return _problem(
@@ -148,19 +148,19 @@ def _over_confidence(found: Curves, loss: str) -> Finding | None:
     if LOSSES[loss].value_at_no_learning != LN2:
         return None
     if "loss" in found.validated:
-        value, accuracy = float(found.validated["loss"][-1]), float(found.validated["reward_accuracy"][-1])
+        value, accuracy = float(found.validated["loss"][-1]), float(found.validated["rewards/accuracies"][-1])
         wrong, where = value > LN2 and accuracy > 0.5, "validation"
     else:
-        value, accuracy = found.tail("loss")[0], found.tail("reward_accuracy")[0]
-        wrong, where = found.above("loss", LN2) and found.above("reward_accuracy", 0.5), "training"
+        value, accuracy = found.tail("loss")[0], found.tail("rewards/accuracies")[0]
+        wrong, where = found.above("loss", LN2) and found.above("rewards/accuracies", 0.5), "training"
     if not wrong:
         return None
     return _problem(
         "over-confidence",
         f"the loss on {where} pairs ends at {value:.3f}, above the ln 2 = 0.693 of a coin toss, while {accuracy:.0%} of"
         " them are ranked right: the others are wrong by large margins",
-        "train less (dpo.epochs, dpo.lr), or soften the labels (dpo.label_smoothing); with dpo.eval_every_steps above 0"
-        " the step with the lowest validation loss is kept, not the last",
+        "train less (dpo.epochs, dpo.learning_rate), or soften the labels (dpo.label_smoothing); with"
+        " dpo.eval_every_steps above 0 the step with the lowest validation loss is kept, not the last",
     )
 
 
@@ -175,7 +175,7 @@ def _kl_blow_up(found: Curves, beta: float, loss: str) -> Finding | None:
         "KL blow-up",
         f"the policy's log-probs of an answer end {reward / beta:.0f} nats from the reference's (root mean square), a"
         f" reward of {reward:.1f}: beyond {SATURATED_REWARD:g} the loss is saturated and the drift teaches nothing",
-        "raise dpo.beta or lower dpo.lr and dpo.epochs",
+        "raise dpo.beta or lower dpo.learning_rate and dpo.epochs",
     )
 
 
@@ -190,18 +190,18 @@ def _length_explosion(evaluation: PairResults) -> Finding | None:
         f"the policy's answers are {ratio['value']:.2f} times as long as the SFT model's [{ratio['low']:.2f},"
         f" {ratio['high']:.2f}]; {cut:.0%} reach the limit",
         "chosen answers that are longer teach length: balance the lengths in the data, raise dpo.beta, or use"
-        " dpo.loss=sigmoid_norm, which works per token",
+        " dpo.loss_type=sigmoid_norm, which works per token",
     )
 
 
 def _displacement(found: Curves) -> Finding | None:
-    if not (found.below("chosen_reward", 0.0) and found.above("reward_margin", 0.0)):
+    if not (found.below("rewards/chosen", 0.0) and found.above("rewards/margins", 0.0)):
         return None
-    chosen, margin = found.tail("chosen_reward")[0], found.tail("reward_margin")[0]
+    chosen, margin = found.tail("rewards/chosen")[0], found.tail("rewards/margins")[0]
     return _warning(
         "chosen reward falls while the margin grows",
         f"over the last third of training the chosen reward is {chosen:.3f} and the margin {margin:.3f}: good answers"
         " become less likely too, only less so than bad ones (arXiv 2410.08847)",
-        "raise dpo.beta, lower dpo.lr, or train more SFT on the chosen answers; drop pairs whose two answers are nearly"
-        " the same; dpo.loss=apo_zero holds the chosen answer up",
+        "raise dpo.beta, lower dpo.learning_rate, or train more SFT on the chosen answers; drop pairs"
+        " whose two answers are nearly the same; dpo.loss_type=apo_zero holds the chosen answer up",
     )

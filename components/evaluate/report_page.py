@@ -27,10 +27,10 @@ from components.report.html import FIRST, SECOND, THIRD, Plot, Row, Table, downs
 NAMES = {"base": "base model", "sft": "SFT", "policy": "policy (DPO)", "incumbent": "incumbent champion"}
 METRICS = {
     "preference_log_loss": "preference log-loss, nats",
-    "reward_accuracy": "reward accuracy",
-    "reward_margin": "margin, nats",
-    "chosen_reward": "chosen reward, nats",
-    "rejected_reward": "rejected reward, nats",
+    "rewards/accuracies": "reward accuracy",
+    "rewards/margins": "margin, nats",
+    "rewards/chosen": "chosen reward, nats",
+    "rewards/rejected": "rejected reward, nats",
 }
 SECONDARY_METRICS = {
     "brier": "Brier score",
@@ -42,10 +42,10 @@ SECONDARY_METRICS = {
 }
 POLICY_METRICS = {
     "loss": "loss, nats",
-    "reward_accuracy": "reward accuracy",
-    "reward_margin": "margin",
-    "chosen_reward": "chosen reward",
-    "rejected_reward": "rejected reward",
+    "rewards/accuracies": "reward accuracy",
+    "rewards/margins": "margin",
+    "rewards/chosen": "chosen reward",
+    "rewards/rejected": "rejected reward",
     "brier": "Brier score",
 }
 GENERATION_METRICS = {
@@ -144,7 +144,7 @@ def report(
         comparisons=_comparisons(comparisons),
         rules=_rules(verdict),
         secondary_metrics=_metrics({name: model["overall"] for name, model in models.items()}, SECONDARY_METRICS),
-        training=f"The policy: beta = {evaluation['beta']:g}, loss {evaluation['loss']}, reference SFT.",
+        training=f"The policy: beta = {evaluation['beta']:g}, loss {evaluation['loss_type']}, reference SFT.",
         policy_metrics=_metrics(
             {name: model["policy_metrics"] for name, model in models.items() if model["policy_metrics"]}, POLICY_METRICS
         ),
@@ -262,7 +262,7 @@ def _slice_metrics(models: Mapping[str, ModelResults]) -> list[SliceTable]:
     tables = []
     for title, by_model in kinds.items():
         rows: list[Row] = [
-            [part, NAMES[name], parts[part]["reward_accuracy"]["n"], *_cells(parts[part], METRICS)]
+            [part, NAMES[name], parts[part]["rewards/accuracies"]["n"], *_cells(parts[part], METRICS)]
             for part in by_model["policy"]
             for name, parts in by_model.items()
         ]
@@ -354,9 +354,9 @@ def _prompt(entry: AnsweredPrompt, texts: Mapping[str, str], models: Iterable[st
 def _curves(histories: Mapping[str, Sequence[StepRecord]]) -> list[Plot]:
     dpo = histories["dpo"]
     plots = [_curve(f"{stage.upper()} loss", records, {"loss": FIRST}, "nats") for stage, records in histories.items()]
-    rewards = {"chosen_reward": THIRD, "rejected_reward": SECOND, "reward_margin": FIRST}
+    rewards = {"rewards/chosen": THIRD, "rewards/rejected": SECOND, "rewards/margins": FIRST}
     plots.append(_curve("DPO rewards in training", dpo, rewards, "beta x nats"))
-    plots.append(_curve("DPO reward accuracy in training", dpo, {"reward_accuracy": FIRST}, "share"))
+    plots.append(_curve("DPO reward accuracy in training", dpo, {"rewards/accuracies": FIRST}, "share"))
     if "kl" in dpo[0].metrics:
         plots.append(_curve("Distance from the reference in training", dpo, {"kl": FIRST}, "nats per answer"))
     return plots

@@ -71,7 +71,7 @@ def run_evaluate(
     params |= {"incumbent": inputs.incumbent or "sft", "precision": model.precision, "hardware": model.hardware}
     with stage_run("evaluate", params) as run:
         rows = {side: read_rows(inputs.dataset / "preferences" / f"{side}.jsonl", Preference) for side in SIDES}
-        asked = fixed_prompts(rows["test"], config.answers)
+        asked = fixed_prompts(rows["test"], config.generations_per_language)
         outputs = _run_models(run, config, model, find_candidates(run, model, inputs), rows, asked)
         history = read_history(inputs.policy / "history.jsonl")
         evaluation = _evaluation(config, gate, rows, outputs, asked, history, inputs, facts)
@@ -119,7 +119,7 @@ def _run_models(
         scores = _scorer(run, model, candidate, opened)
         sides[name] = {side: scores(pair_examples(candidate.tokenizer, rows[side]), f"{name}_{side}") for side in SIDES}
         if asked and name in MODELS:
-            cache_key_parts = [candidate.content, model.precision, model.hardware, model.head_precision]
+            cache_key_parts = [candidate.content, model.precision, model.hardware, model.lm_head_precision]
             cache_key_parts.append(model.quantization)
             settings = (config.max_new_tokens, config.seed, name)
             answers[name] = answer(run, opened, cache_key_parts, candidate.tokenizer, asked, *settings)
@@ -179,7 +179,7 @@ def _generation(
     answers = {name: output.answers for name, output in outputs.items() if output.answers is not None}
     if not answers:
         return {}
-    bootstrap = GroupBootstrap([row.group for row in asked], config.bootstrap, config.confidence, config.seed)
+    bootstrap = GroupBootstrap([row.group for row in asked], config.bootstrap_resamples, config.confidence, config.seed)
     langs = [row.lang for row in asked]
     return {
         name: generation(bootstrap, written, langs, None if name == "base" else answers["sft"], outputs[name].kl)
@@ -213,7 +213,7 @@ def _logged_metrics(evaluation: Evaluation) -> dict[str, float]:
             shown = {"kl": written["kl"], "length_ratio": written["length_ratio"]}
             values |= {f"{name}/{metric}": estimate["value"] for metric, estimate in shown.items() if estimate}
     policy_metrics = evaluation["models"]["policy"]["policy_metrics"] or {}
-    values |= {f"own/{metric}": estimate["value"] for metric, estimate in policy_metrics.items()}
+    values |= {f"policy_metrics/{metric}": estimate["value"] for metric, estimate in policy_metrics.items()}
     for rival, comparison in evaluation["comparisons"].items():
         values[f"improvement_over_{rival}"] = comparison["improvement"]["value"]
         values[f"p_value_over_{rival}"] = comparison["p_value"]

@@ -36,7 +36,7 @@ def run_fetch(
     Args:
         data: the data repository; its revision is the commit that resolve found, or `workspace`.
         digests: expected DVC digest of each data folder.
-        template: the chat template that the base model gets, as `model.template` names it.
+        template: the chat template that the base model gets, as `model.chat_template` names it.
         base_reference: definite name of the base model, from resolve.
         base_digest: its digest, from resolve.
         dataset_out: gets preferences/ and instructions/.

@@ -57,9 +57,9 @@ class Generation(TypedDict):
 class ModelResults(TypedDict):
     """One of `base`, `sft`, `policy`, `incumbent` on the test pairs.
 
-    A set of metrics holds preference_log_loss, reward_accuracy, reward_margin, chosen_reward, rejected_reward (all
-    against the common base), raw_accuracy and raw_accuracy_per_token (rankings by log-prob), bits_per_byte (of the
-    chosen answers), brier, and for a model with a reference chosen_logp_change and divergence (per answer, on the
+    A set of metrics holds preference_log_loss, rewards/accuracies, rewards/margins, rewards/chosen, rewards/rejected
+    (all against the common base), raw_accuracy and raw_accuracy_per_token (rankings by log-prob), bits_per_byte (of
+    the chosen answers), brier, and for a model with a reference chosen_logp_change and divergence (per answer, on the
     held-out answers).
     """
 
@@ -71,13 +71,13 @@ class ModelResults(TypedDict):
     lengths: dict[str, Metrics]
     policy_metrics: Metrics | None
     """As the model's own training defines rewards, with its own beta against its own reference (per token for some
-    losses): loss, reward_accuracy, reward_margin, chosen_reward, rejected_reward, brier. None for a model without a
-    beta, and for an incumbent whose reference is not known."""
+    losses): loss, rewards/accuracies, rewards/margins, rewards/chosen, rewards/rejected, brier. None for a model
+    without a beta, and for an incumbent whose reference is not known."""
     auc: Estimate
     reliability: dict[str, list[ReliabilityBin]]
     """With the `fitted` scale and, for a model with policy_metrics, `as_trained`: with its own beta and reference."""
     generation: Generation | None
-    """None when evaluate.answers is 0."""
+    """None when evaluate.generations_per_language is 0."""
 
 
 class McNemar(TypedDict):
@@ -154,7 +154,7 @@ class PairResults(TypedDict):
     bootstrap: int
     seed: int
     beta: float
-    loss: str
+    loss_type: str
     """The policy's training loss, such as `sigmoid`."""
     models: dict[str, ModelResults]
     comparisons: dict[str, Comparison]

@@ -56,7 +56,7 @@ def apply_gate(evaluation: Evaluation, context: GateContext, config: GateConfig)
     rules = [
         _primary(comparison, name, level, evaluation["bootstrap"], config),
         _enough(comparison, config),
-        _own_loss(evaluation, config),
+        _policy_loss(evaluation, config),
         *_generation(evaluation, rival, name, config),
         *_languages(comparison, config),
         _data(context, config),
@@ -68,8 +68,8 @@ def apply_gate(evaluation: Evaluation, context: GateContext, config: GateConfig)
         "verdict": verdict,
         "sentence": _sentence(name, rules, verdict, config),
         "incumbent": context.incumbent,
-        "test_use": context.decision_index,
-        "level": level,
+        "decision_index": context.decision_index,
+        "alpha_for_decision": level,
         "data_clean": context.data_clean,
         "gate": config.model_dump(mode="json"),
         "policy_digest": evaluation["policy_digest"],
@@ -99,16 +99,16 @@ def _enough(comparison: Comparison, config: GateConfig) -> Rule:
     return _rule("min_pairs", n >= config.min_pairs, n, f"at least {config.min_pairs}", f"{n} held-out pairs")
 
 
-def _own_loss(evaluation: Evaluation, config: GateConfig) -> Rule:
-    expected = f"below {config.max_own_loss:.4f}"
-    if LOSSES[evaluation["loss"]].per_token:  # its beta does not scale log-ratios of whole answers
-        return _not_applicable("own_loss", expected, f"trained by {evaluation['loss']}, a loss per token")
+def _policy_loss(evaluation: Evaluation, config: GateConfig) -> Rule:
+    expected = f"below {config.max_policy_loss:.4f}"
+    if LOSSES[evaluation["loss_type"]].per_token:  # its beta does not scale log-ratios of whole answers
+        return _not_applicable("policy_loss", expected, f"trained by {evaluation['loss_type']}, a loss per token")
     metrics = evaluation["models"]["policy"]["policy_metrics"]
     if metrics is None:
         raise KubealignError("evaluation.json: models.policy.policy_metrics: none; evaluate the model again")
     loss = metrics["loss"]["value"]
     sentence = f"DPO loss on held-out pairs with its own beta and reference is {loss:.4f}"
-    return _rule("own_loss", loss < config.max_own_loss, loss, expected, sentence)
+    return _rule("policy_loss", loss < config.max_policy_loss, loss, expected, sentence)
 
 
 def _generation(evaluation: Evaluation, rival: str, rival_name: str, config: GateConfig) -> list[Rule]:
@@ -131,7 +131,7 @@ def _generation(evaluation: Evaluation, rival: str, rival_name: str, config: Gat
 def _limit(name: str, found: Estimate | None, lowest: float | None, highest: float, meaning: str) -> Rule:
     expected = f"at most {highest:g}" if lowest is None else f"from {lowest:g} to {highest:g}"
     if found is None:
-        return _not_applicable(name, expected, "no answers were generated (evaluate.answers is 0)")
+        return _not_applicable(name, expected, "no answers were generated (evaluate.generations_per_language is 0)")
     ok = found["value"] <= highest and (lowest is None or found["value"] >= lowest)
     sentence = f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}] {meaning}"
     return _rule(name, ok, found["value"], expected, sentence)
@@ -140,7 +140,9 @@ def _limit(name: str, found: Estimate | None, lowest: float | None, highest: flo
 def _repetition(policy: Generation | None, other: Generation | None, rival: str, config: GateConfig) -> Rule:
     expected = f"at most {config.max_repetition_increase:g} more"
     if policy is None or other is None:
-        return _not_applicable("repetition", expected, "no answers were generated (evaluate.answers is 0)")
+        return _not_applicable(
+            "repetition", expected, "no answers were generated (evaluate.generations_per_language is 0)"
+        )
     mine, theirs = policy["greedy"]["repetition"]["value"], other["greedy"]["repetition"]["value"]
     sentence = f"{mine:.3f} of the greedy answers' text repeats itself, {theirs:.3f} with {rival}"
     return _rule("repetition", mine - theirs <= config.max_repetition_increase, mine - theirs, expected, sentence)
@@ -166,11 +168,11 @@ def _languages(comparison: Comparison, config: GateConfig) -> list[Rule]:
 
 def _data(context: GateContext, config: GateConfig) -> Rule:
     expected = "data as a commit records it"
-    if not config.clean_data:
-        return _not_applicable("clean_data", expected, "not asked for (gate.clean_data is false)")
+    if not config.require_committed_data:
+        return _not_applicable("committed_data", expected, "not asked for (gate.require_committed_data is false)")
     clean = context.data_clean
     sentence = "the data is a recorded version" if clean else "the data differs from what is committed; commit dvc.lock"
-    return _rule("clean_data", clean, float(clean), expected, sentence)
+    return _rule("committed_data", clean, float(clean), expected, sentence)
 
 
 def _rule(name: str, ok: bool, found: float, expected: str, sentence: str) -> Rule:

@@ -26,9 +26,9 @@ class VerdictSummary(TypedDict):
     sentence: str
     incumbent: str
     """The champion to beat as models:/name/version; empty for the SFT model."""
-    test_use: int
+    decision_index: int
     """Number of this decision among those on the same test set, from 1."""
-    level: float
+    alpha_for_decision: float
     """The significance level that this decision was tested at."""
     rules: list[Rule]
 

@@ -10,8 +10,8 @@ from components.gate.verdict import Verdict
 
 METRICS = {
     "preference_log_loss": "preference log-loss, nats",
-    "reward_accuracy": "reward accuracy",
-    "reward_margin": "reward margin, nats",
+    "rewards/accuracies": "reward accuracy",
+    "rewards/margins": "reward margin, nats",
     "bits_per_byte": "bits per byte of the chosen answers",
 }
 NAMES = {"base": "base model", "sft": "SFT", "policy": "this model", "incumbent": "previous champion"}
@@ -33,7 +33,7 @@ def model_card(
         f"---\n{_head(name, facts, evaluation, validation).to_yaml()}\n---\n",
         f"# {name}\n",
         "A causal language model, fine-tuned on instructions (SFT) and aligned to preference pairs by Direct Preference"
-        f" Optimization (loss `{evaluation['loss']}`, beta {evaluation['beta']:g}) against the SFT model.\n",
+        f" Optimization (loss `{evaluation['loss_type']}`, beta {evaluation['beta']:g}) against the SFT model.\n",
         f"**Verdict.** {verdict['sentence']}\n",
         "## Evaluation\n",
         f"{evaluation['pairs']['test']} held-out pairs, {evaluation['confidence']:.0%} intervals by bootstrap over"
@@ -87,7 +87,7 @@ def _metrics(evaluation: Evaluation) -> str:
     lines = ["| model | " + " | ".join(METRICS.values()) + " |", "|---|" + "---|" * len(METRICS)]
     lines += [_line(NAMES[model], results["overall"]) for model, results in evaluation["models"].items()]
     for lang, metrics in evaluation["models"]["policy"]["languages"].items():
-        lines.append(_line(f"this model, {lang} ({metrics['reward_accuracy']['n']} pairs)", metrics))
+        lines.append(_line(f"this model, {lang} ({metrics['rewards/accuracies']['n']} pairs)", metrics))
     return "\n".join(lines) + "\n"
 
 
@@ -109,8 +109,8 @@ def _data(validation: ValidationSummary) -> str:
 
 def _limits(verdict: Verdict, evaluation: Evaluation, facts: dict[str, str]) -> str:
     lines = [
-        f"- The verdict is decision {verdict['test_use']} on this test set, tested at the level"
-        f" {verdict['level']:.2g}.",
+        f"- The verdict is decision {verdict['decision_index']} on this test set, tested at the level"
+        f" {verdict['alpha_for_decision']:.2g}.",
         "- Preferences of these data sets, in these languages; nothing was measured beyond them: no facts, no safety.",
         "- The licence is that of the base model together with those of the data above.",
     ]

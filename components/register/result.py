@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from components.gate.results import Comparison, Metrics
 from components.gate.verdict import VerdictSummary
 
-State = Literal["promoted", "champion already", "not passed", "not asked", "rolled back", "superseded"]
+State = Literal["promoted", "already_champion", "gate_failed", "promotion_disabled", "rolled_back", "superseded"]
 
 
 class Decision(TypedDict):
@@ -53,7 +53,7 @@ class Result(TypedDict):
     lineage: str
     incumbent: str
     decision: str
-    test_use: int
+    decision_index: int
     metrics: dict[str, Metrics]
     """Of every model, on all test pairs."""
     languages: dict[str, dict[str, Metrics]]

@@ -46,7 +46,7 @@ class Lineage:
     lineage: str
     incumbent: str
     decision: str
-    test_use: int
+    decision_index: int
 
     def tags(self) -> dict[str, str]:
         """As text: true and false in lower case, numbers as digits."""
@@ -103,8 +103,8 @@ def run_register(
                 "verdict": verdict["verdict"],
                 "sentence": verdict["sentence"],
                 "incumbent": verdict["incumbent"],
-                "test_use": verdict["test_use"],
-                "level": verdict["level"],
+                "decision_index": verdict["decision_index"],
+                "alpha_for_decision": verdict["alpha_for_decision"],
                 "rules": verdict["rules"],
             },
             "decided": decided,
@@ -120,7 +120,7 @@ def run_register(
             "lineage": lineage.lineage,
             "incumbent": lineage.incumbent,
             "decision": lineage.decision,
-            "test_use": lineage.test_use,
+            "decision_index": lineage.decision_index,
             "metrics": {name: results["overall"] for name, results in evaluation["models"].items()},
             "languages": {name: results["languages"] for name, results in evaluation["models"].items()},
             "comparisons": evaluation["comparisons"],
@@ -146,7 +146,7 @@ def check_verdict(judged: Judged, gate: GateConfig, lineage: Lineage) -> tuple[V
     for name, about in (("verdict", verdict["policy_digest"]), ("evaluation", evaluation["policy_digest"])):
         if about != policy_digest:
             raise KubealignError(f"the {name} is about policy {about[:12]}, this is {policy_digest[:12]}; evaluate it")
-    context = GateContext(lineage.incumbent, lineage.test_use, lineage.data_clean)
+    context = GateContext(lineage.incumbent, lineage.decision_index, lineage.data_clean)
     written = dict(verdict)
     differing = sorted(key for key, value in apply_gate(evaluation, context, gate).items() if written[key] != value)
     if differing:
@@ -205,9 +205,9 @@ def _decide(run: StageRun, config: RegisterConfig, version: str, verdict: Verdic
     client, name = run.client, config.name
     client.set_registered_model_alias(name, CHALLENGER, version)
     audit = Audit.open(client, name)
-    if not audit.claim_decision(lineage.test_set, lineage.test_use, lineage.decision):
-        return _superseded(f"another run made decision {lineage.test_use} on this test set meanwhile")
-    client.set_registered_model_tag(name, f"kubealign.test_uses.{lineage.test_set}", str(lineage.test_use))
+    if not audit.claim_decision(lineage.test_set, lineage.decision_index, lineage.decision):
+        return _superseded(f"another run made decision {lineage.decision_index} on this test set meanwhile")
+    client.set_registered_model_tag(name, f"kubealign.test_uses.{lineage.test_set}", str(lineage.decision_index))
     client.set_registered_model_tag(name, "kubealign.audit_run", audit.run_id)
     reconcile_alias(audit)
     against = _against_promotion(client, config, version, verdict)
@@ -223,15 +223,15 @@ def _decide(run: StageRun, config: RegisterConfig, version: str, verdict: Verdic
 def _against_promotion(client: Any, config: RegisterConfig, version: str, verdict: Verdict) -> Decision | None:
     """Why the version does not become champion, as far as that does not depend on others; None when it may."""
     if champion_alias(client, config.name) == version:
-        return {"state": "champion already", "sentence": "it is the champion already"}
+        return {"state": "already_champion", "sentence": "it is the champion already"}
     if not verdict["passed"]:
-        return {"state": "not passed", "sentence": f"not promoted: {verdict['verdict']}"}
+        return {"state": "gate_failed", "sentence": f"not promoted: {verdict['verdict']}"}
     if not config.promote:
-        return {"state": "not asked", "sentence": "not promoted, as register.promote is off"}
+        return {"state": "promotion_disabled", "sentence": "not promoted, as register.promote is off"}
     rolled_back = client.get_model_version(config.name, version).tags.get(ROLLED_BACK)
     if rolled_back:
         return {
-            "state": "rolled back",
+            "state": "rolled_back",
             "sentence": f"not promoted: it was champion and was rolled back ({rolled_back}); `kubealign promote"
             f" {version} --force --reason …` overrules that",
         }

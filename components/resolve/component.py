@@ -12,11 +12,11 @@ def resolve(
     data_revision: str,
     base_model: str,
     sft_epochs: float,
-    sft_lr: float,
+    sft_learning_rate: float,
     dpo_epochs: float,
-    dpo_lr: float,
+    dpo_learning_rate: float,
     dpo_beta: float,
-    dpo_loss: str,
+    dpo_loss_type: str,
     promote: bool,
     data_section: str,
     model_section: str,
@@ -44,11 +44,11 @@ def resolve(
         data_revision: Branch, tag or commit of the data; `workspace` for local files as they are.
         base_model: Base model: `embedded`, a folder, s3://, models:/ or a hub id.
         sft_epochs: Passes over the instructions.
-        sft_lr: Peak learning rate of SFT.
+        sft_learning_rate: Peak learning rate of SFT.
         dpo_epochs: Passes over the preference pairs.
-        dpo_lr: Peak learning rate of DPO.
+        dpo_learning_rate: Peak learning rate of DPO.
         dpo_beta: Strength of the pull towards the reference.
-        dpo_loss: Preference loss.
+        dpo_loss_type: Preference loss.
         promote: Whether a passed gate makes the model the champion.
         data_section: Section `data` of params.yaml as JSON, without the fields above.
         model_section: Section `model`, likewise; its `hardware` says what the run is for.

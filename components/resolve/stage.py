@@ -36,7 +36,7 @@ def run_resolve(config: Config) -> tuple[dict[str, str], str]:
         InputError: a name that means nothing, or a format that the model cannot be stored in.
     """
     data, register = config.data, config.register_
-    if register.format == "adapter" and config.model.tuning == "full":
+    if register.format == "adapter" and config.model.finetuning == "full":
         raise InputError("register.format=adapter: full fine-tuning makes no adapter; set register.format=merged")
     named = {"data_repo": _public(data.repo), "data_revision": data.revision, "data_path": data.path}
     with stage_run("resolve", named) as run:
@@ -47,8 +47,8 @@ def run_resolve(config: Config) -> tuple[dict[str, str], str]:
         facts = with_keys(sections, resolve_facts(data, model))
         facts = replace(facts, incumbent=_incumbent(run, register.name, facts.lineage))
         decision = decision_key(make_orders(sections, facts), facts.incumbent)
-        uses = _test_use(run.client, register.name, facts.test_set, decision)
-        facts = replace(facts, decision=decision, test_use=uses)
+        uses = _decision_index(run.client, register.name, facts.test_set, decision)
+        facts = replace(facts, decision=decision, decision_index=uses)
         orders = make_orders(sections, facts)
         _record(run, config, asdict(facts), orders)
         run.log(f"data {facts.data_commit[:12]}, base model {facts.base_reference}")
@@ -107,6 +107,6 @@ def _incumbent(run: StageRun, name: str, made: str) -> str:
     return f"models:/{name}/{version}"
 
 
-def _test_use(client: Any, name: str, test_set: str, decision: str) -> int:
+def _decision_index(client: Any, name: str, test_set: str, decision: str) -> int:
     audit = Audit.find(client, name)
     return next_use(audit.decisions(test_set), decision) if audit else 1

@@ -10,10 +10,10 @@ from components.training.config import OptimiserConfig
 class SftConfig(OptimiserConfig):
     """Supervised fine-tuning on instructions."""
 
-    loss_on: Literal["last", "every"] = Field(
-        default="last", description="assistant turns of a conversation that are trained: the last one, or every one"
+    train_on_turns: Literal["last", "all"] = Field(
+        default="last", description="assistant turns of a conversation that are trained: the last one, or all"
     )
-    reference_logps: bool = Field(
+    compute_ref_log_probs: bool = Field(
         default=True,
         description="whether sft also computes the reference log-probs that dpo needs, which travel with the SFT model",
     )

@@ -52,18 +52,20 @@ def run_sft(config: SftConfig, model: ExecutionConfig, dataset: Path, base_model
     with stage_run("sft", config.model_dump() | model.execution_settings()) as run:
         base_digest, data_digest = verify_manifest(base_model), verify_manifest(dataset)
         tokenizer = load_tokenizer(base_model)
-        sets = {split: _training_set(tokenizer, dataset, split, config.loss_on) for split in ("train", "validation")}
+        sets = {
+            split: _training_set(tokenizer, dataset, split, config.train_on_turns) for split in ("train", "validation")
+        }
         lm = open_model(run, base_model, model, trains=True)
-        if model.tuning == "lora":
+        if model.finetuning == "lora":
             add_adapter(lm, SFT_ADAPTER, config)
-        validate = partial(evaluate, lm, sets["validation"], objective, config.max_tokens_per_step)
+        validate = partial(evaluate, lm, sets["validation"], objective, config.max_tokens_per_microbatch)
         before, _ = validate()
         with checkpoint_folder("sft", config, model, base_digest, data_digest) as checkpoints:
             records = run_training(run, lm, sets["train"], objective, config, checkpoints, _show, validate)
             after, _ = kept_validation(records, validate)
             metrics = {"validation_loss_before": before, "validation_loss": after}
             with stage_output(out) as folder:
-                if model.tuning == "full":
+                if model.finetuning == "full":
                     save_model(lm, folder / "model")
                     tokenizer.save_pretrained(folder / "model")
                 else:
@@ -72,7 +74,7 @@ def run_sft(config: SftConfig, model: ExecutionConfig, dataset: Path, base_model
                 training: SftTraining = {"metrics": metrics, "base_digest": base_digest}
                 write_json(folder / "training.json", training)
                 write_manifest(folder)
-                if config.reference_logps:
+                if config.compute_ref_log_probs:
                     _score_pairs(run, lm, model, dataset, tokenizer, base_digest, folder)
         run.log_metrics([(len(records), metrics)])
         run.log(f"validation loss {before:.4f} before, {after:.4f} after, nats per token")
@@ -104,9 +106,9 @@ def objective(
     return objectives.sft_loss(token_logps_N, int(normaliser)), {}
 
 
-def _training_set(tokenizer: object, dataset: Path, split: str, loss_on: str) -> TrainingSet:
+def _training_set(tokenizer: object, dataset: Path, split: str, train_on_turns: str) -> TrainingSet:
     rows = read_rows(dataset / "instructions" / f"{split}.jsonl", Instruction)
-    examples = instruction_examples(tokenizer, rows, loss_on)
+    examples = instruction_examples(tokenizer, rows, train_on_turns)
     weights = [float(example.n_predicted) for example in examples]
     return TrainingSet(examples, [row.id for row in rows], weights)
 

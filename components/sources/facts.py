@@ -29,8 +29,8 @@ def resolve_facts(data: DataConfig, model: ModelSource) -> Facts:
         test_set=version.test_set,
         base_reference=base.reference,
         base_digest=base.digest,
-        template=model.template,
-        template_digest=template_digest(model.template),
+        template=model.chat_template,
+        template_digest=template_digest(model.chat_template),
         git_commit=git_commit(),
         code={stage: code_digest(stage) for stage in ORDERED},
     )

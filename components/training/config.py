@@ -16,11 +16,15 @@ class OptimiserConfig(Section):
 
     epochs: Positive = Field(default=1.0, description="passes over the training examples; may be a fraction")
     max_steps: int = Field(default=0, ge=0, description="stop after this many optimiser steps; 0 for no limit")
-    lr: LearningRate = 2.0e-4
+    learning_rate: LearningRate = 2.0e-4
     batch_size: BatchSize = 8
-    max_tokens_per_step: int = Field(default=2048, ge=16, description="token budget of one forward and backward pass")
+    max_tokens_per_microbatch: int = Field(
+        default=2048,
+        ge=16,
+        description="tokens of one forward and backward pass; an optimiser step accumulates over as many as it needs",
+    )
     warmup_ratio: Probability = Field(default=0.1, description="share of the steps in which the learning rate rises")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
         default="cosine", description="learning rate after the warm-up"
     )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")

@@ -47,9 +47,9 @@ def pair_examples(tokenizer: Any, rows: list[Preference]) -> list[Example]:
     return examples
 
 
-def instruction_examples(tokenizer: Any, rows: list[Instruction], loss_on: str) -> list[Example]:
-    """Instructions as examples with one completion; `every` predicts the earlier answers of a conversation too."""
-    if loss_on == "last":
+def instruction_examples(tokenizer: Any, rows: list[Instruction], train_on_turns: str) -> list[Example]:
+    """Instructions as examples with one completion; `all` predicts the earlier answers of a conversation too."""
+    if train_on_turns == "last":
         encoded = [encode(tokenizer, row.prompt, row.response) for row in rows]
         return [Example(prompt, [completion]) for prompt, completion in encoded]
     conversations = [encode_conversation(tokenizer, row.prompt, row.response) for row in rows]
@@ -87,9 +87,9 @@ def open_model(run: StageRun, path: Path, config: ExecutionConfig, trains: bool)
         raise ValueError("resolve_precision() the configuration of the model first")
     if config.precision == "bf16" and native_precision() != "bf16":
         run.log("this machine has no bf16 in hardware: frozen weights are kept in bf16, products are computed in fp32")
-    full = trains and config.tuning == "full"
+    full = trains and config.finetuning == "full"
     lm = load_causal_lm(path, config.precision, full, config.quantization)
-    model = PackedModel(lm, config.precision, "fp32" if config.head_precision == "fp32" else None)
+    model = PackedModel(lm, config.precision, "fp32" if config.lm_head_precision == "fp32" else None)
     run.log(select_packing(model, config.max_length))
     if trains and config.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -213,7 +213,11 @@ def kept_validation(records: list[StepRecord], validate: Validation) -> tuple[fl
 
 def step_metrics(record: StepRecord) -> dict[str, float]:
     """A step as MLflow metrics."""
-    values = {"loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm} | record.metrics
+    values = {
+        "loss": record.loss,
+        "learning_rate": record.learning_rate,
+        "grad_norm": record.grad_norm,
+    } | record.metrics
     values["tokens_per_second"] = record.tokens / record.seconds
     values["memory_mib"] = record.memory_mib
     named = {f"train/{name}": value for name, value in values.items()}

@@ -96,8 +96,8 @@ def score(
     """
     tokens = digest([[list(example.prompt), [list(c) for c in example.completions]] for example in examples])
     # The layout (packed or not) follows from these, the model and the code.
-    layout = [how.precision, how.hardware, how.head_precision, how.quantization, how.max_length]
-    layout.append(as_trained and how.tuning == "full")
+    layout = [how.precision, how.hardware, how.lm_head_precision, how.quantization, how.max_length]
+    layout.append(as_trained and how.finetuning == "full")
     key = digest([model_digest, tokens, layout, modules_digest("components.engine.loop")])
     name = f"{key}.safetensors"
     cache = store.home() / "cache" / "logps" / name

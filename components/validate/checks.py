@@ -85,7 +85,7 @@ def statistic_checks() -> list[Check]:
             "length_shortcut",
             "warn",
             "length alone tells the chosen answer: the model would learn to write longer or shorter; balance the pairs,"
-            " or use a length-normalised dpo.loss (sigmoid_norm, simpo)",
+            " or use a length-normalised dpo.loss_type (sigmoid_norm, simpo)",
             expectation,
             within,
         ),

@@ -22,7 +22,7 @@ class ValidateConfig(Section):
         default=0.6,
         description="probability from which the language that a text seems to be written in counts against `lang`",
     )
-    max_shortcut: float = Field(
+    max_shortcut_accuracy: float = Field(
         default=0.6,
         ge=0.5,
         le=1,
@@ -34,7 +34,7 @@ class ValidateConfig(Section):
         description="share of the rows that would have to change places to have the distribution of the data version"
         " before, from which a warning says so",
     )
-    decontaminate: str = Field(
+    decontamination_file: str = Field(
         default="decontaminate.jsonl",
         pattern=r"^([^/\\\s]+\.jsonl)?$",
         description="file of the preference data, beside train.jsonl, with prompts that must not appear, such as a"

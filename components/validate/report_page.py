@@ -201,7 +201,7 @@ def _drift_statistics(summary: ValidationSummary) -> list[Statistic]:
 def _decontamination(summary: ValidationSummary) -> str:
     listed = summary["preferences"]["statistics"]["listed_prompts"]
     if listed is None:
-        return "Decontamination was not run: the data set has no list of prompts (validate.decontaminate)."
+        return "Decontamination was not run: the data set has no list of prompts (validate.decontamination_file)."
     return f"The decontamination list has {listed:,} prompts."
 
 

@@ -79,7 +79,7 @@ def run_validate(
         sets, sides, checks, failed = checked.sets, checked.sides, checked.checks, checked.failed
         bias = find_bias(sets["preferences"], sets["preferences"].columns["schema"] == 0)
         drift = _drift(dataset, sets["preferences"])
-        measured = measures(bias, config.max_shortcut)
+        measured = measures(bias, config.max_shortcut_accuracy)
         measured += [Measure("drift", name, value, config.max_drift) for name, value in (drift or {}).items()]
         statistics = _statistics(measured, checked.suite, overall, drift is not None, checked.listed)
         aside = {name: _reasons(checks[name], failed[name], ("stop", "error")) for name in sets}
@@ -142,8 +142,8 @@ def check_rows(config: ValidateConfig, max_length: int, dataset: Path, base_mode
 
 
 def _read_list(config: ValidateConfig, dataset: Path) -> Listed | None:
-    path = dataset / "preferences" / config.decontaminate
-    return read_listed(path) if config.decontaminate and path.is_file() else None
+    path = dataset / "preferences" / config.decontamination_file
+    return read_listed(path) if config.decontamination_file and path.is_file() else None
 
 
 def _scan(

@@ -152,8 +152,8 @@ def markdown(order: Order, result: FinishedRun, new: bool) -> str:
     for name, title in NAMES.items():
         if name in result["metrics"]:
             found = result["metrics"][name]
-            keys = ("preference_log_loss", "reward_accuracy", "reward_margin")
-            cells = [title, str(found["reward_accuracy"]["n"]), *(estimate_text(found[key]) for key in keys)]
+            keys = ("preference_log_loss", "rewards/accuracies", "rewards/margins")
+            cells = [title, str(found["rewards/accuracies"]["n"]), *(estimate_text(found[key]) for key in keys)]
             lines.append(f"| {' | '.join(cells)} |")
     model = f"- model: `{result['model_uri']}` ({', '.join(result['aliases']) or 'no alias'})"
     told = [] if new else ["- nothing was trained: this commit's data, settings and code have been judged before"]

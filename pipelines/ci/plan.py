@@ -188,7 +188,7 @@ def _path(data: dict[str, Any]) -> str:
 def _base_model(revision: Revision, sections: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
     """Base model and chat template: what is in git or DVC by content, else by name; and the names that move."""
     model = sections["model"]
-    base, template, pinned = str(model.get("base")), str(model.get("template")), str(model.get("revision") or "")
+    base, template, pinned = str(model.get("base")), str(model.get("chat_template")), str(model.get("revision") or "")
     folder = embedded_model(_path(sections["data"])) if base == EMBEDDED else base
     own = revision.outputs.get(folder) or digest(revision.below(folder))
     known = bool(revision.outputs.get(folder) or revision.below(folder)) or base == EMBEDDED

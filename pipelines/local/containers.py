@@ -160,7 +160,11 @@ def _environment() -> dict[str, str]:
 def _read(project: Path, arguments: dict[str, Any]) -> list[Path]:
     """The local folders and files that the steps of a run with these arguments read."""
     repo = json.loads(arguments["data_section"])["repo"]
-    paths = [project, project / arguments["base_model"], project / json.loads(arguments["model_section"])["template"]]
+    paths = [
+        project,
+        project / arguments["base_model"],
+        project / json.loads(arguments["model_section"])["chat_template"],
+    ]
     if not is_url(repo):
         paths += [Path(repo), *_local_stores(Path(repo))]
     found = {path.resolve() for path in paths if path.exists()} - {store.home().resolve()}

@@ -88,8 +88,8 @@ def show_result(console: Console, result: FinishedRun) -> None:
     for name, title in NAMES.items():
         if name in result["metrics"]:
             found = result["metrics"][name]
-            keys = ("preference_log_loss", "reward_accuracy", "reward_margin")
-            table.add_row(title, str(found["reward_accuracy"]["n"]), *(estimate_text(found[key]) for key in keys))
+            keys = ("preference_log_loss", "rewards/accuracies", "rewards/margins")
+            table.add_row(title, str(found["rewards/accuracies"]["n"]), *(estimate_text(found[key]) for key in keys))
     console.print(
         "Held-out pairs: preference log-loss (nats), reward accuracy, margin, with intervals", highlight=False
     )
@@ -98,8 +98,8 @@ def show_result(console: Console, result: FinishedRun) -> None:
     lines = [
         f"verdict   {words}",
         f"          {result['verdict']['sentence']}",
-        f"decision  {result['decided']['sentence']}; number {result['verdict']['test_use']} on this test set, tested at"
-        f" {result['verdict']['level']:.2g}",
+        f"decision  {result['decided']['sentence']}; number {result['verdict']['decision_index']} on this test set,"
+        f" tested at {result['verdict']['alpha_for_decision']:.2g}",
         f"model     {result['model_uri']}  ({', '.join(result['aliases']) or 'no alias'})",
         f"report    {result['report']}",
         "MLflow    kubealign ui",

@@ -186,8 +186,8 @@ def with_absolute_paths(config: Config, project: Path) -> Config:
         data = data.model_copy(update={"repo": str((project / data.repo).resolve())})
     if (project / model.base).is_dir():
         model = model.model_copy(update={"base": str((project / model.base).resolve())})
-    if (project / model.template).is_file():
-        model = model.model_copy(update={"template": str((project / model.template).resolve())})
+    if (project / model.chat_template).is_file():
+        model = model.model_copy(update={"chat_template": str((project / model.chat_template).resolve())})
     return config.model_copy(update={"data": data, "model": model})
 
 
@@ -204,7 +204,7 @@ def _fail(state: ChildState, log: Path) -> NoReturn:
         last = state.errors[-1]
         raise StepFailedError(f"{last.stage}: {last.message}\n(whole log: {log})", last.exit_code or 1)
     knobs = (
-        f" (what helps: a lower {state.stage}.max_tokens_per_step, model.gradient_checkpointing=true)"
+        f" (what helps: a lower {state.stage}.max_tokens_per_microbatch, model.gradient_checkpointing=true)"
         if state.stage in BY_NAME and BY_NAME[state.stage].trains
         else ""
     )

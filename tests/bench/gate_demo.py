@@ -45,7 +45,7 @@ TRAINING = [
     "sft.max_steps=10",
     "dpo.epochs=2",
     "dpo.eval_every_steps=43",
-    "evaluate.answers=2",
+    "evaluate.generations_per_language=2",
     "evaluate.max_new_tokens=48",
 ]
 EXPECTED = {"better": ["better"], "equal": ["no evidence"], "worse": ["worse", "no evidence"], "lucky": ["refused"]}
@@ -86,9 +86,9 @@ class Demo:
         told = {field.name: first[field.name] for field in fields(Lineage)}
         # As if a commit held the changed data: what is shown is what the other rules make of it.
         lineage = replace(Lineage(**told), incumbent=incumbent, test_set=test_set, decision=decision, data_clean=True)
-        lineage = replace(lineage, test_use=next_use(audit.decisions(test_set), decision), lineage=decision)
+        lineage = replace(lineage, decision_index=next_use(audit.decisions(test_set), decision), lineage=decision)
         base, sft = step("fetch/base"), step("sft/sft_model")
-        inputs = Inputs(clean, base, sft, policy, incumbent, lineage.test_use, lineage.data_clean)
+        inputs = Inputs(clean, base, sft, policy, incumbent, lineage.decision_index, lineage.data_clean)
         reports = (out / "report.html", out / "report.md")
         run_evaluate(config.evaluate, config.gate, config.model, inputs, {}, out / "evaluation", *reports)
         judged = Judged(policy, base, out / "evaluation", clean, out / "report.html")
@@ -153,7 +153,7 @@ def row(name: str, result: dict[str, Any]) -> tuple[list[str], bool]:
         str(estimate["n"]),
         f"{estimate['value']:+.4f} [{estimate['low']:+.4f}, {estimate['high']:+.4f}]",
         f"{gain['p_value']:.4f}",
-        f"{verdict['level']:.4f} ({verdict['test_use']})",
+        f"{verdict['alpha_for_decision']:.4f} ({verdict['decision_index']})",
         verdict["verdict"],
         ", ".join(failed) or "none",
         result["decided"]["state"],

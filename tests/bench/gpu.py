@@ -63,10 +63,10 @@ SETTINGS = loop.LoopSettings(
     epochs=100.0,
     max_steps=0,
     batch_size=16,
-    max_tokens_per_step=8192,
-    lr=1e-5,
+    max_tokens_per_microbatch=8192,
+    learning_rate=1e-5,
     warmup_ratio=0.0,
-    schedule="constant",
+    lr_scheduler="constant",
     weight_decay=0.0,
     max_grad_norm=1.0,
     seed=0,
@@ -160,7 +160,7 @@ class Ours:
             return dpo_loss(logps_N, packed.sequence_N, packed.n_sequences) / normaliser, {}
 
         data = loop.TrainingSet(examples, [str(i) for i in range(len(rows))], [1.0] * len(rows))
-        settings = replace(SETTINGS, batch_size=batch, max_tokens_per_step=tokens)
+        settings = replace(SETTINGS, batch_size=batch, max_tokens_per_microbatch=tokens)
         self.model = model
         self.steps = loop.train(model, data, objective, settings, Path(tempfile.mkdtemp()), print)
 
@@ -396,7 +396,12 @@ def resume(device: str) -> dict[str, Any]:
         examples = [Example(p, [c, r]) for p, c, r in rows]
         data = loop.TrainingSet(examples, [str(i) for i in range(16)], [1.0] * 16)
         settings = replace(
-            SETTINGS, max_steps=6, batch_size=4, max_tokens_per_step=4096, lr=1e-3, checkpoint_every_s=0.0
+            SETTINGS,
+            max_steps=6,
+            batch_size=4,
+            max_tokens_per_microbatch=4096,
+            learning_rate=1e-3,
+            checkpoint_every_s=0.0,
         )
 
         def objective(logps_N: torch.Tensor, packed: Any, indices: list[int], normaliser: float) -> Any:

@@ -27,8 +27,8 @@ STEPS = 4
 
 def measure(processes: int, tokens: int, folder: Path) -> dict[str, float]:
     """Tokens a second, seconds a step and peak memory (MiB) of the first process, medians over the steps."""
-    settings = [f"sft.max_steps={STEPS}", f"sft.max_tokens_per_step={tokens}", "sft.eval_every_steps=0"]
-    config = load_config(ROOT / "params.yaml", [*settings, "sft.reference_logps=false"])
+    settings = [f"sft.max_steps={STEPS}", f"sft.max_tokens_per_microbatch={tokens}", "sft.eval_every_steps=0"]
+    config = load_config(ROOT / "params.yaml", [*settings, "sft.compute_ref_log_probs=false"])
     (folder / "params.yaml").write_text(yaml.safe_dump(config.sections()))
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     words += ["-m", "components", "sft", "--params", str(folder / "params.yaml"), "--dataset", str(folder / "clean")]

@@ -38,6 +38,7 @@ from components.dpo.stage import cached_reference, make_objective
 from components.engine import loop
 from components.engine.cpu.memory import configure_malloc
 from components.engine.hardware import native_precision
+from components.engine.history import StepRecord
 from components.engine.models import DPO_ADAPTER, PackedModel, load_causal_lm, trainable_state
 from components.engine.packing import Example, pack
 from components.sft.stage import objective as sft_objective
@@ -111,7 +112,7 @@ class Ours:
             settings = loop_settings(cfg.sft)
         self.batches = loop.plan(self.data, settings)
         self.folder = tempfile.TemporaryDirectory()
-        self.steps: Iterator[loop.StepRecord] = loop.train(
+        self.steps: Iterator[StepRecord] = loop.train(
             self.model, self.data, self.objective, settings, Path(self.folder.name), print
         )
 
@@ -177,7 +178,7 @@ class Trl:
             "use_cpu": True,
             "max_length": None,
             "optim": "adamw_torch_fused",
-            "learning_rate": section.lr,
+            "learning_rate": section.learning_rate,
             "report_to": [],
             "disable_tqdm": True,
             "gradient_checkpointing": False,

@@ -34,9 +34,9 @@ SETTINGS: dict[str, Any] = {
     "validate.min_rows": 4,
     "sft.max_steps": 1,
     "dpo.epochs": 2.0,
-    "dpo.lr": 1e-2,
-    "evaluate.answers": 0,
-    "evaluate.bootstrap": 1000,
+    "dpo.learning_rate": 1e-2,
+    "evaluate.generations_per_language": 0,
+    "evaluate.bootstrap_resamples": 1000,
     "gate.min_pairs": 20,
 }
 EN = "rivers bridges gardens violins harbours candles maps clocks lanterns forests kettles meadows ladders puzzles"

@@ -18,10 +18,10 @@ VERDICT: dict[str, Any] = {
     "verdict": "no evidence",
     "sentence": "There is no evidence.",
     "incumbent": "",
-    "test_use": 1,
-    "level": 0.025,
+    "decision_index": 1,
+    "alpha_for_decision": 0.025,
     "data_clean": True,
-    "gate": {"alpha": 0.05, "test": "superiority", "min_pairs": 50, "clean_data": True},
+    "gate": {"alpha": 0.05, "test": "superiority", "min_pairs": 50, "require_committed_data": True},
     "policy_digest": "p",
     "rules": [RULE],
 }
@@ -50,9 +50,9 @@ def test_a_whole_document_comes_back_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"level": None}, "level"),
-        ({"level": "secret"}, "level"),
-        ({"test_use": 1.5}, "test_use"),
+        ({"alpha_for_decision": None}, "alpha_for_decision"),
+        ({"alpha_for_decision": "secret"}, "alpha_for_decision"),
+        ({"decision_index": 1.5}, "decision_index"),
         ({"verdict": "secret"}, "verdict"),
         ({"rules": [RULE, RULE | {"found": "secret"}]}, "rules.1.found"),
         ({"own": {}}, "own: unknown"),

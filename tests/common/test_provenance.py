@@ -74,7 +74,9 @@ NOTHING = {
     "the page of evaluate": appended("components/evaluate/report_page.py", "\nX = 1\n"),
     "the model card": appended("components/register/card.py", "\nX = 1\n"),
     "a page template": appended("components/report/templates/alignment.html.jinja", "<p>{{ sentence }}</p>"),
-    "a field's description": replaced("components/dpo/config.py", "strength of the pull", "how strong the pull is"),
+    "a field's description": replaced(
+        "components/dpo/config.py", "KL penalty coefficient", "coefficient of the KL penalty"
+    ),
     "a word of cluster": replaced("components/config/cluster.py", "Kubeflow profile that", "The profile that"),
     "a knob of cluster": replaced("components/config/cluster.py", "    nodes: int", "    x: int = 1\n    nodes: int"),
     "the aggregate": appended("components/config/params.py", "\nX = 1\n"),
@@ -92,7 +94,10 @@ BEHAVIOUR = {
     "a check of the data": (appended("components/validate/duplicates.py", "\nX = 1\n"), "validate"),
     "the rules of the gate": (appended("components/gate/rules.py", "\nX = 1\n"), "evaluate register"),
     "the default of a knob": (replaced("components/dpo/config.py", "default=0.1,", "default=0.2,"), "dpo"),
-    "a new knob": (replaced("components/sft/config.py", "    loss_on", "    more: int = 1\n    loss_on"), "sft"),
+    "a new knob": (
+        replaced("components/sft/config.py", "    train_on_turns", "    more: int = 1\n    train_on_turns"),
+        "sft",
+    ),
     "a chat template": (
         appended("components/dataset/templates/chatml.jinja", "{# more #}"),
         "fetch validate sft dpo evaluate",

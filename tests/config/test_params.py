@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from components.common.errors import InputError
 from components.config.params import FORM_FIELDS, Config, config_from_arguments, load_config, pipeline_arguments
+from components.config.renamed import RENAMED
 from tests.conftest import ROOT
 
 PARAMS = ROOT / "params.yaml"
@@ -20,8 +21,8 @@ PARAMS = ROOT / "params.yaml"
     [
         ("dpo.betta=1", "dpo.betta: no such key; did you mean dpo.beta?"),
         ("dop.beta=1", "dop: no such key; did you mean dpo?"),
-        ("dpo.beta=-1", r"dpo.beta: input should be greater than 0, found -1 \(strength of the pull"),
-        ("dpo.loss=ppo", "dpo.loss: input should be 'sigmoid', 'robust', .* or 'orpo', found 'ppo'"),
+        ("dpo.beta=-1", r"dpo.beta: input should be greater than 0, found -1 \(KL penalty"),
+        ("dpo.loss_type=ppo", "dpo.loss_type: input should be 'sigmoid', 'robust', .* or 'orpo', found 'ppo'"),
         ("model.precision=fp16", "model.precision: fp16 overflows"),
         ("prepare.split.train=0.9", "prepare.split: the shares add up to 1.45; expected 1"),
         ("data.repo=https://me:secret@example.org/x.git", "data.repo: a user or token in a URL"),
@@ -34,16 +35,29 @@ def test_a_wrong_key_or_value_is_one_clear_line(override: str, message: str) -> 
     assert "\n" not in str(error.value) and "secret" not in str(error.value)
 
 
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_key_of_an_old_file_is_named_with_its_new_name(old: str, new: str, tmp_path: Path) -> None:
+    section, key = old.split(".")
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({section: {key: "x"}}))
+    with pytest.raises(InputError, match=rf"{re.escape(old)}: renamed; write {re.escape(new)}$"):
+        load_config(tmp_path / "params.yaml")
+    with pytest.raises(InputError, match=f"{re.escape(old)}: renamed"):
+        load_config(PARAMS, [f"{old}=1"])
+    assert new.split(" ", maxsplit=1)[0].split(".")[1] in Config().sections()[section]
+
+
 def test_smoothing_that_would_do_nothing_is_refused() -> None:
     with pytest.raises(InputError, match="label_smoothing means nothing to the loss ipo"):
-        load_config(PARAMS, ["dpo.loss=ipo", "dpo.label_smoothing=0.1"])
+        load_config(PARAMS, ["dpo.loss_type=ipo", "dpo.label_smoothing=0.1"])
 
 
 def test_a_key_that_the_file_leaves_out_has_its_default(tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_text("dpo: {lr: 1.0e-5}\n")
-    assert load_config(tmp_path / "params.yaml") == load_config(PARAMS, ["dpo.lr=1e-5"])
-    read = load_config(tmp_path / "params.yaml", ["data.revision=1.2", "sft.lr=5e-7", "cluster.train.gpus=2"])
-    assert (read.data.revision, read.sft.lr, read.cluster.train.gpus) == ("1.2", 5e-7, 2)
+    (tmp_path / "params.yaml").write_text("dpo: {learning_rate: 1.0e-5}\n")
+    assert load_config(tmp_path / "params.yaml") == load_config(PARAMS, ["dpo.learning_rate=1e-5"])
+    read = load_config(
+        tmp_path / "params.yaml", ["data.revision=1.2", "sft.learning_rate=5e-7", "cluster.train.gpus=2"]
+    )
+    assert (read.data.revision, read.sft.learning_rate, read.cluster.train.gpus) == ("1.2", 5e-7, 2)
 
 
 def test_the_shipped_file_shows_every_key_with_its_default() -> None:
@@ -51,7 +65,7 @@ def test_the_shipped_file_shows_every_key_with_its_default() -> None:
 
 
 def test_a_value_is_read_as_the_kind_that_it_replaces() -> None:
-    assert load_config(PARAMS, ["dpo.lr=5e-7"]).dpo.lr == 5e-7
+    assert load_config(PARAMS, ["dpo.learning_rate=5e-7"]).dpo.learning_rate == 5e-7
     for text in ("1.2", "12e4567", "2026"):
         assert load_config(PARAMS, [f"data.revision={text}"]).data.revision == text
 
@@ -81,7 +95,7 @@ def test_form_fields_are_taken_out_of_the_json_and_may_not_be_given_twice() -> N
 
 
 def test_a_rule_of_a_whole_section_names_the_section_and_shows_none_of_it() -> None:
-    arguments = pipeline_arguments(load_config(PARAMS)) | {"dpo_loss": "ipo"}
+    arguments = pipeline_arguments(load_config(PARAMS)) | {"dpo_loss_type": "ipo"}
     smoothed = json.dumps(json.loads(arguments["dpo_section"]) | {"label_smoothing": 0.1})
     with pytest.raises(InputError) as error:
         config_from_arguments(arguments | {"dpo_section": smoothed})

@@ -34,9 +34,9 @@ FEW_STEPS = [
     "model.max_length=320",
     "sft.max_steps=2",
     "dpo.max_steps=2",
-    "evaluate.answers=1",
+    "evaluate.generations_per_language=1",
     "evaluate.max_new_tokens=8",
-    "evaluate.bootstrap=1000",
+    "evaluate.bootstrap_resamples=1000",
     "validate.min_rows=4",
 ]
 
@@ -55,7 +55,9 @@ class Project:
         for name in ("preferences", "instructions"):
             shutil.copytree(ROOT / "data" / name, self.root / "data" / name)
         shutil.copytree(tiny, self.root / "data" / "base_model")
-        (self.root / "data" / "base_model" / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
+        (self.root / "data" / "base_model" / "model.safetensors").chmod(
+            0o644
+        )  # safetensors writes it for its owner alone
         self.home = self.root / ".kubealign"
         self.home.mkdir()
         os.chown(self.home, IMAGE_USER, 0)
@@ -186,7 +188,7 @@ def failing_runs(folder: Path, count: int, patch: pytest.MonkeyPatch) -> int:
 
         os._exit(3)
 
-    arguments = {"data_section": '{"repo": "."}', "base_model": "none", "model_section": '{"template": "model"}'}
+    arguments = {"data_section": '{"repo": "."}', "base_model": "none", "model_section": '{"chat_template": "model"}'}
     home = folder / "home"
     patch.setenv("KUBEALIGN_HOME", str(home))
     for name in ("steps", "workspace"):

@@ -199,9 +199,15 @@ def test_sft_on_every_answer_and_dpo_train_it(chinese_llama: Path, tmp_path: Pat
             made = [in_two_turns(row) for row in made] if kind == "instructions" else made
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
             (tmp_path / "data" / kind / f"{split}.jsonl").write_text(text, encoding="utf-8")
-    sets = ["model.template=llama2", "model.precision=fp32", "model.max_length=256", f"model.tuning={tuning}"]
-    sets += ["validate.min_rows=1", "sft.loss_on=every", "sft.max_steps=4", "sft.lr=1e-2", "dpo.max_steps=4"]
-    sets += ["dpo.lr=1e-2" if tuning == "lora" else "dpo.lr=1e-3"]
+    sets = ["model.chat_template=llama2", "model.precision=fp32", "model.max_length=256", f"model.finetuning={tuning}"]
+    sets += [
+        "validate.min_rows=1",
+        "sft.train_on_turns=all",
+        "sft.max_steps=4",
+        "sft.learning_rate=1e-2",
+        "dpo.max_steps=4",
+    ]
+    sets += ["dpo.learning_rate=1e-2" if tuning == "lora" else "dpo.learning_rate=1e-3"]
     config = load_config(ROOT / "params.yaml", sets)
     clean = tmp_path / "clean"
     reports = (tmp_path / "v.html", tmp_path / "v.md")

@@ -45,12 +45,12 @@ PAIRS = [
     },
     {"prompt": "退款要多久?", "chosen": " 五天。", "rejected": " 不会太久。"},
 ]
-CASES = {name: [f"dpo.loss={name}", "dpo.beta=0.3"] for name in LOSSES} | {
-    "sigmoid_smoothed": ["dpo.loss=sigmoid", "dpo.beta=0.3", "dpo.label_smoothing=0.2"],
-    "robust": ["dpo.loss=robust", "dpo.beta=0.3", "dpo.label_smoothing=0.2"],
-    "hinge": ["dpo.loss=hinge", "dpo.beta=0.5"],
-    "simpo": ["dpo.loss=simpo", "dpo.beta=2", "dpo.simpo_gamma=0.7"],
-    "orpo": ["dpo.loss=orpo", "dpo.orpo_weight=0.8"],
+CASES = {name: [f"dpo.loss_type={name}", "dpo.beta=0.3"] for name in LOSSES} | {
+    "sigmoid_smoothed": ["dpo.loss_type=sigmoid", "dpo.beta=0.3", "dpo.label_smoothing=0.2"],
+    "robust": ["dpo.loss_type=robust", "dpo.beta=0.3", "dpo.label_smoothing=0.2"],
+    "hinge": ["dpo.loss_type=hinge", "dpo.beta=0.5"],
+    "simpo": ["dpo.loss_type=simpo", "dpo.beta=2", "dpo.simpo_gamma=0.7"],
+    "orpo": ["dpo.loss_type=orpo", "dpo.orpo_lambda=0.8"],
 }
 """Every loss of the table; TRL fails on one that it has not under the same name, unless an oracle stands below."""
 REFERENCE_FREE = [name for name, loss in LOSSES.items() if loss.reference_free]
@@ -208,12 +208,12 @@ def trl_reference_free_losses(chosen_P: Tensor, rejected_P: Tensor, config: DpoC
     holder: Any = SimpleNamespace(
         accelerator=SimpleNamespace(device="cpu"),
         alpha=0.0,
-        beta=config.beta if config.loss == "simpo" else config.orpo_weight,
+        beta=config.beta if config.loss_type == "simpo" else config.orpo_lambda,
         label_smoothing=0.0,
         loss_type="simpo",
         simpo_gamma=config.simpo_gamma,
     )
-    if config.loss == "simpo":
+    if config.loss_type == "simpo":
         losses_P: Tensor = CPOTrainer.cpo_loss(holder, chosen_P, rejected_P)[0]
         return losses_P
     odds_P: Tensor = ORPOTrainer.odds_ratio_loss(holder, chosen_P, rejected_P)[0]
@@ -248,7 +248,7 @@ def test_preference_loss_and_its_gradient_equal_those_of_trl(bench: Bench, case:
 @pytest.mark.parametrize("case", CASES)
 def test_a_doubled_strength_on_our_side_is_seen(bench: Bench, case: str) -> None:
     right = configured(case)
-    doubled = f"dpo.orpo_weight={2 * right.orpo_weight}" if case == "orpo" else f"dpo.beta={2 * right.beta}"
+    doubled = f"dpo.orpo_lambda={2 * right.orpo_lambda}" if case == "orpo" else f"dpo.beta={2 * right.beta}"
     found = our_preference_result(bench, configured(case, doubled))
     assert largest_difference(found, trl_preference_result(bench, case)) > 1000 * TOLERANCE
 
@@ -260,7 +260,7 @@ def test_reference_free_losses_equal_those_of_trl_from_doubtful_to_sure_answers(
     means_P2 = torch.tensor([[chosen, rejected] for chosen in per_token for rejected in per_token])
     n_tokens_S = torch.arange(1, means_P2.numel() + 1).float()
     ours_P2, theirs_P2 = means_P2.clone().requires_grad_(), means_P2.clone().requires_grad_()
-    options = LossOptions(config.beta, simpo_gamma=config.simpo_gamma, orpo_weight=config.orpo_weight)
+    options = LossOptions(config.beta, simpo_gamma=config.simpo_gamma, orpo_lambda=config.orpo_lambda)
     ours_P, _ = preference_loss(case, ours_P2.flatten() * n_tokens_S, torch.zeros_like(n_tokens_S), n_tokens_S, options)
     theirs_P = trl_reference_free_losses(theirs_P2[:, 0], theirs_P2[:, 1], config)
     assert torch.allclose(ours_P, theirs_P, rtol=TOLERANCE, atol=0)

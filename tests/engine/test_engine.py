@@ -185,19 +185,19 @@ def test_dpo_starts_at_ln_2_and_the_loss_falls(tiny_model: Path, tmp_path: Path)
     assert len(records) == 6
     assert records[0].loss == pytest.approx(0.693147, abs=1e-5)
     assert records[-1].loss < records[0].loss
-    assert records[-1].metrics["reward_accuracy"] == 1.0
+    assert records[-1].metrics["rewards/accuracies"] == 1.0
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_widens_the_margin_on_a_tiny_model(tiny_model: Path, tmp_path: Path, loss: str) -> None:
     model = with_adapter(tiny_model)
-    config = load_config(ROOT / "params.yaml", [f"dpo.loss={loss}", "dpo.beta=0.5"]).dpo
+    config = load_config(ROOT / "params.yaml", [f"dpo.loss_type={loss}", "dpo.beta=0.5"]).dpo
     reference = np.asarray(loop.sequence_logps(model, EXAMPLES))
     objective = make_objective(cached_reference(reference), config)
     before = loop.evaluate(model, training_set(), objective, 64)
     list(loop.train(model, training_set(), objective, SETTINGS, tmp_path, lambda sentence: None))
     after = loop.evaluate(model, training_set(), objective, 64)
-    assert after[0] < before[0] and after[1]["reward_margin"] > before[1]["reward_margin"]
+    assert after[0] < before[0] and after[1]["rewards/margins"] > before[1]["rewards/margins"]
 
 
 def test_a_killed_training_goes_on_to_bit_identical_weights(tiny_model: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ WORKED = {
     "apo_zero": (LossOptions(0.5), 1 - sigmoid(0.5) + sigmoid(-1)),
     "apo_down": (LossOptions(0.5), sigmoid(0.5) + 1 - sigmoid(1.5)),
     "simpo": (LossOptions(2.0, simpo_gamma=0.5), math.log1p(math.exp(-(2 * (-1 + 1.2) - 0.5)))),
-    "orpo": (LossOptions(0.5, orpo_weight=0.8), 1 - 0.8 * math.log(sigmoid(log_odds(-1) - log_odds(-1.2)))),
+    "orpo": (LossOptions(0.5, orpo_lambda=0.8), 1 - 0.8 * math.log(sigmoid(log_odds(-1) - log_odds(-1.2)))),
 }
 """Options, and the loss of the pair above, worked out by hand."""
 
@@ -83,7 +83,7 @@ def test_the_loss_and_the_rewards_of_a_worked_pair(name: str) -> None:
 def test_the_table_says_what_a_policy_that_equals_its_reference_has(name: str) -> None:
     """Whatever beta and the log-probs; where the value depends on them, the table has none."""
     found = [
-        preference_loss(name, logps, logps, LENGTHS, LossOptions(beta, simpo_gamma=0.5, orpo_weight=0.1))[0].item()
+        preference_loss(name, logps, logps, LENGTHS, LossOptions(beta, simpo_gamma=0.5, orpo_lambda=0.1))[0].item()
         for logps, beta in ((POLICY, 0.7), (REFERENCE, 0.1))
     ]
     expected = LOSSES[name].value_at_no_learning
@@ -95,7 +95,7 @@ def test_the_table_says_what_a_policy_that_equals_its_reference_has(name: str) -
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_reads_the_options_that_the_table_names_and_no_others(name: str) -> None:
-    plain = LossOptions(0.5, simpo_gamma=0.5, orpo_weight=0.1)
+    plain = LossOptions(0.5, simpo_gamma=0.5, orpo_lambda=0.1)
     before = preference_loss(name, POLICY, REFERENCE, LENGTHS, plain)[0]
     for option in plain._fields[1:]:
         after = preference_loss(name, POLICY, REFERENCE, LENGTHS, plain._replace(**{option: 0.3}))[0]
@@ -105,7 +105,7 @@ def test_a_loss_reads_the_options_that_the_table_names_and_no_others(name: str) 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_without_a_reference_reads_none(name: str) -> None:
     losses = [
-        preference_loss(name, POLICY, reference, LENGTHS, LossOptions(0.2, simpo_gamma=0.5, orpo_weight=0.1))[0]
+        preference_loss(name, POLICY, reference, LENGTHS, LossOptions(0.2, simpo_gamma=0.5, orpo_lambda=0.1))[0]
         for reference in (REFERENCE, REFERENCE - torch.tensor([0.5, 0.1]))
     ]
     assert torch.equal(*losses) == LOSSES[name].reference_free

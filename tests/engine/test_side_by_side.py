@@ -25,7 +25,7 @@ EXAMPLES = [
     Example([5 + n, 6, 7 + n], [[8, 9, 10 + n][: 1 + n % 3], [11 + n, 12, 13, 14][: 2 + n % 2]]) for n in range(8)
 ]
 PAIRS = loop.TrainingSet(EXAMPLES, [f"pair-{n}" for n in range(8)], [1.0] * 8)
-THREADED = replace(SETTINGS, batch_size=8, epochs=4.0, max_tokens_per_step=40)
+THREADED = replace(SETTINGS, batch_size=8, epochs=4.0, max_tokens_per_microbatch=40)
 
 
 @pytest.fixture

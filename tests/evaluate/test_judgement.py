@@ -24,7 +24,7 @@ from components.training.scoring import TokenLogps
 from tests.conftest import ROOT
 
 GATE = load_config(ROOT / "params.yaml").gate.model_copy(update={"min_pairs": 10})
-CONFIG = EvaluateConfig(bootstrap=2000, confidence=0.95, seed=1, answers=0, max_new_tokens=1)
+CONFIG = EvaluateConfig(bootstrap_resamples=2000, confidence=0.95, seed=1, generations_per_language=0, max_new_tokens=1)
 
 
 def rows(n: int) -> list[Preference]:
@@ -230,7 +230,7 @@ def test_slices_of_each_kind_hold_every_pair_once() -> None:
     found = results(1.0, 0.5)
     for kind, key in comparison.SLICES.items():
         parts = found["models"]["policy"][kind]
-        assert sum(part["reward_accuracy"]["n"] for part in parts.values()) == 120
+        assert sum(part["rewards/accuracies"]["n"] for part in parts.values()) == 120
         assert found["comparisons"]["sft"][key].keys() == parts.keys()
         for part in parts.values():
             assert all(one["low"] <= one["high"] for one in part.values())
@@ -248,7 +248,7 @@ def test_the_noise_of_the_fitted_scale_is_in_the_intervals() -> None:
     # And compare takes it: by the same pairs, the validation side moves the interval of the log-loss and no other.
     few, many = (results(1.5, 0.2, validation=size)["models"]["policy"]["overall"] for size in (8, 400))
     assert few["preference_log_loss"] != many["preference_log_loss"]
-    assert few["reward_accuracy"] == many["reward_accuracy"]
+    assert few["rewards/accuracies"] == many["rewards/accuracies"]
 
 
 def test_a_better_a_worse_and_an_equal_model_are_told_apart_in_words() -> None:
@@ -360,7 +360,13 @@ def written(value: float) -> dict[str, Any]:
 
 
 def page_of(found: dict[str, Any], steps: int = 3) -> tuple[str, dict[str, Any]]:
-    metrics = {"reward_margin": 0.1, "reward_accuracy": 0.5, "chosen_reward": 0.0, "rejected_reward": -0.1, "kl": 0.2}
+    metrics = {
+        "rewards/margins": 0.1,
+        "rewards/accuracies": 0.5,
+        "rewards/chosen": 0.0,
+        "rewards/rejected": -0.1,
+        "kl": 0.2,
+    }
     losses = [0.7 - i / 10 / steps for i in range(steps)]
     records = [StepRecord(i, steps, loss, 1e-3, 1.0, 9, 0.1, 1.0, metrics) for i, loss in enumerate(losses)]
     records[-1] = replace(records[-1], validation={"loss": 0.6} | metrics)
@@ -387,7 +393,7 @@ def test_the_report_is_self_contained_escaped_and_follows_its_input() -> None:
     assert not [url for url in re.findall(r"https?://[^\s\"'<)]+", page) if not any(name in url for name in known)]
     assert not re.findall(r"(?:src|href)=\"(?!#)[^\"]*\"", page), "nothing is loaded or linked from elsewhere"
     assert "abc123" in page and "CC BY-NC 4.0" in page and page.count("<svg") == 9 and "far &lt;off&gt;" in page
-    policy = found["models"]["policy"]["overall"]["reward_accuracy"]
+    policy = found["models"]["policy"]["overall"]["rewards/accuracies"]
     assert f"{policy['value']:.3f} [{policy['low']:.3f},\u00a0{policy['high']:.3f}]" in page
     assert found["comparisons"]["sft"]["words"] in html.unescape(page)
     titles = re.findall(r"<h2>([^<]*)</h2>", page)

@@ -17,8 +17,8 @@ from tests.support.stages import Stages
 def test_dpo_on_learnable_pairs_passes_the_gate_and_without_its_update_it_does_not(stages: Stages) -> None:
     on = stages.align("on")
     assert on["verdict"]["passed"], on["verdict"]["sentence"]
-    assert on["models"]["policy"]["overall"]["reward_accuracy"]["value"] > 0.9
-    off = stages.align("off", "dpo.lr=1e-30")
+    assert on["models"]["policy"]["overall"]["rewards/accuracies"]["value"] > 0.9
+    off = stages.align("off", "dpo.learning_rate=1e-30")
     assert off["verdict"]["verdict"] == "no evidence" and not off["verdict"]["passed"]
     # Answers that begin with one of two words are told apart at once, and the diagnosis says so.
     assert "accuracy of 1.0 too early" in findings(on)
@@ -26,7 +26,7 @@ def test_dpo_on_learnable_pairs_passes_the_gate_and_without_its_update_it_does_n
 
 
 def test_a_learning_rate_that_drives_the_policy_away_is_a_kl_blow_up(stages: Stages) -> None:
-    found = stages.align("far", "dpo.lr=0.3", "dpo.beta=1", "evaluate.answers=0")
+    found = stages.align("far", "dpo.learning_rate=0.3", "dpo.beta=1", "evaluate.generations_per_language=0")
     assert "KL blow-up" in findings(found)
 
 

@@ -44,7 +44,7 @@ def results(p_value: float = 0.001, gain: float = 0.1, **changed: Any) -> Any:
     models["policy"]["policy_metrics"] = {"loss": estimate(0.6)}
     found = {
         "bootstrap": RESAMPLES,
-        "loss": "sigmoid",
+        "loss_type": "sigmoid",
         "models": models,
         "comparisons": {"sft": comparison, "incumbent": copy.deepcopy(comparison)},
         "policy_digest": "p",
@@ -64,20 +64,20 @@ def test_a_better_model_passes_every_rule_of_the_shipped_gate() -> None:
     assert names == [
         "superiority",
         "min_pairs",
-        "own_loss",
+        "policy_loss",
         "kl",
         "length_ratio",
         "repetition",
         "no_regression_en",
         "no_regression_zh",
-        "clean_data",
+        "committed_data",
     ]
 
 
 @pytest.mark.parametrize(
     ("rule", "path", "value"),
     [
-        ("own_loss", ("models", "policy", "policy_metrics", "loss", "value"), 0.6932),
+        ("policy_loss", ("models", "policy", "policy_metrics", "loss", "value"), 0.6932),
         ("kl", ("models", "policy", "generation", "kl", "value"), 50.1),
         ("length_ratio", ("models", "policy", "generation", "length_ratio", "value"), 2.1),
         ("length_ratio", ("models", "policy", "generation", "length_ratio", "value"), 0.4),
@@ -108,9 +108,9 @@ def test_a_language_that_is_worse_within_noise_does_not_refuse() -> None:
 def test_data_that_no_commit_records_is_refused_unless_the_rule_is_off() -> None:
     edited = GateContext("", 1, data_clean=False)
     assert apply_gate(results(), edited, GATE)["verdict"] == "refused"
-    relaxed = GATE.model_copy(update={"clean_data": False})
+    relaxed = GATE.model_copy(update={"require_committed_data": False})
     found = apply_gate(results(), edited, relaxed)
-    assert found["passed"] and outcome(found, "clean_data") == "not applicable"
+    assert found["passed"] and outcome(found, "committed_data") == "not applicable"
 
 
 def test_rules_without_their_numbers_are_not_applicable_and_say_so() -> None:
@@ -118,7 +118,7 @@ def test_rules_without_their_numbers_are_not_applicable_and_say_so() -> None:
     found["models"]["policy"]["generation"] = None
     judged = apply_gate(found, FIRST, GATE)
     assert judged["passed"]
-    for rule in ("own_loss", "kl", "length_ratio", "repetition"):
+    for rule in ("policy_loss", "kl", "length_ratio", "repetition"):
         assert outcome(judged, rule) == "not applicable"
 
 
@@ -136,7 +136,7 @@ def test_every_further_decision_on_a_test_set_has_a_stricter_level_and_all_toget
     found = results(p_value=0.01)
     assert apply_gate(found, FIRST, GATE)["passed"]
     second = apply_gate(found, GateContext("", 2, True), GATE)
-    assert second["verdict"] == "no evidence" and second["level"] == pytest.approx(0.05 / 6)
+    assert second["verdict"] == "no evidence" and second["alpha_for_decision"] == pytest.approx(0.05 / 6)
 
 
 def test_a_level_that_the_resamples_cannot_show_is_named() -> None:

@@ -49,7 +49,7 @@ def test_the_first_run_registers_a_challenger_and_reports_real_numbers(first: di
     assert set(first["stages"]) == ALL
     for stage in first["stages"].values():
         assert stage["seconds"] > 0 and stage["peak_memory_mib"] > 50 and stage["cached"] is False
-    accuracy = first["metrics"]["policy"]["reward_accuracy"]
+    accuracy = first["metrics"]["policy"]["rewards/accuracies"]
     assert accuracy["low"] <= accuracy["value"] <= accuracy["high"] and accuracy["n"] > 20
     assert first["languages"]["policy"].keys() == {"en", "zh"}
     assert Path(first["report"]).read_text().startswith("<!doctype html>")
@@ -167,7 +167,7 @@ def test_a_new_champion_reruns_only_the_evaluation(project: Project, first: dict
 def test_a_changed_dpo_setting_leaves_sft_cached_and_without_an_update_gives_no_evidence(
     project: Project, first: dict[str, Any]
 ) -> None:
-    done = project.run("dpo.lr=1e-30", "gate.min_pairs=1")
+    done = project.run("dpo.learning_rate=1e-30", "gate.min_pairs=1")
     assert ran(done) == since("dpo")
     found = project.report()
     assert abs(found["comparisons"]["sft"]["improvement"]["value"]) < 1e-4
@@ -205,7 +205,7 @@ def test_an_edited_stage_reruns_itself_and_what_follows_and_judges_again_when_an
         f"{step}: started" for step in STAGE_NAMES if step in since("evaluate")
     ]
     found = project.report()
-    assert found["verdict"]["test_use"] == number + 1 and found["decided"]["state"] == "not passed"
+    assert found["verdict"]["decision_index"] == number + 1 and found["decided"]["state"] == "gate_failed"
 
 
 def test_another_base_model_reruns_everything_and_a_stopped_run_goes_on_and_leaves_no_child(

@@ -52,7 +52,7 @@ def test_a_report_needs_a_finished_run(own_home: Path) -> None:
 
 def test_config_shows_what_would_be_used_and_explains_it() -> None:
     assert yaml.safe_load(kubealign("config", "--set", "dpo.beta=0.25").stdout)["dpo"]["beta"] == 0.25
-    assert "strength of the pull" in kubealign("config", "--explain").stdout
+    assert "KL penalty coefficient" in kubealign("config", "--explain").stdout
 
 
 def test_clean_shows_before_it_removes(own_home: Path) -> None:

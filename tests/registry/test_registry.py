@@ -76,7 +76,7 @@ class Shop:
         calm = {"p_value": p_value, "regression_p": {"en": 0.9, "zh": 0.9}}
         found["comparisons"][rival] = found["comparisons"]["sft"] | calm
         found["models"][rival] = found["models"]["sft"]
-        context = GateContext(lineage.incumbent, lineage.test_use, lineage.data_clean)
+        context = GateContext(lineage.incumbent, lineage.decision_index, lineage.data_clean)
         write_json(evaluation / "evaluation.json", found)
         write_json(evaluation / "verdict.json", apply_gate(found, context, LENIENT))
         return Judged(policy, self.chain.base, evaluation, self.chain.clean, self.chain.report)
@@ -101,9 +101,9 @@ def test_a_passed_verdict_promotes_and_the_decision_is_counted_and_shown(shop: S
     assert found["decided"]["state"] == "promoted" and found["aliases"] == ["challenger", "champion"]
     assert client.get_registered_model("m").tags["kubealign.test_uses.cc"] == "1"
     again = shop.register()
-    assert again["version"] == found["version"] and again["decided"]["state"] == "champion already"
-    second = shop.register(name="two", p_value=0.3, decision="ii", test_use=2, incumbent="models:/m/1")
-    assert second["decided"]["state"] == "not passed" and second["aliases"] == ["challenger"]
+    assert again["version"] == found["version"] and again["decided"]["state"] == "already_champion"
+    second = shop.register(name="two", p_value=0.3, decision="ii", decision_index=2, incumbent="models:/m/1")
+    assert second["decided"]["state"] == "gate_failed" and second["aliases"] == ["challenger"]
     shown = named("history").output
     assert "test set cc: 2 decisions" in shown and "gate" in shown
 
@@ -117,7 +117,7 @@ def test_a_decision_number_that_another_run_took_is_no_decision(shop: Shop) -> N
 
 def test_a_champion_that_came_meanwhile_supersedes_the_verdict(shop: Shop) -> None:
     shop.register()
-    found = shop.register(name="two", decision="ii", test_use=2)
+    found = shop.register(name="two", decision="ii", decision_index=2)
     assert found["decided"]["state"] == "superseded" and "the champion is version 1" in found["decided"]["sentence"]
     assert champion_alias(store.client(), "m") == "1"
 
@@ -132,7 +132,7 @@ def test_an_edited_verdict_or_evaluation_or_foreign_policy_registers_nothing(sho
         run_register(config, LENIENT, LINEAGE, shop.runs, judged, out)
     write_json(judged.evaluation / "verdict.json", verdict)
     with pytest.raises(KubealignError, match="do not follow"):
-        run_register(config, LENIENT, replace(LINEAGE, test_use=2), shop.runs, judged, out)
+        run_register(config, LENIENT, replace(LINEAGE, decision_index=2), shop.runs, judged, out)
     with pytest.raises(KubealignError, match="do not follow"):
         run_register(config, LENIENT.model_copy(update={"alpha": 0.4}), LINEAGE, shop.runs, judged, out)
     other = shop.judged("two", 0.9, LINEAGE)
@@ -159,12 +159,12 @@ def test_promote_asks_for_evidence_and_force_for_a_reason_that_is_recorded(shop:
 def test_what_was_rolled_back_is_not_promoted_again_by_the_same_run(shop: Shop) -> None:
     client = store.client()
     shop.register()
-    shop.register(name="two", decision="ii", test_use=2, incumbent="models:/m/1")
+    shop.register(name="two", decision="ii", decision_index=2, incumbent="models:/m/1")
     assert champion_alias(client, "m") == "2"
     done = named("rollback", "--reason", "it is rude")
     assert done.exit_code == 0 and champion_alias(client, "m") == "1"
-    again = shop.register(name="two", decision="ii", test_use=2, incumbent="models:/m/1")
-    assert again["decided"]["state"] == "rolled back" and champion_alias(client, "m") == "1"
+    again = shop.register(name="two", decision="ii", decision_index=2, incumbent="models:/m/1")
+    assert again["decided"]["state"] == "rolled_back" and champion_alias(client, "m") == "1"
     assert "was rolled back" in str(named("promote", "2").exception)
 
 
@@ -199,7 +199,7 @@ def test_the_version_carries_its_lineage_and_a_card_that_hubs_can_read(shop: Sho
     card = yaml.safe_load(head)
     assert card["language"] == ["en", "zh"] and card["datasets"] == ["made"] and card["base_model"] == "tiny"
     metrics = {metric["type"] for metric in card["model-index"][0]["results"][0]["metrics"]}
-    assert "reward_accuracy" in metrics
+    assert "rewards/accuracies" in metrics
     assert "Apache-2.0" in body and "## Limits" in body and "held-out pairs" in body and "/models/" not in body
 
 
@@ -278,7 +278,7 @@ def test_the_adapter_format_stores_the_base_once_and_refuses_another_one(shop: S
     import mlflow
 
     shop.register(kind="adapter")
-    shop.register(kind="adapter", name="two", p_value=0.9, decision="ii", test_use=2, incumbent="models:/m/1")
+    shop.register(kind="adapter", name="two", p_value=0.9, decision="ii", decision_index=2, incumbent="models:/m/1")
     client = store.client()
     assert len(client.search_model_versions("name = 'm-base'")) == 1
     folder = Path(mlflow.artifacts.download_artifacts(artifact_uri="models:/m/1"))
@@ -464,7 +464,7 @@ def test_reproduce_says_what_it_takes_and_checks_it_out(
     assert "torch==" in (tmp_path / "again" / "environment.txt").read_text()
     assert "hardware  cpu, in fp32" in said.output and "this machine is" not in said.output
     shop.made_for("gpu")
-    shop.register(name="two", git_commit=commit, data_clean=False, test_use=2, decision="two")
+    shop.register(name="two", git_commit=commit, data_clean=False, decision_index=2, decision="two")
     elsewhere = CliRunner().invoke(app, ["reproduce", "2", *words[2:]])
     assert "hardware  gpu, in fp32" in elsewhere.output and "this machine is cpu" in elsewhere.output
     assert "--set model.hardware=cpu" in elsewhere.output

@@ -182,7 +182,7 @@ def test_mlflow_says_where_the_data_came_from(
     data = config.data.model_copy(update=source(remote, url))
     base = (str(tiny_model), folder_digest(tiny_model))
     run_fetch(
-        data, remote.digests, config.model.template, *base, tmp_path / "out" / "dataset", tmp_path / "out" / "base"
+        data, remote.digests, config.model.chat_template, *base, tmp_path / "out" / "dataset", tmp_path / "out" / "base"
     )
     client = store.client()
     (run,) = client.search_runs([store.experiment_id(client)])

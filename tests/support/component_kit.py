@@ -28,8 +28,8 @@ SMALL = [
     "validate.min_rows=1",
     "sft.max_steps=1",
     "dpo.max_steps=1",
-    "evaluate.answers=0",
-    "evaluate.bootstrap=1000",
+    "evaluate.generations_per_language=0",
+    "evaluate.bootstrap_resamples=1000",
 ]
 
 
@@ -70,7 +70,7 @@ def chain(stages: Stages) -> Chain:
     folder = stages.folder
     with pytest.MonkeyPatch.context() as patch:
         move_home(folder / "home", patch)
-        stages.align("aligned", "dpo.max_steps=1", "evaluate.answers=0")
+        stages.align("aligned", "dpo.max_steps=1", "evaluate.generations_per_language=0")
     aligned = folder / "aligned"
     return Chain(
         dataset=folder / "data",
@@ -109,7 +109,11 @@ def order(stage: str, changed: dict[str, Any] | None = None, **facts: Any) -> st
     sections = config.sections()
     for section, values in (changed or {}).items():
         sections[section].update(values)
-    made_up = {field.name: field.name for field in fields(Facts)} | {"incumbent": "", "test_use": 1, "data_clean": True}
+    made_up = {field.name: field.name for field in fields(Facts)} | {
+        "incumbent": "",
+        "decision_index": 1,
+        "data_clean": True,
+    }
     return make_order(BY_NAME[stage], sections, made_up | facts, code_digest(stage)).as_json()
 
 

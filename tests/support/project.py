@@ -20,9 +20,9 @@ SMALL = [
     "sft.max_steps=6",
     "sft.checkpoint_every_s=0.01",
     "dpo.max_steps=2",
-    "evaluate.answers=1",
+    "evaluate.generations_per_language=1",
     "evaluate.max_new_tokens=4",
-    "evaluate.bootstrap=1000",
+    "evaluate.bootstrap_resamples=1000",
     "validate.min_rows=2",
 ]
 

@@ -24,10 +24,10 @@ SETTINGS = [
     "validate.min_rows=1",
     "sft.max_steps=1",
     "dpo.epochs=4",
-    "dpo.lr=1e-2",
-    "evaluate.answers=1",
+    "dpo.learning_rate=1e-2",
+    "evaluate.generations_per_language=1",
     "evaluate.max_new_tokens=3",
-    "evaluate.bootstrap=1000",
+    "evaluate.bootstrap_resamples=1000",
     "gate.min_pairs=20",
 ]
 COUNTS = {"train": 32, "validation": 16, "test": 40}

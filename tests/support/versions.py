@@ -33,7 +33,7 @@ LINEAGE = Lineage(
     lineage="gg",
     incumbent="",
     decision="hh",
-    test_use=1,
+    decision_index=1,
 )
 
 
@@ -41,6 +41,6 @@ CONFIG = load_config(ROOT / "params.yaml")
 
 
 LENIENT = CONFIG.gate.model_copy(
-    update={"min_pairs": 1, "alpha": 0.49, "max_own_loss": 9.0, "max_kl": 1e9, "min_length_ratio": 0.0}
+    update={"min_pairs": 1, "alpha": 0.49, "max_policy_loss": 9.0, "max_kl": 1e9, "min_length_ratio": 0.0}
     | {"max_length_ratio": 1e9, "max_repetition_increase": 1.0, "max_language_regression": 9.0}
 )

@@ -23,7 +23,14 @@ from components.training.run import pair_examples
 from tests.conftest import ROOT
 from tests.support.stages import SETTINGS, Stages
 
-SHORT = [*SETTINGS, "sft.max_steps=3", "dpo.max_steps=3", "sft.batch_size=3", "dpo.batch_size=3", "dpo.lr=1e-3"]
+SHORT = [
+    *SETTINGS,
+    "sft.max_steps=3",
+    "dpo.max_steps=3",
+    "sft.batch_size=3",
+    "dpo.batch_size=3",
+    "dpo.learning_rate=1e-3",
+]
 
 
 def losses(folder: Path) -> list[float]:
@@ -64,8 +71,8 @@ def test_two_processes_give_the_losses_of_one_and_one_of_them_writes(
     stages: Stages, tmp_path: Path, own_home: Path, tuning: str
 ) -> None:
     """LoRA by DDP, full fine-tuning by FSDP2, both over gloo on the CPU."""
-    one = train(stages, tmp_path / "one", f"model.tuning={tuning}")
-    two = torchrun(stages, tmp_path / "two", f"model.tuning={tuning}")
+    one = train(stages, tmp_path / "one", f"model.finetuning={tuning}")
+    two = torchrun(stages, tmp_path / "two", f"model.finetuning={tuning}")
     for stage in ("sft", "dpo"):
         assert losses(two / stage) == pytest.approx(losses(one / stage), abs=1e-5)
         assert files(two / stage) == files(one / stage)
@@ -78,10 +85,10 @@ def test_two_processes_give_the_losses_of_one_and_one_of_them_writes(
 @pytest.mark.parametrize(
     "mode",
     [
-        ["dpo.reference=live"],
+        ["dpo.precompute_ref_log_probs=false"],
         ["model.gradient_checkpointing=true"],
-        ["dpo.max_tokens_per_step=16", "sft.max_tokens_per_step=16"],
-        ["model.head_precision=fp32"],
+        ["dpo.max_tokens_per_microbatch=16", "sft.max_tokens_per_microbatch=16"],
+        ["model.lm_head_precision=fp32"],
     ],
 )
 def test_what_changes_only_the_way_changes_no_loss(stages: Stages, tmp_path: Path, mode: list[str]) -> None:
@@ -113,8 +120,8 @@ def test_auto_is_bf16_only_where_the_machine_computes_it(
 
 
 def test_a_live_reference_of_full_fine_tuning_stays_where_it_was(stages: Stages, tmp_path: Path) -> None:
-    cached = train(stages, tmp_path / "cached", "model.tuning=full")
-    live = train(stages, tmp_path / "live", "model.tuning=full", "dpo.reference=live")
+    cached = train(stages, tmp_path / "cached", "model.finetuning=full")
+    live = train(stages, tmp_path / "live", "model.finetuning=full", "dpo.precompute_ref_log_probs=false")
     assert losses(live / "dpo") == pytest.approx(losses(cached / "dpo"), abs=1e-5)
     assert not (live / "dpo" / "adapter").exists()
 
@@ -150,7 +157,7 @@ def test_the_best_step_is_kept_and_patience_ends_training(
     rows = [json.loads(line) | {"response": "@#&" * 4} for line in file.read_text(encoding="utf-8").splitlines()]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     write_manifest(clean)
-    often = ["sft.lr=0.02", "sft.schedule=constant", "sft.max_steps=8", "sft.eval_every_steps=1"]
+    often = ["sft.learning_rate=0.02", "sft.lr_scheduler=constant", "sft.max_steps=8", "sft.eval_every_steps=1"]
     config = load_config(ROOT / "params.yaml", [*SHORT, *often, "sft.early_stopping_patience=2"])
     run_sft(config.sft, config.model, clean, stages.base, tmp_path / "sft")
     history = [json.loads(line) for line in (tmp_path / "sft" / "history.jsonl").read_text().splitlines()]
@@ -173,7 +180,7 @@ def test_a_changed_sft_setting_never_resumes_an_old_dpo_run(
     train(stages, tmp_path / "one", "dpo.checkpoint_every_s=1e-9")
     train(stages, tmp_path / "again", "dpo.checkpoint_every_s=1e-9")
     assert "[note] dpo resuming after step 3 of 3" in capsys.readouterr().out
-    train(stages, tmp_path / "other", "dpo.checkpoint_every_s=1e-9", "sft.lr=3e-4")
+    train(stages, tmp_path / "other", "dpo.checkpoint_every_s=1e-9", "sft.learning_rate=3e-4")
     assert "resuming" not in capsys.readouterr().out
 
 
@@ -189,7 +196,7 @@ def test_the_loss_falls_on_the_real_pairs(stages: Stages, tmp_path: Path) -> Non
     lines = "".join(row.model_dump_json() + "\n" for row in short)
     (real / "preferences" / "train.jsonl").write_text(lines, encoding="utf-8")
     write_manifest(real)
-    sets = ["dpo.max_steps=0", "dpo.epochs=4", "dpo.batch_size=4", "dpo.lr=1e-2", "model.max_length=400"]
+    sets = ["dpo.max_steps=0", "dpo.epochs=4", "dpo.batch_size=4", "dpo.learning_rate=1e-2", "model.max_length=400"]
     config = load_config(ROOT / "params.yaml", [*SHORT, *sets])
     run_sft(config.sft, config.model, real, stages.base, tmp_path / "sft")
     run_dpo(config.dpo, config.model, real, stages.base, tmp_path / "sft", tmp_path / "dpo")

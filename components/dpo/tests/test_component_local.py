@@ -11,4 +11,6 @@ def test_the_policy_and_its_metrics_are_output_artifacts(chain: Chain, tmp_path:
     made = run_locally(dpo, tmp_path, dataset=chain.clean, base=chain.base, sft_model=chain.sft_model)
     verify_manifest(made / "policy")
     training = read_json(made / "policy" / "training.json")
-    assert training["metrics"]["validation_reward_margin"] == read_json(made / "metrics")["validation_reward_margin"]
+    assert (
+        training["metrics"]["validation_rewards/margins"] == read_json(made / "metrics")["validation_rewards/margins"]
+    )

@@ -22,6 +22,6 @@ def test_it_starts_at_ln_2_and_writes_the_policy_whole_and_as_an_adapter(chain: 
 
 
 def test_a_loss_that_there_is_not_is_refused(chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = order("dpo", {"dpo": {"loss": "ppo"}})
+    wrong = order("dpo", {"dpo": {"loss_type": "ppo"}})
     given = {"dataset": chain.clean, "base": chain.base, "sft_model": chain.sft_model}
-    assert_refused("dpo: loss: input should be 'sigmoid'", capsys, dpo, tmp_path, order=wrong, **given)
+    assert_refused("dpo: loss_type: input should be 'sigmoid'", capsys, dpo, tmp_path, order=wrong, **given)

@@ -18,7 +18,7 @@ def test_it_writes_numbers_verdict_and_report_on_that_very_policy(chain: Chain, 
     assert verdict["sentence"] in (tmp_path / "summary").read_text()
     metrics = made["metrics"].metadata
     assert metrics["gate_passed"] == verdict["passed"]
-    assert metrics["reward_accuracy"] == found["models"]["policy"]["overall"]["reward_accuracy"]["value"]
+    assert metrics["rewards/accuracies"] == found["models"]["policy"]["overall"]["rewards/accuracies"]["value"]
     assert len(made["roc"].metadata["confidenceMetrics"]) == len(found["roc"]["fpr"])
     assert (tmp_path / "report").read_text().startswith("<!")
 

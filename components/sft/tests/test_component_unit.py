@@ -22,5 +22,5 @@ def test_it_writes_an_adapter_its_steps_and_its_losses(chain: Chain, tmp_path: P
 def test_a_learning_rate_below_zero_is_refused(
     chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = {"order": order("sft", {"sft": {"lr": -1.0}}), "dataset": chain.clean, "base": chain.base}
-    assert_refused("lr: input should be greater than 0, found -1", capsys, sft, tmp_path, **wrong)
+    wrong = {"order": order("sft", {"sft": {"learning_rate": -1.0}}), "dataset": chain.clean, "base": chain.base}
+    assert_refused("learning_rate: input should be greater than 0, found -1", capsys, sft, tmp_path, **wrong)

@@ -57,7 +57,7 @@ CASES = {
         images=True,
     ),
     "only dpo.beta": Case([setting("dpo.beta", 0.2)], "dpo", "dpo.beta 0.1 → 0.2"),
-    "sft.lr": Case([setting("sft.lr", 1e-5)], "sft", "sft.lr 0.0002 → 1e-05"),
+    "sft.learning_rate": Case([setting("sft.learning_rate", 1e-5)], "sft", "sft.learning_rate 0.0002 → 1e-05"),
     "validate.min_rows": Case([setting("validate.min_rows", 9)], "validate", "validate.min_rows 8 → 9"),
     "only the gate": Case([setting("gate.alpha", 0.01)], "evaluate", "gate.alpha 0.05 → 0.01"),
     "only evaluate": Case([setting("evaluate.seed", 4)], "evaluate", "evaluate.seed 3 → 4"),
@@ -71,7 +71,7 @@ CASES = {
     "a base model's alias": Case(
         [setting("model.base", "models:/llama@best")], "fetch", "base_reference embedded → models:/llama@best"
     ),
-    "the chat template": Case([setting("model.template", "chatml")], "fetch", "template model → chatml"),
+    "the chat template": Case([setting("model.chat_template", "chatml")], "fetch", "template model → chatml"),
     "torch in the lock file": Case(
         [replaced("requirements.lock", r"(?m)^torch==.*", "torch==9.9.9")],
         "sft",
@@ -104,7 +104,7 @@ CASES = {
         [
             appended("components/engine/loop.py", "# more\n"),
             replaced("components/engine/objectives.py", '^"""', '"""More: '),
-            replaced("components/dpo/config.py", "strength of the pull", "how strong the pull is"),
+            replaced("components/dpo/config.py", "KL penalty coefficient", "coefficient of the KL penalty"),
             replaced("components/sft/component.py", r'    """.*', r"\g<0> More."),
             appended("components/report/page.css", "b { color: red }\n"),
             appended("components/report/html.py", "\nX = 1\n"),

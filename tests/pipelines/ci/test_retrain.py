@@ -113,15 +113,15 @@ def record(job: job_module.Job, kfp_run: str, **changes: Any) -> None:
     version = str(client.create_model_version("kubealign", "file:///nowhere").version)
     client.set_registered_model_alias("kubealign", "challenger", version)
     uri = f"models:/kubealign/{version}"
-    metrics = {"preference_log_loss": ESTIMATE, "reward_accuracy": ESTIMATE, "reward_margin": ESTIMATE}
+    metrics = {"preference_log_loss": ESTIMATE, "rewards/accuracies": ESTIMATE, "rewards/margins": ESTIMATE}
     sentence = "There is no evidence that the policy is better than the SFT model."
-    verdict = {"passed": False, "verdict": "no evidence", "sentence": sentence, "rules": RULES, "test_use": 1}
-    verdict |= {"level": 0.025, "incumbent": ""}
+    verdict = {"passed": False, "verdict": "no evidence", "sentence": sentence, "rules": RULES, "decision_index": 1}
+    verdict |= {"alpha_for_decision": 0.025, "incumbent": ""}
     result = {"run_id": parent, "model": "kubealign", "version": version, "model_uri": uri, "verdict": verdict}
     result |= {"metrics": {"sft": metrics, "policy": metrics}, "stages": {}, "data_commit": job.commit} | facts
-    result["decided"] = {"state": "not passed", "sentence": "not promoted: no evidence"}
+    result["decided"] = {"state": "gate_failed", "sentence": "not promoted: no evidence"}
     texts = ("instructions_digest", "test_set", "base_reference", "base_digest", "incumbent", "decision")
-    result |= dict.fromkeys(texts, "") | {"aliases": [], "promote": True, "data_clean": True, "test_use": 1}
+    result |= dict.fromkeys(texts, "") | {"aliases": [], "promote": True, "data_clean": True, "decision_index": 1}
     result |= {"languages": {}, "comparisons": {}, "policy_metrics": None}
     result |= {"preferences_digest": "p", "git_commit": job.commit} | changes
     client.log_dict(parent, result, "result.json")

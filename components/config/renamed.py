@@ -1,0 +1,25 @@
+"""Keys of params.yaml that were renamed, for the error that an old file gets."""
+
+RENAMED = {
+    "model.template": "model.chat_template",
+    "model.head_precision": "model.lm_head_precision",
+    "model.tuning": "model.finetuning",
+    "validate.max_shortcut": "validate.max_shortcut_accuracy",
+    "validate.decontaminate": "validate.decontamination_file",
+    "sft.lr": "sft.learning_rate",
+    "sft.max_tokens_per_step": "sft.max_tokens_per_microbatch",
+    "sft.schedule": "sft.lr_scheduler",
+    "sft.loss_on": "sft.train_on_turns (`last` stays, `every` is `all` now)",
+    "sft.reference_logps": "sft.compute_ref_log_probs",
+    "dpo.lr": "dpo.learning_rate",
+    "dpo.max_tokens_per_step": "dpo.max_tokens_per_microbatch",
+    "dpo.schedule": "dpo.lr_scheduler",
+    "dpo.reference": "dpo.precompute_ref_log_probs (`cached` is `true` now, `live` is `false`)",
+    "dpo.loss": "dpo.loss_type",
+    "dpo.orpo_weight": "dpo.orpo_lambda",
+    "evaluate.bootstrap": "evaluate.bootstrap_resamples",
+    "evaluate.answers": "evaluate.generations_per_language",
+    "gate.max_own_loss": "gate.max_policy_loss",
+    "gate.clean_data": "gate.require_committed_data",
+}
+"""Old key -> new key, and what became of its values where they changed."""
