@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from components.common.provenance import write_code_of_data
 from components.dataset.records import SPLITS, content_id
 from tests.ci.workflow import Job, use_environment
 from tests.conftest import ROOT, environment_without_home
@@ -109,6 +110,7 @@ class Team:
         (self.clone / ".dvc" / "config").write_text("")
         self.remote("folder", str(self.folder / "dvc-remote"))
         use_environment(self.clone)
+        write_code_of_data(self.clone / "data")
         for kind in ("preferences", "instructions"):
             self.write(kind, {split: make_rows(split, kind) for split in SPLITS})
         self.keep("the first data")
@@ -242,7 +244,7 @@ def test_the_same_commit_is_not_trained_again(team: Team) -> None:
     context = {"event_name": "schedule", "sha": git(team.clone, "rev-parse", "HEAD"), "event": {}}
     job = team.job("retrain", "retrain", context)
     assert job.run(), job.log
-    assert "have been judged before" in job.log and "sft" not in job.log.split("kubealign ci retrain")[1]
+    assert "judged before" in job.log and "sft" not in job.log.split("kubealign ci retrain")[1]
     assert not team.verdict(job)["new"] and len(team.receiver.events) == 1
 
 
