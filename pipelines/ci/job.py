@@ -42,8 +42,8 @@ class Job:
         return self.facts.config[:16]
 
     @property
-    def order(self) -> outcome.Order:
-        return outcome.Order(self.commit, self.key, self.facts.preferences_digest)
+    def request(self) -> outcome.RetrainRequest:
+        return outcome.RetrainRequest(self.commit, self.key, self.facts.preferences_digest)
 
     def log(self, message: str) -> None:
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)

@@ -16,12 +16,12 @@ CONTEXT = "kubealign/retrain"
 MAX_DESCRIPTION = 140
 """GitHub's limit of a commit status's description."""
 FILES = ("summary.md", "verdict.json", "report.html", "status.json")
-AGAINST = ("worse", "refused")
+NEGATIVE_VERDICTS = ("worse", "refused")
 """Verdicts that speak against the model, rather than find no evidence for it."""
 
 
 @dataclass(frozen=True)
-class Order:
+class RetrainRequest:
     """What was asked for: the commit, the key of its data, settings and code, and where a person sees the run."""
 
     commit: str
@@ -63,18 +63,18 @@ class FailureFile(TypedDict):
     link: str
 
 
-def forget(out: Path) -> None:
+def clear_outputs(out: Path) -> None:
     """Remove what an earlier call left."""
     for name in FILES:
         (out / name).unlink(missing_ok=True)
 
 
-def write_verdict(out: Path, order: Order, result: FinishedRun, new: bool) -> VerdictFile:
+def write_verdict(out: Path, request: RetrainRequest, result: FinishedRun, new: bool) -> VerdictFile:
     """Write the files of a finished run.
 
     Args:
         out: folder.
-        order: what was asked for.
+        request: what was asked for.
         result: the run's result, as `pipelines.local.results.load_result` gives it.
         new: whether it was trained just now; else it was there.
 
@@ -95,55 +95,55 @@ def write_verdict(out: Path, order: Order, result: FinishedRun, new: bool) -> Ve
         "run_id": result["run_id"],
         "data_commit": result["data_commit"],
         "preferences_digest": result["preferences_digest"],
-        "commit": order.commit,
-        "key": order.key,
-        "link": order.link,
+        "commit": request.commit,
+        "key": request.key,
+        "link": request.link,
     }
     write_json(out / "verdict.json", facts)
-    write_text(out / "summary.md", markdown(order, result, new))
+    write_text(out / "summary.md", markdown(request, result, new))
     write_text(out / "report.html", Path(result["report"]).read_text(encoding="utf-8"))
-    state = "failure" if verdict["verdict"] in AGAINST else "success"
-    _status(out, order, state, f"{verdict['verdict']}: {result['decided']['state']}. {verdict['sentence']}")
+    state = "failure" if verdict["verdict"] in NEGATIVE_VERDICTS else "success"
+    _status(out, request, state, f"{verdict['verdict']}: {state_words(result)}. {verdict['sentence']}")
     return facts
 
 
-def write_failure(out: Path, order: Order, state: str, message: str) -> FailureFile:
+def write_failure(out: Path, request: RetrainRequest, state: str, message: str) -> FailureFile:
     """Write the files of a run that came to no verdict; `state` is `failed`, `canceled` or `unfinished`."""
     facts: FailureFile = {
         "state": state,
         "error": message,
-        "commit": order.commit,
-        "key": order.key,
-        "link": order.link,
+        "commit": request.commit,
+        "key": request.key,
+        "link": request.link,
     }
     write_json(out / "verdict.json", facts)
     quoted = "\n".join(f"> {line}" for line in message.splitlines())
-    lines = [MARKER, f"## Retraining: {state}", "", quoted, "", *_facts_lines(order)]
+    lines = [MARKER, f"## Retraining: {state}", "", quoted, "", *_facts_lines(request)]
     write_text(out / "summary.md", "\n".join(lines) + "\n")
-    _status(out, order, "error" if state == "canceled" else "failure", f"{state}: {message}")
+    _status(out, request, "error" if state == "canceled" else "failure", f"{state}: {message}")
     return facts
 
 
-def _facts_lines(order: Order) -> list[str]:
-    facts = {"commit": order.commit, "cache key": order.key, "data": order.data}
+def _facts_lines(request: RetrainRequest) -> list[str]:
+    facts = {"commit": request.commit, "cache key": request.key, "data": request.data}
     lines = [f"- {name}: `{value}`" for name, value in facts.items() if value]
-    return [*lines, f"- [the run]({order.link})"] if order.link else lines
+    return [*lines, f"- [the run]({request.link})"] if request.link else lines
 
 
-def _status(out: Path, order: Order, state: str, text: str) -> None:
+def _status(out: Path, request: RetrainRequest, state: str, text: str) -> None:
     """The body of GitHub's request for a commit status."""
     words = " ".join(text.split())
     description = words if len(words) <= MAX_DESCRIPTION else f"{words[: MAX_DESCRIPTION - 1]}…"
     server, repository, job = (os.environ.get(f"GITHUB_{name}", "") for name in ("SERVER_URL", "REPOSITORY", "RUN_ID"))
-    link = order.link or (f"{server}/{repository}/actions/runs/{job}" if job else "")
+    link = request.link or (f"{server}/{repository}/actions/runs/{job}" if job else "")
     status = {"state": state, "description": description, "context": CONTEXT}
     write_json(out / "status.json", status | ({"target_url": link} if link.startswith("http") else {}))
 
 
-def markdown(order: Order, result: FinishedRun, new: bool) -> str:
+def markdown(request: RetrainRequest, result: FinishedRun, new: bool) -> str:
     """The verdict for a person: every rule, those that failed first, and the numbers."""
     verdict = result["verdict"]
-    lines = [MARKER, f"## Verdict: {verdict['verdict']} ({result['decided']['state']})", "", verdict["sentence"], ""]
+    lines = [MARKER, f"## Verdict: {verdict['verdict']} ({state_words(result)})", "", verdict["sentence"], ""]
     lines += ["| rule | outcome | found | expected |", "|---|---|---|---|"]
     for rule in sorted(verdict["rules"], key=lambda rule: rule["outcome"] != "fail"):
         outcome = f"**{rule['outcome']}**" if rule["outcome"] == "fail" else rule["outcome"]
@@ -157,7 +157,12 @@ def markdown(order: Order, result: FinishedRun, new: bool) -> str:
             lines.append(f"| {' | '.join(cells)} |")
     model = f"- model: `{result['model_uri']}` ({', '.join(result['aliases']) or 'no alias'})"
     told = [] if new else ["- nothing was trained: this commit's data, settings and code have been judged before"]
-    return "\n".join([*lines, "", model, *told, *_facts_lines(order)]) + "\n"
+    return "\n".join([*lines, "", model, *told, *_facts_lines(request)]) + "\n"
+
+
+def state_words(result: FinishedRun) -> str:
+    """The state of the decision for a person, such as `gate failed`."""
+    return result["decided"]["state"].replace("_", " ")
 
 
 def _found(rule: Rule) -> str:

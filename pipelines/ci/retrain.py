@@ -30,14 +30,14 @@ def retrain(job: Job) -> int:
         KubealignError: no verdict; why is in the files below `job.out`, too.
     """
     hook = notify.webhook()
-    outcome.forget(job.out)
+    outcome.clear_outputs(job.out)
     try:
         return _come_to_a_verdict(job, hook)
     except Exception as error:
         explained = _explained(error)
         if explained is None:
             raise
-        failure = outcome.write_failure(job.out, job.order, _state_after(explained), str(explained))
+        failure = outcome.write_failure(job.out, job.request, _state_after(explained), str(explained))
         _notify(hook, job, "failed", failure)
         raise explained from error
 
@@ -55,13 +55,15 @@ def _come_to_a_verdict(job: Job, hook: notify.Webhook | None) -> int:
     job.log(f"key       {job.key}")
     known = None if job.rerun else judged_before(job)
     if known:
-        outcome.write_verdict(job.out, job.order, known, new=False)
+        outcome.write_verdict(job.out, job.request, known, new=False)
         job.log("This commit's data, settings and code were judged before; --rerun forces a new run.")
         show_result(job.console, known)
         return 0
     run_id, link = run_on_kubeflow(job) if job.runner == "kubeflow" else _here(job)
     result = _checked(job, load_result(run_id))
-    found = outcome.write_verdict(job.out, outcome.Order(**vars(job.order) | {"link": link}), result, new=True)
+    found = outcome.write_verdict(
+        job.out, outcome.RetrainRequest(**vars(job.request) | {"link": link}), result, new=True
+    )
     show_result(job.console, result)
     _notify(hook, job, "verdict", found)
     return 0
@@ -141,5 +143,5 @@ def version_summary(root: Path, version: str) -> str:
         where = store.without_credentials(store.tracking_uri())
         raise InputError(f"{uri}: no run at {where} judged it")
     result = load_result(found[0].info.run_id)
-    facts = outcome.Order(result["git_commit"], "", result["preferences_digest"])
+    facts = outcome.RetrainRequest(result["git_commit"], "", result["preferences_digest"])
     return outcome.markdown(facts, result, new=True)

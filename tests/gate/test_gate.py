@@ -114,7 +114,7 @@ def test_data_that_no_commit_records_is_refused_unless_the_rule_is_off() -> None
 
 
 def test_rules_without_their_numbers_are_not_applicable_and_say_so() -> None:
-    found = results(loss="ipo")
+    found = results(loss_type="ipo")
     found["models"]["policy"]["generation"] = None
     judged = apply_gate(found, FIRST, GATE)
     assert judged["passed"]

@@ -169,7 +169,7 @@ def test_a_verdict_is_told_in_files_and_to_the_webhook_and_not_asked_for_twice(
     assert verdict["state"] == "verdict" and verdict["new"] and not verdict["passed"]
     assert (verdict["commit"], verdict["key"]) == (clone.base, job.key)
     assert verdict["link"] == f"{kfp.url}/#/runs/details/{run_id}" == state["target_url"]
-    assert state["state"] == "success" and state["description"].startswith("no evidence: not passed. There is no")
+    assert state["state"] == "success" and state["description"].startswith("no evidence: gate failed. There is no")
     assert len(state["description"]) <= 140
     assert "| superiority | **fail** | 0.31 | p <= 0.025 |" in summary and "| min_pairs | pass | 98 |" in summary
     assert summary.index("superiority") < summary.index("min_pairs") and "| DPO | 98 | 0.610 [0.500, 0.700]" in summary
