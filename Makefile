@@ -105,6 +105,7 @@ data: setup ## the embedded base model and data sets, by DVC
 .PHONY: setup
 setup: $(VENV)/.ready ## .venv with the locked dependencies
 
+# --no-compile: Python compiles the modules that are imported; all 25,000 files take two minutes of a core.
 $(VENV)/.ready: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null \
 	  || { echo "error: Python 3.11 is needed, found $$($(PYTHON) --version 2>&1 || echo none); install python3.11 or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
@@ -114,8 +115,8 @@ $(VENV)/.ready: pyproject.toml requirements.lock
 	  || { echo "error: $$free MB free here, $(MIN_DISK_MB) MB needed (packages 3 GB, model and runs the rest); free some or move the project" >&2; exit 2; }
 	@echo "setting up $(VENV): about 2.5 GB of packages, 2 to 5 minutes"
 	@[ -x $(VENV)/bin/python ] && $(VENV)/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
-	@$(if $(TORCH_INDEX),$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.lock))
-	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[dev]'
+	@$(if $(TORCH_INDEX),$(VENV)/bin/python -m pip install -q --no-compile --disable-pip-version-check --no-deps --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.lock))
+	@$(VENV)/bin/python -m pip install -q --no-compile --disable-pip-version-check -c requirements.lock -e '.[dev]'
 	@touch $@
 
 .PHONY: readmes
