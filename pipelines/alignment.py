@@ -1,4 +1,4 @@
-"""The DAG: resolve, fetch, validate, sft, dpo, evaluate, register; one flat graph, the same everywhere."""
+"""The pipeline's DAG: resolve, fetch, validate, sft, dpo, evaluate, register; one flat graph for every runner."""
 
 import ast
 import inspect
@@ -22,7 +22,7 @@ from pipelines import platform
 
 COMPONENTS = (resolve, fetch, validate, sft, dpo, evaluate, register)
 FORM = inspect.signature(resolve.python_func).parameters
-"""The run form: names, types and, by their descriptions, meanings."""
+"""The run form: its fields' names, types and descriptions."""
 NAME = "alignment"
 DESCRIPTION = "Preference alignment: SFT, then DPO, judged on held-out pairs, registered."
 
@@ -32,11 +32,11 @@ def build_pipeline(config: Config, target: str = "local", caching: bool = True) 
 
     Args:
         config: the whole configuration.
-        target: `local` for KFP's local runners; `kubeflow` adds what the section `cluster` says of every step.
+        target: `local` for KFP's local runners; `kubeflow` applies the section `cluster` to every step.
         caching: whether a step that has run with the same inputs is served from the cache.
 
     Raises:
-        InputError: a setting that the target cannot follow.
+        InputError: a setting that the target does not support.
     """
     in_cluster = target == "kubeflow"
     if in_cluster:
@@ -52,7 +52,7 @@ def build_pipeline(config: Config, target: str = "local", caching: bool = True) 
             if not caching or not BY_NAME[task.name].cached:
                 task.set_caching_options(enable_caching=False)
 
-    # KFP reads the run form off the function's signature and docstring: it is what `resolve` takes.
+    # KFP takes the run form from the function's signature and docstring; its fields are the inputs of `resolve`.
     form: Any = alignment
     default = pipeline_arguments(config)
     form.__signature__ = inspect.Signature([FORM[name].replace(default=default[name]) for name in FORM])
@@ -63,7 +63,7 @@ def build_pipeline(config: Config, target: str = "local", caching: bool = True) 
 
 
 def _connect(form: dict[str, Any]) -> list[Any]:
-    """The graph. Each later step gets its order, which says all that it depends on besides its input artifacts."""
+    """Connect the steps; each one after `resolve` gets its order: all that it depends on besides input artifacts."""
     facts = resolve(**form)
     order = {name: facts.outputs[f"order_{name}"] for name in ORDERED}
     fetched = fetch(order=order["fetch"])
@@ -93,7 +93,7 @@ def _connect(form: dict[str, Any]) -> list[Any]:
 
 
 def ship_without_prose(component: Any) -> None:
-    """Let KFP ship a component's function without docstring and comments: its caches go by that text."""
+    """Strip docstring and comments from the function text that KFP ships: KFP's caches include it in their keys."""
     command = component.component_spec.implementation.container.command
     command[-1] = ast.unparse(without_prose(ast.parse(command[-1])))
 

@@ -29,7 +29,7 @@ app.add_typer(ci.app, name="ci", rich_help_panel="Data and CI")
 console = Console()
 
 PARTS = {
-    "steps": "outputs of pipeline steps, which KFP's cache reuses",
+    "steps": "outputs of pipeline steps, which KFP's local cache reuses",
     "checkpoints": "training states from which an interrupted run resumes",
     "cache": "log-probabilities of scored models",
     "runs": "logs and reports of runs",
@@ -38,7 +38,7 @@ PARTS = {
 }
 """Folders that `kubealign clean` can remove; the MLflow registry (mlflow.db, mlartifacts) is never touched."""
 MAX_JUDGEMENTS = 3
-"""Attempts to judge a model whose verdict another run superseded; only the evaluation is repeated."""
+"""Attempts to evaluate a model whose verdict another run superseded; only the evaluation is repeated."""
 
 
 class Runner(StrEnum):
@@ -63,7 +63,7 @@ def run(
     ] = Runner.SUBPROCESS,
     project: Project = None,
 ) -> None:
-    """Run the whole pipeline on this machine; unchanged steps come from the cache."""
+    """Run the whole pipeline on this machine; unchanged steps are cached."""
     from pipelines.local.display import Display
     from pipelines.local.results import load_result, show_result
     from pipelines.local.runner import run_pipeline
@@ -75,8 +75,10 @@ def run(
         show_result(console, result)
         if result["decided"]["state"] != "superseded":
             return
-        console.print("judging again, against the new champion")
-    raise KubealignError(f"other runs promoted first {MAX_JUDGEMENTS} times; run again when they are done")
+        console.print("another run promoted a champion meanwhile; evaluating again, against the new champion")
+    raise KubealignError(
+        f"other runs promoted a champion first, {MAX_JUDGEMENTS} times in a row; run again when they are done"
+    )
 
 
 @app.command("compile", rich_help_panel="This machine")
@@ -95,10 +97,10 @@ def compile_(
     config = run_config(project_folder(project), overrides)
     out.parent.mkdir(parents=True, exist_ok=True)
     final = out.with_suffix(".yaml") if out.suffix not in (".yaml", ".yml") else out
-    with replacing(final) as aside:
-        whole = aside.with_suffix(".yaml")
-        compile_pipeline(config, whole, target.value)
-        whole.replace(aside)
+    with replacing(final) as staging:
+        compiled = staging.with_suffix(".yaml")  # KFP's compiler requires the suffix
+        compile_pipeline(config, compiled, target.value)
+        compiled.replace(staging)
     console.print(f"{final}", soft_wrap=True)
 
 
@@ -118,16 +120,16 @@ def images(
         facts = {"VERSION": VERSION, "REVISION": git_commit(), "CODE": code_in_images()}
         print(" ".join(f"--build-arg {name}={value}" for name, value in facts.items()))
         return
-    found = {"data": DATA_IMAGE, "train": TRAIN_IMAGE, "mlflow": MLFLOW_IMAGE}
-    if kind and kind not in found:
-        raise InputError(f"images {kind}: expected {', '.join(found)}")
-    for image in [found[kind]] if kind else found.values():
-        print(image)
+    references = {"data": DATA_IMAGE, "train": TRAIN_IMAGE, "mlflow": MLFLOW_IMAGE}
+    if kind and kind not in references:
+        raise InputError(f"images {kind}: expected {', '.join(references)}")
+    for reference in [references[kind]] if kind else references.values():
+        print(reference)
 
 
 @app.command(rich_help_panel="This machine")
 def report(
-    run: Annotated[str, typer.Argument(help="MLflow id of a pipeline run; by default the last.")] = "",
+    run: Annotated[str, typer.Argument(help="MLflow id of a pipeline run; by default the latest.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     project: Project = None,
 ) -> None:
@@ -155,12 +157,12 @@ def ui(
         return
     store.client()
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-    console.print(f"MLflow: http://127.0.0.1:{port}  (Ctrl-C ends it)")
+    console.print(f"MLflow: http://127.0.0.1:{port}  (Ctrl-C to stop)")
     program = str(Path(sys.executable).with_name("mlflow"))
     artifacts = (store.home() / "mlartifacts").as_uri()
-    os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # not a word of the command, as it may hold a password
-    words = ["server", "--artifacts-destination", artifacts, "--host", "127.0.0.1"]
-    os.execv(program, [program, *words, "--port", str(port)])  # noqa: S606 - our own program and words
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # not on the command line, as it may hold a password
+    args = ["server", "--artifacts-destination", artifacts, "--host", "127.0.0.1"]
+    os.execv(program, [program, *args, "--port", str(port)])  # noqa: S606 - our own program and arguments
 
 
 @app.command(rich_help_panel="This machine")
@@ -170,30 +172,33 @@ def config(
     project: Project = None,
 ) -> None:
     """Show the effective configuration."""
-    found = load_config(project_folder(project) / PARAMS, overrides)
+    effective = load_config(project_folder(project) / PARAMS, overrides)
     if not explain:
-        print(yaml.safe_dump(found.sections(), sort_keys=False, allow_unicode=True), end="")
+        print(yaml.safe_dump(effective.sections(), sort_keys=False, allow_unicode=True), end="")
         return
     table = Table("key", "value", "meaning")
-    for key, value, meaning in _explained(found):
+    for key, value, meaning in _explained(effective):
         table.add_row(key, value, meaning)
     console.print(table)
 
 
-def _explained(found: Config) -> list[tuple[str, str, str]]:
+def _explained(config: Config) -> list[tuple[str, str, str]]:
+    """The name, value and description of every key."""
     rows = []
-    for name, fields in type(found).model_fields.items():
-        section: Any = getattr(found, name)
+    for name, section_field in type(config).model_fields.items():
+        section: Any = getattr(config, name)
         for key, field in type(section).model_fields.items():
             value = getattr(section, key)
             shown = value.model_dump() if hasattr(value, "model_dump") else value
-            rows.append((f"{fields.alias or name}.{key}", str(shown), field.description or ""))
+            rows.append((f"{section_field.alias or name}.{key}", str(shown), field.description or ""))
     return rows
 
 
 @app.command(rich_help_panel="This machine")
 def clean(
-    parts: Annotated[list[str] | None, typer.Argument(help=f"{', '.join(PARTS)}, or all; without, only show.")] = None,
+    parts: Annotated[
+        list[str] | None, typer.Argument(help=f"{', '.join(PARTS)}, or all; by default only show.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     project: Project = None,
 ) -> None:

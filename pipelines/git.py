@@ -1,4 +1,4 @@
-"""The git program: runs without hooks, prompts or translated messages, and finds the commits that names mean."""
+"""Git commands, run without hooks, prompts or translated messages; and queries of commits, files and tags."""
 
 import os
 import re
@@ -27,83 +27,84 @@ OF_ANOTHER_REPOSITORY = (
     "GIT_NAMESPACE",
     "GIT_PREFIX",
 )
-"""Variables that git sets for its hooks; they would name the hook's repository in place of the folder."""
+"""Variables that git sets for its hooks; inherited, they would point to the hook's repository."""
 NONE = 1
-"""Exit code of a query of git that has no answer."""
+"""Exit code of a git query that finds nothing."""
 
 
 def run(folder: Path, *arguments: str, stdin: bytes = b"") -> bytes:
-    """What a git command prints, run in a folder; what comes from outside stands behind `--end-of-options` or `--`.
+    """Standard output of a git command run in a folder; pass untrusted arguments after `--end-of-options` or `--`.
 
     Raises:
-        InputError: git is not installed, or fails; with its own words, which name the remedy for a foreign folder.
+        InputError: git is not installed, or fails; with git's own message, which names the remedy for a folder with
+            another owner.
     """
-    done = _run(folder, arguments, stdin)
-    if done.returncode:
-        raise _error(folder, done)
-    return done.stdout
+    process = _run(folder, arguments, stdin)
+    if process.returncode:
+        raise _error(folder, process)
+    return process.stdout
 
 
 def query(folder: Path, *arguments: str) -> str:
-    """As `run`, as text without the last line break; empty when git finds nothing, which it says by exit code 1.
+    """Like `run`, but as text without the trailing line break; empty if git finds nothing (exit code 1).
 
     Raises:
         InputError: git is not installed, or fails.
     """
-    done = _run(folder, arguments)
-    if done.returncode not in (0, NONE):
-        raise _error(folder, done)
-    return "" if done.returncode else os.fsdecode(done.stdout).rstrip("\n")
+    process = _run(folder, arguments)
+    if process.returncode not in (0, NONE):
+        raise _error(folder, process)
+    return "" if process.returncode else os.fsdecode(process.stdout).rstrip("\n")
 
 
 def top_folder(folder: Path) -> Path:
     """The top of the work tree that a folder is in.
 
     Raises:
-        InputError: it is in none.
+        InputError: the folder is in no git repository.
     """
     return Path(query(folder, "rev-parse", "--show-toplevel"))
 
 
 def find_commit(repo: Path, name: str) -> str:
-    """The commit that a name means: a branch here or of `origin`, a tag, a hash or its beginning, also with ^ or ~2.
+    """The commit that a name refers to: a local or `origin` branch, a tag, a full or short hash, also with ^ or ~2.
 
     Raises:
         InputError: no such commit in this clone.
     """
     for candidate in (name, f"origin/{name}"):
-        found = query(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{candidate}^{{commit}}")
-        if found:
-            return found
+        commit = query(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{candidate}^{{commit}}")
+        if commit:
+            return commit
     raise InputError(f"{name}: no such commit in this clone{shallow_hint(repo)}")
 
 
 def shallow_hint(repo: Path) -> str:
-    """What to add to an error about a commit that is not there: nothing, unless the clone is a shallow one."""
+    """A hint to append to an error about a missing commit; empty unless the clone is shallow."""
     if query(repo, "rev-parse", "--is-shallow-repository") != "true":
         return ""
-    return "; it is a shallow clone: `git fetch --unshallow` brings the rest (in GitHub Actions: fetch-depth: 0)"
+    return "; this is a shallow clone: `git fetch --unshallow` gets the rest (in GitHub Actions: fetch-depth: 0)"
 
 
 def changed_files(repo: Path) -> list[str]:
-    """Tracked files that differ from the commit that is checked out."""
-    found = query(repo, "diff", "--name-only", "--no-ext-diff", "-z", "HEAD", "--")
-    return [name for name in found.split("\0") if name]
+    """Tracked files that differ from the checked-out commit."""
+    names = query(repo, "diff", "--name-only", "--no-ext-diff", "-z", "HEAD", "--")
+    return [name for name in names.split("\0") if name]
 
 
 def tags(repo: Path) -> dict[str, list[str]]:
-    """The tags of each commit that has any."""
-    found: dict[str, list[str]] = {}
+    """The tags of every commit that has any."""
+    commit_tags: dict[str, list[str]] = {}
     for line in query(
         repo, "for-each-ref", "--format=%(objectname) %(*objectname) %(refname:strip=2)", "refs/tags"
     ).splitlines():
         tagged, peeled, name = line.split(" ", 2)
-        found.setdefault(peeled or tagged, []).append(name)
-    return found
+        commit_tags.setdefault(peeled or tagged, []).append(name)
+    return commit_tags
 
 
 def content(repo: Path, commit: str, path: str) -> bytes:
-    """A file's content in a commit, by its path from the top of the work tree; empty when there is no such file."""
+    """A file's content in a commit, by its path relative to the top folder; empty if there is no such file."""
     blob = query(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}:{path}")
     return run(repo, "cat-file", "blob", blob) if blob else b""
 
@@ -117,8 +118,8 @@ def _run(folder: Path, arguments: tuple[str, ...], stdin: bytes = b"") -> "subpr
         raise InputError("git: no such program on the PATH; install git") from error
 
 
-def _error(folder: Path, done: "subprocess.CompletedProcess[bytes]") -> InputError:
-    said = " ".join(os.fsdecode(done.stderr).split())
-    if "not a git repository" in said:
+def _error(folder: Path, process: "subprocess.CompletedProcess[bytes]") -> InputError:
+    message = " ".join(os.fsdecode(process.stderr).split())
+    if "not a git repository" in message:
         return InputError(f"{folder}: not in a git repository; expected a clone of the project")
-    return InputError(f"{folder}: git: {re.sub(r'^fatal: ', '', said) or f'ended with code {done.returncode}'}")
+    return InputError(f"{folder}: git: {re.sub(r'^fatal: ', '', message) or f'exited with code {process.returncode}'}")

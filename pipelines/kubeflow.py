@@ -1,8 +1,8 @@
-"""Kubeflow Pipelines over its API: upload a version, start a run, follow it to its end, cancel it, schedule it.
+"""A client for Kubeflow Pipelines: upload a version, start a run, follow it to its end, cancel it, schedule it.
 
-`KFP_ENDPOINT` names the server. The token comes from the file that KFP_TOKEN_FILE names (read anew for every request),
-from KFP_TOKEN, or from the service account's projected token in a pod; it never stands on a command line. A server with
-a certificate of your own authority needs KFP_CA_FILE; verification cannot be switched off.
+`KFP_ENDPOINT` is the server's address. The token comes from the file in KFP_TOKEN_FILE (re-read for every request),
+from KFP_TOKEN, or from the service account's projected token in a pod; it is never passed on a command line. A server
+whose certificate is signed by your own CA needs KFP_CA_FILE; verification cannot be switched off.
 """
 
 import contextlib
@@ -33,30 +33,30 @@ from pipelines.platform import for_its_hardware, pod_template
 
 ENDPOINT, TOKEN, TOKEN_FILE, CA_FILE = "KFP_ENDPOINT", "KFP_TOKEN", "KFP_TOKEN_FILE", "KFP_CA_FILE"
 SERVICE_ACCOUNT_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
-"""Where a pod's projected token for the audience pipelines.kubeflow.org lies by convention."""
+"""Conventional path of a pod's projected token for the audience pipelines.kubeflow.org."""
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 POLL_S = 10.0
-PATIENCE_S = 600.0
-"""How long `wait` puts up with a server that does not answer."""
+RETRY_TIMEOUT_S = 600.0
+"""Default time for which `wait` keeps retrying while the server does not answer."""
 ANSWER_S = 60.0
-"""How long a server may be silent within one answer; KFP's client would wait for ever."""
+"""Connect and read timeout of a request; KFP's client would wait forever."""
 LOG_LINES = 20
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the server says of a task of a run."""
+    """The state of a step of a run, as the server reports it."""
 
     name: str
     state: str
     error: str
     pods: tuple[str, ...]
-    """Where the log of a failed step may be, the most likely pod first."""
+    """Pods that may hold the log of a failed step, the most likely first."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What the server says of a run."""
+    """The state of a run, as the server reports it."""
 
     run_id: str
     name: str
@@ -98,22 +98,24 @@ class Server:
     def upload(self, package: Path, version: str) -> tuple[str, str]:
         """Upload the pipeline as a version, unless the server has it; returns the ids of pipeline and version."""
         client, namespace = self.client, self.namespace
-        found = self._ask(lambda: client.list_pipelines(filter=_named(NAME), namespace=namespace)).pipelines
-        if not found:  # made without a version: uploading one here would name it `alignment`, too
+        pipelines = self._ask(lambda: client.list_pipelines(filter=_name_filter(NAME), namespace=namespace)).pipelines
+        if not pipelines:  # created without a version: one uploaded here would be named `alignment`, too
             from kfp_server_api import V2beta1Pipeline
 
             new = V2beta1Pipeline(name=NAME, display_name=NAME, description=DESCRIPTION, namespace=namespace)
-            found = [self._ask(lambda: client.pipelines.pipeline_service_create_pipeline(new))]
-        pipeline = str(found[0].pipeline_id)
-        versions = self._ask(lambda: client.list_pipeline_versions(pipeline, filter=_named(version))).pipeline_versions
+            pipelines = [self._ask(lambda: client.pipelines.pipeline_service_create_pipeline(new))]
+        pipeline = str(pipelines[0].pipeline_id)
+        versions = self._ask(
+            lambda: client.list_pipeline_versions(pipeline, filter=_name_filter(version))
+        ).pipeline_versions
         if not versions:
             versions = [self._ask(lambda: client.upload_pipeline_version(str(package), version, pipeline))]
         return pipeline, str(versions[0].pipeline_version_id)
 
     def experiment(self) -> str:
-        """Id of the configured experiment, made if it is not there."""
-        made = self._ask(lambda: self.client.create_experiment(self.cluster.experiment, namespace=self.namespace))
-        return str(made.experiment_id)
+        """Id of the configured experiment, which is created if it does not exist."""
+        experiment = self._ask(lambda: self.client.create_experiment(self.cluster.experiment, namespace=self.namespace))
+        return str(experiment.experiment_id)
 
     def start(self, name: str, version: tuple[str, str], parameters: dict[str, Any]) -> str:
         """Start a run; returns its id."""
@@ -130,15 +132,16 @@ class Server:
         )
         return str(started.run_id)
 
-    def under_way(self, name: str) -> list[str]:
-        """Ids of the runs of this name that have not ended."""
-        found = self._ask(lambda: self.client.list_runs(filter=_named(name), namespace=self.namespace, page_size=100))
-        return [str(run.run_id) for run in found.runs or [] if str(run.state) not in ENDED]
+    def active_runs(self, name: str) -> list[str]:
+        """Ids of the runs with this name that have not ended."""
+        query = _name_filter(name)
+        page = self._ask(lambda: self.client.list_runs(filter=query, namespace=self.namespace, page_size=100))
+        return [str(run.run_id) for run in page.runs or [] if str(run.state) not in ENDED]
 
     def schedule(self, name: str, version: tuple[str, str], parameters: dict[str, Any], cron: str) -> str:
-        """Run at the times of a cron expression with six fields, seconds first; returns the recurring run's id."""
+        """Schedule runs by a cron expression with six fields, seconds first; returns the recurring run's id."""
         experiment = self.experiment()
-        made = self._ask(
+        recurring = self._ask(
             lambda: self.client.create_recurring_run(
                 experiment,
                 name,
@@ -151,10 +154,10 @@ class Server:
                 service_account=self.cluster.service_account or None,
             )
         )
-        return str(made.recurring_run_id)
+        return str(recurring.recurring_run_id)
 
     def state(self, run_id: str) -> RunState:
-        """How a run stands."""
+        """The current state of a run."""
         run = self._ask(lambda: self.client.get_run(run_id))
         details = (run.run_details and run.run_details.task_details) or []
         steps = _steps(details, pod_template(self.cluster))
@@ -164,19 +167,20 @@ class Server:
     def wait(
         self, run_id: str, on_change: Callable[[RunState], None], timeout_s: float, retry_timeout_s: float | None = None
     ) -> RunState:
-        """Poll a run until it has ended; KFP's own wait never returns for a cancelled one.
+        """Poll a run until it has ended; KFP's own wait never returns for a canceled one.
 
         Args:
             run_id: the run.
-            on_change: is called with every state that differs from the one before.
-            timeout_s: seconds to wait at most.
-            retry_timeout_s: seconds that the server may not answer; `PATIENCE_S` by default.
+            on_change: called with every state that differs from the previous one.
+            timeout_s: maximum time to wait, in seconds.
+            retry_timeout_s: seconds for which to keep retrying while the server does not answer; `RETRY_TIMEOUT_S` by
+                default.
 
         Raises:
-            WaitTimeoutError: the run goes on.
-            KubeflowApiError: the server has not answered for so long, or refuses.
+            WaitTimeoutError: the run is still running after `timeout_s`.
+            KubeflowApiError: the server has not answered for `retry_timeout_s`, or rejected the request.
         """
-        retry_timeout_s = PATIENCE_S if retry_timeout_s is None else retry_timeout_s
+        retry_timeout_s = RETRY_TIMEOUT_S if retry_timeout_s is None else retry_timeout_s
         started = answered = time.monotonic()
         last: RunState | None = None
         while True:
@@ -201,18 +205,18 @@ class Server:
             time.sleep(min(POLL_S, max(0.0, started + timeout_s - time.monotonic())))
 
     def cancel(self, run_id: str) -> None:
-        """End a run."""
+        """Cancel a run."""
         self._ask(lambda: self.client.terminate_run(run_id))
 
     def link(self, run_id: str) -> str:
-        """Where a person sees a run."""
+        """The URL of a run in the Kubeflow UI."""
         return f"{self.endpoint}/#/runs/details/{run_id}"
 
     def log_tail(self, run_id: str, step: Step) -> list[str]:
-        """The last lines of a step's log, which the UI's server serves; where else to look when it has none."""
+        """The last lines of a step's log from the UI's server, or a hint where else to look if it has none."""
         for pod in step.pods:
-            words = {"podname": pod, "runid": run_id} | ({"podnamespace": self.namespace} if self.namespace else {})
-            request = urllib.request.Request(f"{self.endpoint}/k8s/pod/logs?{urllib.parse.urlencode(words)}")  # noqa: S310
+            query = {"podname": pod, "runid": run_id} | ({"podnamespace": self.namespace} if self.namespace else {})
+            request = urllib.request.Request(f"{self.endpoint}/k8s/pod/logs?{urllib.parse.urlencode(query)}")  # noqa: S310
             try:
                 key = self.client._existing_config.get_api_key_with_prefix("authorization")
                 if key:
@@ -227,48 +231,49 @@ class Server:
         return [f"(no log here; `kubectl logs -n {self.namespace or 'kubeflow'} -l {labels} -c main` may have it)"]
 
     def _ask(self, call: Callable[[], Any]) -> Any:
-        """Make a call; what the server refuses becomes one sentence. The client's own prints are swallowed."""
+        """Call the client with its own output suppressed; a failure becomes a `KubeflowApiError` of one sentence."""
         import urllib3
         from kfp_server_api.exceptions import ApiException
 
-        with _sentences(self.endpoint, ApiException, urllib3.exceptions.HTTPError), _quiet():
+        with _api_errors(self.endpoint, ApiException, urllib3.exceptions.HTTPError), _quiet():
             return call()
 
 
 @contextlib.contextmanager
-def _sentences(endpoint: str, api: type[Exception], http: type[Exception]) -> Iterator[None]:
+def _api_errors(endpoint: str, api: type[Exception], http: type[Exception]) -> Iterator[None]:
+    """Turn failures of KFP's client into `KubeflowApiError`; exception types are arguments to defer imports."""
     try:
         yield
     except api as error:
         status = int(getattr(error, "status", 0) or 0)
-        said = _message(getattr(error, "body", "") or getattr(error, "reason", "") or "")
+        message = _message(getattr(error, "body", "") or getattr(error, "reason", "") or "")
         advice = {
             401: f"; set {TOKEN_FILE} or {TOKEN}",
-            403: "; the token's owner may not do this in this namespace (cluster.namespace)",
+            403: "; the token's owner is not allowed to do this in this namespace (cluster.namespace)",
             404: "; check the id and KFP_ENDPOINT",
         }.get(status, "")
         raise KubeflowApiError(
-            f"{endpoint} answered {status}: {said}{advice}", status >= 500 or status == 429
+            f"{endpoint} answered {status}: {message}{advice}", status >= 500 or status == 429
         ) from error
     except (http, OSError) as error:
         text = without_credentials(single_line(str(error)))[:300]
         raise KubeflowApiError(f"{endpoint} does not answer: {text}", True) from error
-    except ValueError as error:  # the client's word for an answer that is no JSON or lacks a field
+    except ValueError as error:  # the client raises it for an answer that is not JSON or lacks a field
         raise KubeflowApiError(
             f"{endpoint} gave an answer that cannot be read: {single_line(str(error))[:300]}", True
-        ) from (error)
+        ) from error
 
 
-def _named(name: str) -> str:
-    """The API's filter for one display name."""
+def _name_filter(name: str) -> str:
+    """The API's filter for a display name."""
     return json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]})
 
 
 def _message(body: Any) -> str:
     text = body.decode(errors="replace") if isinstance(body, bytes) else str(body)
     try:
-        found = json.loads(text)
-        text = str(found.get("message") or found.get("error_message") or found.get("error") or text)
+        answer = json.loads(text)
+        text = str(answer.get("message") or answer.get("error_message") or answer.get("error") or text)
     except (ValueError, AttributeError):
         pass
     return without_credentials(single_line(text))[:300]
@@ -276,7 +281,7 @@ def _message(body: Any) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """KFP's client prints links of its own, which need not be the ones a person can open."""
+    """Suppress the output of KFP's client: the links that it prints need not be reachable from here."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -286,10 +291,10 @@ def _client_class() -> Any:
     import kfp
 
     class Client(kfp.Client):  # type: ignore[misc]
-        """KFP's client, which would ask an unreachable server five times while it is made, with tracebacks."""
+        """KFP's client without its health check, which retries an unreachable server five times, with tracebacks."""
 
         def get_kfp_healthz(self, sleep_duration: int = 5) -> Any:
-            """Not asked: what it is for, the namespace of the pod that the client runs in, is cluster.namespace."""
+            """Skip the request: it only serves to choose a namespace, and that is cluster.namespace."""
             from kfp_server_api import V2beta1GetHealthzResponse
 
             return V2beta1GetHealthzResponse(multi_user=False)
@@ -298,19 +303,19 @@ def _client_class() -> Any:
 
 
 def _guarded(request: Callable[..., Any]) -> Callable[..., Any]:
-    """The client's HTTP call with a time limit; and what is no JSON, such as the page of a login, is no answer.
+    """The client's HTTP call with a timeout, which rejects answers that are not JSON objects, such as a login page.
 
-    The client itself takes such a page for an object without fields.
+    The client itself would parse such a page as an object without fields.
     """
 
-    def guarded(*words: Any, **named: Any) -> Any:
-        reply = request(*words, **named | {"_request_timeout": (ANSWER_S, ANSWER_S)})
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        reply = request(*args, **kwargs | {"_request_timeout": (ANSWER_S, ANSWER_S)})
         text = reply.data.decode(errors="replace")
         try:
-            whole = isinstance(json.loads(text), dict)
+            is_object = isinstance(json.loads(text), dict)
         except ValueError:
-            whole = False
-        if not whole:
+            is_object = False
+        if not is_object:
             raise ValueError(f"expected JSON, found {single_line(text)[:60]!r}; check {ENDPOINT} and the token")
         return reply
 
@@ -330,7 +335,7 @@ def _credentials() -> Any:
         raise InputError(f"{TOKEN_FILE}={file}: no such file")
 
     class Token(TokenCredentialsBase):  # type: ignore[misc]
-        """The token as it is now: a projected one changes while a run is followed."""
+        """The current token: a projected one is rotated while a run is followed."""
 
         def refresh_api_key_hook(self, config: Any) -> None:
             config.api_key["authorization"] = _token(file, token)
@@ -340,14 +345,14 @@ def _credentials() -> Any:
 
 
 def _token(file: Path | None, token: str) -> str:
-    """The token that is sent. Python names a header that it refuses in full, so none may be refused there."""
+    """The token to send, checked here because Python's error about an invalid header would show it in full."""
     where = f"{TOKEN_FILE}={file}" if file else TOKEN
     try:
         text = (file.read_text(encoding="utf-8", errors="replace") if file else token).strip()
     except OSError as error:
         raise KubeflowApiError(f"{where}: {error.strerror}; expected a token", True) from error
     if not text or not text.isascii() or not text.isprintable():
-        found = "nothing" if not text else "line breaks or other letters"
+        found = "nothing" if not text else "line breaks or non-ASCII characters"
         raise KubeflowApiError(f"{where}: expected a token in one line of ASCII, found {found}", True)
     return text
 
@@ -359,18 +364,18 @@ def _tls(endpoint: str) -> Any:
 
 
 def _steps(details: list[Any], template: str) -> list[Step]:
-    """The pipeline's steps that have begun, in their order.
+    """The pipeline's steps that have started, in pipeline order.
 
-    The server lists the nodes of the Argo workflow, in no order: the workflow, root, and for a step its driver, itself,
-    and `executor`; when it may be retried, `executor(0)` and so on as children of that. Children are named by node id,
-    `<workflow>-<hash>`; a pod has the template's name in between (kubeflow/pipelines 2.17, workflow.go,
-    RetrievePodName), except where Argo is told POD_NAMES=v1. The steps stand one after another, so one fails at most.
+    The server lists the nodes of the Argo workflow, in no particular order: the workflow, root, and for a step its
+    driver, itself, and `executor`; if it may be retried, `executor(0)` and so on as children of that. Children are
+    named by node id, `<workflow>-<hash>`; a pod's name has the template's name in between (kubeflow/pipelines 2.17,
+    workflow.go, RetrievePodName), unless Argo runs with POD_NAMES=v1. Steps run one by one, so at most one fails.
     """
     attempts = [_children(task) for task in details if task.display_name == "executor" and task.state == "FAILED"]
-    found = {task.display_name: task for task in details if task.state not in (None, "RUNTIME_STATE_UNSPECIFIED")}
+    started = {task.display_name: task for task in details if task.state not in (None, "RUNTIME_STATE_UNSPECIFIED")}
     steps = []
-    for name in (stage for stage in STAGE_NAMES if stage in found):
-        task = found[name]
+    for name in (stage for stage in STAGE_NAMES if stage in started):
+        task = started[name]
         error = (task.error and task.error.message) or ""
         nodes = [node for children in [*attempts, _children(task)] for node in reversed(children)]
         pods = [pod for node in nodes for pod in (_pod(node, template), node)]
@@ -379,8 +384,8 @@ def _steps(details: list[Any], template: str) -> list[Step]:
 
 
 def _pod(node: str, template: str) -> str:
-    workflow, _, number = node.rpartition("-")
-    return f"{workflow}-{template}-{number}"
+    workflow, _, node_hash = node.rpartition("-")
+    return f"{workflow}-{template}-{node_hash}"
 
 
 def _children(task: Any) -> list[str]:
@@ -390,13 +395,14 @@ def _children(task: Any) -> list[str]:
 def submit(config: Config, server: Server, cron: str = "", name: str = "", caching: bool = True) -> tuple[str, str]:
     """Upload this commit's pipeline and start it with the configuration's values, or schedule it.
 
-    The version is named by the git commit and by what was compiled: cluster settings may change without a commit.
+    The version's name contains the git commit and a hash of the compiled pipeline, since cluster settings may change
+    without a commit.
 
     Args:
         config: the whole configuration.
-        server: where to.
-        cron: times to run at; empty to run once, now.
-        name: of the run; by default made of the data's revision and the version.
+        server: the Kubeflow Pipelines server.
+        cron: cron expression with six fields; empty to run once, now.
+        name: the run's name; by default built from the data's revision and the version.
         caching: whether steps may be served from the cache. It is compiled in, since KFP's client drops it from the
             request for a run of an uploaded version (kfp 2.17, _create_job_config).
 

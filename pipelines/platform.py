@@ -1,5 +1,5 @@
-"""What the section `cluster` means to Kubernetes: images, secrets, resources and volumes of every step, by
-kfp-kubernetes. Nothing in it changes a result.
+"""The section `cluster` applied to Kubernetes: images, secrets, resources and volumes of every step, set with
+kfp-kubernetes. Nothing here changes a result.
 """
 
 from typing import Any
@@ -14,24 +14,25 @@ from components.stages import BY_NAME
 from components.training.train_job import HOME, MLFLOW_KEYS, S3_KEYS, VARIABLE, labels
 
 RUN_LABEL = "metadata.labels['pipeline/runid']"
-"""Kubeflow's label with the run's id, documented in kfp-kubernetes' README for use as an environment variable."""
+"""Kubeflow's label with the run's id; kfp-kubernetes' README documents its use as an environment variable."""
 GIT_KEYS = {"username": "GIT_USERNAME", "password": "GIT_PASSWORD"}
 
 
 def check(config: Config) -> None:
-    """Refuse what can run on a laptop but not in a cluster.
+    """Reject settings that work on a laptop but not in a cluster.
 
     Raises:
-        InputError: a setting that a pod cannot follow.
+        InputError: a setting that does not work in a pod.
     """
     if not config.cluster.mlflow_uri:
         raise InputError(
-            "cluster.mlflow_uri is empty: pods share no SQLite file; name your MLflow server, such as http://mlflow:5000"
+            "cluster.mlflow_uri is empty: pods cannot share a SQLite file; name your MLflow server, such as"
+            " http://mlflow:5000"
         )
     if config.cluster.nodes > 1 and not config.cluster.state:
         raise InputError(
-            f"cluster.nodes={config.cluster.nodes}, cluster.state is empty: data, model and checkpoints travel there;"
-            " set it to pvc:CLAIM (ReadWriteMany) or s3://bucket/prefix"
+            f"cluster.nodes={config.cluster.nodes}, cluster.state is empty: the nodes share data, model and"
+            " checkpoints there; set it to pvc:CLAIM (ReadWriteMany) or s3://bucket/prefix"
         )
     repo = config.data.repo
     if config.data.revision == "workspace" or "://" not in repo or repo.startswith("file:"):
@@ -42,22 +43,22 @@ def check(config: Config) -> None:
 
 
 def for_its_hardware(config: Config, runner: str) -> Config:
-    """The configuration with `model.hardware` definite: what the steps will run on.
+    """The configuration with `model.hardware` resolved to what the steps will run on.
 
     Args:
         config: the whole configuration.
-        runner: `kubeflow`, where the section `cluster` says it; `subprocess`, this machine; or `docker`, whose
+        runner: `kubeflow`, whose hardware the section `cluster` gives; `subprocess`, this machine; or `docker`, whose
             containers see no GPU.
     """
     if config.model.hardware != "auto":
         return config
     if runner == "kubeflow":
-        found = "gpu+bf16" if config.cluster.train.gpus else "cpu"
+        resolved = "gpu+bf16" if config.cluster.train.gpus else "cpu"
     else:
         from components.engine.hardware import hardware
 
-        found = hardware(gpu=runner != "docker")
-    return config.model_copy(update={"model": config.model.model_copy(update={"hardware": found})})
+        resolved = hardware(gpu=runner != "docker")
+    return config.model_copy(update={"model": config.model.model_copy(update={"hardware": resolved})})
 
 
 def pipeline_config(cluster: ClusterConfig) -> dsl.PipelineConfig:
@@ -68,14 +69,14 @@ def pipeline_config(cluster: ClusterConfig) -> dsl.PipelineConfig:
 def configure(task: Any, cluster: ClusterConfig) -> None:
     """Give a task its image, environment, resources, volumes and retries."""
     stage = BY_NAME[task.name]
-    follows = cluster.nodes > 1 and stage.several_nodes
-    trains = stage.image == "train" and not follows
+    launches_train_job = cluster.nodes > 1 and stage.several_nodes
+    trains = stage.image == "train" and not launches_train_job
     task.set_container_image((cluster.train_image or TRAIN_IMAGE) if trains else (cluster.data_image or DATA_IMAGE))
     kubernetes.set_image_pull_policy(task, cluster.pull_policy)
     if cluster.pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(cluster.pull_secrets))
     _environment(task, cluster)
-    if follows:
+    if launches_train_job:
         task.set_env_variable(VARIABLE, cluster.model_dump_json())
     _resources(task, cluster, trains)
     kubernetes.set_security_context(task, run_as_user=cluster.run_as_user, run_as_group=0, run_as_non_root=True)
@@ -87,10 +88,10 @@ def configure(task: Any, cluster: ClusterConfig) -> None:
 
 
 def pod_template(cluster: ClusterConfig) -> str:
-    """Name of the Argo template that Kubeflow makes for a step configured like this; pods are named after it.
+    """Name of the Argo template that Kubeflow creates for a step of this configuration; pods are named after it.
 
-    kubeflow/pipelines 2.17, argocompiler/container.go, addContainerExecutorTemplate: with numbers of annotations and
-    labels, and `retry` when there may be retries.
+    kubeflow/pipelines 2.17, argocompiler/container.go, addContainerExecutorTemplate: the name contains the numbers of
+    annotations and labels, and `retry` if retries are configured.
     """
     retry = "retry-" if cluster.retries else ""
     return f"metadata-0-{len(labels('', cluster))}-{retry}system-container-impl"
@@ -119,9 +120,9 @@ def _environment(task: Any, cluster: ClusterConfig) -> None:
 
 
 def _resources(task: Any, cluster: ClusterConfig, trains: bool) -> None:
-    wanted = cluster.train if trains else cluster.data
-    task.set_cpu_request(wanted.cpu).set_cpu_limit(wanted.cpu)
-    task.set_memory_request(wanted.memory).set_memory_limit(wanted.memory)
+    resources = cluster.train if trains else cluster.data
+    task.set_cpu_request(resources.cpu).set_cpu_limit(resources.cpu)
+    task.set_memory_request(resources.memory).set_memory_limit(resources.memory)
     if not trains:
         return
     train = cluster.train

@@ -9,6 +9,11 @@ from components.tracking import store
 
 
 def project_folder(project: Path | None) -> Path:
+    """The given project folder, or the nearest one with params.yaml; also the default of KUBEALIGN_HOME.
+
+    Raises:
+        InputError: there is no params.yaml.
+    """
     here = Path.cwd()
     folders = [project.resolve()] if project else [here, *here.parents]
     for folder in folders:
@@ -19,8 +24,10 @@ def project_folder(project: Path | None) -> Path:
 
 
 def run_config(root: Path, overrides: list[str]) -> Config:
-    """The configuration of a run, in which `prepare` cannot be changed: DVC's stage has done that part before."""
+    """The configuration of a run; overrides of `prepare` are rejected, since DVC prepares the data before a run."""
     for override in overrides:
         if override.strip().startswith("prepare."):
-            raise InputError(f"--set {override}: the data is made before a run; change params.yaml and run `make data`")
+            raise InputError(
+                f"--set {override}: the data is prepared before a run; change params.yaml and run `make data`"
+            )
     return load_config(root / PARAMS, overrides)

@@ -1,4 +1,4 @@
-"""Is a version what was registered, and how is it made again: its files, its logits, its origin."""
+"""Verification of a registered version's files and logits, and its provenance, from which to reproduce it."""
 
 import tempfile
 from collections.abc import Iterator
@@ -24,40 +24,40 @@ TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class Check:
-    """What was looked at, and what was found."""
+class VersionCheck:
+    """The outcome of one check of a version."""
 
     name: str
     outcome: Literal["pass", "warn", "fail"]
     sentence: str
 
 
-def verify(client: Any, name: str, version: Any) -> list[Check]:
+def verify(client: Any, name: str, version: Any) -> list[VersionCheck]:
     """Check a version against what was recorded when it was registered.
 
     Args:
-        client: of MLflow.
+        client: MLflow client.
         name: the registered model.
-        version: MLflow's entity.
+        version: MLflow's `ModelVersion`.
 
     Raises:
         KubealignError: the version was not registered by this project, or cannot be downloaded.
     """
     import mlflow
 
-    checks = [_run(client, version), _audit(client, name)]
+    checks = [_check_run(client, version), _check_audit(client, name)]
     with tempfile.TemporaryDirectory() as scratch:
         uri = f"models:/{name}/{version.version}"
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch))
-        files = _files(version, folder)
+        files = _check_files(version, folder)
         checks.append(files)
-        # Nothing is loaded whose hash is wrong.
+        # A model whose hash is wrong is never loaded.
         if files.outcome == "pass":
-            checks.append(_logits(folder))
+            checks.append(_check_logits(folder))
     return checks
 
 
-def _run(client: Any, version: Any) -> Check:
+def _check_run(client: Any, version: Any) -> VersionCheck:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -65,34 +65,34 @@ def _run(client: Any, version: Any) -> Check:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        return Check("run", "warn", f"the run {version.run_id} that made it is gone")
+        return VersionCheck("run", "warn", f"the run {version.run_id} that made it no longer exists")
     if stage != "active":
-        return Check(
+        return VersionCheck(
             "run",
             "warn",
-            f"the run {version.run_id} is marked deleted: `mlflow gc` would take the model with it; `mlflow runs"
-            f" restore --run-id {version.run_id}` brings it back",
+            f"the run {version.run_id} is marked deleted: `mlflow gc` would delete the model with it; `mlflow runs"
+            f" restore --run-id {version.run_id}` restores it",
         )
-    return Check("run", "pass", f"run {version.run_id} is there")
+    return VersionCheck("run", "pass", f"run {version.run_id} exists")
 
 
-def _audit(client: Any, name: str) -> Check:
+def _check_audit(client: Any, name: str) -> VersionCheck:
     try:
         audit = Audit.find(client, name)
         champions = audit.champions() if audit else []
     except KubealignError as error:
-        return Check("history", "warn", str(error))
-    return Check("history", "pass", f"{len(champions)} champions so far")
+        return VersionCheck("history", "warn", str(error))
+    return VersionCheck("history", "pass", f"{len(champions)} champions so far")
 
 
-def _files(version: Any, folder: Path) -> Check:
-    if wrong := manifest_mismatch(version, folder):
-        return Check("files", "fail", f"{wrong}: not what was registered")
+def _check_files(version: Any, folder: Path) -> VersionCheck:
+    if mismatch := manifest_mismatch(version, folder):
+        return VersionCheck("files", "fail", f"{mismatch}: not what was registered")
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    return Check("files", "pass", f"{len(sizes)} files, {sum(sizes) / 1e6:.0f} MB, have the registered sha256")
+    return VersionCheck("files", "pass", f"{len(sizes)} files, {sum(sizes) / 1e6:.0f} MB, have the registered sha256")
 
 
-def _logits(folder: Path) -> Check:
+def _check_logits(folder: Path) -> VersionCheck:
     import mlflow
     import torch
 
@@ -102,40 +102,43 @@ def _logits(folder: Path) -> Check:
     model = mlflow.pyfunc.load_model(str(folder)).unwrap_python_model().model
     with torch.no_grad():
         logits_V = model(input_ids=torch.tensor([stored["tokens"]]), use_cache=False).logits[0, -1].float()
-    picked = torch.linspace(0, len(logits_V) - 1, len(stored["logits"])).long()
-    difference = float((logits_V[picked] - torch.tensor(stored["logits"])).abs().max())
+    sample = torch.linspace(0, len(logits_V) - 1, len(stored["logits"])).long()
+    difference = float((logits_V[sample] - torch.tensor(stored["logits"])).abs().max())
     outcome: Literal["pass", "fail"] = "pass" if difference <= TOLERANCE else "fail"
-    return Check("logits", outcome, f"loaded; differ by at most {difference:.1e} from those at registration")
+    return VersionCheck(
+        "logits", outcome, f"loaded; they differ by at most {difference:.1e} from those recorded at registration"
+    )
 
 
 def reproduce(version: Any, project: Path, out: Path | None) -> Iterator[str]:
-    """What is needed to make a version again, line by line, and its checkout.
+    """Check out a version's code, and yield its provenance and how to reproduce it, line by line.
 
     Args:
-        version: MLflow's entity.
+        version: MLflow's `ModelVersion`.
         project: this project's folder, whose git history holds the commit.
-        out: folder for the checkout; None to only say.
+        out: folder for the checkout; None for the lines alone.
 
     Raises:
-        InputError: `out` is there already, or the commit is not in the project's history.
+        InputError: `out` is not empty, or the commit is not in the project's history.
+        KubealignError: kubealign did not register the version.
     """
     import mlflow
 
     tags = {key.removeprefix("kubealign."): value for key, value in version.tags.items()}
     if "lineage" not in tags:
         raise KubealignError(
-            f"{version.name} version {version.version} carries no lineage: kubealign did not register it"
+            f"{version.name} version {version.version} has no lineage tag: kubealign did not register it"
         )
     commit = tags["git_commit"].removesuffix("-dirty")
     yield f"code      commit {commit}"
     digests = f"preferences {tags['preferences_digest']}, instructions {tags['instructions_digest']}"
     yield f"data      {tags['data_commit']}: {digests}"
     yield f"base      {tags['base_reference']}, digest {tags['base_digest']}"
-    yield f"lineage   {tags['lineage']}; a run that prints the same one repeats this version"
+    yield f"lineage   {tags['lineage']}; a run with the same lineage reproduces this version"
     if tags["git_dirty"] == "true":
-        yield "warning   the code had changes that no commit holds; the run will have another lineage"
+        yield "warning   the code had uncommitted changes; the run will have another lineage"
     if tags["data_clean"] != "true":
-        yield "warning   the data was not what a commit records; compare the digests above"
+        yield "warning   the data did not match any commit; compare the digests above"
     with tempfile.TemporaryDirectory() as scratch:
         source = f"models:/{version.name}/{version.version}/artifacts"
         recorded, settings, training = (
@@ -148,12 +151,12 @@ def reproduce(version: Any, project: Path, out: Path | None) -> Iterator[str]:
         facts = parse_document(training, DpoTraining, f"{source}/training.json", unknown="ignore")
         yield from _hardware(yaml.safe_load(settings)["model"], facts["precision"])
         if out is None:
-            yield "to check it out: the same command with --out FOLDER"
+            yield "to check it out, add --out FOLDER"
             return
         _check_out(project, commit, out)
         _write_params(out, yaml.safe_load(settings), project, tags["data_commit"])
         write_text(out / "environment.txt", recorded)
-    yield f"checked out to {out}, with the settings of that run in {PARAMS} and its packages in environment.txt; then:"
+    yield f"checked out to {out}, with that run's settings in {PARAMS} and its packages in environment.txt; next:"
     yield f"  cd {out} && make data && .venv/bin/kubealign run"
 
 
@@ -161,11 +164,12 @@ def _packages(recorded: str) -> Iterator[str]:
     then, now = (dict(line.split("==") for line in text.split()) for text in (recorded, environment()))
     differing = [f"{name} {then[name]} (here {now.get(name, 'none')})" for name in then if now.get(name) != then[name]]
     more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
-    yield f"packages  {len(then)}, " + (f"different here: {', '.join(differing[:8])}{more}" if differing else "as here")
+    comparison = f"different here: {', '.join(differing[:8])}{more}" if differing else "same as here"
+    yield f"packages  {len(then)}, {comparison}"
 
 
 def _hardware(model: dict[str, Any], precision: str) -> Iterator[str]:
-    """What the version was trained for and in, and whether this machine would compute the same."""
+    """The hardware and precision that a version was trained with, and a warning if this machine's differ."""
     from components.engine.hardware import hardware
 
     settings = {"precision": precision, "hardware": model.get("hardware", "auto")}
@@ -174,22 +178,22 @@ def _hardware(model: dict[str, Any], precision: str) -> Iterator[str]:
     yield f"hardware  {trained.hardware}, in {trained.precision}"
     if trained.hardware != here.hardware:
         yield (
-            f"warning   this machine is {here.hardware}, on which these settings would give other weights, so a run"
-            f" here refuses them; a run with --set model.hardware={here.hardware} has another lineage"
+            f"warning   this machine is {here.hardware}, where these settings would give other weights, so a run here"
+            f" rejects them; a run with --set model.hardware={here.hardware} has another lineage"
         )
 
 
 def _check_out(project: Path, commit: str, out: Path) -> None:
     if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out}: not empty; name a folder that is not there yet")
+        raise InputError(f"{out}: not empty; name a new folder")
     repo = git.top_folder(project)
-    found = git.find_commit(repo, commit)
+    sha = git.find_commit(repo, commit)
     git.run(repo, "clone", "--quiet", "--no-checkout", "--", str(repo), str(out.resolve()))
-    git.run(out, "reset", "--quiet", "--hard", found)
+    git.run(out, "reset", "--quiet", "--hard", sha)
 
 
 def _write_params(out: Path, settings: JsonObject, project: Path, data_commit: str) -> None:
-    """The run's settings in params.yaml of the checkout; its own data repository is the checkout itself."""
+    """Write the run's settings to the checkout's params.yaml; if the project held the data, the checkout does now."""
     path = out / PARAMS
     raw = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if Path(settings["data"]["repo"]) == project:
@@ -197,4 +201,4 @@ def _write_params(out: Path, settings: JsonObject, project: Path, data_commit: s
     if data_commit != "workspace":
         settings["data"]["revision"] = data_commit
     text = yaml.safe_dump(raw | settings, sort_keys=False, allow_unicode=True)
-    write_text(path, f"# The settings of the run that is to be repeated.\n{text}")
+    write_text(path, f"# The settings of the run to reproduce.\n{text}")

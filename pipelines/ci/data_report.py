@@ -1,6 +1,7 @@
-"""`kubealign ci data-report`: what a pull request does to the data, and whether validation takes it; as Markdown.
+"""`kubealign ci data-report`: a Markdown report of what a pull request changes in the data and whether validation
+accepts it.
 
-Refused rows are named by file, line and id, with the checks that they fail; nothing that a row says is repeated.
+Quarantined rows are listed by file, line and id, with the checks that they fail; their text is never quoted.
 """
 
 import json
@@ -29,13 +30,13 @@ from pipelines.quiet import QUIET
 
 MARKER = "<!-- kubealign:data -->"
 MAX_ROWS = 50
-"""Refused rows that are listed; the others are counted."""
+"""Quarantined rows to list; the rest are only counted."""
 ID = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
 class Report:
-    """The Markdown text, and whether validation takes the data."""
+    """The Markdown text, and whether validation accepts the data."""
 
     text: str
     accepted: bool
@@ -46,47 +47,47 @@ def data_report(root: Path, base: str, head: str) -> Report:
 
     Args:
         root: the project's folder.
-        base: a commit; empty for where the head left the main branch.
+        base: a commit; empty for the point where the head branched off the main branch.
         head: a commit.
 
     Raises:
-        InputError: no such commit, or the data is another repository's.
+        InputError: no such commit, or the data is in another repository.
     """
     config = load_config(root / PARAMS)
     repo, folder = find_repository(root)
-    last = find_commit(repo, head)
-    first = find_commit(repo, base) if base.strip("0") else default_base(repo, last)
+    head_commit = find_commit(repo, head)
+    base_commit = find_commit(repo, base) if base.strip("0") else default_base(repo, head_commit)
     if not is_own(repo, folder, config.data.repo):
-        raise InputError(f"data.repo={config.data.repo} is another repository: report on the data there")
-    unchanged = not data_changed(Revision(repo, folder, first), Revision(repo, folder, last))
-    lines = [MARKER, f"## Data: `{first[:12]}` → `{last[:12]}`", ""]
+        raise InputError(f"data.repo={config.data.repo} is another repository; run the report in that one")
+    unchanged = not data_changed(Revision(repo, folder, base_commit), Revision(repo, folder, head_commit))
+    lines = [MARKER, f"## Data: `{base_commit[:12]}` → `{head_commit[:12]}`", ""]
     if unchanged:
-        return Report("\n".join([*lines, "Neither the data nor its settings change.", ""]), accepted=True)
+        return Report("\n".join([*lines, "Neither the data nor its settings changed.", ""]), accepted=True)
     try:
-        lines += _difference(config, root, first, last)
-        accepted, found = _validation(root, config, last)
+        lines += _difference(config, root, base_commit, head_commit)
+        accepted, findings = _validation(root, config, head_commit)
     except InputError as error:
-        accepted, found = False, [f"**Refused**: {error}"]
-    lines += ["", f"## Validation: {'accepted' if accepted else 'refused'}", "", *found]
+        accepted, findings = False, [f"**Rejected**: {error}"]
+    lines += ["", f"## Validation: {'accepted' if accepted else 'rejected'}", "", *findings]
     return Report("\n".join(lines) + "\n", accepted)
 
 
 def _difference(config: Config, root: Path, base: str, head: str) -> list[str]:
     """Markdown lines: rows added, removed and changed, by data set, language and source."""
     data = config.data.model_copy(update={"repo": str(root)})
-    found = diff(data, base, head)
-    if not found:
-        return ["No row of the data changes."]
+    difference = diff(data, base, head)
+    if not difference:
+        return ["No rows changed."]
     lines = ["| data set | language | source | added | removed | changed |", "|---|---|---|---:|---:|---:|"]
     total: Counter[str] = Counter()
-    for place, counts in found.items():
+    for key, counts in difference.items():
         total += counts
-        lines.append(f"| {' | '.join([*map(_word, place), *(str(counts[kind]) for kind in KINDS)])} |")
+        lines.append(f"| {' | '.join([*map(_safe_label, key), *(str(counts[kind]) for kind in KINDS)])} |")
     return [*lines, f"| all | | | {' | '.join(str(total[kind]) for kind in KINDS)} |"]
 
 
-def _word(text: str) -> str:
-    """A word that the data gives, if it is one: a report must not show, nor a table break at, what rows hold."""
+def _safe_label(text: str) -> str:
+    """A label from the data, if it is a plain word; the report must not leak row text, nor its tables break on it."""
     return text if re.fullmatch(r"[\w.-]{1,60}", text) else "(other)"
 
 
@@ -99,62 +100,62 @@ def _object(line: str) -> JsonObject:
 
 
 def _validation(root: Path, config: Config, commit: str) -> tuple[bool, list[str]]:
-    """Fetch and validate the data of a commit, in processes and an MLflow of their own."""
+    """Fetch and validate the data of a commit, in separate processes with a temporary MLflow store."""
     with TemporaryDirectory(prefix="kubealign-") as temporary:
         folder = Path(temporary)
         sections = with_absolute_paths(config, root).sections()
         sections["data"] |= {"repo": str(root), "revision": commit}
         (folder / PARAMS).write_text(yaml.safe_dump(sections, allow_unicode=True), encoding="utf-8")
         common = ["--params", str(folder / PARAMS)]
-        fetched = ["--dataset", str(folder / "dataset"), "--base", str(folder / "base")]
+        inputs = ["--dataset", str(folder / "dataset"), "--base", str(folder / "base")]
         problem = _step(folder, "fetch", "--out", str(folder), *common)
         if problem:
-            return False, [f"**The data cannot be had**: {problem}"]
-        problem = _step(folder, "validate", *fetched, "--out", str(folder / "out"), *common)
-        lines = [f"**Refused**: {problem}", ""] if problem else []
-        lines += _refused(folder)
+            return False, [f"**The data cannot be fetched**: {problem}"]
+        problem = _step(folder, "validate", *inputs, "--out", str(folder / "out"), *common)
+        lines = [f"**Rejected**: {problem}", ""] if problem else []
+        lines += _quarantine_lines(folder)
         report = folder / "out" / "report.md"
         if report.is_file():
             lines += [line for line in report.read_text(encoding="utf-8").splitlines() if not line.startswith("# ")]
         return not problem, lines
 
 
-def _step(folder: Path, *words: str) -> str:
-    """Run a stage; returns its error message, or nothing."""
+def _step(folder: Path, *args: str) -> str:
+    """Run a stage; returns its error message, or an empty string."""
     own = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", store.HOME_VARIABLE: str(folder / "home")}
-    if os.environ.get("MLFLOW_TRACKING_URI"):  # a base model may be in the team's registry; runs are not for it
+    if os.environ.get("MLFLOW_TRACKING_URI"):  # the base model may be in the team's registry
         own.setdefault("MLFLOW_REGISTRY_URI", os.environ.get("MLFLOW_REGISTRY_URI") or store.tracking_uri())
-    unwanted = (*PARENT_VARIABLES, KFP_RUN_VARIABLE)
-    inherited = {name: value for name, value in os.environ.items() if name not in unwanted}
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "components", *words],
+    not_inherited = (*PARENT_VARIABLES, KFP_RUN_VARIABLE)
+    inherited = {name: value for name, value in os.environ.items() if name not in not_inherited}
+    process = subprocess.run(
+        [sys.executable, "-P", "-m", "components", *args],
         env=QUIET | inherited | own,
         capture_output=True,
         text=True,
         check=False,
     )
-    if not done.returncode:
+    if not process.returncode:
         return ""
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    said = errors[-1].removeprefix("error: ") if errors else f"{words[0]} ended with code {done.returncode}"
-    return store.without_credentials(said).replace(f"{folder}/", "")
+    errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    message = errors[-1].removeprefix("error: ") if errors else f"{args[0]} exited with code {process.returncode}"
+    return store.without_credentials(message).replace(f"{folder}/", "")
 
 
-def _refused(folder: Path) -> list[str]:
-    """A table of the rows that validation set aside: where they stand and why."""
+def _quarantine_lines(folder: Path) -> list[str]:
+    """A Markdown table of the rows that validation quarantined: file, line, id and failed checks."""
     file = folder / "out" / "clean" / "quarantine.jsonl"
     rows = [_object(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
     if not rows:
         return []
     counts = Counter(str(reason) for row in rows for reason in row["reasons"])
-    lines = [f"{len(rows)} rows set aside: {', '.join(f'{name} {n}' for name, n in counts.most_common())}", ""]
+    lines = [f"{len(rows)} rows quarantined: {', '.join(f'{name} {n}' for name, n in counts.most_common())}", ""]
     lines += ["| file | line | row | checks |", "|---|---:|---|---|"]
     rows = [row for row in rows if row["reasons"] != ["too_long"]]
-    places = {name: _lines_of(folder / "dataset" / name) for name in {_file(row) for row in rows[:MAX_ROWS]}}
+    line_numbers = {name: _line_numbers(folder / "dataset" / name) for name in {_file(row) for row in rows[:MAX_ROWS]}}
     for row in rows[:MAX_ROWS]:
         name, value = _file(row), row.get("row")
         identity = str(value.get("id")) if isinstance(value, dict) else ""
-        line = row.get("line") or places[name].get(json.dumps(value, sort_keys=True), "")
+        line = row.get("line") or line_numbers[name].get(json.dumps(value, sort_keys=True), "")
         shown = identity if ID.fullmatch(identity) else "(no id)"
         lines.append(f"| data/{name} | {line} | {shown} | {', '.join(map(str, row['reasons']))} |")
     if len(rows) > MAX_ROWS:
@@ -166,7 +167,7 @@ def _file(row: JsonObject) -> str:
     return f"{row['data_set']}/{row['split']}.jsonl"
 
 
-def _lines_of(path: Path) -> dict[str, int]:
-    """The line number of every row of a file."""
+def _line_numbers(path: Path) -> dict[str, int]:
+    """The line number of every row of a file, by the row as JSON with sorted keys."""
     lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
     return {json.dumps(_object(line), sort_keys=True): n for n, line in enumerate(lines, start=1) if line.strip()}

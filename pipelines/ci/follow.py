@@ -1,7 +1,7 @@
-"""A retraining on Kubeflow: started once, followed to its end, canceled by a signal.
+"""A retraining on Kubeflow: start the run at most once, follow it to its end, cancel it on a signal.
 
-A run is named by its key, so that whoever comes later, and whatever answer was lost, finds the one that is under way; a
-state file keeps its id.
+The run's name contains its key, so a later call finds the active run even if the server's answer to the start was lost;
+a state file records the run's id.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ from pipelines.kubeflow import RunState, Server, submit
 STATE = "retrain.json"
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0
 CANCEL_WITHIN_S = 6.0
-"""CI systems end a job for good some seconds after they asked it to stop; GitHub Actions after ten."""
+"""Time limit for canceling: CI systems kill a job some seconds after asking it to stop, GitHub Actions after ten."""
 T = TypeVar("T")
 
 
 def run_on_kubeflow(job: Job) -> tuple[str, str]:
-    """Run on Kubeflow, or follow the run that is under way; returns the parent run's id in MLflow and a link."""
+    """Run on Kubeflow, or follow the run already in progress; returns the parent run's id in MLflow and a link."""
     server = Server(job.config.cluster)
     state = _state(job, server)
     file = job.out / STATE
@@ -58,7 +58,7 @@ def run_on_kubeflow(job: Job) -> tuple[str, str]:
         if not error.retryable:
             file.unlink(missing_ok=True)
             raise
-        raise RunPendingError(f"{error}\nnothing is lost; the same command goes on: {_command()}") from error
+        raise RunPendingError(f"{error}\nnothing is lost; run the same command to resume: {_command()}") from error
     file.unlink(missing_ok=True)
     if ended.state != "SUCCEEDED":
         raise KubealignError(_failure(server, ended))
@@ -66,29 +66,29 @@ def run_on_kubeflow(job: Job) -> tuple[str, str]:
 
 
 def _state(job: Job, server: Server) -> dict[str, str]:
-    """What is known of the run of this key: from the state file, or as it will be."""
+    """The state of the run with this key: from the state file, or that of a run yet to start."""
     file = job.out / STATE
     if file.is_file():
-        found = read_json(file)
-        if (found.get("key"), found.get("endpoint")) == (job.key, server.endpoint):
-            job.log(f"going on with run {found['run_id'] or '(not started yet)'} of {file}")
-            return dict(found)
+        state = read_json(file)
+        if (state.get("key"), state.get("endpoint")) == (job.key, server.endpoint):
+            job.log(f"resuming run {state['run_id'] or '(not started yet)'} from {file}")
+            return dict(state)
     name = f"{NAME} {job.commit[:12]} {job.key}" + (f" again {uuid.uuid4().hex[:8]}" if job.rerun else "")
     return {"key": job.key, "endpoint": server.endpoint, "name": name, "run_id": ""}
 
 
 def _adopt_or_start(job: Job, server: Server, name: str) -> str:
-    under_way = server.under_way(name)
-    if under_way:
-        job.log(f"a run of this key is under way: {under_way[0]}")
-        return under_way[0]
+    active = server.active_runs(name)
+    if active:
+        job.log(f"a run with this key is already in progress: {active[0]}")
+        return active[0]
     run_id, version = submit(job.config, server, name=name, caching=not job.rerun)
     job.log(f"run {run_id} of version {version}")
     return run_id
 
 
 def _retry(job: Job, retry_timeout_s: float, call: Callable[[], T]) -> T:
-    """Call until the server answers, for a bounded time, with longer and longer pauses."""
+    """Call until the server answers, for at most `retry_timeout_s` seconds, with exponential backoff."""
     deadline, delay_s = time.monotonic() + retry_timeout_s, FIRST_DELAY_S
     while True:
         try:
@@ -96,13 +96,13 @@ def _retry(job: Job, retry_timeout_s: float, call: Callable[[], T]) -> T:
         except KubeflowApiError as error:
             if not error.retryable or time.monotonic() + delay_s > deadline:
                 raise
-            job.log(f"{error}; again in {delay_s:.0f} s")
+            job.log(f"{error}; retrying in {delay_s:.0f} s")
             time.sleep(delay_s)
             delay_s = min(2 * delay_s, LONGEST_DELAY_S)
 
 
 def _log_changes(job: Job) -> Callable[[RunState], None]:
-    """A callback for `Server.wait` that logs each change of a step's state."""
+    """A callback for `Server.wait` that logs every change of a step's state."""
     shown: dict[str, str] = {}
 
     def on_change(state: RunState) -> None:
@@ -116,21 +116,21 @@ def _log_changes(job: Job) -> Callable[[RunState], None]:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `InterruptedRunError`, once."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
+    """Make the first SIGINT or SIGTERM raise `InterruptedRunError`; later ones are ignored."""
+    handled = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in handled}
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        for each in numbers:
-            signal.signal(each, lambda *_: None)
+        for handled_number in handled:
+            signal.signal(handled_number, lambda *_: None)
         raise InterruptedRunError(number, "canceled")
 
-    for number in numbers:
+    for number in handled:
         signal.signal(number, stop)
     try:
         yield
     except InterruptedRunError:
-        raise  # a second signal must not end the cancelling
+        raise  # a second signal must not interrupt the cancellation
     except BaseException:
         _restore(before)
         raise
@@ -144,32 +144,32 @@ def _restore(before: dict[signal.Signals, Any]) -> None:
 
 
 def cancel_left(root: Path, out: Path) -> list[str]:
-    """End the run that the state file in `out` names, if there is one; returns what was done, in sentences."""
+    """Cancel the run that the state file in `out` names, if any; returns log lines of what was done."""
     file = out / STATE
     if not file.is_file():
-        return ["no run is under way"]
+        return ["no run is in progress"]
     state = read_json(file)
     server = Server(load_config(root / PARAMS).cluster)
-    told = []
-    for run_id in [state["run_id"]] if state["run_id"] else server.under_way(state["name"]):
+    lines = []
+    for run_id in [state["run_id"]] if state["run_id"] else server.active_runs(state["name"]):
         server.cancel(run_id)
-        told.append(f"{run_id}: is being canceled")
+        lines.append(f"{run_id}: cancellation requested")
     file.unlink()
-    return told
+    return lines
 
 
 def _cancel(job: Job, server: Server, state: dict[str, str]) -> None:
-    """End the run, also one whose id was never heard."""
+    """Cancel the run, even if its id never arrived."""
 
     def cancel() -> None:
-        for run_id in [state["run_id"]] if state["run_id"] else server.under_way(state["name"]):
+        for run_id in [state["run_id"]] if state["run_id"] else server.active_runs(state["name"]):
             server.cancel(run_id)
-            job.log(f"{run_id}: is being canceled")
+            job.log(f"{run_id}: cancellation requested")
 
     try:
         _retry(job, CANCEL_WITHIN_S, cancel)
     except KubeflowApiError as error:
-        print(f"warning: the run could not be canceled: {error}; `kubealign ci cancel` does", file=sys.stderr)
+        print(f"warning: the run could not be canceled: {error}; try `kubealign ci cancel`", file=sys.stderr)
     else:
         (job.out / STATE).unlink(missing_ok=True)
 
@@ -184,16 +184,17 @@ def _failure(server: Server, ended: RunState) -> str:
 
 
 def _parent_of(kfp_run: str) -> str:
-    """The parent run in MLflow of a run on Kubeflow."""
+    """The id of the MLflow parent run of a run on Kubeflow."""
     client = store.client()
     query = f"tags.`kubealign.kfp_run` = '{kfp_run}'"
-    found = client.search_runs([store.experiment_id(client)], query, max_results=1)
-    if not found:
+    runs = client.search_runs([store.experiment_id(client)], query, max_results=1)
+    if not runs:
         where = store.without_credentials(store.tracking_uri())
         raise KubealignError(
-            f"run {kfp_run} succeeded, but MLflow at {where} knows nothing of it; is it another server?"
+            f"run {kfp_run} succeeded, but MLflow at {where} has no record of it; is MLFLOW_TRACKING_URI the server of"
+            " cluster.mlflow_uri?"
         )
-    return str(found[0].info.run_id)
+    return str(runs[0].info.run_id)
 
 
 def _command() -> str:

@@ -1,4 +1,4 @@
-"""What a retraining is to train: the commit that is checked out, its data, and the key that they have."""
+"""The job of a retraining: the checked-out commit, its data, and the key derived from both."""
 
 import os
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ from pipelines.project import run_config
 
 @dataclass(frozen=True)
 class Job:
-    """One call of the command."""
+    """One call of `kubealign ci retrain`."""
 
     root: Path
     config: Config
-    """With the data's repository and commit as the runner gets them."""
+    """Has the data repository and commit as passed to the runner."""
     runner: str
     commit: str
     facts: Facts
-    """Without the champion of the registry."""
+    """Without the registry's champion."""
     rerun: bool
     out: Path
     retry_timeout_s: float
@@ -38,7 +38,7 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Names what a retraining would make and how it would be judged."""
+        """Identifies the model that a retraining would produce and how it would be evaluated."""
         return self.facts.config[:16]
 
     @property
@@ -59,32 +59,35 @@ def make_job(
     timeout_s: float,
     console: Console,
 ) -> Job:
-    """Settle what is to be trained: which commit, which data, and the key that they have.
+    """Resolve what to train: the commit, the data, and the key derived from both.
 
     Raises:
-        InputError: the project has uncommitted changes, or something that is named is not there.
+        InputError: the project has uncommitted changes, or the configuration names something that does not exist.
     """
     config = run_config(root, overrides)
     commit, own = _checkout(root, config)
     if own and any(override.strip().startswith("data.") for override in overrides):
-        raise InputError("the data is in this repository: a retraining takes it from the commit that is checked out")
+        raise InputError(
+            "--set data.…: the data is in this repository, so a retraining takes it from the checked-out commit;"
+            " check out the commit you want"
+        )
     local = _with_data(config, str(root), commit) if own else config
     facts = _facts(for_its_hardware(with_absolute_paths(local, root), runner))
     config = _with_data(config, own, commit) if own and runner == "kubeflow" else local
     if runner == "kubeflow":
-        _refuse_what_only_this_machine_has(config, own)
+        _check_reachable_from_cluster(config, own)
     return Job(root, config, runner, commit, facts, rerun, out, retry_timeout_s, timeout_s, console)
 
 
 def _facts(config: Config) -> Facts:
-    """The facts of a run, with the keys that its orders have, whoever is champion."""
+    """The facts of a run, with the keys of its orders; independent of the current champion."""
     model = config.model.resolved(config.model.hardware)
     sections = config.model_copy(update={"model": model}).sections()
     return with_keys(sections, resolve_facts(config.data, model))
 
 
 def _checkout(root: Path, config: Config) -> tuple[str, str]:
-    """The commit that is checked out, and the URL (or path) of its repository when the data is in it.
+    """The checked-out commit, and the URL (or path) of its repository if it also holds the data (otherwise empty).
 
     Raises:
         InputError: tracked files differ from the commit.
@@ -92,7 +95,7 @@ def _checkout(root: Path, config: Config) -> tuple[str, str]:
     repo, folder = find_repository(root)
     changed = changed_files(repo)
     if changed:
-        raise InputError(f"{', '.join(changed[:3])} differ from the commit that is checked out; commit first")
+        raise InputError(f"uncommitted changes in {', '.join(changed[:3])}; commit them first")
     own = is_own(repo, folder, config.data.repo)
     return find_commit(repo, "HEAD"), (origin(repo) or str(root)) if own else ""
 
@@ -102,11 +105,13 @@ def _with_data(config: Config, repo: str, commit: str) -> Config:
     return config.model_copy(update={"data": data})
 
 
-def _refuse_what_only_this_machine_has(config: Config, own: str) -> None:
+def _check_reachable_from_cluster(config: Config, own: str) -> None:
     if own and not is_url(own):
-        raise InputError("the repository has no remote `origin` with a URL, from which Kubeflow could get the data")
+        raise InputError(
+            "the repository has no remote `origin` with a URL, so Kubeflow cannot fetch the data from it; add one"
+        )
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         raise InputError(
-            f"MLFLOW_TRACKING_URI is not set; the verdict is read there: the server of cluster.mlflow_uri"
-            f" ({config.cluster.mlflow_uri}), as it is reached from here"
+            "MLFLOW_TRACKING_URI is not set; the verdict is read from there: set it to the server of cluster.mlflow_uri"
+            f" ({config.cluster.mlflow_uri}), at its address as seen from here"
         )

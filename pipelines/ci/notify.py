@@ -1,7 +1,8 @@
-"""Telling others of a verdict: a signed webhook, a comment that is kept up to date on a pull request, a commit status.
+"""Notifications of a verdict: a signed webhook, a pull-request comment that is kept up to date, a commit status.
 
-The webhook follows the Standard Webhooks specification (standardwebhooks.com, version 1.0): any of its libraries
-verifies it. GitHub's API is reached as in a job of GitHub Actions: GITHUB_TOKEN, GITHUB_REPOSITORY, GITHUB_API_URL.
+The webhook follows the Standard Webhooks specification (standardwebhooks.com, version 1.0), so any of its libraries can
+verify it. GitHub's API is configured by the variables of a GitHub Actions job: GITHUB_TOKEN, GITHUB_REPOSITORY,
+GITHUB_API_URL.
 """
 
 import base64
@@ -30,34 +31,34 @@ from components.common.errors import ApiError, InputError, KubealignError, Reque
 URL, SECRET = "KUBEALIGN_WEBHOOK_URL", "KUBEALIGN_WEBHOOK_SECRET"
 TRIES = 5
 FIRST_DELAY_S = 1.0
-"""The second try follows at once; before the third this is waited for twice, and twice as long before every further."""
+"""Backoff factor: the second try follows at once, the third after twice this, every further one after twice as long."""
 ANSWER_S = 10.0
-"""Seconds to connect, and seconds without a byte."""
+"""Connect timeout, and read timeout between two bytes."""
 RETRYABLE = (408, 425, 429, *range(500, 600))
-"""Answers after which a later try may succeed."""
+"""HTTP statuses after which a retry may succeed."""
 MAX_RETRY_AFTER_S = 60
 """The longest wait that a server's Retry-After can ask for."""
 MAX_COMMENT = 65_000
-"""GitHub takes 65536 characters."""
+"""GitHub accepts up to 65536 characters."""
 MARKER = re.compile(r"<!-- kubealign:[\w-]+ -->")
 
 
 def ask(method: str, url: str, body: bytes | None, headers: dict[str, str], shown: str, tries: int = TRIES) -> bytes:
-    """Make a request, again and again while the server fails or does not answer; returns the answer's body.
+    """Make an HTTP request, with retries while the server fails or does not answer; returns the response body.
 
-    A redirect is an error: what is signed or carries a token goes to the address that was configured.
+    A redirect is an error: signed content and tokens go only to the configured address.
 
     Args:
-        method: of HTTP.
+        method: HTTP method.
         url: the address, which may hold a secret.
-        body: what is sent.
-        headers: more of them.
-        shown: how an error names the server.
-        tries: how often; once for what must not happen twice.
+        body: the request body.
+        headers: the request headers.
+        shown: the server's name for error messages.
+        tries: maximum number of attempts; 1 for a request that must not be repeated.
 
     Raises:
-        RequestRejectedError: the server says no.
-        ApiError: it failed so often; a later try may succeed.
+        RequestRejectedError: the server rejected the request.
+        ApiError: every attempt failed; a later one may succeed.
     """
     retries = Retry(
         total=tries - 1,
@@ -74,7 +75,7 @@ def ask(method: str, url: str, body: bytes | None, headers: dict[str, str], show
         try:
             answer = session.request(method, url, data=body, headers=headers, timeout=ANSWER_S, allow_redirects=False)
         except requests.RequestException as error:
-            # Its message holds the address; the reason's name says enough.
+            # The message contains the address; the reason's type name is enough.
             reason = getattr(error.args[0], "reason", error) if error.args else error
             problem = f"does not answer ({type(reason).__name__})"
         else:
@@ -82,19 +83,19 @@ def ask(method: str, url: str, body: bytes | None, headers: dict[str, str], show
                 return answer.content
             problem = f"answered {answer.status_code}"
             if answer.status_code not in RETRYABLE:
-                said = " ".join(answer.content[:2000].decode(errors="replace").split())[:200]
-                raise RequestRejectedError(f"{shown} {problem}: {said}", answer.status_code)
+                message = " ".join(answer.content[:2000].decode(errors="replace").split())[:200]
+                raise RequestRejectedError(f"{shown} {problem}: {message}", answer.status_code)
     raise ApiError(f"{shown} {problem}" + (f", {tries} times" if tries > 1 else ""), retryable=True)
 
 
 def _unchanged(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    """Authentication that adds nothing; without one, requests would take a user from ~/.netrc in place of the token."""
+    """No-op authentication; without one, requests would replace the token by a user from ~/.netrc."""
     return request
 
 
 @contextmanager
 def _silent_urllib3() -> Iterator[None]:
-    """urllib3 logs the path of a request that it repeats, which for a webhook is a secret."""
+    """Silence urllib3, which logs the path of every request that it retries; a webhook's path is a secret."""
     logger = logging.getLogger("urllib3")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -106,7 +107,7 @@ def _silent_urllib3() -> Iterator[None]:
 
 @dataclass(frozen=True, repr=False)
 class Webhook:
-    """Where verdicts and failures are told. Neither the address, which often is a secret, nor the key is ever shown."""
+    """The receiver of verdicts and failures. Its address, which is often a secret, and its key are never shown."""
 
     url: str
     key: bytes
@@ -115,8 +116,8 @@ class Webhook:
         """Deliver an event.
 
         Args:
-            kind: such as `retrain.verdict`.
-            data: what happened, as JSON values.
+            kind: event type, such as `retrain.verdict`.
+            data: the event's payload, as JSON values.
 
         Raises:
             KubealignError: it could not be delivered.
@@ -136,19 +137,19 @@ class Webhook:
 
 
 def signature(key: bytes, delivery: str, seconds: str, body: bytes) -> str:
-    """The signature of a delivery: HMAC-SHA256 over its id, its time and its body (Standard Webhooks 1.0).
+    """The signature of a delivery: HMAC-SHA256 over its id, timestamp and body (Standard Webhooks 1.0).
 
-    Two lines that the package `standardwebhooks` has, too; it takes a secret of any length and a time without its zone.
+    The package `standardwebhooks` has the same two lines, but accepts secrets of any length and times without a zone.
     """
     digest = hmac.new(key, f"{delivery}.{seconds}.".encode() + body, hashlib.sha256).digest()
     return f"v1,{base64.b64encode(digest).decode()}"
 
 
 def webhook() -> Webhook | None:
-    """The webhook that the environment names, if any.
+    """The webhook configured in the environment, if any.
 
     Raises:
-        InputError: the address or the secret cannot be used.
+        InputError: the address or the secret is unusable.
     """
     url, secret = os.environ.get(URL, ""), os.environ.get(SECRET, "")
     if not url and not secret:
@@ -165,65 +166,65 @@ def webhook() -> Webhook | None:
         key = b""
     if not secret.startswith("whsec_") or not 24 <= len(key) <= 64:
         raise InputError(
-            f"{SECRET}: expected `whsec_` and 24 to 64 random bytes in base64, such as from"
+            f"{SECRET}: expected `whsec_` followed by 24 to 64 random bytes in base64, such as from"
             ' `echo "whsec_$(openssl rand -base64 32)"`'
         )
     return Webhook(url, key)
 
 
 class GitHub:
-    """A repository on GitHub, with the token of the job."""
+    """A repository on GitHub, accessed with the job's token."""
 
     def __init__(self) -> None:
         self.api = os.environ.get("GITHUB_API_URL", "https://api.github.com").rstrip("/")
         self.repository, self._token = os.environ.get("GITHUB_REPOSITORY", ""), os.environ.get("GITHUB_TOKEN", "")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repository) or not self._token:
-            raise InputError("GITHUB_REPOSITORY (owner/name) and GITHUB_TOKEN are needed, as a job of GitHub has them")
+            raise InputError("set GITHUB_REPOSITORY (owner/name) and GITHUB_TOKEN, as in a GitHub Actions job")
 
     def comment(self, text: str, pull_request: int, update_only: bool = False) -> str:
-        """Put a comment on a pull request, or update the one that begins with the same marker.
+        """Post a comment on a pull request, or update the one that begins with the same marker.
 
         Returns:
-            what was done: `made`, `updated`, or `none needed` when there is none and it was only to be updated.
+            the action taken: `created`, `updated`, or `none needed` when `update_only` found no comment to update.
 
         Raises:
             InputError: the text does not begin with a marker.
-            KubealignError: GitHub refuses or fails.
+            KubealignError: GitHub rejected the request or failed.
         """
         marker = MARKER.match(text)
         if not marker:
-            raise InputError("the comment's first line is no marker such as <!-- kubealign:data -->")
+            raise InputError("the comment's first line is not a marker such as <!-- kubealign:data -->")
         if len(text) > MAX_COMMENT:
-            text = f"{text[:MAX_COMMENT]}\n\n(cut here: a comment holds no more)"
-        for number in range(TRIES):
-            old = self._with_marker(pull_request, marker[0])
-            if any(self._update(comment, text) for comment in old):
+            text = f"{text[:MAX_COMMENT]}\n\n(truncated to GitHub's comment limit)"
+        for attempt in range(TRIES):
+            existing = self._comments_with_marker(pull_request, marker[0])
+            if any(self._update(comment, text) for comment in existing):
                 return "updated"
             if update_only:
                 return "none needed"
             try:
                 self._ask("POST", f"issues/{pull_request}/comments", {"body": text}, tries=1)
             except KubealignError as error:
-                # It may have been made all the same: look before the next try.
-                if not error.retryable or number + 1 == TRIES:
+                # It may have been created all the same: look for it before the next attempt.
+                if not error.retryable or attempt + 1 == TRIES:
                     raise
-                time.sleep(FIRST_DELAY_S * 2**number)
+                time.sleep(FIRST_DELAY_S * 2**attempt)
             else:
-                return "made"
+                return "created"
         raise AssertionError
 
-    def _with_marker(self, pull_request: int, marker: str) -> list[int]:
+    def _comments_with_marker(self, pull_request: int, marker: str) -> list[int]:
         """Ids of the comments that begin with the marker."""
         ids: list[int] = []
-        page, full = 1, True
-        while full:
-            found = self._ask("GET", f"issues/{pull_request}/comments?per_page=100&page={page}")
-            ids += [int(entry["id"]) for entry in found if str(entry.get("body", "")).startswith(marker)]
-            page, full = page + 1, len(found) == 100
+        page, has_more = 1, True
+        while has_more:
+            comments = self._ask("GET", f"issues/{pull_request}/comments?per_page=100&page={page}")
+            ids += [int(entry["id"]) for entry in comments if str(entry.get("body", "")).startswith(marker)]
+            page, has_more = page + 1, len(comments) == 100
         return ids
 
     def _update(self, comment: int, text: str) -> bool:
-        """Give a comment a new text; False when it is somebody else's, with our marker in it."""
+        """Replace a comment's text; returns False if it is somebody else's comment that begins with our marker."""
         try:
             self._ask("PATCH", f"issues/comments/{comment}", {"body": text})
         except RequestRejectedError as error:
@@ -233,11 +234,11 @@ class GitHub:
         return True
 
     def pull_requests(self, commit: str) -> list[int]:
-        """Numbers of the pull requests that brought a commit."""
-        return [int(found["number"]) for found in self._ask("GET", f"commits/{commit}/pulls")]
+        """Numbers of the pull requests that contain a commit."""
+        return [int(entry["number"]) for entry in self._ask("GET", f"commits/{commit}/pulls")]
 
     def status(self, commit: str, status: dict[str, str]) -> None:
-        """Set a commit's status: `state`, `description`, `context`, perhaps `target_url`."""
+        """Set a commit's status: `state`, `description`, `context` and optionally `target_url`."""
         self._ask("POST", f"statuses/{commit}", status)
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None, tries: int = TRIES) -> Any:
@@ -253,4 +254,4 @@ class GitHub:
         try:
             return json.loads(answer)
         except ValueError as error:
-            raise ApiError(f"GitHub gave an answer that is no JSON; check GITHUB_API_URL ({error})", True) from error
+            raise ApiError(f"GitHub's answer is not JSON; check GITHUB_API_URL ({error})", True) from error

@@ -1,4 +1,4 @@
-"""What `kubealign ci retrain` leaves for a CI system: summary.md, verdict.json, report.html and status.json."""
+"""The output files of `kubealign ci retrain` for a CI system: summary.md, verdict.json, report.html and status.json."""
 
 import os
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from pipelines.local.results import NAMES, FinishedRun, estimate_text
 MARKER = "<!-- kubealign:verdict -->"
 CONTEXT = "kubealign/retrain"
 MAX_DESCRIPTION = 140
-"""GitHub's limit of a commit status's description."""
+"""GitHub's limit for the description of a commit status."""
 FILES = ("summary.md", "verdict.json", "report.html", "status.json")
 NEGATIVE_VERDICTS = ("worse", "refused")
-"""Verdicts that speak against the model, rather than find no evidence for it."""
+"""Verdicts against the model, as opposed to a lack of evidence for it."""
 
 
 @dataclass(frozen=True)
 class RetrainRequest:
-    """What was asked for: the commit, the key of its data, settings and code, and where a person sees the run."""
+    """The requested retraining: the commit, the key of its data, settings and code, and a link to the run."""
 
     commit: str
     key: str
@@ -36,7 +36,7 @@ class VerdictFile(TypedDict):
     state: str
     """`verdict`."""
     new: bool
-    """Whether the model was trained just now."""
+    """Whether this call trained the model; otherwise an earlier run had."""
     passed: bool
     verdict: VerdictName
     sentence: str
@@ -53,7 +53,7 @@ class VerdictFile(TypedDict):
 
 
 class FailureFile(TypedDict):
-    """verdict.json of a run that came to no verdict."""
+    """verdict.json of a run that ended without a verdict."""
 
     state: str
     """`failed`, `canceled` or `unfinished`."""
@@ -64,7 +64,7 @@ class FailureFile(TypedDict):
 
 
 def clear_outputs(out: Path) -> None:
-    """Remove what an earlier call left."""
+    """Remove the output files of an earlier call."""
     for name in FILES:
         (out / name).unlink(missing_ok=True)
 
@@ -73,13 +73,13 @@ def write_verdict(out: Path, request: RetrainRequest, result: FinishedRun, new: 
     """Write the files of a finished run.
 
     Args:
-        out: folder.
-        request: what was asked for.
-        result: the run's result, as `pipelines.local.results.load_result` gives it.
-        new: whether it was trained just now; else it was there.
+        out: the output folder.
+        request: the requested retraining.
+        result: the run's result, from `pipelines.local.results.load_result`.
+        new: whether this call trained the model; False if an earlier run had.
 
     Returns:
-        what verdict.json holds.
+        the content of verdict.json.
     """
     verdict = result["verdict"]
     facts: VerdictFile = {
@@ -108,7 +108,7 @@ def write_verdict(out: Path, request: RetrainRequest, result: FinishedRun, new: 
 
 
 def write_failure(out: Path, request: RetrainRequest, state: str, message: str) -> FailureFile:
-    """Write the files of a run that came to no verdict; `state` is `failed`, `canceled` or `unfinished`."""
+    """Write the files of a run that ended without a verdict; `state` is `failed`, `canceled` or `unfinished`."""
     facts: FailureFile = {
         "state": state,
         "error": message,
@@ -131,9 +131,9 @@ def _facts_lines(request: RetrainRequest) -> list[str]:
 
 
 def _status(out: Path, request: RetrainRequest, state: str, text: str) -> None:
-    """The body of GitHub's request for a commit status."""
-    words = " ".join(text.split())
-    description = words if len(words) <= MAX_DESCRIPTION else f"{words[: MAX_DESCRIPTION - 1]}…"
+    """Write status.json, the request body of GitHub's API for commit statuses."""
+    line = " ".join(text.split())
+    description = line if len(line) <= MAX_DESCRIPTION else f"{line[: MAX_DESCRIPTION - 1]}…"
     server, repository, job = (os.environ.get(f"GITHUB_{name}", "") for name in ("SERVER_URL", "REPOSITORY", "RUN_ID"))
     link = request.link or (f"{server}/{repository}/actions/runs/{job}" if job else "")
     status = {"state": state, "description": description, "context": CONTEXT}
@@ -141,7 +141,7 @@ def _status(out: Path, request: RetrainRequest, state: str, text: str) -> None:
 
 
 def markdown(request: RetrainRequest, result: FinishedRun, new: bool) -> str:
-    """The verdict for a person: every rule, those that failed first, and the numbers."""
+    """The verdict as Markdown: every rule, failed ones first, and the metrics."""
     verdict = result["verdict"]
     lines = [MARKER, f"## Verdict: {verdict['verdict']} ({state_words(result)})", "", verdict["sentence"], ""]
     lines += ["| rule | outcome | found | expected |", "|---|---|---|---|"]
@@ -151,20 +151,20 @@ def markdown(request: RetrainRequest, result: FinishedRun, new: bool) -> str:
     lines += ["", "| model | held-out pairs | log-loss, nats | accuracy | margin, nats |", "|---|---:|---|---|---|"]
     for name, title in NAMES.items():
         if name in result["metrics"]:
-            found = result["metrics"][name]
+            metrics = result["metrics"][name]
             keys = ("preference_log_loss", "rewards/accuracies", "rewards/margins")
-            cells = [title, str(found["rewards/accuracies"]["n"]), *(estimate_text(found[key]) for key in keys)]
+            cells = [title, str(metrics["rewards/accuracies"]["n"]), *(estimate_text(metrics[key]) for key in keys)]
             lines.append(f"| {' | '.join(cells)} |")
     model = f"- model: `{result['model_uri']}` ({', '.join(result['aliases']) or 'no alias'})"
-    told = [] if new else ["- nothing was trained: this commit's data, settings and code have been judged before"]
-    return "\n".join([*lines, "", model, *told, *_facts_lines(request)]) + "\n"
+    note = [] if new else ["- nothing was trained: this commit's data, settings and code had been evaluated before"]
+    return "\n".join([*lines, "", model, *note, *_facts_lines(request)]) + "\n"
 
 
 def state_words(result: FinishedRun) -> str:
-    """The state of the decision for a person, such as `gate failed`."""
+    """The state of the decision in words, such as `gate failed`."""
     return result["decided"]["state"].replace("_", " ")
 
 
 def _found(rule: Rule) -> str:
-    number = rule["found"]
-    return "" if number is None else f"{number:.4g}"
+    value = rule["found"]
+    return "" if value is None else f"{value:.4g}"

@@ -1,7 +1,8 @@
-"""`kubealign ci plan`: what a change between two commits means, which steps of the pipeline have to run, and why.
+"""`kubealign ci plan`: what changed between two commits, which steps of the pipeline must run, and why.
 
-The orders of both commits are made from git and dvc.lock, as `resolve` would make them, and compared; nothing is run or
-downloaded. A step runs when its own order changed, or what KFP's cache goes by beside it, or a step before it runs.
+The orders of both commits are computed from git and dvc.lock, as `resolve` would compute them, and compared; nothing is
+run or downloaded. A step runs if its order changed, if anything else in its KFP cache key changed, or if a step before
+it runs.
 """
 
 import ast
@@ -31,16 +32,16 @@ IMAGES = "components/common/images.py"
 BUILT_FROM = ("components", "pyproject.toml", LOCK)
 DATA_SECTIONS = ("data", "prepare", "validate")
 UNCHANGED = "as it was"
-NEVER_CACHED = "never cached: it looks up what is true now"
-UNCERTAIN = {GRAPH: ": it may pass something else", "register.name": ": another champion to beat"}
-"""Changes that need not make a step run, and why they may."""
+NEVER_CACHED = "never cached: it reads the current state"
+UNCERTAIN = {GRAPH: ": it may pass something else", "register.name": ": there may be another champion to beat"}
+"""Changes that may make a step run, and why."""
 REASONS = 4
-"""Reasons that a row of the table names; the others are counted."""
+"""Reasons that a row of the table lists; the rest are only counted."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of the plan: `runs`, `may run` or `cached`; for data and images what is to do."""
+class PlanRow:
+    """A row of the plan: a step that `runs`, `may run` or is `cached`; for data and images, what to do."""
 
     step: str
     state: str
@@ -49,11 +50,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What has to happen: `retrain`, build `images`, look at the `data`; `errors` is to be mended before."""
+    """The actions that a change needs: `retrain`, build `images`, review the `data`; `errors` must be fixed first."""
 
     base: str
     head: str
-    rows: tuple[Row, ...]
+    rows: tuple[PlanRow, ...]
     retrain: bool
     images: bool
     data: bool
@@ -66,11 +67,11 @@ class Plan:
         return facts | self.outputs()
 
     def outputs(self) -> dict[str, bool]:
-        """What the jobs of a CI system go by."""
+        """The outputs that decide which jobs of a CI system run."""
         return {"retrain": self.retrain, "images": self.images, "data": self.data}
 
     def sentence(self) -> str:
-        """The conclusion."""
+        """The conclusion in one sentence."""
         since = f"since {self.base[:12]}"
         if self.retrain:
             return f"What a model is made of changed {since}: retrain."
@@ -79,14 +80,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Project:
-    """What a commit would run: all that each step depends on, by name, and the key of what a retraining would make.
+    """What a commit would run: each step's dependencies by name, and the key of the model a retraining would make.
 
-    `moving` are names that may mean something else without a change here.
+    `mutable_names` are names, such as branches and aliases, whose content may change without a commit here.
     """
 
     depends: dict[str, dict[str, str]]
     key: str
-    moving: tuple[str, ...]
+    mutable_names: tuple[str, ...]
 
 
 def make_plan(root: Path, base: str, head: str, runner: str) -> Plan:
@@ -94,37 +95,38 @@ def make_plan(root: Path, base: str, head: str, runner: str) -> Plan:
 
     Args:
         root: the project's folder, in a git repository.
-        base: a commit; empty, or zeros as hosts name what was before a branch's first push, for the default.
+        base: a commit; empty for the default, as are zeros (how Git hosts denote the state before a branch's first
+            push).
         head: a commit.
-        runner: where the steps run; what `kubeflow` caches by includes images and volumes.
+        runner: where the steps run; the cache keys of `kubeflow` include images and volumes.
 
     Raises:
         InputError: no such commit, or a file in it that cannot be read.
     """
     repo, folder = find_repository(root)
-    last = find_commit(repo, head)
-    first = find_commit(repo, base) if base.strip("0") else default_base(repo, last)
+    head_commit = find_commit(repo, head)
+    base_commit = find_commit(repo, base) if base.strip("0") else default_base(repo, head_commit)
     with TemporaryDirectory(prefix="kubealign-") as temporary:
-        old, new = Revision(repo, folder, first), Revision(repo, folder, last)
+        old, new = Revision(repo, folder, base_commit), Revision(repo, folder, head_commit)
         trees = Path(temporary) / "old", Path(temporary) / "new"
         before, after = read_project(old, trees[0], runner), read_project(new, trees[1], runner)
         errors = tuple(stale(new, trees[1]))
-        changed = sorted({path for path, _ in _built_from(old) ^ _built_from(new)})
-        prepared = _data_row(old, new, errors)
-        touched = data_changed(old, new)
-    images = Row("images", "build anew" if changed else "as they are", tuple(_short(changed)))
-    rows = (prepared, images, *_rows(before, after))
-    retrain = before.key != after.key or bool(after.moving)
-    return Plan(first, last, rows, retrain, bool(changed), touched or bool(errors), errors)
+        image_changes = sorted({path for path, _ in _built_from(old) ^ _built_from(new)})
+        data_row = _data_row(old, new, errors)
+        data = data_changed(old, new) or bool(errors)
+    images_row = PlanRow("images", "build anew" if image_changes else "as they are", tuple(_short(image_changes)))
+    rows = (data_row, images_row, *_rows(before, after))
+    retrain = before.key != after.key or bool(after.mutable_names)
+    return Plan(base_commit, head_commit, rows, retrain, bool(image_changes), data, errors)
 
 
 def read_project(revision: Revision, tree: Path, runner: str) -> Project:
-    """What a commit would run; `tree` gets its code, which is read, never run."""
+    """What a commit would run; its code is written to `tree` to be read, never run."""
     revision.write(["components", LOCK], tree)
     code = {step: code_parts(f"components.{step}.stage", tree) for step in ORDERED}
     sections = _sections(revision, runner)
-    data, moving = _data(revision, sections["data"])
-    base, moving_base = _base_model(revision, sections)
+    data, mutable_data = _data(revision, sections["data"])
+    base, mutable_base = _base_model(revision, sections)
     names: dict[str, Any] = {
         "data_repo": str(sections["data"]["repo"]),
         "data_path": _path(sections["data"]),
@@ -137,18 +139,18 @@ def read_project(revision: Revision, tree: Path, runner: str) -> Project:
     depends = {}
     for step in CACHED:
         files, libraries = code[step]
-        depends[step] = _values(orders[step]) | files | libraries | _beside(revision, step, sections, runner)
-    return Project(depends, config_key(sections, facts), (*moving, *moving_base))
+        depends[step] = _values(orders[step]) | files | libraries | _cache_inputs(revision, step, sections, runner)
+    return Project(depends, config_key(sections, facts), (*mutable_data, *mutable_base))
 
 
 def _values(order: Order) -> dict[str, str]:
-    """What an order holds, by names that a person knows."""
-    found = {f"{section}.{key}": value for section, keys in order.sections.items() for key, value in keys.items()}
-    return {name: str(value) for name, value in (found | order.origin | order.facts).items() if name != "lineage"}
+    """The values of an order, by their configuration keys and fact names."""
+    settings = {f"{section}.{key}": value for section, keys in order.sections.items() for key, value in keys.items()}
+    return {name: str(value) for name, value in (settings | order.origin | order.facts).items() if name != "lineage"}
 
 
 def _sections(revision: Revision, runner: str) -> dict[str, dict[str, Any]]:
-    """The configuration, with its defaults; a section of an older commit that this code cannot read, as it stands."""
+    """The configuration with its defaults; a section of an older commit that this code cannot parse is left as is."""
     sections = {}
     for name, default in Config().sections().items():
         given = revision.params.get(name) or {}
@@ -165,12 +167,12 @@ def _sections(revision: Revision, runner: str) -> dict[str, dict[str, Any]]:
 
 
 def _version(revision: Revision) -> str:
-    """The project's version, which is the images' tag."""
+    """The project's version, which is also the images' tag."""
     return str(tomllib.loads(revision.text("pyproject.toml")).get("project", {}).get("version"))
 
 
 def _data(revision: Revision, data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The data: of this repository as DVC recorded it, of another one by name; and the names that move."""
+    """Facts about the data: DVC's digests if it is in this repository, else names; and which names are mutable."""
     repo, name = str(data["repo"]), str(data["revision"])
     preferences, instructions = data_folders(_path(data))
     if not is_own(revision.repo, revision.folder, repo):
@@ -186,76 +188,77 @@ def _path(data: dict[str, Any]) -> str:
 
 
 def _base_model(revision: Revision, sections: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
-    """Base model and chat template: what is in git or DVC by content, else by name; and the names that move."""
+    """Facts about base model and chat template: content digests if in git or DVC, else names; and mutable names."""
     model = sections["model"]
     base, template, pinned = str(model.get("base")), str(model.get("chat_template")), str(model.get("revision") or "")
     folder = embedded_model(_path(sections["data"])) if base == EMBEDDED else base
-    own = revision.outputs.get(folder) or digest(revision.below(folder))
-    known = bool(revision.outputs.get(folder) or revision.below(folder)) or base == EMBEDDED
-    definite = known or bool(pinned) or (base.startswith("models:/") and "@" not in base)
-    facts = {"base_reference": base, "base_digest": own if known else f"{base}@{pinned}"}
+    content = revision.outputs.get(folder) or digest(revision.below(folder))
+    in_repository = bool(revision.outputs.get(folder) or revision.below(folder)) or base == EMBEDDED
+    immutable = in_repository or bool(pinned) or (base.startswith("models:/") and "@" not in base)
+    facts = {"base_reference": base, "base_digest": content if in_repository else f"{base}@{pinned}"}
     facts |= {"template": template, "template_digest": revision.files.get(template, template)}
-    return facts, [] if definite else [f"model.base {base}"]
+    return facts, [] if immutable else [f"model.base {base}"]
 
 
-def _beside(revision: Revision, step: str, sections: dict[str, dict[str, Any]], runner: str) -> dict[str, str]:
-    """What makes a step run beside its order, though no result depends on it: KFP's cache goes by it."""
+def _cache_inputs(revision: Revision, step: str, sections: dict[str, dict[str, Any]], runner: str) -> dict[str, str]:
+    """Further inputs of a step's KFP cache key: they make it run, although its result does not depend on them."""
     shell = f"components/{step}/component.py"
     images = digest([module_digest(revision.text(IMAGES)), _version(revision)])
-    found = {shell: _component(revision.text(shell), step), IMAGES: images}
+    inputs = {shell: _component_digest(revision.text(shell), step), IMAGES: images}
     if runner == "kubeflow":
         image = f"{BY_NAME[step].image}_image"
-        found |= {f"cluster.{key}": str(sections["cluster"].get(key)) for key in (image, "state")}
+        inputs |= {f"cluster.{key}": str(sections["cluster"].get(key)) for key in (image, "state")}
     if step == CACHED[0]:
-        found[GRAPH] = module_digest(revision.text(GRAPH))
+        inputs[GRAPH] = module_digest(revision.text(GRAPH))
     if "incumbent" in BY_NAME[step].facts:
-        found["register.name"] = str(sections["register"].get("name"))
-    return found
+        inputs["register.name"] = str(sections["register"].get("name"))
+    return inputs
 
 
-def _component(text: str, name: str) -> str:
-    """What KFP ships of a component: its function and decorator, without what is for people."""
+def _component_digest(text: str, name: str) -> str:
+    """Digest of what KFP ships of a component: its function and decorator, without docstring and comments."""
     nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == name]
     return digest(ast.dump(without_prose(ast.Module(list(nodes), []))))
 
 
 def _built_from(revision: Revision) -> set[tuple[str, str]]:
-    """The files that the images are built from."""
-    found = {item for name in BUILT_FROM for item in revision.below(name).items()}
-    return {(path, blob) for path, blob in found if "/tests/" not in path and not path.endswith(".md")}
+    """The files that the images are built from, with their git hashes."""
+    files = {item for name in BUILT_FROM for item in revision.below(name).items()}
+    return {(path, blob) for path, blob in files if "/tests/" not in path and not path.endswith(".md")}
 
 
-def _rows(before: Project, after: Project) -> list[Row]:
-    """A row for every stage; the reasons of a step that runs after another one end with that."""
-    rows: list[Row] = []
-    last: Row | None = None
+def _rows(before: Project, after: Project) -> list[PlanRow]:
+    """A row for every stage; a step that runs because an earlier one does has that as its last reason."""
+    rows: list[PlanRow] = []
+    previous: PlanRow | None = None  # the last row of a cacheable stage that runs or may run
     for stage in STAGES:
         if not stage.cached:
-            rows.append(Row(stage.name, "runs", (NEVER_CACHED,)))
+            rows.append(PlanRow(stage.name, "runs", (NEVER_CACHED,)))
             continue
         old, new = before.depends[stage.name], after.depends[stage.name]
         changed = [name for name in [*new, *(old.keys() - new.keys())] if old.get(name) != new.get(name)]
         reasons = [_reason(name, old.get(name, ""), new.get(name, "")) for name in changed]
-        reasons += [f"{name} may mean something new" for name in after.moving if stage.name == CACHED[0]]
-        reasons = [*_short(reasons), *([f"after {last.step}"] if last else [])]
-        surely = set(changed) - UNCERTAIN.keys() or (last and last.state == "runs")
-        state = "runs" if surely else "may run" if reasons else "cached"
-        rows.append(Row(stage.name, state, tuple(reasons)))
-        last = rows[-1] if reasons else last
+        reasons += [f"{name} may have changed" for name in after.mutable_names if stage.name == CACHED[0]]
+        reasons = [*_short(reasons), *([f"after {previous.step}"] if previous else [])]
+        certain = set(changed) - UNCERTAIN.keys() or (previous and previous.state == "runs")
+        state = "runs" if certain else "may run" if reasons else "cached"
+        rows.append(PlanRow(stage.name, state, tuple(reasons)))
+        previous = rows[-1] if reasons else previous
     return rows
 
 
 def _short(reasons: list[str]) -> list[str]:
+    """The first reasons, and how many more there are."""
     more = len(reasons) - REASONS
     return [*reasons[:REASONS], f"and {more} more"] if more > 0 else reasons
 
 
 def _reason(name: str, old: str, new: str) -> str:
     title = f"{name.replace('.', '/')}.py" if name.startswith("components.") else name
-    more = UNCERTAIN.get(name, "")
+    note = UNCERTAIN.get(name, "")
     if old and new and "/" not in title:
-        return f"{title} {_shown(old)} → {_shown(new)}{more}"
-    return f"{title} {'changed' if old and new else 'added' if new else 'removed'}{more}"
+        return f"{title} {_shown(old)} → {_shown(new)}{note}"
+    return f"{title} {'changed' if old and new else 'added' if new else 'removed'}{note}"
 
 
 def _shown(value: str) -> str:
@@ -263,16 +266,16 @@ def _shown(value: str) -> str:
 
 
 def data_changed(old: Revision, new: Revision) -> bool:
-    """Whether what DVC recorded, or a section of params.yaml about the data, differs."""
+    """Whether DVC's recorded outputs, or a section of params.yaml about the data, differ."""
     settings = any(old.params.get(section) != new.params.get(section) for section in DATA_SECTIONS)
     return settings or old.outputs != new.outputs
 
 
-def _data_row(old: Revision, new: Revision, errors: tuple[str, ...]) -> Row:
-    """The row of DVC's stages, which a person runs before committing."""
+def _data_row(old: Revision, new: Revision, errors: tuple[str, ...]) -> PlanRow:
+    """The row of DVC's stages, which are run by hand before committing."""
     if errors:
-        return Row("prepare", "stale", tuple(error.partition(": run ")[0] for error in errors))
+        return PlanRow("prepare", "stale", tuple(error.partition(": run ")[0] for error in errors))
     names = sorted(old.outputs.keys() | new.outputs.keys())
     changed = [name for name in names if old.outputs.get(name) != new.outputs.get(name)]
     shown = tuple(f"{name} {old.outputs.get(name, '')[:8]} → {new.outputs.get(name, '')[:8]}" for name in changed)
-    return Row("prepare", "done" if changed else UNCHANGED, shown)
+    return PlanRow("prepare", "done" if changed else UNCHANGED, shown)

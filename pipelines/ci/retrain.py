@@ -1,6 +1,6 @@
-"""`kubealign ci retrain`: a model of this commit and its data, once; the verdict in files, whatever happens.
+"""`kubealign ci retrain`: train and evaluate the checked-out commit once; write the outcome to files, whatever happens.
 
-What has been judged before is not trained again: the key of data, settings and code is looked up in MLflow first.
+A model that was evaluated before is not trained again: the key of data, settings and code is looked up in MLflow first.
 """
 
 import contextlib
@@ -21,18 +21,18 @@ from pipelines.local.runner import run_pipeline
 
 
 def retrain(job: Job) -> int:
-    """Come to a verdict.
+    """Train and evaluate a model, or find the verdict of an earlier run; write the outcome to files.
 
     Returns:
         the exit code: 0 for any verdict.
 
     Raises:
-        KubealignError: no verdict; why is in the files below `job.out`, too.
+        KubealignError: there is no verdict; the files in `job.out` also say why.
     """
     hook = notify.webhook()
     outcome.clear_outputs(job.out)
     try:
-        return _come_to_a_verdict(job, hook)
+        return _run_or_reuse(job, hook)
     except Exception as error:
         explained = _explained(error)
         if explained is None:
@@ -48,36 +48,36 @@ def _state_after(error: KubealignError) -> str:
     return "unfinished" if isinstance(error, RunPendingError) else "failed"
 
 
-def _come_to_a_verdict(job: Job, hook: notify.Webhook | None) -> int:
+def _run_or_reuse(job: Job, hook: notify.Webhook | None) -> int:
     facts = job.facts
     data = f"preferences {facts.preferences_digest[:8]}, instructions {facts.instructions_digest[:8]}"
     job.log(f"commit    {job.commit[:12]}  ({data}; base model {facts.base_digest[:8]})")
     job.log(f"key       {job.key}")
-    known = None if job.rerun else judged_before(job)
-    if known:
-        outcome.write_verdict(job.out, job.request, known, new=False)
+    previous = None if job.rerun else judged_before(job)
+    if previous:
+        outcome.write_verdict(job.out, job.request, previous, new=False)
         job.log("This commit's data, settings and code were judged before; --rerun forces a new run.")
-        show_result(job.console, known)
+        show_result(job.console, previous)
         return 0
-    run_id, link = run_on_kubeflow(job) if job.runner == "kubeflow" else _here(job)
+    run_id, link = run_on_kubeflow(job) if job.runner == "kubeflow" else _run_here(job)
     result = _checked(job, load_result(run_id))
-    found = outcome.write_verdict(
+    verdict = outcome.write_verdict(
         job.out, outcome.RetrainRequest(**vars(job.request) | {"link": link}), result, new=True
     )
     show_result(job.console, result)
-    _notify(hook, job, "verdict", found)
+    _notify(hook, job, "verdict", verdict)
     return 0
 
 
 def _explained(error: Exception) -> KubealignError | None:
-    """The error for a person; None for one that is a bug."""
+    """The error in the user's terms; None if it is a bug."""
     if isinstance(error, KubealignError):
         return error
     return KubealignError(explain_mlflow_error(error)) if is_mlflow_failure(error) else None
 
 
 def _notify(hook: notify.Webhook | None, job: Job, kind: str, data: Mapping[str, object]) -> None:
-    """Deliver what happened. A receiver that is down changes nothing of it."""
+    """Deliver an event to the webhook; a receiver that is down only causes a warning."""
     if hook is None:
         return
     try:
@@ -87,19 +87,18 @@ def _notify(hook: notify.Webhook | None, job: Job, kind: str, data: Mapping[str,
 
 
 def judged_before(job: Job) -> FinishedRun | None:
-    """The result of the newest run with the same key whose version still is in the registry."""
+    """The result of the latest run with the same key whose version is still in the registry."""
     client = store.client()
     facts = {"lineage": job.facts.lineage, "config": job.facts.config}
     query = " AND ".join(["tags.`kubealign.stage` = 'resolve'", *(f"params.{k} = '{v}'" for k, v in facts.items())])
     order = ["attributes.start_time DESC"]
-    for found in client.search_runs([store.experiment_id(client)], query, order_by=order, max_results=50):
-        parent = found.data.tags.get("mlflow.parentRunId")
+    for resolve_run in client.search_runs([store.experiment_id(client)], query, order_by=order, max_results=50):
+        parent = resolve_run.data.tags.get("mlflow.parentRunId")
         tags = client.get_run(parent).data.tags if parent else {}
         if not tags.get("kubealign.version", "").startswith(f"models:/{job.config.register_.name}/"):
             continue
-        with contextlib.suppress(
-            KubealignError
-        ):  # its version was deleted, or another version of kubealign wrote the result
+        # The version was deleted, or another version of kubealign wrote the result.
+        with contextlib.suppress(KubealignError):
             result = load_result(parent)
             if result["decided"]["state"] != "superseded":
                 return result
@@ -107,22 +106,22 @@ def judged_before(job: Job) -> FinishedRun | None:
 
 
 def _checked(job: Job, result: FinishedRun) -> FinishedRun:
-    """The result, if it is of what was asked for.
+    """The result, if it belongs to the requested key.
 
     Raises:
-        KubealignError: the run had other data or other code.
+        KubealignError: the run used other data, settings or code.
     """
     if (result["lineage"], result["config"]) != (job.facts.lineage, job.facts.config):
         raise KubealignError(
-            f"the run made {result['model_uri']} of something else than commit {job.commit[:12]} (lineage"
-            f" {result['lineage'][:12]}, expected {job.facts.lineage[:12]}); most likely the images are of other code:"
-            " `make images`, push them, and run again with cluster.pull_policy=Always"
+            f"the run made {result['model_uri']} from something other than commit {job.commit[:12]} (lineage"
+            f" {result['lineage'][:12]}, expected {job.facts.lineage[:12]}); most likely the images hold other code:"
+            " run `make images`, push them, and run again with cluster.pull_policy=Always"
         )
     return result
 
 
-def _here(job: Job) -> tuple[str, str]:
-    """Run on this machine; returns the parent run's id and no link."""
+def _run_here(job: Job) -> tuple[str, str]:
+    """Run on this machine; returns the parent run's id and an empty link."""
     return run_pipeline(job.config, job.root, Display(job.console), job.runner, caching=not job.rerun), ""
 
 
@@ -130,7 +129,7 @@ def version_summary(root: Path, version: str) -> str:
     """The verdict on a version of the configured model, as Markdown.
 
     Raises:
-        InputError: there is no run that made or judged it.
+        InputError: no run made or evaluated it.
     """
     client = store.client()
     uri = f"models:/{load_config(root / PARAMS).register_.name}/{version}"
@@ -138,10 +137,10 @@ def version_summary(root: Path, version: str) -> str:
     if not version.isdigit():
         raise InputError(f"version {version!r}: expected a number, such as 3")
     order = ["attributes.start_time DESC"]
-    found = client.search_runs([store.experiment_id(client)], query, order_by=order, max_results=1)
-    if not found:
+    runs = client.search_runs([store.experiment_id(client)], query, order_by=order, max_results=1)
+    if not runs:
         where = store.without_credentials(store.tracking_uri())
-        raise InputError(f"{uri}: no run at {where} judged it")
-    result = load_result(found[0].info.run_id)
+        raise InputError(f"{uri}: no run at {where} made or evaluated it")
+    result = load_result(runs[0].info.run_id)
     facts = outcome.RetrainRequest(result["git_commit"], "", result["preferences_digest"])
     return outcome.markdown(facts, result, new=True)

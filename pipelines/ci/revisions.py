@@ -1,4 +1,4 @@
-"""A commit of the project, read from git without checking it out: its files, and its state of DVC."""
+"""A commit of the project, read from git without a checkout: its files and its DVC outputs."""
 
 import io
 import re
@@ -15,15 +15,15 @@ from pipelines import git
 
 MAIN = ("origin/main", "main")
 CODE_FILE = "data/prepare.code"
-"""What DVC's stage `code` writes and `prepare` depends on: the digest of the code that makes the data."""
+"""Digest of the code that makes the data: written by DVC's stage `code`, a dependency of `prepare`."""
 
 
 class Revision:
-    """A commit of a repository, as the project's files in it.
+    """The project's files at a commit of its repository.
 
     Args:
-        repo: the top of the repository's work tree.
-        folder: the project's folder in it, as a path from its top.
+        repo: the top folder of the repository's work tree.
+        folder: the project's folder, as a path relative to `repo`.
         sha: the commit.
     """
 
@@ -31,8 +31,9 @@ class Revision:
         self.repo, self.folder, self.sha = repo, folder, sha
         prefix = f"{folder}/" if folder else ""
         entries = git.query(repo, "ls-tree", "-r", "-z", "--end-of-options", sha).split("\0")
-        named = (entry.split("\t", 1) for entry in entries if entry)
-        self.files = {path.removeprefix(prefix): facts.split()[2] for facts, path in named if path.startswith(prefix)}
+        # Each entry is `<mode> <type> <hash>\t<path>`.
+        split = (entry.split("\t", 1) for entry in entries if entry)
+        self.files = {path.removeprefix(prefix): info.split()[2] for info, path in split if path.startswith(prefix)}
         """The git hash of every file, by its path in the project."""
 
     def content(self, path: str) -> bytes:
@@ -48,19 +49,19 @@ class Revision:
         """A YAML file's content; empty when there is no such file.
 
         Raises:
-            InputError: no YAML, or no mapping.
+            InputError: not YAML, or not a mapping.
         """
         try:
-            found = yaml.safe_load(self.text(path)) or {}
+            content = yaml.safe_load(self.text(path)) or {}
         except yaml.YAMLError as error:
             raise InputError(f"{self.sha[:12]}:{path}: not valid YAML: {single_line(str(error))}") from error
-        if not isinstance(found, dict):
-            raise InputError(f"{self.sha[:12]}:{path}: expected keys and values, found {type(found).__name__}")
-        return found
+        if not isinstance(content, dict):
+            raise InputError(f"{self.sha[:12]}:{path}: expected keys and values, found {type(content).__name__}")
+        return content
 
     @cached_property
     def params(self) -> dict[str, Any]:
-        """params.yaml as it stands, unchecked: an older commit may know other keys."""
+        """params.yaml as committed, not validated: an older commit may have other keys."""
         if PARAMS not in self.files:
             raise InputError(f"{self.sha[:12]}: no {PARAMS} in this commit; name a commit of the project")
         return self.yaml(PARAMS)
@@ -68,8 +69,8 @@ class Revision:
     @cached_property
     def outputs(self) -> dict[str, str]:
         """DVC's digest of every output, by its path: from dvc.lock and from .dvc files."""
-        found = [out for stage in self.yaml(LOCK).get("stages", {}).values() for out in stage.get("outs", [])]
-        digests = {str(out["path"]): str(out["md5"]) for out in found if "md5" in out and out["path"] != CODE_FILE}
+        outs = [out for stage in self.yaml(LOCK).get("stages", {}).values() for out in stage.get("outs", [])]
+        digests = {str(out["path"]): str(out["md5"]) for out in outs if "md5" in out and out["path"] != CODE_FILE}
         for path in self.files:
             if path.endswith(".dvc"):
                 for out in self.yaml(path).get("outs", []):
@@ -77,31 +78,31 @@ class Revision:
         return digests
 
     def data_commit(self, digests: dict[str, str]) -> str:
-        """The commit that `resolve` names as the version of the data."""
+        """The commit that `resolve` would record as the version of the data."""
         return commit_of(self.repo, self.sha, digests)
 
     def below(self, folder: str) -> dict[str, str]:
-        """The git hash of every file in a folder, or of the file itself."""
+        """The git hash of every file in a folder; for a file, its own."""
         return {path: blob for path, blob in self.files.items() if path == folder or path.startswith(f"{folder}/")}
 
     def write(self, names: list[str], out: Path) -> None:
         """Write files and folders of this commit below `out`."""
-        wanted = {path: blob for name in names for path, blob in self.below(name).items()}
-        listed = "".join(f"{blob}\n" for blob in wanted.values())
-        answer = io.BytesIO(git.run(self.repo, "cat-file", "--batch", stdin=listed.encode()))
-        for path in wanted:
-            size = int(answer.readline().split()[2])
+        blobs = {path: blob for name in names for path, blob in self.below(name).items()}
+        requests = "".join(f"{blob}\n" for blob in blobs.values())
+        batch = io.BytesIO(git.run(self.repo, "cat-file", "--batch", stdin=requests.encode()))
+        for path in blobs:
+            size = int(batch.readline().split()[2])
             target = out / path
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(answer.read(size))
-            answer.readline()
+            target.write_bytes(batch.read(size))
+            batch.readline()
 
 
 def find_repository(root: Path) -> tuple[Path, str]:
-    """The top of the git repository around a project, and the project's folder in it.
+    """The top folder of the git repository that a project is in, and the project's path in it.
 
     Raises:
-        InputError: there is none.
+        InputError: the project is in no git repository.
     """
     repo = git.top_folder(root)
     folder = root.resolve().relative_to(repo.resolve()).as_posix()
@@ -109,10 +110,10 @@ def find_repository(root: Path) -> tuple[Path, str]:
 
 
 def default_base(repo: Path, head: str) -> str:
-    """What a commit is compared with: where it left the main branch, and on the main branch the commit before it.
+    """The commit to compare a head with: where it branched off the main branch; on the main branch, its parent.
 
     Raises:
-        InputError: no main branch, nothing in common with it, or no earlier commit.
+        InputError: no main branch, no common ancestor with it, or no parent commit.
     """
     for name in MAIN:
         main = _commit(repo, name)
@@ -121,7 +122,7 @@ def default_base(repo: Path, head: str) -> str:
         if base:
             return base
     raise InputError(
-        f"--base: {head[:12]} has nothing in common with {' or '.join(MAIN)}, or nothing before it; name a commit"
+        f"--base: {head[:12]} has no common ancestor with {' or '.join(MAIN)}, or no parent; name a commit"
         + git.shallow_hint(repo)
     )
 
@@ -131,19 +132,19 @@ def _commit(repo: Path, name: str) -> str:
 
 
 def origin(repo: Path) -> str:
-    """The URL of the remote `origin`, without a user in it; empty without one."""
+    """The URL of the remote `origin`, without its user; empty if there is no such remote."""
     return re.sub(r"^(https?://)[^/@]*@", r"\1", git.query(repo, "config", "--get", "remote.origin.url"))
 
 
-def is_own(repo: Path, folder: str, named: str) -> bool:
-    """Whether `data.repo` means the repository that the project is in: by its folder, or by the URL of its origin."""
-    if is_url(named):
-        return _plain(named) == _plain(origin(repo))
+def is_own(repo: Path, folder: str, data_repo: str) -> bool:
+    """Whether `data.repo` is the project's own repository, given as a path or as the URL of its origin."""
+    if is_url(data_repo):
+        return _normalize_url(data_repo) == _normalize_url(origin(repo))
     top = repo.resolve()
-    return (top / folder / named).resolve() == top
+    return (top / folder / data_repo).resolve() == top
 
 
-def _plain(url: str) -> str:
-    """A URL without scheme, user and `.git`: https://host/a/b.git and git@host:a/b are one repository."""
+def _normalize_url(url: str) -> str:
+    """A URL without scheme, user and `.git`: https://host/a/b.git and git@host:a/b are the same repository."""
     rest = re.sub(r"^[\w.+-]+://", "", url) if "://" in url else url.replace(":", "/", 1)
     return re.sub(r"(\.git)?/*$", "", re.sub(r"^[^/@]*@", "", rest)).lower()

@@ -1,7 +1,7 @@
-"""Whether dvc.lock is what DVC would write at a commit: as `dvc status`, but of a commit, without its data.
+"""Whether a commit's dvc.lock is up to date: `dvc status` for a commit, without a checkout or its data.
 
 `dvc status --json` itself needs a checkout, takes 3 seconds, and where the data is not pulled calls every output "not
-in cache" and every dependency on one "deleted": what it says would have to be sorted out by the same rules.
+in cache" and every dependency on one "deleted", so its answer would have to be filtered by the same rules.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ def stale(revision: Revision, tree: Path) -> Iterator[str]:
 
     Args:
         revision: the commit.
-        tree: gets the files that stages depend on.
+        tree: a scratch folder for the files that stages depend on.
     """
     recorded = revision.yaml(LOCK).get("stages", {})
     for name, stage in revision.yaml("dvc.yaml").get("stages", {}).items():
@@ -35,24 +35,25 @@ def _reasons(revision: Revision, tree: Path, stage: dict[str, Any], lock: dict[s
         return
     if stage.get("cmd") != lock.get("cmd"):
         yield "its command changed"
-    known = {str(dep["path"]): dep.get("md5") for dep in lock.get("deps", [])}
+    locked = {str(dep["path"]): dep.get("md5") for dep in lock.get("deps", [])}
     for dep in map(_path, stage.get("deps", [])):
         if dep == CODE_FILE:
-            if known.get(dep) != _code_md5(revision, tree):
+            if locked.get(dep) != _code_md5(revision, tree):
                 yield "its code changed"
             continue
-        now = revision.outputs.get(dep) or _md5(revision, tree, dep)
-        if dep not in known or now != known[dep]:
-            yield f"{dep} changed" if now else f"{dep} is not in this commit"
+        md5 = revision.outputs.get(dep) or _md5(revision, tree, dep)
+        if dep not in locked or md5 != locked[dep]:
+            yield f"{dep} changed" if md5 else f"{dep} is not in this commit"
     outputs = {str(out["path"]) for out in lock.get("outs", [])}
     yield from (f"{out} is not in {LOCK}" for out in map(_path, stage.get("outs", [])) if out not in outputs)
     for file, keys in _params(stage):
-        was = lock.get("params", {}).get(file, {})
-        yield from (f"{key} of {file} changed" for key in keys if was.get(key) != _value(revision.yaml(file), key))
+        locked_params = lock.get("params", {}).get(file, {})
+        values = revision.yaml(file)
+        yield from (f"{key} of {file} changed" for key in keys if locked_params.get(key) != _value(values, key))
 
 
 def _code_md5(revision: Revision, tree: Path) -> str:
-    """DVC's md5 of the file that names the code of `prepare`, as this commit would write it."""
+    """The md5 that DVC would record for data/prepare.code, which holds the digest of this commit's `prepare` code."""
     revision.write(["components"], tree)
     text = f"{source_digest(DATA_STAGE, tree)}\n"
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
@@ -77,7 +78,7 @@ def _value(values: Any, key: str) -> Any:
 
 
 def _md5(revision: Revision, tree: Path, name: str) -> str:
-    """DVC's md5 of a file, or of a folder with `.dir` behind it; empty when it is not in git."""
+    """DVC's md5 of a file, or of a folder (with the suffix `.dir`); empty if the commit does not contain it."""
     if name in revision.files:
         return hashlib.md5(revision.content(name), usedforsecurity=False).hexdigest()
     if not revision.below(name):
@@ -88,5 +89,5 @@ def _md5(revision: Revision, tree: Path, name: str) -> str:
 
     revision.write([name], tree)
     cache = LocalHashFileDB(localfs, str(tree / ".cache"))
-    _, _, found = build(cache, str(tree / name), localfs, "md5", dry_run=True)
-    return str(found.hash_info.value)
+    _, _, built = build(cache, str(tree / name), localfs, "md5", dry_run=True)
+    return str(built.hash_info.value)

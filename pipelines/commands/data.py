@@ -17,7 +17,7 @@ from components.config.params import PARAMS, load_config
 from pipelines.commands.options import Project
 from pipelines.project import project_folder
 
-if TYPE_CHECKING:  # imports pandas by way of the data's libraries, which the other commands need not wait for
+if TYPE_CHECKING:  # imports pandas indirectly, for which the other commands need not wait
     from pipelines.data.add import Preview
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
@@ -54,7 +54,7 @@ def add(
         raise InputError(f"--language {language}: expected {', '.join(LANGUAGES)} or {AUTO}")
     root = project_folder(project)
 
-    def agree(preview: "Preview") -> bool:
+    def confirm(preview: "Preview") -> bool:
         _show(preview)
         if preview.known and not preview.difference:
             return True  # an earlier call may have been stopped just before its last step
@@ -64,8 +64,8 @@ def add(
             raise InputError("confirmation needed and there is no terminal; pass --yes")
         return typer.confirm("write this?")
 
-    facts = RowDefaults(format_name, language, licence.strip(), source)
-    written = add_files(root, load_config(root / PARAMS), [path.absolute() for path in files], facts, agree)
+    defaults = RowDefaults(format_name, language, licence.strip(), source)
+    written = add_files(root, load_config(root / PARAMS), [path.absolute() for path in files], defaults, confirm)
     if written is None:
         console.print("nothing was written")
         return
@@ -88,7 +88,7 @@ def diff(
     difference = data_versions.diff(_data(project), old, new)
     if as_json:
         keys = ("data_set", "language", "source")
-        rows = [dict(zip(keys, place, strict=True)) | _counts(found) for place, found in difference.items()]
+        rows = [dict(zip(keys, key, strict=True)) | _counts(counts) for key, counts in difference.items()]
         print(json.dumps(rows, ensure_ascii=False, indent=1))
     elif difference:
         console.print(_table(difference))
@@ -137,14 +137,14 @@ def _data(project: Path | None) -> DataConfig:
 
 def _show(preview: "Preview") -> None:
     table = Table("source", "file", "format", "pairs", "quarantined")
-    for name, found in preview.converted.items():
-        for number, (path, format_name) in enumerate(found.formats.items()):
-            counts = (str(found.pairs), str(found.quarantined)) if number == 0 else ("", "")
-            table.add_row(name if number == 0 else "", Path(path).name, format_name, *counts)
+    for name, converted in preview.converted.items():
+        for index, (path, format_name) in enumerate(converted.formats.items()):
+            counts = (str(converted.pairs), str(converted.quarantined)) if index == 0 else ("", "")
+            table.add_row(name if index == 0 else "", Path(path).name, format_name, *counts)
     console.print(table)
-    for found in preview.converted.values():
-        for reason, count in found.reasons.most_common(SHOWN):
-            console.print(f"quarantined: {count} because {reason}, first at {found.first[reason]}", soft_wrap=True)
+    for converted in preview.converted.values():
+        for reason, count in converted.reasons.most_common(SHOWN):
+            console.print(f"quarantined: {count} because {reason}, first at {converted.first[reason]}", soft_wrap=True)
     _show_findings(preview)
     console.print(_table(preview.difference) if preview.difference else "no rows change")
 
@@ -162,15 +162,16 @@ def _show_findings(preview: "Preview") -> None:
 def _table(difference: dict[tuple[str, str, str], Counter[str]]) -> Table:
     table = Table("data set", "language", "source", "added", "removed", "changed")
     total: Counter[str] = Counter()
-    for place, found in difference.items():
-        table.add_row(*place, *(str(count) for count in _counts(found).values()))
-        total += found
+    for key, counts in difference.items():
+        table.add_row(*key, *(str(count) for count in _counts(counts).values()))
+        total += counts
     table.add_section()
     table.add_row("all", "", "", *(str(count) for count in _counts(total).values()))
     return table
 
 
-def _counts(found: Counter[str]) -> dict[str, int]:
+def _counts(counts: Counter[str]) -> dict[str, int]:
+    """The counts in a fixed order, zeros included."""
     from pipelines.data.versions import KINDS
 
-    return {kind: found[kind] for kind in KINDS}
+    return {kind: counts[kind] for kind in KINDS}

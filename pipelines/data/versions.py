@@ -1,4 +1,4 @@
-"""What differs between two versions of the data, and which versions there are."""
+"""Versions of the data: their list, and the rows that differ between two of them."""
 
 import tempfile
 from collections import Counter
@@ -18,77 +18,76 @@ from components.sources.data import DATA_SETS, WORKSPACE, data_folders, history,
 from pipelines import git
 
 KINDS = ("added", "removed", "changed")
-Place = tuple[str, str, str]
+SliceKey = tuple[str, str, str]
 """Data set, language and source."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of a version, without its text; `prompt` and `rest` are hashes of this process."""
+    """A row of a version, without its text; the hashes are those of Python, valid in this process alone."""
 
     lang: str
     source: str
-    prompt: int
-    rest: int
+    prompt_hash: int
+    row_hash: int
 
 
-def compare(old: Path, new: Path) -> dict[Place, Counter[str]]:
+def compare(old: Path, new: Path) -> dict[SliceKey, Counter[str]]:
     """Rows added, removed and changed between two data folders, by data set, language and source.
 
-    A row changed when the same prompt and answers stand elsewhere (another side or group) or under another language,
-    source or licence, or when the same prompt of the same source has another answer. A row that repeats counts as
-    often as it stands there.
+    A row counts as changed if the same prompt and answers are now in another split or group, or have another language,
+    source or licence, or if the same prompt of the same source has another answer. Duplicate rows are all counted.
     """
-    found: dict[Place, Counter[str]] = {}
+    difference: dict[SliceKey, Counter[str]] = {}
     for name in DATA_SETS:
         before, after = _entries(old / name), _entries(new / name)
-        gone: list[Entry] = []
-        come: list[Entry] = []
-        for identity in before.keys() | after.keys():
-            left = Counter(before.get(identity, ()))
-            right = Counter(after.get(identity, ()))
-            lost, won = list((left - right).elements()), list((right - left).elements())
-            both = min(len(lost), len(won))
-            _count(found, name, "changed", won[:both])
-            gone += lost[both:]
-            come += won[both:]
-        answered = Counter((entry.source, entry.prompt) for entry in gone)
-        for entry in come:
-            key = (entry.source, entry.prompt)
-            _count(found, name, "changed" if answered[key] > 0 else "added", [entry])
-            answered[key] -= 1
-        answered = Counter((entry.source, entry.prompt) for entry in come)
-        for entry in gone:
-            key = (entry.source, entry.prompt)
-            if answered[key] <= 0:
-                _count(found, name, "removed", [entry])
-            answered[key] -= 1
-    return dict(sorted(found.items()))
+        removed: list[Entry] = []
+        added: list[Entry] = []
+        for row_id in before.keys() | after.keys():
+            left = Counter(before.get(row_id, ()))
+            right = Counter(after.get(row_id, ()))
+            only_left, only_right = list((left - right).elements()), list((right - left).elements())
+            matched = min(len(only_left), len(only_right))
+            _count(difference, name, "changed", only_right[:matched])
+            removed += only_left[matched:]
+            added += only_right[matched:]
+        unmatched = Counter((entry.source, entry.prompt_hash) for entry in removed)
+        for entry in added:
+            key = (entry.source, entry.prompt_hash)
+            _count(difference, name, "changed" if unmatched[key] > 0 else "added", [entry])
+            unmatched[key] -= 1
+        unmatched = Counter((entry.source, entry.prompt_hash) for entry in added)
+        for entry in removed:
+            key = (entry.source, entry.prompt_hash)
+            if unmatched[key] <= 0:
+                _count(difference, name, "removed", [entry])
+            unmatched[key] -= 1
+    return dict(sorted(difference.items()))
 
 
-def diff(data: DataConfig, old: str, new: str) -> dict[Place, Counter[str]]:
-    """As `compare`, for two revisions of a repository; `workspace` is the files as they are.
+def diff(data: DataConfig, old: str, new: str) -> dict[SliceKey, Counter[str]]:
+    """Like `compare`, for two revisions of a repository; `workspace` means the current files.
 
     Raises:
-        InputError: a revision that does not exist, or whose content is not to be had.
+        InputError: a revision does not exist, or its content cannot be fetched.
     """
     with tempfile.TemporaryDirectory(prefix="kubealign-") as temporary:
-        folders = [_version(data, revision, Path(temporary) / str(i)) for i, revision in enumerate((old, new))]
+        folders = [_fetch_version(data, revision, Path(temporary) / str(i)) for i, revision in enumerate((old, new))]
         return compare(*folders)
 
 
 def log(root: Path, commit: str, path: str) -> list[dict[str, Any]]:
-    """The versions of the data up to a commit, the newest first: those that gave a data set another content."""
+    """The versions of the data up to a commit, newest first: the commits that changed a data set's content."""
     folders = data_folders(path)
     tags = git.tags(root)
     versions = [(entry, outs) for entry, outs in history(root, commit, folders) if len(outs) == len(folders)]
-    found = []
+    entries = []
     for (entry, outs), older in zip(versions, [*(outs for _, outs in versions[1:]), {}], strict=True):
         digests = {name: outs[folder]["md5"] for name, folder in zip(DATA_SETS, folders, strict=True)}
         if all(older.get(folder, {}).get("md5") == outs[folder]["md5"] for folder in folders):
             continue
         sha = entry.id.decode()
-        found.append(
+        entries.append(
             {
                 "commit": sha,
                 "tags": sorted(tags.get(sha, [])),
@@ -99,26 +98,27 @@ def log(root: Path, commit: str, path: str) -> list[dict[str, Any]]:
                 "added": _added_sources(root, sha, path),
             }
         )
-    return found
+    return entries
 
 
 def _entries(folder: Path) -> dict[str, list[Entry]]:
-    found: dict[str, list[Entry]] = {}
+    """The rows of a data set by their ids."""
+    entries: dict[str, list[Entry]] = {}
     for split in SPLITS if folder.is_dir() else ():
         for _, row in iter_lines(folder / f"{split}.jsonl"):
             lang, source = str(row.get("lang")), str(row.get("source"))
             entry = Entry(lang, source, hash(orjson.dumps(row.get("prompt"))), hash((split, orjson.dumps(row))))
-            found.setdefault(str(row.get("id")), []).append(entry)
-    return found
+            entries.setdefault(str(row.get("id")), []).append(entry)
+    return entries
 
 
-def _count(found: dict[Place, Counter[str]], name: str, kind: str, entries: Iterable[Entry]) -> None:
+def _count(difference: dict[SliceKey, Counter[str]], name: str, kind: str, entries: Iterable[Entry]) -> None:
     for entry in entries:
-        found.setdefault((name, entry.lang, entry.source), Counter())[kind] += 1
+        difference.setdefault((name, entry.lang, entry.source), Counter())[kind] += 1
 
 
-def _version(data: DataConfig, revision: str, out: Path) -> Path:
-    """A folder with both data sets of a revision."""
+def _fetch_version(data: DataConfig, revision: str, out: Path) -> Path:
+    """The folder with both data sets of a revision: the workspace's own, or `out`, to which they are fetched."""
     if revision == WORKSPACE:
         folder = Path(data.repo) / data.path
         missing = [name for name in DATA_SETS if not (folder / name).is_dir()]
@@ -134,12 +134,12 @@ def _version(data: DataConfig, revision: str, out: Path) -> Path:
             except FileNotFoundError as error:
                 raise InputError(
                     f"{data.repo}@{revision}: the content of {folder_name} is neither in the DVC cache nor in a remote;"
-                    " `dvc fetch --all-commits` brings it"
+                    " try `dvc fetch --all-commits`"
                 ) from error
     return out
 
 
 def _added_sources(root: Path, commit: str, path: str) -> list[str]:
-    """The team's own sources that a version holds."""
+    """The sources in a version that `kubealign data add` added."""
     lock = yaml.safe_load(git.content(root, commit, f"{path}/sources.lock")) or {}
     return sorted(lock.get(ADDED) or {})

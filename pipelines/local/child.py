@@ -1,7 +1,6 @@
 """The child process in which KFP's local runner executes the pipeline; `kubealign run` starts it and reads its events.
 
-It leads its own process group, so that killing the group ends every step, and kills the group itself when its parent
-dies.
+It leads its own process group, so killing the group ends every step; it kills the group itself when its parent dies.
 """
 
 import ctypes
@@ -25,7 +24,7 @@ def end_group(number: int = 0, frame: FrameType | None = None) -> None:
 
 
 def end_containers_too(number: int = 0, frame: FrameType | None = None) -> None:
-    """Also end steps that run in containers, which are no children of this process."""
+    """Also end steps that run in containers, which are not children of this process."""
     from pipelines.local.containers import end_containers, engine
 
     try:
@@ -35,15 +34,15 @@ def end_containers_too(number: int = 0, frame: FrameType | None = None) -> None:
 
 
 def report_cached_steps(report: Callable[[str], None]) -> None:
-    """Have KFP's local runner report each task that it serves from its cache, by the task's name.
+    """Make KFP's local runner report the name of each task that it serves from its cache.
 
-    KFP only logs such a hit as a sentence. Its orchestrator asks `kfp.local.cache.LocalCache` about each task in turn:
-    first for the key, by the component's name, then for the outputs under that key.
+    KFP itself only logs a sentence for a cache hit. Its orchestrator calls `kfp.local.cache.LocalCache` for each task
+    in turn: first for the key, with the component's name, then for the outputs under that key.
     """
     from kfp.local import cache
 
     class ReportingCache(cache.LocalCache):  # type: ignore[misc]
-        """KFP's cache, whose hits are reported."""
+        """KFP's cache, reporting hits."""
 
         def __init__(self, cache_root: str) -> None:
             super().__init__(cache_root)
@@ -68,8 +67,8 @@ def report_cached_steps(report: Callable[[str], None]) -> None:
 def run_step(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
     """Run a step with this process's own standard output; returns its exit code.
 
-    Replaces `kfp.local.subprocess_task_handler.run_local_subprocess` and has its arguments. KFP decodes the output line
-    by line: one byte that is not UTF-8 would end the run, and an endless line would have to fit in memory.
+    Replaces `kfp.local.subprocess_task_handler.run_local_subprocess`, with the same arguments. KFP's decodes the output
+    line by line: a byte that is not UTF-8 would end the run, and an endless line would have to fit in memory.
     """
     environment = {**os.environ, **env_vars} if env_vars else None
     return subprocess.run(full_command, env=environment, check=False).returncode
@@ -81,7 +80,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, end_group)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    order = json.load(sys.stdin)
+    request = json.load(sys.stdin)
     warnings.filterwarnings("ignore", module="kfp")
     from kfp import local
     from kfp.local import subprocess_task_handler
@@ -93,11 +92,11 @@ def main() -> None:
     from pipelines.alignment import build_pipeline
     from pipelines.local.containers import runner as container_runner
 
-    home, project = Path(order["home"]), Path(order["project"])
+    home, project = Path(request["home"]), Path(request["project"])
     config = load_config(project / PARAMS)
-    if order["runner"] == "docker":
+    if request["runner"] == "docker":
         signal.signal(signal.SIGTERM, end_containers_too)
-        runner = container_runner(project, order["arguments"])
+        runner = container_runner(project, request["arguments"])
     else:
         subprocess_task_handler.run_local_subprocess = run_step
         runner = local.SubprocessRunner(use_venv=False)
@@ -106,15 +105,15 @@ def main() -> None:
         runner=runner,
         pipeline_root=str(home / "steps"),
         workspace_root=str(home / "workspace"),
-        enable_caching=order["caching"],
-        # A cached step names its run in MLflow, so the cache belongs to one MLflow store.
-        cache_root=str(home / "steps" / f"cache-{digest(order['store'])[:12]}"),
+        enable_caching=request["caching"],
+        # Cached outputs contain MLflow run ids, so each MLflow store has a cache of its own.
+        cache_root=str(home / "steps" / f"cache-{digest(request['store'])[:12]}"),
     )
     pipeline = build_pipeline(config)
     try:
-        pipeline(**order["arguments"])
+        pipeline(**request["arguments"])
     except RuntimeError as error:
-        # The step has reported its own error; KFP only adds which step it was.
+        # The step has reported its own error; KFP only adds the step's name.
         print(error, file=sys.stderr)
         sys.exit(1)
     except OSError as error:

@@ -1,8 +1,8 @@
-"""`kubealign run --runner docker`: the steps in our images on this machine, with exit codes that can be trusted.
+"""`kubealign run --runner docker`: run the steps in our images on this machine, with reliable exit codes.
 
 KFP's DockerRunner removes a container as soon as it exits and treats a missing one as a success, so under load a failed
-step can pass; `run_container` replaces that part of it. Containers carry the project's home folder as a label, and one
-run at a time may use that folder: whatever a killed run left behind is removed before the next one starts.
+step can pass; `run_container` replaces that part. Containers are labeled with the project's home folder, which only one
+run at a time may use: whatever a killed run left behind is removed before the next one starts.
 """
 
 import configparser
@@ -28,17 +28,17 @@ from components.tracking import store
 
 HOME_LABEL = "kubealign.home"
 CODE_LABEL = "kubealign.code"
-PASSED_ON = ("AWS_", "MLFLOW_TRACKING_", "GIT_", "KUBEALIGN_", "OMP_", "GOMP_")
+INHERITED_PREFIXES = ("AWS_", "MLFLOW_TRACKING_", "GIT_", "KUBEALIGN_", "OMP_", "GOMP_")
 """Prefixes of the environment variables that a step's container inherits from this process."""
 STEP_FOLDERS = ("steps", "workspace", "checkpoints", "cache", "mlartifacts")
 """Folders below the home folder that steps write to, as its owner."""
 SERVER_STARTS_WITHIN_S = 120
 IN_IMAGES = (".py", ".html", ".jinja", ".css", ".js")
-"""Suffixes of what the images hold of the package `components`."""
+"""Suffixes of the files of the package `components` that the images contain."""
 
 
 def code_in_images() -> str:
-    """Digest of what the images contain of this project: the package `components` and the locked versions."""
+    """Digest of this project's part of the images: the package `components` and the locked package versions."""
     folder = PACKAGES / "components"
     files = [path for path in folder.rglob("*") if path.suffix in IN_IMAGES and "tests" not in path.parts]
     hashes = {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
@@ -50,7 +50,7 @@ def engine() -> Any:
     """A client of the container engine (DOCKER_HOST, or the default socket).
 
     Raises:
-        InputError: no engine answers.
+        InputError: no container engine answers.
     """
     import docker
 
@@ -66,10 +66,10 @@ def engine() -> Any:
 
 
 def check_images(client: Any) -> None:
-    """Refuse images that are missing or were built from different code.
+    """Check that the images exist and were built from this code.
 
     Raises:
-        InputError: `make images` is due.
+        InputError: an image is missing or outdated; `make images` builds it.
     """
     import docker
 
@@ -79,23 +79,23 @@ def check_images(client: Any) -> None:
         except docker.errors.ImageNotFound as error:
             raise InputError(f"image {image} is not built; `make images` builds it") from error
         if labels.get(CODE_LABEL) != code_in_images():
-            raise InputError(f"image {image} was built from other code than this; `make images` builds it anew")
+            raise InputError(f"image {image} was built from different code; `make images` rebuilds it")
 
 
 def end_containers(client: Any) -> int:
     """Kill and remove every container of this home folder's steps; returns how many there were."""
     import docker
 
-    left = client.containers.list(all=True, filters={"label": f"{HOME_LABEL}={store.home()}"})
-    for container in left:
+    containers = client.containers.list(all=True, filters={"label": f"{HOME_LABEL}={store.home()}"})
+    for container in containers:
         try:
             container.remove(force=True)
         except docker.errors.NotFound:
             continue
         except docker.errors.APIError as error:
-            if error.status_code != 409:  # its removal is under way already
+            if error.status_code != 409:  # its removal is already in progress
                 raise
-    return len(left)
+    return len(containers)
 
 
 def run_container(
@@ -103,7 +103,7 @@ def run_container(
 ) -> int:
     """Run a step's container and stream its output to ours; returns the exit code that the engine recorded.
 
-    Replaces `kfp.local.docker_task_handler.run_docker_container` and has its arguments.
+    Replaces `kfp.local.docker_task_handler.run_docker_container`, with the same arguments.
     """
     container = client.containers.create(image=image, command=command, volumes=volumes, **container_run_args)
     try:
@@ -116,7 +116,7 @@ def run_container(
 
 
 def output(container: Any) -> Iterator[bytes]:
-    """Start a container and yield all its output; following its log occasionally loses the end."""
+    """Start a container and yield all its output, by attaching: following its log occasionally loses the end."""
     chunks: Iterator[bytes] = container.attach(stream=True)
     container.start()
     return chunks
@@ -125,9 +125,9 @@ def output(container: Any) -> Iterator[bytes]:
 def runner(project: Path, arguments: dict[str, Any]) -> Any:
     """KFP's DockerRunner with our settings and `run_container`.
 
-    A step's container has the network of this machine, reads the project, the data repository and its local remotes,
-    and a base model or template given as a path; it writes only to the home folder and /tmp, as the home folder's
-    owner, without capabilities.
+    A step's container uses this machine's network. It can read the project, the data repository and its local remotes,
+    and a base model or chat template given as a path; it can write only to the home folder and /tmp, as the home
+    folder's owner, without capabilities.
     """
     from docker.types import Mount
     from kfp import local
@@ -146,19 +146,19 @@ def runner(project: Path, arguments: dict[str, Any]) -> Any:
         labels={HOME_LABEL: str(home)},
         environment=_environment(),
         mounts=[
-            *(Mount(str(path), str(path), type="bind", read_only=True) for path in _read(project, arguments)),
+            *(Mount(str(path), str(path), type="bind", read_only=True) for path in _read_only(project, arguments)),
             Mount(str(home), str(home), type="bind"),
         ],
     )
 
 
 def _environment() -> dict[str, str]:
-    passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-    return passed | {"MLFLOW_TRACKING_URI": store.tracking_uri(), store.HOME_VARIABLE: str(store.home())}
+    inherited = {name: value for name, value in os.environ.items() if name.startswith(INHERITED_PREFIXES)}
+    return inherited | {"MLFLOW_TRACKING_URI": store.tracking_uri(), store.HOME_VARIABLE: str(store.home())}
 
 
-def _read(project: Path, arguments: dict[str, Any]) -> list[Path]:
-    """The local folders and files that the steps of a run with these arguments read."""
+def _read_only(project: Path, arguments: dict[str, Any]) -> list[Path]:
+    """The local folders and files that the steps of a run with these arguments read, without nested ones."""
     repo = json.loads(arguments["data_section"])["repo"]
     paths = [
         project,
@@ -167,8 +167,9 @@ def _read(project: Path, arguments: dict[str, Any]) -> list[Path]:
     ]
     if not is_url(repo):
         paths += [Path(repo), *_local_stores(Path(repo))]
-    found = {path.resolve() for path in paths if path.exists()} - {store.home().resolve()}
-    return sorted(path for path in found if not any(path != other and path.is_relative_to(other) for other in found))
+    existing = {path.resolve() for path in paths if path.exists()} - {store.home().resolve()}
+    nested = {path for path in existing if any(path != parent and path.is_relative_to(parent) for parent in existing)}
+    return sorted(existing - nested)
 
 
 def _local_stores(repo: Path) -> Iterator[Path]:
@@ -187,7 +188,7 @@ def containers_for_a_run() -> Iterator[None]:
     """Prepare a run in containers: an engine, current images and an MLflow server; clean up afterwards.
 
     Raises:
-        InputError: no engine, no fresh images, or another run in containers uses this home folder.
+        InputError: no container engine, no current images, or another run in containers uses this home folder.
     """
     client = engine()
     check_images(client)
@@ -201,7 +202,7 @@ def containers_for_a_run() -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"another run in containers uses {home}; wait for it or name another project") from error
+            raise InputError(f"another run in containers uses {home}; wait for it, or use another --project") from error
         end_containers(client)
         try:
             with mlflow_server():
@@ -215,27 +216,27 @@ def containers_for_a_run() -> Iterator[None]:
 def mlflow_server() -> Iterator[None]:
     """Serve the local MLflow store over HTTP to steps that cannot open its SQLite file.
 
-    Nothing is started when MLFLOW_TRACKING_URI names a server already.
+    No server is started if MLFLOW_TRACKING_URI already names one.
     """
     uri = store.tracking_uri()
     if uri.startswith("http"):
         yield
         return
-    # Made here, the experiment keeps its artifacts in the home folder, where this machine reads them without a server.
+    # Created here, the experiment stores artifacts in the home folder, where they can be read without the server.
     store.experiment_id(store.client())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}
-    words = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    words += ["--artifacts-destination", (store.home() / "mlartifacts").as_uri()]
+    args = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    args += ["--artifacts-destination", (store.home() / "mlartifacts").as_uri()]
     with (store.home() / "mlflow-server.log").open("w") as log:
         server = subprocess.Popen(
-            [str(Path(sys.executable).with_name("mlflow")), *words], env=environment, stdout=log, stderr=log
+            [str(Path(sys.executable).with_name("mlflow")), *args], env=environment, stdout=log, stderr=log
         )
         try:
-            _await(address, server, Path(log.name))
+            _wait_until_healthy(address, server, Path(log.name))
             os.environ["MLFLOW_TRACKING_URI"] = address
             yield
         finally:
@@ -244,7 +245,7 @@ def mlflow_server() -> Iterator[None]:
             server.wait()
 
 
-def _await(address: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
+def _wait_until_healthy(address: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
     deadline = time.monotonic() + SERVER_STARTS_WITHIN_S
     while time.monotonic() < deadline and server.poll() is None:
         try:
@@ -252,4 +253,4 @@ def _await(address: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
             return
         except OSError:
             time.sleep(0.2)
-    raise KubealignError(f"the MLflow server for this run did not start; its log says why: {log}")
+    raise KubealignError(f"the MLflow server for this run did not start; see its log: {log}")

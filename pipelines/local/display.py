@@ -1,4 +1,4 @@
-"""How a run looks to its user: live bars on a terminal, plain lines in a log."""
+"""Progress display of a run: live bars on a terminal, plain lines otherwise."""
 
 import time
 from types import TracebackType
@@ -12,7 +12,7 @@ LINE_EVERY_S = 15.0
 
 
 class Display:
-    """Shows the events of a run's steps."""
+    """Shows the events of a run's steps; a context manager."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -27,7 +27,7 @@ class Display:
             disable=not self._live,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._began: dict[str, float] = {}
+        self._started_at: dict[str, float] = {}
         self._last_line = 0.0
 
     def __enter__(self) -> "Display":
@@ -40,7 +40,7 @@ class Display:
         self._bars.stop()
 
     def show(self, event: Event) -> None:
-        """Show an event; an error is shown at the end of the run, not here."""
+        """Show an event; errors are not shown here but at the end of the run."""
         match event.kind:
             case "started":
                 self._started(event.stage)
@@ -56,7 +56,7 @@ class Display:
                 pass
 
     def _started(self, stage: str) -> None:
-        self._began[stage] = time.monotonic()
+        self._started_at[stage] = time.monotonic()
         if self._live:
             self._tasks[stage] = self._bars.add_task(stage, total=None, details="")
         else:
@@ -67,7 +67,7 @@ class Display:
             self._bars.update(self._tasks[stage], total=1, completed=1, details="done")
             self._bars.stop_task(self._tasks[stage])
         else:
-            self._print(f"{stage}: done in {time.monotonic() - self._began.get(stage, time.monotonic()):.0f} s")
+            self._print(f"{stage}: done in {time.monotonic() - self._started_at.get(stage, time.monotonic()):.0f} s")
 
     def _cached(self, stage: str) -> None:
         if self._live:

@@ -1,4 +1,4 @@
-"""Results of finished runs: read from MLflow, shown as a table or as JSON."""
+"""Results of finished runs, read from MLflow and shown as a table."""
 
 from rich import box
 from rich.console import Console
@@ -14,7 +14,7 @@ from pipelines.local.runner import run_folder
 
 
 class FinishedRun(Result):
-    """The result of a run, with what is known of it here and now."""
+    """The result of a run, with its version's current aliases and a local copy of its report."""
 
     report: str
     """Path of the report page on this machine."""
@@ -24,17 +24,18 @@ NAMES = {"sft": "SFT", "policy": "DPO", "incumbent": "incumbent"}
 
 
 def find_run(run: str) -> str:
-    """The id of the named pipeline run, or of the latest.
+    """The id of the named pipeline run, or of the latest one if `run` is empty.
 
     Raises:
-        InputError: there is no such run, or it has not finished.
+        InputError: there is no such run.
+        KubealignError: it has not finished, or is not a pipeline run.
     """
     from mlflow.exceptions import MlflowException
 
     client = store.client()
     if run:
         try:
-            found = client.get_run(run)
+            pipeline_run = client.get_run(run)
         except MlflowException as error:
             raise InputError(f"run {run}: not found in {store.without_credentials(store.tracking_uri())}") from error
     else:
@@ -46,17 +47,18 @@ def find_run(run: str) -> str:
         )
         if not runs:
             raise InputError("no run yet; start one with `kubealign run`")
-        found = runs[0]
-    if found.info.status != "FINISHED" or found.data.tags.get("kubealign.kind") != "pipeline":
-        raise KubealignError(f"run {found.info.run_id} has not finished as a pipeline run (status {found.info.status})")
-    return str(found.info.run_id)
+        pipeline_run = runs[0]
+    info, tags = pipeline_run.info, pipeline_run.data.tags
+    if info.status != "FINISHED" or tags.get("kubealign.kind") != "pipeline":
+        raise KubealignError(f"run {info.run_id} is not a finished pipeline run (status {info.status})")
+    return str(info.run_id)
 
 
 def load_result(run_id: str) -> FinishedRun:
-    """The result of a finished run, with the registry's present aliases; its report is downloaded if need be.
+    """The result of a finished run, with the version's current aliases; the report is downloaded if it is not here.
 
     Raises:
-        InputError: the result is damaged, or another version of kubealign wrote it.
+        InputError: the result is damaged, or was written by another version of kubealign.
         KubealignError: the version is no longer in the registry.
     """
     import mlflow
@@ -83,23 +85,25 @@ def load_result(run_id: str) -> FinishedRun:
 
 
 def show_result(console: Console, result: FinishedRun) -> None:
-    """The short summary that ends a run."""
+    """Print the summary that ends a run."""
     table = Table("model", "pairs", "log-loss", "accuracy", "margin, nats", box=box.SIMPLE_HEAD)
     for name, title in NAMES.items():
         if name in result["metrics"]:
-            found = result["metrics"][name]
+            metrics = result["metrics"][name]
             keys = ("preference_log_loss", "rewards/accuracies", "rewards/margins")
-            table.add_row(title, str(found["rewards/accuracies"]["n"]), *(estimate_text(found[key]) for key in keys))
+            table.add_row(
+                title, str(metrics["rewards/accuracies"]["n"]), *(estimate_text(metrics[key]) for key in keys)
+            )
     console.print(
         "Held-out pairs: preference log-loss (nats), reward accuracy, margin, with intervals", highlight=False
     )
     console.print(table)
-    words = "passed the gate" if result["verdict"]["passed"] else f"not promoted: {result['verdict']['verdict']}"
+    verdict = "passed the gate" if result["verdict"]["passed"] else f"not promoted: {result['verdict']['verdict']}"
     lines = [
-        f"verdict   {words}",
+        f"verdict   {verdict}",
         f"          {result['verdict']['sentence']}",
-        f"decision  {result['decided']['sentence']}; number {result['verdict']['decision_index']} on this test set,"
-        f" tested at {result['verdict']['alpha_for_decision']:.2g}",
+        f"decision  {result['decided']['sentence']}; decision {result['verdict']['decision_index']} on this test set,"
+        f" tested at alpha {result['verdict']['alpha_for_decision']:.2g}",
         f"model     {result['model_uri']}  ({', '.join(result['aliases']) or 'no alias'})",
         f"report    {result['report']}",
         "MLflow    kubealign ui",
@@ -109,5 +113,5 @@ def show_result(console: Console, result: FinishedRun) -> None:
 
 
 def estimate_text(estimate: Estimate) -> str:
-    """An estimate with its interval."""
+    """An estimate with its confidence interval as text, such as `0.610 [0.500, 0.700]`."""
     return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"

@@ -31,13 +31,13 @@ from pipelines.quiet import QUIET
 STOP_AFTER_S = 5.0
 
 LOG_FILE, EVENTS_FILE = "log.txt", "events.jsonl"
-"""What a run leaves in its folder: the whole output of its steps, and their events."""
+"""Files in a run's folder: the complete output of its steps, and their events."""
 POLL_S = 0.1
 
 
 @dataclass
 class ChildState:
-    """What the child has reported so far."""
+    """The state of the child, from the events it has reported so far."""
 
     stage: str = ""
     errors: list[Event] = field(default_factory=list)
@@ -48,13 +48,13 @@ def run_pipeline(config: Config, project: Path, display: Display, runner: str, c
 
     Args:
         config: the whole configuration.
-        project: the folder with params.yaml; relative names in the configuration are relative to it.
+        project: the folder with params.yaml; local paths in the configuration are relative to it.
         display: shows progress.
         runner: `subprocess` for steps in processes of this environment, `docker` for steps in our images.
         caching: whether a step that has run with the same inputs is served from the cache.
 
     Returns:
-        id of the parent run in MLflow.
+        the id of the parent run in MLflow.
 
     Raises:
         StepFailedError: a step failed.
@@ -68,7 +68,7 @@ def run_pipeline(config: Config, project: Path, display: Display, runner: str, c
         return _run_pipeline(arguments, project, display, {"runner": runner, "store": uri, "caching": caching})
 
 
-def _run_pipeline(arguments: dict[str, Any], project: Path, display: Display, how: dict[str, Any]) -> str:
+def _run_pipeline(arguments: dict[str, Any], project: Path, display: Display, options: dict[str, Any]) -> str:
     client = store.client()
     parent = client.create_run(
         store.experiment_id(client), tags={"kubealign.kind": "pipeline", "kubealign.git_commit": git_commit()}
@@ -76,7 +76,7 @@ def _run_pipeline(arguments: dict[str, Any], project: Path, display: Display, ho
     run_id: str = parent.info.run_id
     status = "FAILED"
     try:
-        _run_child({"arguments": arguments, "project": str(project)} | how, run_id, display)
+        _run_child({"arguments": arguments, "project": str(project)} | options, run_id, display)
         status = "FINISHED"
     except InterruptedRunError:
         status = "KILLED"
@@ -91,7 +91,7 @@ def run_folder(run_id: str) -> Path:
     return store.home() / "runs" / run_id
 
 
-def _run_child(order: dict[str, Any], run_id: str, display: Display) -> None:
+def _run_child(request: dict[str, Any], run_id: str, display: Display) -> None:
     folder = run_folder(run_id)
     events = _new_events_file(folder)
     environment = {
@@ -107,7 +107,7 @@ def _run_child(order: dict[str, Any], run_id: str, display: Display) -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        cwd=order["project"],
+        cwd=request["project"],
         env=environment,
         start_new_session=True,
     )
@@ -124,7 +124,7 @@ def _run_child(order: dict[str, Any], run_id: str, display: Display) -> None:
     try:
         assert child.stdin
         with display:
-            child.stdin.write(json.dumps(order | {"home": str(store.home())}).encode())
+            child.stdin.write(json.dumps(request | {"home": str(store.home())}).encode())
             child.stdin.close()
             _follow(child, folder / LOG_FILE, EventReader(events), state, display)
         code = child.wait()
@@ -137,7 +137,7 @@ def _run_child(order: dict[str, Any], run_id: str, display: Display) -> None:
 
 
 def _new_events_file(folder: Path) -> Path:
-    """An empty events file for the steps to append to; in containers they run as the home folder's owner."""
+    """Create an empty events file, writable for the home folder's owner, as whom steps in containers run."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / EVENTS_FILE
     path.touch()
@@ -152,7 +152,7 @@ def _follow(
 ) -> None:
     """Copy the child's output to the log and handle its events until it closes its output.
 
-    The output is copied as it is, whatever bytes libraries print; only events are interpreted.
+    The output is copied byte for byte, whatever libraries print; only events are parsed.
     """
     assert child.stdout
     with log_file.open("wb", buffering=0) as log, selectors.DefaultSelector() as selector:
@@ -168,19 +168,23 @@ def _follow(
 
 
 def run_arguments(config: Config, project: Path) -> dict[str, Any]:
-    """The pipeline's arguments, with local paths made absolute."""
+    """The pipeline's arguments, with local paths made absolute.
+
+    Raises:
+        InputError: a value that KFP's local runner would change.
+    """
     arguments = pipeline_arguments(with_absolute_paths(config, project))
     for value in arguments.values():
         if isinstance(value, str) and "python3" in value:
             raise InputError(
-                "a path or setting contains the word `python3`, which KFP's local runner replaces wherever it stands;"
+                "a path or setting contains `python3`, which KFP's local runner replaces everywhere;"
                 f" rename it: {store.without_credentials(value)}"
             )
     return arguments
 
 
 def with_absolute_paths(config: Config, project: Path) -> Config:
-    """The configuration with its local paths, which are relative to the project, made absolute."""
+    """The configuration with its local paths, relative to the project, made absolute."""
     data, model = config.data, config.model
     if not is_url(data.repo):
         data = data.model_copy(update={"repo": str((project / data.repo).resolve())})
@@ -202,21 +206,21 @@ def _handle_event(event: Event, state: ChildState, display: Display) -> None:
 def _fail(state: ChildState, log: Path) -> NoReturn:
     if state.errors:
         last = state.errors[-1]
-        raise StepFailedError(f"{last.stage}: {last.message}\n(whole log: {log})", last.exit_code or 1)
-    knobs = (
-        f" (what helps: a lower {state.stage}.max_tokens_per_microbatch, model.gradient_checkpointing=true)"
+        raise StepFailedError(f"{last.stage}: {last.message}\n(full log: {log})", last.exit_code or 1)
+    hint = (
+        f" (try a lower {state.stage}.max_tokens_per_microbatch, or model.gradient_checkpointing=true)"
         if state.stage in BY_NAME and BY_NAME[state.stage].trains
         else ""
     )
     raise StepFailedError(
-        f"{state.stage or 'the pipeline'} ended without a message, possibly killed: out of memory{knobs}; the log"
-        f" says more: {log}",
+        f"{state.stage or 'the pipeline'} ended without a message, possibly killed: out of memory{hint}; see the log:"
+        f" {log}",
         1,
     )
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """End the child's whole process group and wait until none of it is left."""
+    """End the child's whole process group and wait for the child to exit."""
     deadline = time.monotonic() + STOP_AFTER_S
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
@@ -231,7 +235,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 def _close_runs(client: Any, run_id: str, status: str) -> None:
     """End the parent run and the stage runs that a kill left open.
 
-    If MLflow is what failed, the runs stay open, and the step's own message is what counts.
+    If MLflow itself failed, the runs stay open, so that the step's own error is the one reported.
     """
     try:
         _end_runs(client, run_id, status)
@@ -244,5 +248,5 @@ def _end_runs(client: Any, run_id: str, status: str) -> None:
     client.set_terminated(run_id, status)
     experiment = client.get_run(run_id).info.experiment_id
     query = f"tags.`mlflow.parentRunId` = '{run_id}' AND attributes.status = 'RUNNING'"
-    for left in client.search_runs([experiment], query):
-        client.set_terminated(left.info.run_id, "KILLED")
+    for stage_run in client.search_runs([experiment], query):
+        client.set_terminated(stage_run.info.run_id, "KILLED")

@@ -266,7 +266,7 @@ def test_leaked_test_prompts_are_refused_with_their_rows_and_the_comment_is_upda
     assert not passed
     (comment,) = team.github.of(8)
     show("a leak", comment)
-    assert "Validation: refused" in comment and "leak" in comment
+    assert "Validation: rejected" in comment and "leak" in comment
     assert f"| data/preferences/train.jsonl | {len(rows) + 1} | {leaked[0]['id']} |" in comment
     assert leaked[0]["chosen"] not in comment and leaked[0]["prompt"][0]["content"] not in comment
     team.write("preferences", {"train": rows})
@@ -274,7 +274,7 @@ def test_leaked_test_prompts_are_refused_with_their_rows_and_the_comment_is_upda
     passed, job = team.propose()
     assert passed, job.log
     (comment,) = team.github.of(8)
-    assert "refused" not in comment and ("accepted" in comment or "Neither the data nor its settings" in comment)
+    assert "rejected" not in comment and ("accepted" in comment or "Neither the data nor its settings" in comment)
 
 
 def test_a_leak_that_is_merged_all_the_same_makes_no_model(team: Team) -> None:

@@ -449,7 +449,7 @@ def test_wait_outlives_a_server_that_fails_for_a_while(kfp: KfpServer, project: 
 def test_wait_gives_up_on_a_server_that_has_failed_for_long(
     kfp: KfpServer, kubealign: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kubeflow, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(kubeflow, "RETRY_TIMEOUT_S", 0.05)
     kfp.fail("GET", RUN, status(503))
     assert "answered 503" in kubealign("wait", kfp.add_run("RUNNING")).one_error()
 

@@ -458,7 +458,7 @@ def test_reproduce_says_what_it_takes_and_checks_it_out(
     said = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "again")])
     assert said.exit_code == 0, said.exception
     assert f"commit {commit}" in said.output and "lineage   gg" in said.output
-    assert "the data was not what a commit records" in said.output and "as here" in said.output
+    assert "warning   the data " in said.output and "as here" in said.output
     settings = yaml.safe_load((tmp_path / "again" / "params.yaml").read_text())
     assert settings["dpo"] == CONFIG.sections()["dpo"] and "prepare" in settings
     assert "torch==" in (tmp_path / "again" / "environment.txt").read_text()

@@ -410,7 +410,7 @@ def test_a_step_follows_several_nodes_alone_when_it_is_told_so(monkeypatch: pyte
 
 def test_several_nodes_need_a_place_that_all_of_them_see() -> None:
     remote = ["data.repo=https://git.example.com/a.git", "data.revision=v1", "cluster.nodes=2", "cluster.state="]
-    with pytest.raises(InputError, match="cluster.state is empty: data, model and checkpoints travel there"):
+    with pytest.raises(InputError, match="cluster.nodes=.*cluster.state is empty: .*pvc:CLAIM"):
         cluster_module.check(load_config(ROOT / "params.yaml", remote))
 
 

@@ -109,9 +109,9 @@ def test_neither_address_nor_key_is_ever_shown(receiver: Receiver, caplog: pytes
         ("http://hooks.example.com/t0k3n", SECRET, "expected an https:// address"),
         ("https://me:t0k3n@hooks.example.com/x", SECRET, "a user or password in a URL would reach logs"),
         ("", SECRET, "KUBEALIGN_WEBHOOK_URL: expected an https:// address"),
-        ("https://hooks.example.com/t0k3n", "", "expected `whsec_` and 24 to 64 random bytes"),
-        ("https://hooks.example.com/t0k3n", "whsec_c2hvcnQ=", "expected `whsec_` and 24 to 64 random bytes"),
-        ("https://hooks.example.com/t0k3n", "whsec_!!!!", "expected `whsec_` and 24 to 64 random bytes"),
+        ("https://hooks.example.com/t0k3n", "", "expected `whsec_` .*24 to 64 random bytes"),
+        ("https://hooks.example.com/t0k3n", "whsec_c2hvcnQ=", "expected `whsec_` .*24 to 64 random bytes"),
+        ("https://hooks.example.com/t0k3n", "whsec_!!!!", "expected `whsec_` .*24 to 64 random bytes"),
     ],
 )
 def test_a_webhook_that_cannot_be_used_is_refused(
@@ -136,10 +136,10 @@ def test_without_an_address_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_comment_is_made_once_and_then_updated_wherever_it_stands(github: GitHubStub) -> None:
     for number in range(150):
         github.add(3, f"talk {number}")
-    assert GitHub().comment(MARKED + "one", 3) == "made"
+    assert GitHub().comment(MARKED + "one", 3) == "created"
     assert GitHub().comment(MARKED + "two", 3) == "updated"
     assert [text for text in github.of(3) if text.startswith("<!--")] == [MARKED + "two"]
-    assert GitHub().comment(MARKED.replace("data", "verdict") + "three", 3) == "made"
+    assert GitHub().comment(MARKED.replace("data", "verdict") + "three", 3) == "created"
 
 
 def test_a_comment_may_be_updated_only(github: GitHubStub) -> None:
@@ -156,14 +156,14 @@ def test_a_comment_whose_answer_was_lost_is_not_repeated(github: GitHubStub) -> 
 
 def test_a_foreign_comment_with_our_marker_is_left_alone(github: GitHubStub) -> None:
     github.add(3, MARKED + "not ours", foreign=True)
-    assert GitHub().comment(MARKED + "ours", 3) == "made"
+    assert GitHub().comment(MARKED + "ours", 3) == "created"
     assert github.of(3) == [MARKED + "not ours", MARKED + "ours"]
 
 
 def test_a_long_comment_is_cut_and_says_so(github: GitHubStub) -> None:
     GitHub().comment(MARKED + "长" * 70_000, 3)
     (text,) = github.of(3)
-    assert len(text) < 65_536 and text.endswith("(cut here: a comment holds no more)")
+    assert len(text) < 65_536 and "truncated" in text[-50:]
 
 
 def test_a_server_that_fails_for_a_while_is_asked_again(github: GitHubStub) -> None:
@@ -178,7 +178,7 @@ def test_a_wrong_token_is_one_line_without_it(github: GitHubStub, monkeypatch: p
         GitHub().comment(MARKED, 3)
     assert "ghs-wr0ng" not in str(error.value)
     monkeypatch.delenv("GITHUB_TOKEN")
-    with pytest.raises(InputError, match="GITHUB_TOKEN are needed"):
+    with pytest.raises(InputError, match="GITHUB_REPOSITORY .* and GITHUB_TOKEN"):
         GitHub()
 
 
@@ -187,7 +187,7 @@ def test_a_user_in_netrc_does_not_take_the_token_s_place(
 ) -> None:
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password else\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert GitHub().comment(MARKED, 3) == "made"
+    assert GitHub().comment(MARKED, 3) == "created"
 
 
 def test_a_commit_s_pull_requests_get_the_comment(github: GitHubStub, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_commit_s_pull_requests_get_the_comment(github: GitHubStub, tmp_path: 
     file = tmp_path / "x.md"
     file.write_text(MARKED)
     done = CliRunner().invoke(app, ["ci", "comment", str(file), "--commit", "b" * 40])
-    assert done.exit_code == 0 and "pull request 8: comment made" in done.stdout
+    assert done.exit_code == 0 and "pull request 8: comment created" in done.stdout
     assert github.of(8) == [MARKED] and not github.of(7)
 
 
@@ -207,5 +207,5 @@ def test_the_status_command_sends_what_retrain_wrote(github: GitHubStub, tmp_pat
 
 
 def test_a_text_without_a_marker_is_no_comment(github: GitHubStub) -> None:
-    with pytest.raises(InputError, match=re.escape("no marker such as <!-- kubealign:data -->")):
+    with pytest.raises(InputError, match=re.escape("marker such as <!-- kubealign:data -->")):
         GitHub().comment("hello", 3)

@@ -216,7 +216,7 @@ def test_a_name_that_moves_may_mean_something_new_without_a_change(clone: Clone)
     plan = make_plan(clone.root, first, "HEAD", "kubeflow")
     rows = {row.step: row for row in plan.rows}
     assert {rows[step].state for step in CACHED} == {"may run"} and plan.retrain
-    assert rows["fetch"].reasons == ("model.base models:/llama@best may mean something new",)
+    assert rows["fetch"].reasons == ("model.base models:/llama@best may have changed",)
 
 
 def test_the_data_of_an_earlier_time_again_is_the_same_model_and_another_commit_of_the_data(clone: Clone) -> None:

@@ -235,13 +235,13 @@ def _rows(path: Path) -> list[Any]:
 @pytest.mark.parametrize(
     ("names", "facts", "message"),
     [
-        (["a b.jsonl"], TEAM, "'a b' cannot name a source; name it with --source"),
-        (["alpaca_en_demo.jsonl"], TEAM, "is the name of a source in data/sources.lock; name yours otherwise"),
-        (["x/a.jsonl", "a.json"], TEAM, "would both be the source a; name it with --source"),
+        (["a b.jsonl"], TEAM, "'a b' cannot be a source name; .*--source"),
+        (["alpaca_en_demo.jsonl"], TEAM, "data/sources.lock .*alpaca_en_demo; .*--source"),
+        (["x/a.jsonl", "a.json"], TEAM, "would both be source a; .*--source"),
         (
             ["half.jsonl"],
             TEAM,
-            r"4 rows of 8 cannot be pairs \(50.0%; .* allows 10.0%\); most often \(4\): no 'chosen'",
+            r"4 of 8 rows .* \(50.0%; .* allows 10.0%\); .*\(4 rows\): no 'chosen'",
         ),
         (["."], TEAM, "a folder; expected a JSON-lines file"),
         (["none.jsonl"], TEAM, "none.jsonl: not found"),

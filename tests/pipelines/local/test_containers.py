@@ -92,7 +92,7 @@ def test_steps_read_the_project_the_repository_its_local_stores_and_named_paths(
         "base_model": str(base),
         "model_section": '{"chat_template": "model"}',
     }
-    found = containers._read(tmp_path / "project", arguments)
+    found = containers._read_only(tmp_path / "project", arguments)
     assert found == [base, tmp_path / "project", repo, store]
 
 

@@ -60,7 +60,7 @@ def test_the_parent_believes_events_and_keeps_the_output_as_it_is(events_file: P
     assert shown.splitlines() == ["fetch: cached", "sft: started", "sft: resuming after step 3"]
     assert code == 2 and state.stage == "sft"
     assert b"\xff\xfe 12%|#\r13%|#" in log and b"x" * 300_000 in log and log.endswith(b"no newline at the end")
-    with pytest.raises(StepFailedError, match=r"^sft: rows.jsonl:17: no\n\(whole log: ") as error:
+    with pytest.raises(StepFailedError, match=r"^sft: rows.jsonl:17: no\n\(full log: ") as error:
         runner._fail(state, tmp_path / "log.txt")
     assert error.value.exit_code == 2
 
