@@ -44,7 +44,7 @@ class Sketches:
         return len(self.bands)
 
 
-def normal(text: str) -> str:
+def normalize_text(text: str) -> str:
     """Unicode NFKC with single spaces, so that differences nobody sees do not count."""
     return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).split())
 
