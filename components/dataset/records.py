@@ -204,6 +204,6 @@ def shown(names: str) -> str:
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
     """Write JSON lines atomically."""
-    with replacing(path) as aside, aside.open("wb") as file:
+    with replacing(path) as staging, staging.open("wb") as file:
         for row in rows:
             file.write(line_of(row.model_dump() if isinstance(row, BaseModel) else row))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from components.common.errors import TrainingError
-from components.common.files import UNSEALED, verify_manifest, write_json, write_manifest, write_text
+from components.common.files import CACHE_DIR, verify_manifest, write_json, write_manifest, write_text
 from components.common.provenance import environment, versions
 from components.config.model import ExecutionConfig
 from components.dataset.chat import load_tokenizer
@@ -49,7 +49,7 @@ from components.training.run import (
 )
 from components.training.scoring import Scores, score, weights_digest
 
-MADE_WITH = ("torch", "transformers", "peft", "accelerate", "safetensors")
+MODEL_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 """Libraries whose versions the model is known to load with; the registry names them."""
 REFERENCE_PAIRS = 4
 REFERENCE_TOLERANCE_NATS = 0.05
@@ -101,7 +101,7 @@ def run_dpo(
                     found,
                     f"reference_{split}",
                     as_trained=True,
-                    look_in=sft_model / UNSEALED,
+                    look_in=sft_model / CACHE_DIR,
                 ).sums()
                 for split, found in examples.items()
             }
@@ -140,7 +140,7 @@ def run_dpo(
                     "reference_rank": cast(Any, policy.lm).peft_config[SFT_ADAPTER].r
                     if model.finetuning == "lora"
                     else 0,
-                    "libraries": versions(MADE_WITH),
+                    "libraries": versions(MODEL_LIBRARIES),
                 }
                 write_json(folder / "training.json", training)
                 write_manifest(folder)

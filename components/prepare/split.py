@@ -100,7 +100,7 @@ def read_splits(path: Path) -> dict[str, Assignment]:
 
 def write_splits(path: Path, assignments: Mapping[str, Assignment]) -> None:
     """Write splits.lock, sorted, so that a diff shows only what is new."""
-    with replacing(path) as aside, aside.open("w", encoding="utf-8", newline="\n") as file:
+    with replacing(path) as staging, staging.open("w", encoding="utf-8", newline="\n") as file:
         file.write(HEADER)
         for key, assignment in sorted(assignments.items(), key=lambda entry: entry[0]):
             file.write(f"{key}\t{assignment.group}\t{assignment.split}\n")

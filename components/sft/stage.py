@@ -7,7 +7,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from components.common.files import UNSEALED, verify_manifest, write_json, write_manifest
+from components.common.files import CACHE_DIR, verify_manifest, write_json, write_manifest
 from components.config.model import ExecutionConfig
 from components.dataset.chat import load_tokenizer
 from components.dataset.records import Instruction, Preference, read_rows
@@ -95,7 +95,7 @@ def _score_pairs(
     for split in ("train", "validation"):
         rows = read_rows(dataset / "preferences" / f"{split}.jsonl", Preference)
         examples = pair_examples(tokenizer, rows)
-        place = folder / UNSEALED
+        place = folder / CACHE_DIR
         score(run, lambda: lm, model, str(content), examples, f"reference_{split}", as_trained=True, write_to=place)
 
 

@@ -39,9 +39,9 @@ class Mirror:
         for name in {key.partition("/")[0] for key in remote if key.endswith(f"/{MANIFEST}")}:
             if (self.folder / name).exists():
                 continue
-            with replacing_folder(self.folder / name) as aside:
+            with replacing_folder(self.folder / name) as staging:
                 for key in (key for key in remote if key.startswith(f"{name}/")):
-                    self.fs.get_file(f"{self.remote}/{key}", str(aside / key.partition("/")[2]))
+                    self.fs.get_file(f"{self.remote}/{key}", str(staging / key.partition("/")[2]))
 
     def push(self) -> None:
         """Bring every checkpoint there that is not there yet, and remove there what is no longer here."""

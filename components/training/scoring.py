@@ -134,8 +134,8 @@ def _find(run: StageRun, places: dict[str, Path], lengths_EC: Any, what: str) ->
 def _keep(path: Path, logps: TokenLogps) -> None:
     if not is_main_process():
         return
-    with replacing(path) as aside:
-        save_file({"logps": logps.values_N}, aside, metadata={"sha256": _checksum(logps.values_N)})
+    with replacing(path) as staging:
+        save_file({"logps": logps.values_N}, staging, metadata={"sha256": _checksum(logps.values_N)})
 
 
 def _load(path: Path, lengths_EC: Any) -> TokenLogps | None:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from components.common.files import UNSEALED, write_manifest
+from components.common.files import CACHE_DIR, write_manifest
 from components.config.params import load_config
 from components.dataset.chat import load_tokenizer
 from components.dataset.records import Preference, read_rows
@@ -136,7 +136,7 @@ def test_reference_log_probs_travel_with_the_sft_model_and_damage_is_seen(
     inputs = (stages.folder / "clean", stages.base, out / "sft", tmp_path / "again")
     run_dpo(config.dpo, config.model, *inputs)
     assert "log-probs of reference_train: 32 examples from the model's folder" in capsys.readouterr().out
-    for file in (out / "sft" / UNSEALED).iterdir():
+    for file in (out / "sft" / CACHE_DIR).iterdir():
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     monkeypatch.setenv("KUBEALIGN_HOME", str(tmp_path / "a-third"))
