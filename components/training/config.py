@@ -11,7 +11,7 @@ BatchSize = Annotated[int, Field(ge=1, description="examples or pairs in an opti
 Seed = Annotated[int, Field(ge=0, description="of the order of the examples, the LoRA start and dropout")]
 
 
-class OptimiserConfig(Section):
+class OptimizerConfig(Section):
     """How a stage trains; the same fields for sft and dpo."""
 
     epochs: Positive = Field(default=1.0, description="passes over the training examples; may be a fraction")

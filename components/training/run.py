@@ -32,7 +32,7 @@ from components.stages import BY_NAME
 from components.tracking import store
 from components.tracking.run import StageRun, is_main_process
 from components.training.checkpoint_mirror import Mirror
-from components.training.config import OptimiserConfig
+from components.training.config import OptimizerConfig
 
 LOG_EVERY_STEPS = 20
 
@@ -109,7 +109,7 @@ def open_tuned(
     return model
 
 
-def add_adapter(model: PackedModel, name: str, config: OptimiserConfig) -> None:
+def add_adapter(model: PackedModel, name: str, config: OptimizerConfig) -> None:
     """Give the model the trainable adapter of a stage's configuration."""
     model.lm = add_lora(
         model.lm,
@@ -122,13 +122,13 @@ def add_adapter(model: PackedModel, name: str, config: OptimiserConfig) -> None:
     )
 
 
-def loop_settings(config: OptimiserConfig) -> LoopSettings:
+def loop_settings(config: OptimizerConfig) -> LoopSettings:
     """The loop's part of a stage's configuration."""
     return LoopSettings(**{name: getattr(config, name) for name in LoopSettings.__dataclass_fields__})
 
 
 @contextmanager
-def checkpoint_folder(stage: str, config: OptimiserConfig, model: ExecutionConfig, *inputs: str) -> Iterator[Path]:
+def checkpoint_folder(stage: str, config: OptimizerConfig, model: ExecutionConfig, *inputs: str) -> Iterator[Path]:
     """The folder of this very training: same order and inputs; held by one process at a time.
 
     Args:
@@ -171,7 +171,7 @@ def run_training(
     model: PackedModel,
     data: TrainingSet,
     objective: Objective,
-    config: OptimiserConfig,
+    config: OptimizerConfig,
     checkpoints: Path,
     show: Callable[[StepRecord], dict[str, float]],
     validate: Validation,

@@ -29,7 +29,7 @@ from components.config.model import ExecutionConfig
 from components.tracking import events, storage, store
 from components.tracking.result import StageResult
 from components.tracking.run import KFP_RUN_VARIABLE, parent_run
-from components.training.config import OptimiserConfig
+from components.training.config import OptimizerConfig
 
 VARIABLE = "KUBEALIGN_CLUSTER"
 """Environment variable of a step that is to run on several nodes: the section `cluster` as JSON."""
@@ -62,7 +62,7 @@ def labels(step: str, cluster: ClusterConfig) -> dict[str, str]:
 def run_on_nodes(
     cluster: ClusterConfig,
     stage: str,
-    config: OptimiserConfig,
+    config: OptimizerConfig,
     model: ExecutionConfig,
     inputs: dict[str, Path],
     out: Path,
