@@ -193,7 +193,7 @@ def test_a_run_on_kubeflow_says_which_hardware_it_is_for() -> None:
 def test_a_step_refuses_a_machine_that_would_compute_other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("components.training.run.hardware", lambda: "cpu")
     asked = ExecutionConfig(precision="bf16", hardware="gpu+bf16")
-    with pytest.raises(InputError, match=r"model\.hardware=gpu\+bf16: this run in bf16 is for .*this one is cpu"):
+    with pytest.raises(InputError, match=r"model\.hardware=gpu\+bf16: this run in bf16 is for .*this machine is cpu"):
         resolve_precision(asked)
     assert resolve_precision(ExecutionConfig(precision="fp32", hardware="cpu+bf16")).hardware == "cpu"
     assert resolve_precision(ExecutionConfig()) == ExecutionConfig(precision="fp32", hardware="cpu")

@@ -39,8 +39,8 @@ from components.tracking.run import is_main_process, stage_run
 from components.training.documents import DpoTraining
 from components.training.run import (
     add_adapter,
+    best_validation_metrics,
     checkpoint_folder,
-    kept_validation,
     open_tuned,
     pair_examples,
     resolve_precision,
@@ -101,7 +101,7 @@ def run_dpo(
                     found,
                     f"reference_{split}",
                     as_trained=True,
-                    look_in=sft_model / CACHE_DIR,
+                    read_from=sft_model / CACHE_DIR,
                 ).sums()
                 for split, found in examples.items()
             }
@@ -121,12 +121,13 @@ def run_dpo(
             evaluate, policy, sets["validation"], objective["validation"], config.max_tokens_per_microbatch
         )
         with checkpoint_folder("dpo", config, model, base_digest, data_digest, sft_digest) as checkpoints:
-            pure = config.precompute_ref_log_probs  # which switches the policy's adapters
+            # A live reference switches the policy's adapters.
+            stateless = config.precompute_ref_log_probs
             records = run_training(
-                run, policy, sets["train"], objective["train"], config, checkpoints, _show, validate, pure
+                run, policy, sets["train"], objective["train"], config, checkpoints, _show, validate, stateless
             )
-            loss, found = kept_validation(records, validate)
-            metrics = {"validation_loss": loss} | {f"validation_{name}": value for name, value in found.items()}
+            loss, validation = best_validation_metrics(records, validate)
+            metrics = {"validation_loss": loss} | {f"validation_{name}": value for name, value in validation.items()}
             with stage_output(out) as folder:
                 _write_policy(folder, policy, model, base_model, base_digest, tokenizer)
                 write_history(folder / "history.jsonl", records)
