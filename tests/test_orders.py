@@ -14,7 +14,7 @@ from components.config.params import Config, load_config, pipeline_arguments
 from components.orders import Facts, Order, config_key, decision_key, lineage, make_orders, read_order
 from components.register.stage import Lineage
 from components.resolve.component import resolve
-from components.resolve.stage import resolved_for_its_hardware
+from components.resolve.stage import with_resolved_hardware
 from components.stages import BY_NAME, ORDERED, STAGE_NAMES
 from components.training.run import resolve_precision
 from pipelines.platform import for_its_hardware
@@ -193,7 +193,7 @@ def test_a_run_on_kubeflow_says_which_hardware_it_is_for() -> None:
 def test_a_step_refuses_a_machine_that_would_compute_other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("components.training.run.hardware", lambda: "cpu")
     asked = ExecutionConfig(precision="bf16", hardware="gpu+bf16")
-    with pytest.raises(InputError, match=r"model\.hardware=gpu\+bf16: this run in bf16 is for .*this one is cpu"):
+    with pytest.raises(InputError, match=r"model\.hardware=gpu\+bf16: this run in bf16 is for .*this machine is cpu"):
         resolve_precision(asked)
     assert resolve_precision(ExecutionConfig(precision="fp32", hardware="cpu+bf16")).hardware == "cpu"
     assert resolve_precision(ExecutionConfig()) == ExecutionConfig(precision="fp32", hardware="cpu")
@@ -201,7 +201,7 @@ def test_a_step_refuses_a_machine_that_would_compute_other_weights(monkeypatch: 
 
 def test_an_image_that_cannot_tell_the_hardware_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"model\.hardware=auto: here is no torch"):
-        resolved_for_its_hardware(Config().model)
-    known = resolved_for_its_hardware(load_config(ROOT / "params.yaml", ["model.hardware=gpu+bf16"]).model)
+    with pytest.raises(InputError, match=r"model\.hardware=auto: .*no torch"):
+        with_resolved_hardware(Config().model)
+    known = with_resolved_hardware(load_config(ROOT / "params.yaml", ["model.hardware=gpu+bf16"]).model)
     assert (known.precision, known.hardware) == ("bf16", "gpu+bf16")

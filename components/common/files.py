@@ -13,8 +13,8 @@ from typing import Any
 from components.common.errors import InputError, KubealignError
 
 MANIFEST = "manifest.json"
-UNSEALED = "cache"
-"""Folder beside the sealed files for data that can be recomputed and so may be lost or damaged."""
+CACHE_DIR = "cache"
+"""Folder that no manifest covers: for data that can be recomputed and so may be lost or damaged."""
 
 
 def sha256_file(path: Path) -> str:
@@ -30,8 +30,8 @@ def digest(value: Any) -> str:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file below `folder`, by its relative path; the manifest and `UNSEALED` are left out."""
-    left_out = (folder / MANIFEST, folder / UNSEALED)
+    """sha256 of every file below `folder`, by its relative path; the manifest and `CACHE_DIR` are left out."""
+    left_out = (folder / MANIFEST, folder / CACHE_DIR)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not {path, *path.parents} & {*left_out})
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
@@ -79,37 +79,37 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
-    aside = Path(name)
+    staging = Path(name)
     try:
-        yield aside
-        with aside.open("rb+") as file:
+        yield staging
+        with staging.open("rb+") as file:
             os.fsync(file.fileno())
-        aside.chmod(0o644)
-        aside.replace(path)
+        staging.chmod(0o644)
+        staging.replace(path)
         sync_folder(path.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Like `replacing`, for a folder: it appears with all its files, readable by everyone, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        yield aside
-        aside.chmod(0o755)
-        for entry in aside.rglob("*"):
+        yield staging
+        staging.chmod(0o755)
+        for entry in staging.rglob("*"):
             entry.chmod(0o755 if entry.is_dir() else 0o644)
             if entry.is_file():
                 with entry.open("rb") as file:
                     os.fsync(file.fileno())
         if path.exists():
             shutil.rmtree(path)
-        aside.replace(path)
+        staging.replace(path)
         sync_folder(path.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -123,8 +123,8 @@ def sync_folder(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file; it appears whole or not at all."""
-    with replacing(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    with replacing(path) as staging:
+        staging.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""The section `cluster`: how Kubernetes runs the steps. No stage reads it."""
+"""The section `cluster`: resources and settings of the steps on Kubernetes. No stage reads it."""
 
 from typing import Literal
 
@@ -11,31 +11,31 @@ IMAGE = r"^([^\s@]+(:[\w.-]+|@sha256:[0-9a-f]{64}))?$"
 
 
 class StepResources(Section):
-    """What Kubernetes reserves for a step; requests and limits are the same."""
+    """Resources of a step; requests and limits are the same."""
 
     cpu: str = Field(default="1", pattern=r"^\d+(\.\d+)?m?$", description="cores, such as 2 or 500m")
-    memory: str = Field(default="4Gi", pattern=QUANTITY, description="such as 4Gi")
+    memory: str = Field(default="4Gi", pattern=QUANTITY, description="memory, such as 4Gi")
 
 
 class Toleration(Section):
-    """A node taint that a step puts up with."""
+    """A node taint that a step tolerates."""
 
-    key: str = Field(default="", description="of the taint; empty for all")
+    key: str = Field(default="", description="key of the taint; empty for all")
     operator: Literal["Equal", "Exists"] = Field(default="Equal", description="how `value` is compared")
-    value: str = Field(default="", description="of the taint; empty with Exists")
+    value: str = Field(default="", description="value of the taint; empty with Exists")
     effect: Literal["", "NoSchedule", "NoExecute", "PreferNoSchedule"] = Field(
-        default="", description="of the taint; empty for all"
+        default="", description="effect of the taint; empty for all"
     )
 
 
 class TrainResources(StepResources):
-    """The same for the steps that need a model, whose image is `train_image`."""
+    """Resources of the steps that run a model, whose image is `train_image`."""
 
     cpu: str = Field(default="4", pattern=r"^\d+(\.\d+)?m?$", description="cores, such as 2 or 500m")
-    memory: str = Field(default="16Gi", pattern=QUANTITY, description="such as 4Gi")
-    gpus: int = Field(default=0, ge=0, description="GPUs of a step")
+    memory: str = Field(default="16Gi", pattern=QUANTITY, description="memory, such as 4Gi")
+    gpus: int = Field(default=0, ge=0, description="GPUs per step")
     gpu_type: str = Field(
-        default="nvidia.com/gpu", min_length=1, description="their resource name, such as nvidia.com/gpu"
+        default="nvidia.com/gpu", min_length=1, description="resource name of the GPUs, such as nvidia.com/gpu"
     )
     shm: str = Field(
         default="2Gi",
@@ -43,18 +43,18 @@ class TrainResources(StepResources):
         description="size of /dev/shm, in memory; empty for the node's default",
     )
     node_selector: dict[str, str] = Field(default={}, description="labels that the node must have")
-    tolerations: list[Toleration] = Field(default=[], description="taints of the node that are accepted")
+    tolerations: list[Toleration] = Field(default=[], description="taints of the node that are tolerated")
 
 
 class ClusterConfig(Section):
-    """How `compile --target kubeflow` wants the steps run. Nothing here changes a result, so no stage gets it."""
+    """Settings of `compile --target kubeflow`. Nothing here changes a result, so no stage gets it."""
 
     data_image: str = Field(
         default="",
         pattern=IMAGE,
-        description="of resolve, fetch, validate, register, with a tag or @sha256 digest; empty for ours",
+        description="image of resolve, fetch, validate, register, with a tag or @sha256 digest; empty for ours",
     )
-    train_image: str = Field(default="", pattern=IMAGE, description="of sft, dpo, evaluate; likewise")
+    train_image: str = Field(default="", pattern=IMAGE, description="image of sft, dpo, evaluate; likewise")
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
         default="IfNotPresent", description="when a node pulls an image"
     )
@@ -83,8 +83,8 @@ class ClusterConfig(Section):
     state: str = Field(
         default="pvc:kubealign-state",
         pattern=r"^(pvc:[a-z0-9][a-z0-9.-]*|s3://\S+)?$",
-        description="what outlives a pod, checkpoints above all: pvc:CLAIM or s3://bucket/prefix; empty: a step that is"
-        " started again begins anew",
+        description="storage that outlives a pod, mainly for checkpoints: pvc:CLAIM or s3://bucket/prefix; empty: a"
+        " retried step starts from scratch",
     )
     data: StepResources = StepResources()
     train: TrainResources = TrainResources()
@@ -99,24 +99,26 @@ class ClusterConfig(Section):
         pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$",
         description="TrainingRuntime of those TrainJobs, from k8s/several-nodes",
     )
-    retries: int = Field(default=2, ge=0, description="times that a failed step is started again")
-    backoff_s: int = Field(
-        default=60, ge=0, description="seconds before the first retry; doubled for every further one"
+    retries: int = Field(default=2, ge=0, description="times that a failed step is retried")
+    backoff_s: int = Field(default=60, ge=0, description="seconds before the first retry; doubled for each further one")
+    timeout_s: int = Field(default=86400, ge=1, description="seconds after which a step's pod is terminated")
+    ttl_s: int = Field(
+        default=604800, ge=0, description="seconds for which a finished workflow's pods are kept; 0 keeps them"
     )
-    timeout_s: int = Field(default=86400, ge=1, description="seconds after which a step's pod is ended")
-    ttl_s: int = Field(default=604800, ge=0, description="seconds that a finished workflow's pods are kept; 0 for ever")
-    labels: dict[str, str] = Field(default={}, description="further labels of every pod")
+    labels: dict[str, str] = Field(default={}, description="additional labels of every pod")
     namespace: str = Field(
         default="", description="Kubeflow profile that runs belong to; empty without multi-user Kubeflow"
     )
     experiment: str = Field(
         default="kubealign", min_length=1, description="experiment of the runs in Kubeflow Pipelines"
     )
-    service_account: str = Field(default="pipeline-runner", description="of the pods; empty for Kubeflow's own choice")
+    service_account: str = Field(
+        default="pipeline-runner", description="service account of the pods; empty for Kubeflow's default"
+    )
 
     @field_validator("data_image", "train_image")
     @classmethod
-    def _definite(cls, image: str) -> str:
+    def _pinned(cls, image: str) -> str:
         if image.endswith(":latest"):
-            raise ValueError("`latest` means another image tomorrow; name a version or a digest")
+            raise ValueError("`latest` is not a fixed version; use a version tag or a digest")
         return image

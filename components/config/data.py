@@ -8,7 +8,7 @@ from components.config.section import Section
 
 
 class DataConfig(Section):
-    """Where the data set comes from."""
+    """The repository and revision of the data set."""
 
     repo: str = Field(
         default=".",
@@ -25,12 +25,12 @@ class DataConfig(Section):
     revision: str = Field(
         default="workspace",
         min_length=1,
-        description="branch, tag or commit; or `workspace`, the files of a local repository as they are",
+        description="branch, tag or commit; or `workspace`, a local repository's files as they are",
     )
 
     @field_validator("repo")
     @classmethod
     def _no_secret(cls, repo: str) -> str:
         if re.match(r"https?://[^/]*@", repo):
-            raise ValueError("a user or token in a URL would reach logs; leave it to git's credential helper")
+            raise ValueError("a user or token in a URL would reach logs; use git's credential helper")
         return repo

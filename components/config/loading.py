@@ -1,6 +1,4 @@
-"""Plain values become a typed section; a wrong one ends in one line that names the key, what was expected and what was
-found.
-"""
+"""Validation of plain values as a typed section; an error is one line with key, expected and found value."""
 
 import difflib
 from typing import Any, TypeVar
@@ -21,10 +19,10 @@ def validated(kind: type[S], raw: Any, where: str) -> S:
     Args:
         kind: the section's class.
         raw: the values.
-        where: where they come from, for the message.
+        where: their origin, for the message.
 
     Raises:
-        InputError: one of them is wrong; the message names the key and, for an unknown one, the nearest valid one.
+        InputError: a value is wrong; the message names the key and, for an unknown one, the nearest valid one.
     """
     try:
         return kind.model_validate(raw)
@@ -56,11 +54,11 @@ def _explain(kind: type[BaseModel], entry: Any) -> str:
     if entry["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), keys(parent), n=1, cutoff=0.0)
         return f"{key}: no such key; did you mean {'.'.join([*map(str, location[:-1]), *near])}?"
-    said = entry["msg"].removeprefix("Value error, ")
-    said = f"{said[0].lower()}{said[1:]}"
+    problem = entry["msg"].removeprefix("Value error, ")
+    problem = f"{problem[0].lower()}{problem[1:]}"
     if isinstance(entry["input"], dict):  # a rule about several fields of a section, which names them itself
-        return f"{key}: {said}" if key else said
+        return f"{key}: {problem}" if key else problem
     name = str(location[-1]) if location else ""
     field = next((f for n, f in parent.model_fields.items() if name in (n, f.alias)), None)
     meaning = f" ({field.description})" if field and field.description else ""
-    return f"{key}: {said}, found {without_credentials(repr(entry['input']))}{meaning}"
+    return f"{key}: {problem}, found {without_credentials(repr(entry['input']))}{meaning}"

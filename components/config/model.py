@@ -1,4 +1,4 @@
-"""The section `model`: which base model, and how a model is run and tuned."""
+"""The section `model`: the base model, and how it is executed and fine-tuned."""
 
 from typing import Any, Literal, Self
 
@@ -7,16 +7,16 @@ from pydantic import Field, field_validator, model_validator
 from components.config.section import Section
 
 BF16 = "+bf16"
-"""End of a name of hardware that multiplies in bf16."""
+"""Suffix of hardware with native bf16."""
 
 
 class ModelSource(Section):
-    """Which base model and chat template; names that `resolve` turns into facts."""
+    """Base model and chat template, as names that `resolve` resolves."""
 
     base: str = Field(
         default="embedded",
         min_length=1,
-        description="`embedded` (SmolLM2-135M-Instruct, made by `dvc repro`), a local folder, s3://bucket/prefix,"
+        description="`embedded` (SmolLM2-135M-Instruct, built by `dvc repro`), a local folder, s3://bucket/prefix,"
         " models:/name/version or models:/name@alias, or a hub id (needs allow_network and revision)",
     )
     revision: str = Field(
@@ -30,34 +30,34 @@ class ModelSource(Section):
         description="`model` (the model's own chat template), `chatml`, `llama2`, or a Jinja file",
     )
     allow_network: bool = Field(
-        default=False, description="whether a hub id may be downloaded; nothing else uses the network"
+        default=False, description="whether to allow downloading a hub id; nothing else uses the network"
     )
 
 
 class ExecutionConfig(Section):
-    """How a model is run and tuned, whichever it is: what the training steps read of the section `model`."""
+    """How a model is executed and fine-tuned: the part of the section `model` that the training steps read."""
 
     max_length: int = Field(
-        default=768, ge=16, description="tokens of prompt and answer; longer examples are dropped, not cut"
+        default=768, ge=16, description="most tokens of prompt and answer; longer examples are dropped, never truncated"
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto",
-        description="bf16: frozen bf16 base, fp32 LoRA and residual stream, products in bf16 where `hardware` has it,"
-        " else in fp32; fp32: everything in fp32; auto: bf16 where `hardware` has it, else fp32",
+        description="bf16: frozen bf16 base, fp32 LoRA and residual stream, matrix products in bf16 if `hardware` has"
+        " it, else in fp32; fp32: everything in fp32; auto: bf16 if `hardware` has it, else fp32",
     )
     hardware: Literal["auto", "cpu", "cpu+bf16", "gpu", "gpu+bf16"] = Field(
         default="auto",
-        description="what the run is for; +bf16: it multiplies in bf16 natively (GPUs since Ampere, CPUs with"
-        " AVX512-BF16 or AMX). auto: this machine, or on Kubeflow gpu+bf16 when cluster.train.gpus is above 0, else"
-        " cpu. A step refuses a machine that would compute other weights",
+        description="hardware of the run; +bf16: with native bf16 matrix products (GPUs since Ampere, CPUs with"
+        " AVX512-BF16 or AMX). auto: this machine, or on Kubeflow gpu+bf16 if cluster.train.gpus is above 0, else"
+        " cpu. A step fails on a machine that would compute different weights",
     )
     lm_head_precision: Literal["same", "fp32"] = Field(
         default="same",
-        description="of the products with the output embedding: as `precision` says, or fp32, more exact and slower",
+        description="precision of the LM head: same as `precision`, or fp32, which is more exact and slower",
     )
     finetuning: Literal["lora", "full"] = Field(
         default="lora",
-        description="lora: adapters on a frozen base; full: every parameter trains, in fp32, with about 16 bytes each",
+        description="lora: adapters on a frozen base; full: every parameter is trained in fp32, at about 16 bytes each",
     )
     quantization: Literal["none", "nf4"] = Field(
         default="none",
@@ -65,7 +65,7 @@ class ExecutionConfig(Section):
     )
     gradient_checkpointing: bool = Field(
         default=False,
-        description="compute activations again in the backward pass: less memory, about a third more time",
+        description="recompute activations in the backward pass: less memory, about a third more time",
     )
 
     def execution_settings(self) -> dict[str, Any]:
@@ -73,10 +73,10 @@ class ExecutionConfig(Section):
         return self.model_dump(mode="json", include=set(ExecutionConfig.model_fields))
 
     def resolved(self, machine: str) -> Self:
-        """The section with `precision` and `hardware` definite; in fp32 it is all one whether there is bf16 too.
+        """The section with `precision` and `hardware` resolved; in fp32 the hardware's bf16 support does not matter.
 
         Args:
-            machine: what `hardware: auto` means.
+            machine: the hardware that `auto` means.
         """
         hardware = machine if self.hardware == "auto" else self.hardware
         native = "bf16" if hardware.endswith(BF16) else "fp32"
@@ -89,7 +89,7 @@ class ExecutionConfig(Section):
     def _no_fp16(cls, precision: Any) -> Any:
         if precision in ("fp16", "float16", "half"):
             raise ValueError(
-                "fp16 overflows: activations of LLaMA-2 models pass 65504 and become NaN (seen with Chinese LLaMA-2);"
+                "fp16 overflows: activations of LLaMA-2 models exceed 65504 and become NaN (seen with Chinese LLaMA-2);"
                 " use bf16 or fp32"
             )
         return precision
@@ -102,4 +102,4 @@ class ExecutionConfig(Section):
 
 
 class ModelConfig(ExecutionConfig, ModelSource):
-    """The base model, and how it is run and tuned."""
+    """The base model, and how it is executed and fine-tuned."""

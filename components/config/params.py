@@ -1,7 +1,7 @@
-"""params.yaml as one typed configuration, and what a pipeline run gets of it: its form fields and its sections as JSON.
+"""params.yaml as one typed configuration, and its form as arguments of a pipeline run: form fields and JSON sections.
 
-A few knobs that people turn are typed fields of the run form (FORM_FIELDS); they are taken out of their section's JSON,
-and `config_from_arguments` puts them back.
+The settings that people change most are typed fields of the run form (FORM_FIELDS); they are left out of their
+section's JSON, and `config_from_arguments` puts them back.
 """
 
 import json
@@ -40,12 +40,12 @@ FORM_FIELDS: dict[str, tuple[str, str]] = {
     "promote": ("register", "promote"),
 }
 """Typed fields of the pipeline's run form: name -> (section, key)."""
-OF_A_SECTION = "_section"
-"""End of the name of a run parameter that holds a section as JSON."""
+SECTION_SUFFIX = "_section"
+"""Suffix of a run parameter that holds a section as JSON."""
 
 
 class Config(Section):
-    """All of params.yaml. What the file leaves out has its default."""
+    """All of params.yaml; omitted fields have their defaults."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -59,7 +59,7 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
 
     def sections(self) -> dict[str, dict[str, Any]]:
-        """The configuration as plain values, by the names of params.yaml."""
+        """The configuration as plain values, with the keys of params.yaml."""
         return self.model_dump(by_alias=True, mode="json")
 
 
@@ -80,42 +80,44 @@ def pipeline_arguments(config: Config) -> dict[str, Any]:
     sections = config.sections()
     form = {name: sections[name_of].pop(key) for name, (name_of, key) in FORM_FIELDS.items()}
     names = [name for name in sections if name not in ("prepare", "cluster")]
-    return form | {f"{name}{OF_A_SECTION}": json.dumps(sections[name], sort_keys=True) for name in names}
+    return form | {f"{name}{SECTION_SUFFIX}": json.dumps(sections[name], sort_keys=True) for name in names}
 
 
 def config_from_arguments(arguments: Mapping[str, Any]) -> Config:
-    """The configuration of a run from its arguments, as `pipeline_arguments` made them or a person changed them.
+    """The configuration of a run from its arguments, which come from `pipeline_arguments` or an edited run form.
 
     Raises:
-        InputError: a field is given both in a section's JSON and on the form, or a value is wrong.
+        InputError: a field is set both in a section's JSON and on the form, or a value is wrong.
     """
-    raw = {name.removesuffix(OF_A_SECTION): _parsed(name, text) for name, text in _sections_of(arguments).items()}
+    raw = {name.removesuffix(SECTION_SUFFIX): _parsed(name, text) for name, text in _sections_of(arguments).items()}
     for name, (section, key) in FORM_FIELDS.items():
         if key in raw[section]:
-            raise InputError(f"{section}.{key} is the form field {name}; take it out of {section}{OF_A_SECTION}")
+            raise InputError(f"{section}.{key} is the form field {name}; remove it from {section}{SECTION_SUFFIX}")
         raw[section][key] = arguments[name]
     return validated(Config, raw, "the run")
 
 
 def _sections_of(arguments: Mapping[str, Any]) -> dict[str, str]:
-    return {name: text for name, text in arguments.items() if name.endswith(OF_A_SECTION)}
+    return {name: text for name, text in arguments.items() if name.endswith(SECTION_SUFFIX)}
 
 
 def _parsed(name: str, text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except ValueError as error:
         raise InputError(f"{name}: not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{name}: expected a JSON object, found {type(found).__name__}")
-    return found
+    if not isinstance(value, dict):
+        raise InputError(f"{name}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{path}: not found; run this in the project's folder or name it with --project") from error
+        raise InputError(
+            f"{path}: not found; run this in the project's folder, or name that folder with --project"
+        ) from error
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
@@ -150,7 +152,7 @@ def _defaults() -> dict[str, dict[str, Any]]:
 
 
 def _like(old: Any, value: Any, text: str) -> Any:
-    """The new value, read as the old one was: a tag 1.2 stays text, and 5e-7, which YAML 1.1 calls text, a number."""
+    """The new value with the old one's type: a tag 1.2 stays text, and 5e-7, text in YAML 1.1, becomes a number."""
     if isinstance(old, str) and not isinstance(value, str):
         return text
     if isinstance(old, int | float) and isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Keys of params.yaml that were renamed, for the error that an old file gets."""
+"""Renamed keys of params.yaml, for the error message about an old file."""
 
 RENAMED = {
     "model.template": "model.chat_template",
@@ -22,4 +22,4 @@ RENAMED = {
     "gate.max_own_loss": "gate.max_policy_loss",
     "gate.clean_data": "gate.require_committed_data",
 }
-"""Old key -> new key, and what became of its values where they changed."""
+"""Old key -> new key, with the new values where they changed."""

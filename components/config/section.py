@@ -1,7 +1,7 @@
-"""What every section of params.yaml shares: it is immutable, refuses unknown keys, and has a default for every field.
+"""Base class of the sections of params.yaml: immutable, no unknown keys, a default for every field.
 
-A section holds type, bounds, default and meaning of its fields and is the only place that does. It stands in its
-stage's folder; those that several stages read stand here. `components.config.params` puts them together.
+A section is the only place that defines type, bounds, default and meaning of its fields. It lives in its stage's
+folder, or here if several stages read it. `components.config.params` combines them.
 """
 
 from typing import Annotated

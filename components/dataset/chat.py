@@ -1,4 +1,4 @@
-"""From messages to token ids, by the model's own chat template; the one place where text becomes tokens."""
+"""Tokenization of messages with the model's chat template; the only place where text becomes token ids."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,21 +20,21 @@ def load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    # Llama 2's switch for the space before a piece of text; transformers reads it and forgets to save it.
+    # Llama 2's switch for the space before a piece of text; transformers reads it but does not save it.
     if hasattr(tokenizer, "legacy"):
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     return tokenizer
 
 
 def choose_template(name: str, own: str | None) -> str:
-    """The chat template that the configuration asks for.
+    """The configured chat template.
 
     Args:
         name: `model`, `chatml`, `llama2`, or the path of a Jinja file.
         own: the template that came with the model, if any.
 
     Raises:
-        InputError: `model` without a template of its own, or an unknown name.
+        InputError: `model` without a template, or an unknown name.
     """
     shipped = {path.stem: path for path in sorted(TEMPLATES.glob("*.jinja"))}
     if name == "model":
@@ -52,24 +52,24 @@ def choose_template(name: str, own: str | None) -> str:
 
 
 def template_digest(name: str) -> str:
-    """What names the template that the configuration asks for: the hash of the file when it is one, else its name."""
+    """Identifier of the configured template: the file's hash if it is a file, else its name."""
     path = Path(name)
     return sha256_file(path) if path.is_file() else name
 
 
 def encode_prompt(tokenizer: Any, prompt: Sequence[Message]) -> list[int]:
-    """Token ids of the conversation up to where the assistant's answer begins."""
+    """Token ids of the conversation up to the start of the assistant's answer."""
     return _ids(tokenizer, _render(tokenizer, prompt, answer=None))
 
 
 def encode(tokenizer: Any, prompt: Sequence[Message], answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and of the answer that follows it, the end-of-sequence token included.
+    """Token ids of a prompt and of the answer that follows it, including the end-of-sequence token.
 
-    Both are tokenised apart, as generation sees them. What a template puts behind the end-of-sequence token is left
-    out, since the model never writes it.
+    They are tokenized separately, as in generation. Template text after the end-of-sequence token is left out, since
+    the model never generates it.
 
     Raises:
-        InputError: the template changes the prompt once an answer follows, or writes no end of sequence.
+        InputError: the template changes the prompt once an answer follows, or does not end it with the end token.
     """
     before = _render(tokenizer, prompt, answer=None)
     whole = _render(tokenizer, prompt, answer)
@@ -84,12 +84,12 @@ def encode_many(
     """As `encode` for many rows at once: the ids of each prompt, and of each answer that may follow it.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         prompts: conversations as plain messages.
-        answers: of each conversation.
+        answers: answers to each conversation.
 
     Returns:
-        for each row prompt ids and completion ids; None for a conversation that the template refuses.
+        for each row prompt ids and completion ids; None for a conversation that the template rejects.
 
     Raises:
         InputError: as `encode`.
@@ -109,14 +109,14 @@ def encode_many(
     if not texts:
         return [None] * len(prompts)
     ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    found: list[tuple[list[int], list[list[int]]] | None] = [None] * len(prompts)
+    encoded: list[tuple[list[int], list[list[int]]] | None] = [None] * len(prompts)
     for row, before in zip(good, ids, strict=False):
-        found[row] = None if row in refused else (before, [])
+        encoded[row] = None if row in refused else (before, [])
     for row, completion in zip(owners, ids[len(good) :], strict=True):
-        kept = found[row]
-        if kept is not None:
-            kept[1].append(_until_end(tokenizer, completion))
-    return found
+        entry = encoded[row]
+        if entry is not None:
+            entry[1].append(_until_end(tokenizer, completion))
+    return encoded
 
 
 def encode_conversation(
@@ -128,17 +128,17 @@ def encode_conversation(
         prompt ids, completion ids, and ranges [start, end) of prompt ids.
 
     Raises:
-        InputError: the template changes an earlier turn once another follows, or the tokenizer cannot say where in
-            the text a token stands.
+        InputError: the template changes an earlier turn once another follows, or the tokenizer has no offset
+            mapping.
     """
     before, completion = encode(tokenizer, prompt, answer)
     text = _render(tokenizer, prompt, answer=None)
     spans = []
-    for number, message in enumerate(prompt):
+    for index, message in enumerate(prompt):
         if message.role != "assistant":
             continue
-        start = len(_render(tokenizer, prompt[:number], answer=None))
-        whole = _render(tokenizer, prompt[:number], message.content)
+        start = len(_render(tokenizer, prompt[:index], answer=None))
+        whole = _render(tokenizer, prompt[:index], message.content)
         stop = whole.rfind(tokenizer.eos_token) + len(tokenizer.eos_token)
         if stop <= start or not text.startswith(whole[:stop]):
             raise InputError(
@@ -149,7 +149,7 @@ def encode_conversation(
     if not spans:
         return before, completion, []
     if not tokenizer.is_fast:
-        raise InputError("this tokenizer does not tell where its tokens stand in the text; set sft.train_on_turns=last")
+        raise InputError("this tokenizer has no offset mapping; set sft.train_on_turns=last")
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     ranges = []
     for start, stop in spans:
@@ -180,7 +180,7 @@ def _until_end(tokenizer: Any, completion: list[int]) -> list[int]:
 
 
 def _render_many(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], generate: bool) -> list[str | None]:
-    """Conversations as text; None where the template refuses one, for the order of its roles or a field it lacks."""
+    """Conversations as text; None where the template rejects one for the order of its roles or a missing field."""
     if not conversations:
         return []
     try:

@@ -1,4 +1,4 @@
-"""What the characters and first words of a text tell: its language, English or Chinese, and whether it refuses."""
+"""Language (English or Chinese) and refusals, recognized from the characters and first words of a text."""
 
 import re
 
@@ -7,7 +7,7 @@ LATIN_WORD = re.compile("[A-Za-z]+")
 LANGUAGE_SAMPLE = 500
 """Leading characters of a text from which its language is guessed."""
 REFUSAL_SAMPLE = 160
-"""Leading characters of an answer in which a refusal shows."""
+"""Leading characters of an answer in which a refusal is looked for."""
 REFUSAL = re.compile(
     r"\W*(?:(?:unfortunately,? )?(?:(?:i'?m|i am) (?:very |so |really )?(?:sorry|afraid|unable|not able)"
     r"|(?:i )?apologi[sz]e|my apologies|sorry\b"
@@ -19,7 +19,7 @@ REFUSAL = re.compile(
     r"|作为(?:大型|大)?(?:人工智能|ai|语言模型|智能助手)|作为一[个名款][^,.，。]{0,10}(?:人工智能|ai|语言模型|智能助手)"
     r"|我(?:是一[个名]|只是一个)?(?:ai|人工智能|语言模型)|我(?:无法|不能|没有办法)|(?:不能|无法)提供)"
 )
-"""A refusal or a disclaimer as an answer's opening, in lower case: one further on is often part of a real answer."""
+"""A refusal or disclaimer that opens an answer, in lower case; a later one is often part of a real answer."""
 
 
 def count_han(text: str) -> int:
@@ -33,7 +33,7 @@ def count_latin_words(text: str) -> int:
 
 
 def guess_language(text: str) -> str:
-    """`zh` when the text's beginning has more Chinese characters than words in Latin letters, else `en`."""
+    """`zh` if the text's beginning has more Chinese characters than words in Latin letters, else `en`."""
     start = text[:LANGUAGE_SAMPLE]
     if start.isascii():
         return "en"

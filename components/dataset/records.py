@@ -19,7 +19,7 @@ SPLITS = ("train", "validation", "test")
 LANGUAGES = ("en", "zh")
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 MAX_LINE_BYTES = 16 << 20
-"""Longest accepted line: a longer one means another kind of file, and would fill the memory."""
+"""Longest accepted line: a longer one means that the file is of another kind, and would exhaust memory."""
 MAX_DEPTH = 100
 SHOWN_CHARACTERS = 120
 GZIP_MAGIC = b"\x1f\x8b"
@@ -40,7 +40,7 @@ class Row(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str = Field(pattern=r"^[0-9a-f]{16}$", description="content hash of the prompt and the answers")
-    group: str = Field(pattern=r"^[0-9a-f]{16}$", description="prompts that are the same or nearly so share it")
+    group: str = Field(pattern=r"^[0-9a-f]{16}$", description="shared by prompts that are the same or near-duplicates")
     prompt: list[Message] = Field(min_length=1)
     lang: Literal["en", "zh"]
     source: Text
@@ -75,7 +75,7 @@ def line_of(row: Any) -> bytes:
 
 
 def iter_lines(path: Path) -> Iterator[tuple[int, JsonObject]]:
-    """Iterate over the objects of a JSON-lines file, plain or gzip, with their line numbers; blank lines count.
+    """Iterate over the objects of a JSON Lines file, plain or gzip, with their line numbers, which count blank lines.
 
     Raises:
         InputError: as `raw_lines` and `parse_line`.
@@ -97,7 +97,7 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 line = file.readline(MAX_LINE_BYTES + 1)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise InputError(
-                    f"{path}:{number + 1}: the gzip stream is damaged or cut off here ({error}); copy the file again"
+                    f"{path}:{number + 1}: the gzip stream is damaged or truncated here ({error}); copy the file again"
                 ) from error
             if not line:
                 return
@@ -122,7 +122,7 @@ def parse_line(path: Path, number: int, line: bytes) -> JsonObject:
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise InputError(f"{path}:{number}: {_why_no_json(line, error)}") from error
+        raise InputError(f"{path}:{number}: {_json_problem(line, error)}") from error
     if not isinstance(row, dict):
         raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
     if line.count(b"[") + line.count(b"{") > MAX_DEPTH and is_too_deep(row):
@@ -145,7 +145,7 @@ def read_lines(path: Path) -> list[Any]:
     """Read a JSON-lines file without checking a schema.
 
     Raises:
-        InputError: as `iter_lines`, or the file holds no row.
+        InputError: as `iter_lines`, or the file has no row.
     """
     rows = [row for _, row in iter_lines(path)]
     if not rows:
@@ -158,13 +158,13 @@ def open_rows(path: Path) -> IO[bytes]:
     if not path.exists():
         raise InputError(f"{path}: not found; `dvc repro` makes the data, `dvc pull` fetches it")
     if not path.is_file():
-        raise InputError(f"{path}: {'a folder' if path.is_dir() else 'no regular file'}; expected a JSON-lines file")
+        raise InputError(f"{path}: {'a folder' if path.is_dir() else 'not a regular file'}; expected a JSON-lines file")
     with path.open("rb") as file:
         start = file.read(2)
     return cast(IO[bytes], gzip.open(path, "rb")) if start == GZIP_MAGIC else path.open("rb")
 
 
-def _why_no_json(line: bytes, error: orjson.JSONDecodeError) -> str:
+def _json_problem(line: bytes, error: orjson.JSONDecodeError) -> str:
     """Explain why a line could not be parsed and what to do, without its text."""
     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line:
         return f"NUL byte or UTF-16 at byte {max(line.find(0), 0)} of the line; save the file as UTF-8"
@@ -204,6 +204,6 @@ def shown(names: str) -> str:
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
     """Write JSON lines atomically."""
-    with replacing(path) as aside, aside.open("wb") as file:
+    with replacing(path) as staging, staging.open("wb") as file:
         for row in rows:
             file.write(line_of(row.model_dump() if isinstance(row, BaseModel) else row))

@@ -1,10 +1,10 @@
-"""Which texts are nearly the same: MinHash-LSH over word or character shingles, vectorised, the same on every machine.
+"""Near-duplicate detection: MinHash-LSH over word or character shingles, vectorized, the same on every machine.
 
 Candidates come from MinHash signatures cut into bands (Broder 1997; Indyk and Motwani 1998); the exact Jaccard
 similarity of the shingle sets decides. At a similarity of 0.8 a pair becomes a candidate with probability
 1 - (1 - 0.8 ** ROWS) ** BANDS = 0.992. In numpy, on whole chunks of texts, it takes 18 microseconds and 230 bytes for a
-prompt of 40 shingles, so a million prompts fit beside everything else; an index of Python objects does not: on 21,000
-prompts datasketch 2.0 with the same bands found the same 1,000 variants in 440 microseconds and 9.8 kB a prompt.
+prompt of 40 shingles, so a million prompts fit in memory; an index of Python objects does not: on 21,000 prompts
+datasketch 2.0 with the same bands found the same 1,000 variants in 440 microseconds and 9.8 kB a prompt.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ SHINGLE = 3
 BANDS = 16
 ROWS = 6
 WINDOW = 16
-"""Neighbours in a bucket that a text is compared with; a larger group of near-duplicates hangs together by chains."""
+"""Neighbours in a bucket that a text is compared with; larger groups of near-duplicates are linked by chains."""
 CHUNK = 4096
 VERIFY_CHUNK = 100_000
 CHARACTER_LANGUAGES = ("zh",)
@@ -34,7 +34,7 @@ CHARACTER_LANGUAGES = ("zh",)
 
 @dataclass(frozen=True)
 class Sketches:
-    """What is kept of each text: its set of shingles, hashed to 32 bits, sorted; and its bands."""
+    """Sketches of texts: each text's sorted set of 32-bit shingle hashes, and its LSH bands."""
 
     shingles: U32
     offsets: I64
@@ -44,33 +44,33 @@ class Sketches:
         return len(self.bands)
 
 
-def normal(text: str) -> str:
-    """Unicode NFKC with single spaces, so that differences nobody sees do not count."""
+def normalize_text(text: str) -> str:
+    """Unicode NFKC with single spaces, so that invisible differences do not count."""
     return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).split())
 
 
 def prompt_text(messages: Sequence[Mapping[str, Any]]) -> str:
-    """A conversation as the text that is compared: normalised, in lower case."""
+    """A conversation as text for comparison: normalized, in lower case."""
     joined = "\n".join([str(message["content"]) for message in messages])
     return " ".join((joined if joined.isascii() else unicodedata.normalize("NFKC", joined)).lower().split())
 
 
 def prompt_key(text: str) -> str:
-    """16 hexadecimal digits that name a prompt by its normalised text."""
+    """Hash of a prompt's normalized text, 16 hexadecimal digits."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def sketch(texts: Texts, langs: Sequence[str]) -> Sketches:
-    """Shingle sets and bands of normalised texts: runs of three words, or of three characters in Chinese.
+    """Sketches of normalized texts: shingles of three words, or of three characters in Chinese.
 
-    A text that is shorter is one shingle.
+    A shorter text is one shingle.
     """
     parts = [_sketch_chunk(texts[i : i + CHUNK], langs[i : i + CHUNK]) for i in range(0, len(texts), CHUNK)]
     return join_sketches(parts)
 
 
 def join_sketches(parts: Sequence[Sketches]) -> Sketches:
-    """Sketches one after another."""
+    """Concatenate sketches."""
     if not parts:
         return Sketches(np.empty(0, np.uint32), np.zeros(1, np.int64), np.empty((0, BANDS), np.uint32))
     counts = np.concatenate([np.diff(part.offsets) for part in parts])
@@ -81,11 +81,11 @@ def join_sketches(parts: Sequence[Sketches]) -> Sketches:
     )
 
 
-def select_sketches(sketches: Sketches, wanted: NDArray[np.bool_]) -> Sketches:
-    """The sketches of some texts, in their order."""
+def select_sketches(sketches: Sketches, selected: NDArray[np.bool_]) -> Sketches:
+    """The sketches of selected texts, in order."""
     sizes = np.diff(sketches.offsets)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[wanted])])
-    return Sketches(sketches.shingles[np.repeat(wanted, sizes)], offsets, sketches.bands[wanted])
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[selected])])
+    return Sketches(sketches.shingles[np.repeat(selected, sizes)], offsets, sketches.bands[selected])
 
 
 def reorder_sketches(sketches: Sketches, order: NDArray[np.intp]) -> Sketches:
@@ -100,10 +100,10 @@ def reorder_sketches(sketches: Sketches, order: NDArray[np.intp]) -> Sketches:
 
 
 def near_groups(sketches: Sketches, threshold: float) -> I64:
-    """For each text the number of the first text of its group; texts that are similar, or linked by such, are a group.
+    """For each text the index of the first text of its group; groups are connected components of similar texts.
 
     Args:
-        sketches: n texts.
+        sketches: sketches of n texts.
         threshold: Jaccard similarity from which two texts are similar.
 
     Returns:
@@ -114,30 +114,30 @@ def near_groups(sketches: Sketches, threshold: float) -> I64:
         column = np.ascontiguousarray(sketches.bands[:, band])
         order = np.argsort(column, kind="stable")
         column = column[order]
-        found = []
+        candidates = []
         for distance in range(1, min(WINDOW, len(order) - 1) + 1):
             same = np.flatnonzero(column[distance:] == column[:-distance])
             if not len(same):
                 break
-            found.append(np.stack([order[same], order[same + distance]]))
-        if not found:
+            candidates.append(np.stack([order[same], order[same + distance]]))
+        if not candidates:
             continue
-        first, second = np.concatenate(found, axis=1)
+        first, second = np.concatenate(candidates, axis=1)
         unknown = parent[first] != parent[second]
         _unite(parent, *_verified(sketches, first[unknown], second[unknown], threshold))
     return parent
 
 
 def _unite(parent: I64, first: I64, second: I64) -> None:
-    """Join groups in place; afterwards every text points at the first of its group."""
+    """Merge groups in place; afterwards every text points to the first of its group."""
 
     def root(item: int) -> int:
         while parent[item] != item:
             item = int(parent[item])
         return item
 
-    for one, other in zip(first.tolist(), second.tolist(), strict=True):
-        low, high = sorted((root(one), root(other)))
+    for left, right in zip(first.tolist(), second.tolist(), strict=True):
+        low, high = sorted((root(left), root(right)))
         parent[high] = low
     while not np.array_equal(parent, parent[parent]):
         parent[:] = parent[parent]
@@ -150,16 +150,16 @@ def _verified(sketches: Sketches, first: I64, second: I64, threshold: float) -> 
     first, second = first[possible], second[possible]
     good = np.zeros(len(first), bool)
     for start in range(0, len(first), VERIFY_CHUNK):
-        one, other = first[start : start + VERIFY_CHUNK], second[start : start + VERIFY_CHUNK]
-        keys = np.sort(np.concatenate([_keyed(sketches, one), _keyed(sketches, other)]))
+        left, right = first[start : start + VERIFY_CHUNK], second[start : start + VERIFY_CHUNK]
+        keys = np.sort(np.concatenate([_keyed(sketches, left), _keyed(sketches, right)]))
         shared = (keys[1:][keys[1:] == keys[:-1]] >> np.uint64(32)).astype(np.int64)
-        common = np.bincount(shared, minlength=len(one))
-        good[start : start + VERIFY_CHUNK] = common >= threshold * (sizes[one] + sizes[other] - common)
+        common = np.bincount(shared, minlength=len(left))
+        good[start : start + VERIFY_CHUNK] = common >= threshold * (sizes[left] + sizes[right] - common)
     return first[good], second[good]
 
 
 def _keyed(sketches: Sketches, items: I64) -> U64:
-    """The shingles of texts one after another, each with the position of its text in the upper 32 bits."""
+    """The concatenated shingles of texts, each with the position of its text in the upper 32 bits."""
     sizes = np.diff(sketches.offsets)[items]
     ends = np.cumsum(sizes)
     within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - sizes, sizes)
@@ -200,14 +200,14 @@ def _bands(shingles: U32, starts: I64) -> U32:
 
 @cache
 def _permutations() -> tuple[U32, U32]:
-    """An odd multiplier and an increment per row of the signature; fixed for ever, as groups are remembered."""
+    """An odd multiplier and an increment per row of the signature; never to be changed, as groups are remembered."""
     numbers = np.frombuffer(hashlib.shake_256(b"kubealign").digest(8 * BANDS * ROWS), "<u4").astype(np.uint32)
     multipliers, increments = numbers.reshape(2, -1)
     return multipliers | np.uint32(1), increments
 
 
 def _shingles(texts: Texts, characters: bool) -> tuple[I64, U64]:
-    """For every shingle, repeats included, its text's number and its hash of 32 bits."""
+    """For every shingle, including repeats, the index of its text and its 32-bit hash."""
     if characters:
         texts = [text.replace(" ", "") for text in texts]
         units = _mix(_code_points("".join(texts)))
@@ -219,8 +219,8 @@ def _shingles(texts: Texts, characters: bool) -> tuple[I64, U64]:
     last = np.repeat(ends, counts)
     inside = np.flatnonzero(np.arange(len(units)) + SHINGLE <= last)
     joint = units[inside]
-    for further in range(1, SHINGLE):
-        joint = _mix(joint * np.uint32(0x9E3779B1) + units[inside + further])
+    for offset in range(1, SHINGLE):
+        joint = _mix(joint * np.uint32(0x9E3779B1) + units[inside + offset])
     short = np.flatnonzero(counts < SHINGLE)
     whole = [int(prompt_key(texts[i])[:8], 16) for i in short.tolist()]
     return np.concatenate([owners[inside], short]), np.concatenate([joint, np.array(whole, np.uint32)]).astype(
@@ -229,7 +229,7 @@ def _shingles(texts: Texts, characters: bool) -> tuple[I64, U64]:
 
 
 def _words(texts: Texts) -> tuple[U32, I64]:
-    """A hash of every word (a run of letters, digits and underscores), and how many words each text has."""
+    """A hash of every word (a run of letters, digits and underscores), and the number of words of each text."""
     points = _code_points("\n".join(texts) + "\n")
     table = _word_characters()
     inside = table[np.minimum(points, len(table) - 1)]
@@ -249,7 +249,7 @@ def _words(texts: Texts) -> tuple[U32, I64]:
 
 @cache
 def _word_characters() -> NDArray[np.bool_]:
-    """By code point whether it belongs to a word; the last entry stands for all rare planes."""
+    """For each code point whether it belongs to a word; the last entry covers all rare planes."""
     return np.array([chr(point).isalnum() or point == ord("_") for point in range(0x30000)] + [True])
 
 
@@ -258,7 +258,7 @@ def _code_points(text: str) -> U32:
 
 
 def _mix(values: U32) -> U32:
-    """A hash of 32 bits to 32 bits, one to one (lowbias32 of Chris Wellons's hash prospector)."""
+    """A bijective hash from 32 bits to 32 bits (lowbias32 of Chris Wellons's hash prospector)."""
     values = values ^ (values >> np.uint32(16))
     values *= np.uint32(0x7FEB352D)
     values ^= values >> np.uint32(15)

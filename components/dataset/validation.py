@@ -1,4 +1,4 @@
-"""validation.json: what validate found in the two data sets; it travels with the clean rows."""
+"""validation.json: the results of validate for both data sets; it travels with the clean rows."""
 
 from typing import Literal
 
@@ -8,15 +8,15 @@ Severity = Literal["error", "stop", "warn"]
 
 
 class CheckResult(TypedDict):
-    """A check of a data set's rows, or of the data set as a whole."""
+    """The result of a row-level or data-set-level check."""
 
     name: str
     severity: Severity
     failed: int
-    """Rows, or statistics, that fail it."""
+    """Number of rows or statistics that fail the check."""
     advice: str
     places: list[str]
-    """Where the first of them are, such as `train.jsonl:17`; never what they say."""
+    """Locations of the first of them, such as `train.jsonl:17`; never their text."""
 
 
 class SourceSummary(TypedDict):
@@ -34,7 +34,7 @@ class DataSetSummary(TypedDict):
     clean: int
     quarantined: int
     too_long: int
-    """Quarantined only for their length."""
+    """Rows quarantined only for their length."""
     splits: dict[str, dict[str, int]]
     """Clean rows of each split by language."""
     sources: dict[str, SourceSummary]
@@ -65,7 +65,7 @@ class BiasSummary(TypedDict):
 
 
 class Statistic(TypedDict):
-    """A number about the pairs as a whole, or a part of them, and the limit that a check of the same name sets."""
+    """A statistic of all pairs or a part of them, and the limit of the check of the same name."""
 
     name: str
     part: str
@@ -75,7 +75,7 @@ class Statistic(TypedDict):
 
 
 class Statistics(TypedDict):
-    """The pairs as a whole."""
+    """Data-set-level statistics of the pairs."""
 
     lines: list[Statistic]
     checks: list[CheckResult]
@@ -105,7 +105,7 @@ def data_sets(summary: ValidationSummary) -> dict[str, DataSetSummary]:
 
 
 def all_checks(summary: ValidationSummary) -> dict[str, list[CheckResult]]:
-    """The checks of each data set's rows and, for the pairs, of the data set as a whole."""
-    checks = {name: list(found["checks"]) for name, found in data_sets(summary).items()}
+    """The row-level checks of each data set, and the data-set-level checks of the pairs."""
+    checks = {name: list(data_set["checks"]) for name, data_set in data_sets(summary).items()}
     checks["preferences"] += summary["preferences"]["statistics"]["checks"]
     return checks

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from components.config.section import Positive
 from components.engine.objectives import LOSSES
-from components.training.config import BatchSize, LearningRate, OptimiserConfig, Seed
+from components.training.config import BatchSize, LearningRate, OptimizerConfig, Seed
 
 
 def _names(wanted: Iterable[bool]) -> str:
@@ -16,7 +16,7 @@ def _names(wanted: Iterable[bool]) -> str:
     return ", ".join(compress(LOSSES, wanted))
 
 
-class DpoConfig(OptimiserConfig):
+class DpoConfig(OptimizerConfig):
     """Direct Preference Optimization against the SFT model."""
 
     learning_rate: LearningRate = 4.0e-4

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from components.common.errors import TrainingError
-from components.common.files import UNSEALED, verify_manifest, write_json, write_manifest, write_text
+from components.common.files import CACHE_DIR, verify_manifest, write_json, write_manifest, write_text
 from components.common.provenance import environment, versions
 from components.config.model import ExecutionConfig
 from components.dataset.chat import load_tokenizer
@@ -39,8 +39,8 @@ from components.tracking.run import is_main_process, stage_run
 from components.training.documents import DpoTraining
 from components.training.run import (
     add_adapter,
+    best_validation_metrics,
     checkpoint_folder,
-    kept_validation,
     open_tuned,
     pair_examples,
     resolve_precision,
@@ -49,7 +49,7 @@ from components.training.run import (
 )
 from components.training.scoring import Scores, score, weights_digest
 
-MADE_WITH = ("torch", "transformers", "peft", "accelerate", "safetensors")
+MODEL_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 """Libraries whose versions the model is known to load with; the registry names them."""
 REFERENCE_PAIRS = 4
 REFERENCE_TOLERANCE_NATS = 0.05
@@ -101,7 +101,7 @@ def run_dpo(
                     found,
                     f"reference_{split}",
                     as_trained=True,
-                    look_in=sft_model / UNSEALED,
+                    read_from=sft_model / CACHE_DIR,
                 ).sums()
                 for split, found in examples.items()
             }
@@ -121,12 +121,13 @@ def run_dpo(
             evaluate, policy, sets["validation"], objective["validation"], config.max_tokens_per_microbatch
         )
         with checkpoint_folder("dpo", config, model, base_digest, data_digest, sft_digest) as checkpoints:
-            pure = config.precompute_ref_log_probs  # which switches the policy's adapters
+            # A live reference switches the policy's adapters.
+            stateless = config.precompute_ref_log_probs
             records = run_training(
-                run, policy, sets["train"], objective["train"], config, checkpoints, _show, validate, pure
+                run, policy, sets["train"], objective["train"], config, checkpoints, _show, validate, stateless
             )
-            loss, found = kept_validation(records, validate)
-            metrics = {"validation_loss": loss} | {f"validation_{name}": value for name, value in found.items()}
+            loss, validation = best_validation_metrics(records, validate)
+            metrics = {"validation_loss": loss} | {f"validation_{name}": value for name, value in validation.items()}
             with stage_output(out) as folder:
                 _write_policy(folder, policy, model, base_model, base_digest, tokenizer)
                 write_history(folder / "history.jsonl", records)
@@ -140,7 +141,7 @@ def run_dpo(
                     "reference_rank": cast(Any, policy.lm).peft_config[SFT_ADAPTER].r
                     if model.finetuning == "lora"
                     else 0,
-                    "libraries": versions(MADE_WITH),
+                    "libraries": versions(MODEL_LIBRARIES),
                 }
                 write_json(folder / "training.json", training)
                 write_manifest(folder)

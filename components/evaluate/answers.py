@@ -35,7 +35,7 @@ REPEATED_TOKENS = 4
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote: tokens, including the end of sequence if it was reached, and text."""
+    """A generated answer: tokens, including the end of sequence if it was reached, and text."""
 
     tokens: list[int]
     text: str
@@ -51,7 +51,7 @@ class Answers:
 
 
 class _CachedAnswers(TypedDict):
-    """A file of the cache: the answers, and a digest that a damaged file does not match."""
+    """A cache file: the answers, and a digest to detect damage."""
 
     sha256: str
     answers: Answers
@@ -84,10 +84,10 @@ def answer(
         run: reports progress.
         open_model: loads the model; not called if its answers are cached.
         cache_key_parts: everything that identifies the model and how it is run.
-        tokenizer: of the model.
-        rows: with the prompts.
-        max_new_tokens: limit of an answer.
-        seed: of the samples.
+        tokenizer: the model's tokenizer.
+        rows: rows with the prompts.
+        max_new_tokens: most tokens of an answer.
+        seed: random seed of the samples.
         what: name of the model, for the progress line.
     """
     prompts = [encode_prompt(tokenizer, row.prompt) for row in rows]
@@ -100,13 +100,15 @@ def answer(
     both: list[Answer] = [Answer([], "", False)] * (2 * len(rows))
     shortest_first = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
     total = -(-len(rows) // BATCH_PROMPTS) * max_new_tokens
-    for number, first in enumerate(range(0, len(rows), BATCH_PROMPTS)):
+    for batch_index, first in enumerate(range(0, len(rows), BATCH_PROMPTS)):
         batch = shortest_first[first : first + BATCH_PROMPTS]
 
-        def progress(step: int, before: int = number * max_new_tokens) -> None:
+        def progress(step: int, before: int = batch_index * max_new_tokens) -> None:
             run.progress(before + step, total, f"answers of {what}")
 
-        texts = _generate(open_model(), tokenizer, [prompts[i] for i in batch], max_new_tokens, seed + number, progress)
+        texts = _generate(
+            open_model(), tokenizer, [prompts[i] for i in batch], max_new_tokens, seed + batch_index, progress
+        )
         for position, index in enumerate(batch):
             both[index], both[len(rows) + index] = texts[position], texts[len(batch) + position]
     answers = Answers(both[: len(rows)], both[len(rows) :])
@@ -151,7 +153,7 @@ def _generate(
 ) -> list[Answer]:
     """The greedy answers to all prompts, then the sampled ones.
 
-    The model uses its plain attention meanwhile; prompts are padded on the left and masked.
+    The model runs with its plain attention; prompts are left-padded and masked.
     """
     width = max(map(len, prompts))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -177,20 +179,20 @@ def _generate(
             )
     finally:
         lm.generation_config = generation_config
-    return [_cut(tokenizer, row) for row in output[:, width:].tolist()]
+    return [_truncate_at_eos(tokenizer, row) for row in output[:, width:].tolist()]
 
 
-def _cut(tokenizer: Any, tokens: list[int]) -> Answer:
+def _truncate_at_eos(tokenizer: Any, tokens: list[int]) -> Answer:
     finished = tokenizer.eos_token_id in tokens
     if finished:
         tokens = tokens[: tokens.index(tokenizer.eos_token_id) + 1]
-    # The token limit can split a character; its half is not part of the answer.
+    # The token limit can split a character; its first half is not part of the answer.
     text = tokenizer.decode(tokens, skip_special_tokens=True).strip().rstrip("\ufffd")
     return Answer(tokens, text, finished)
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """Share of the answer's 4-grams that occurred earlier in it; 0 for an answer without a 4-gram.
+    """Share of the answer's 4-grams that already occurred in it; 0 for an answer without a 4-gram.
 
     Source: seq-rep-n of "Neural text generation with unlikelihood training", arXiv 1908.04319, section 5.
     """
@@ -199,52 +201,52 @@ def repetition(tokens: Sequence[int]) -> float:
 
 
 def speaks(text: str, lang: str) -> bool:
-    """Whether a text is in the language, by its script: Chinese characters against Latin words; True for neither."""
+    """Whether a text is in the language, by counting Chinese characters and Latin words; True if it has neither."""
     han, latin = count_han(text), count_latin_words(text)
     return han >= latin if lang == "zh" else latin >= han
 
 
 def measure(bootstrap: GroupBootstrap, answers: Sequence[Answer], langs: Sequence[str]) -> Metrics:
-    """Metrics of greedy or sampled answers, as in results.Generation; a share of no answers is left out."""
-    written = np.array([bool(answer.text) for answer in answers], dtype=np.float64)
-    every = np.ones_like(written)
+    """Metrics of greedy or sampled answers, as in results.Generation; a share over no answers is left out."""
+    nonempty = np.array([bool(answer.text) for answer in answers], dtype=np.float64)
+    ones = np.ones_like(nonempty)
     match = [speaks(answer.text, lang) for answer, lang in zip(answers, langs, strict=True)]
     columns = {
-        "tokens": (lengths(answers), every),
-        "repetition": (np.array([repetition(answer.tokens) for answer in answers]), every),
-        "language_match": (written * np.array(match), written),
-        "refusal": (np.array([float(is_refusal(answer.text)) for answer in answers]), every),
-        "empty": (1.0 - written, every),
-        "unfinished": (np.array([float(not answer.finished) for answer in answers]), every),
+        "tokens": (lengths(answers), ones),
+        "repetition": (np.array([repetition(answer.tokens) for answer in answers]), ones),
+        "language_match": (nonempty * np.array(match), nonempty),
+        "refusal": (np.array([float(is_refusal(answer.text)) for answer in answers]), ones),
+        "empty": (1.0 - nonempty, ones),
+        "unfinished": (np.array([float(not answer.finished) for answer in answers]), ones),
     }
-    return bootstrap.table(columns, {"": every.astype(bool)})[""]
+    return bootstrap.table(columns, {"": ones.astype(bool)})[""]
 
 
 def generation(
     bootstrap: GroupBootstrap,
     answers: Answers,
     langs: Sequence[str],
-    compared: Answers | None,
-    divergence: Floats | None,
+    sft_answers: Answers | None,
+    kl: Floats | None,
 ) -> Generation:
     """Metrics of a model's answers.
 
     Args:
-        bootstrap: over the groups of the prompts.
-        answers: of the model.
+        bootstrap: resamples the groups of the prompts.
+        answers: the model's answers.
         langs: language of each prompt.
-        compared: the SFT model's answers, for the length ratio; None for the base.
-        divergence: estimate of the KL on each sample, nats; None without a reference.
+        sft_answers: the SFT model's answers, for the length ratio; None for the base.
+        kl: estimate of the KL on each sample, nats; None without a reference.
     """
     ratio: Estimate | None = None
-    if compared is not None:
-        ratio = bootstrap.ratio(lengths(answers.greedy), lengths(compared.greedy))
+    if sft_answers is not None:
+        ratio = bootstrap.ratio(lengths(answers.greedy), lengths(sft_answers.greedy))
     return {
         "prompts": len(langs),
         "greedy": measure(bootstrap, answers.greedy, langs),
         "sampled": measure(bootstrap, answers.sampled, langs),
         "length_ratio": ratio,
-        "kl": None if divergence is None else bootstrap.estimate(divergence),
+        "kl": None if kl is None else bootstrap.estimate(kl),
     }
 
 

@@ -29,7 +29,7 @@ INCUMBENT_REFERENCE = "incumbent's reference"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What evaluate reads: folders of earlier steps, the incumbent's URI (empty before the first champion), and the
+    """Inputs of evaluate: folders of earlier steps, the incumbent's URI (empty before the first champion), and the
     other inputs of the gate.
     """
 
@@ -51,11 +51,11 @@ class Candidate:
     Args:
         name: `base`, `sft`, `policy`, `incumbent`, or the incumbent's reference.
         content: hash of its weights.
-        tokenizer: its own.
-        open: loads it.
+        tokenizer: its tokenizer.
+        open: loads the model.
         reference: name of the candidate that it was trained from; empty if there is none or it is not known.
-        beta: of its preference training; None without one.
-        loss: of its preference training; empty without one.
+        beta: beta of its preference training; None without one.
+        loss: loss of its preference training; empty without one.
     """
 
     name: str
@@ -99,14 +99,14 @@ def _incumbent(
     training = read_dpo_training(folder)
     beta, loss = training["beta"], training["loss"]
     same_sft = training["sft_digest"] == sft_digest and training["base_digest"] == base_digest
-    named = _base_of(folder / "adapter").removeprefix("sha256:")
-    if named != base_digest and (folder / "model" / "config.json").is_file():
+    trained_base = _base_of(folder / "adapter").removeprefix("sha256:")
+    if trained_base != base_digest and (folder / "model" / "config.json").is_file():
         opens = partial(open_model, run, folder / "model", model, trains=False)
         tokenizer, content = load_tokenizer(folder / "model"), whole_digest(folder / "model")
         return [Candidate("incumbent", content, tokenizer, opens, "sft" if same_sft else "", beta, loss)]
-    base = inputs.base_model if named == base_digest else _base_in_registry(inputs.incumbent, folder)
+    base = inputs.base_model if trained_base == base_digest else _base_in_registry(inputs.incumbent, folder)
     opens = partial(open_tuned, run, base, folder, model, "incumbent")
-    content, tokenizer = adapted_digest(named, folder / "adapter"), load_tokenizer(base)
+    content, tokenizer = adapted_digest(trained_base, folder / "adapter"), load_tokenizer(base)
     rank = training["reference_rank"]
     reference = "sft" if same_sft else INCUMBENT_REFERENCE if rank else ""
     incumbent = Candidate("incumbent", content, tokenizer, opens, reference, beta, loss)
@@ -122,27 +122,27 @@ def _incumbent(
 
 
 def download_incumbent(uri: str) -> Path:
-    """The artifacts of a registered version, checked against its manifest.
+    """Download the artifacts of a registered version and verify them against its manifest.
 
     Raises:
-        InputError: it cannot be downloaded, or its files are not those that were registered.
+        InputError: it cannot be downloaded, or its files differ from those that were registered.
     """
     name, number = uri.removeprefix("models:/").rsplit("/", 1)
-    whole = _fetch(uri, f"incumbent {uri}")
-    if wrong := manifest_mismatch(store.client().get_model_version(name, number), whole):
-        raise InputError(f"incumbent {uri}: {wrong}: not what was registered; `kubealign rollback` names another")
-    folder = whole / "artifacts"
+    download = _fetch(uri, f"incumbent {uri}")
+    if mismatch := manifest_mismatch(store.client().get_model_version(name, number), download):
+        raise InputError(f"incumbent {uri}: {mismatch}: not what was registered; `kubealign rollback` restores another")
+    folder = download / "artifacts"
     if not (folder / "model" / "config.json").is_file() and not (folder / "adapter").is_dir():
-        raise InputError(f"incumbent {uri} holds no model that this project registered; move the champion alias")
+        raise InputError(f"incumbent {uri} has no model that this project registered; move the champion alias")
     return folder
 
 
 def _base_in_registry(incumbent: str, folder: Path) -> Path:
-    """The base model of an incumbent that was registered as an adapter of another base than ours."""
-    named = read_document(folder / "base.json", BaseReference)
-    base = _fetch(named["reference"], f"the base model {named['reference']} of incumbent {incumbent}")
-    if any(sha256_file(base / name) != wanted for name, wanted in named["files"].items()):
-        raise InputError(f"incumbent {incumbent}: the files of its base model {named['reference']} changed")
+    """The base model of an incumbent that was registered as an adapter of a base other than ours."""
+    recorded = read_document(folder / "base.json", BaseReference)
+    base = _fetch(recorded["reference"], f"the base model {recorded['reference']} of incumbent {incumbent}")
+    if any(sha256_file(base / name) != expected for name, expected in recorded["files"].items()):
+        raise InputError(f"incumbent {incumbent}: the files of its base model {recorded['reference']} changed")
     return base
 
 

@@ -1,4 +1,4 @@
-"""Every number that needs only log-probs of the test pairs: each model alone, and the policy against its rivals.
+"""Metrics from the log-probs of the test pairs: of each model alone, and of the policy against its rivals.
 
 Shapes: P test pairs, B bootstrap resamples, K slices of the test pairs; chosen comes before rejected.
 """
@@ -32,13 +32,13 @@ from components.gate.results import Comparison, Estimate, McNemar, Metrics, Mode
 from components.training.scoring import TokenLogps
 
 Rows = dict[str, list[Preference]]
-SIDES = ("validation", "test")
+EVAL_SPLITS = ("validation", "test")
 SLICES = {"languages": "by_language", "sources": "by_source", "lengths": "by_length"}
-"""Name of a kind of slice in a model's results, and in a comparison's."""
+"""Kinds of slices by their key in a model's results, and their key in a comparison."""
 POWER_Z = 1.645 + 0.842
 """Standard normal quantiles of a one-sided test at 5 % with 80 % power."""
 MOST_PAIRS, MANY = 1_000_000, "more than a million"
-"""A sample size beyond this is not spelt out."""
+"""Largest sample size to state, and the wording beyond it."""
 
 T = TypeVar("T")
 
@@ -48,13 +48,13 @@ class Scored:
     """A model's log-probs of the pairs, and how it was trained.
 
     Args:
-        sides: log-probs of the validation and test pairs.
+        by_split: log-probs of the validation and test pairs.
         reference: log-probs of the test pairs under the model's reference; None without one, or if it is not known.
-        beta: of its preference training; None without one, or if it is not known.
-        loss: of its preference training, likewise.
+        beta: beta of its preference training; None without one, or if it is not known.
+        loss: loss of its preference training; empty likewise.
     """
 
-    sides: Mapping[str, TokenLogps]
+    by_split: Mapping[str, TokenLogps]
     reference: TokenLogps | None = None
     beta: float | None = None
     loss: str = ""
@@ -78,7 +78,7 @@ def compare(
     Args:
         config: bootstrap settings.
         threshold: improvement that the policy must exceed, nats; below 0 for non-inferiority.
-        regression: by how much a language may be worse, nats.
+        regression: largest regression that a language may have, nats.
         rows: validation and test pairs.
         scored: `base`, `sft`, `policy` and, if there is one, `incumbent`.
     """
@@ -86,9 +86,9 @@ def compare(
     settings = (config.bootstrap_resamples, config.confidence)
     bootstrap = GroupBootstrap([row.group for row in test], *settings, config.seed)
     calibration = GroupBootstrap([row.group for row in rows["validation"]], *settings, config.seed + 1)
-    lengths_P = scored["base"].sides["test"].lengths_EC.max(axis=1)
+    lengths_P = scored["base"].by_split["test"].lengths_EC.max(axis=1)
     masks = slices(test, lengths_P)
-    base = {side: scored["base"].sides[side].sums() for side in SIDES}
+    base = {split: scored["base"].by_split[split].sums() for split in EVAL_SPLITS}
     models = {name: _evaluate(bootstrap, calibration, masks, test, model, base) for name, model in scored.items()}
     policy, beta = models["policy"], scored["policy"].beta
     assert beta is not None, "dpo records the beta of every policy"
@@ -98,7 +98,7 @@ def compare(
         if rival in models
     }
     return {
-        "pairs": {side: len(rows[side]) for side in SIDES},
+        "pairs": {split: len(rows[split]) for split in EVAL_SPLITS},
         "groups": {"validation": calibration.n_groups, "test": bootstrap.n_groups},
         "confidence": config.confidence,
         "bootstrap": config.bootstrap_resamples,
@@ -123,11 +123,11 @@ def compare(
 
 
 def slices(rows: Sequence[Preference], lengths_P: Any) -> dict[str, Mask]:
-    """Masks [P] of the test pairs as a whole, `overall`, and of every part that is not empty, `kind/part`.
+    """Masks [P] of all test pairs, `overall`, and of every non-empty slice, `kind/part`.
 
     Args:
         rows: P pairs.
-        lengths_P: tokens of the longer answer of each pair; three buckets hold about a third of the pairs each.
+        lengths_P: tokens of each pair's longer answer, bucketed into thirds of the pairs.
     """
     masks = {"overall": np.ones(len(rows), dtype=bool)}
     masks |= {f"languages/{lang}": np.array([row.lang == lang for row in rows]) for lang in LANGUAGES}
@@ -148,14 +148,14 @@ def _evaluate(
     scored: Scored,
     base: Mapping[str, Floats],
 ) -> _ModelEvaluation:
-    rewards = {side: scored.sides[side].sums() - base[side] for side in SIDES}
-    gaps = {side: rewards[side][:, 0] - rewards[side][:, 1] for side in SIDES}
+    rewards = {split: scored.by_split[split].sums() - base[split] for split in EVAL_SPLITS}
+    gaps = {split: rewards[split][:, 0] - rewards[split][:, 1] for split in EVAL_SPLITS}
     scale = fit_scale(gaps["validation"])
     masks_PK = np.stack(list(masks.values()), axis=1).astype(np.float64)
     counts_BK = bootstrap.sums(masks_PK)
     scales_B = calibration.scales(gaps["validation"])
     loss_BK, brier_BK = bootstrap.scaled_sums(gaps["test"], scales_B, masks_PK)
-    with np.errstate(invalid="ignore"):  # a resample may hold no pair of a slice
+    with np.errstate(invalid="ignore"):  # a resample may have no pair of a slice
         loss_BK, brier_BK = loss_BK / counts_BK, brier_BK / counts_BK
     loss_P, brier_P = compared_loss(gaps["test"], scale), brier(gaps["test"], scale)
     table = bootstrap.table(_columns(scored, rows, rewards["test"]), masks)
@@ -188,25 +188,25 @@ def _of_kind(kind: str, parts: Mapping[str, T]) -> dict[str, T]:
 
 def _columns(scored: Scored, rows: Sequence[Preference], rewards_P2: Floats) -> dict[str, tuple[Floats, Floats]]:
     """Value and weight of each pair, for every metric that is a ratio of sums."""
-    test = scored.sides["test"]
+    test = scored.by_split["test"]
     logps_P2 = test.sums()
     per_token_P2 = logps_P2 / test.lengths_EC
     margins_P = rewards_P2[:, 0] - rewards_P2[:, 1]
-    one_P = np.ones(len(rows))
+    ones_P = np.ones(len(rows))
     bytes_P = np.array([float(len(row.chosen.encode())) for row in rows])
     columns = {
-        "rewards/accuracies": (accuracy(margins_P), one_P),
-        "rewards/margins": (margins_P, one_P),
-        "rewards/chosen": (rewards_P2[:, 0], one_P),
-        "rewards/rejected": (rewards_P2[:, 1], one_P),
-        "raw_accuracy": (accuracy(logps_P2[:, 0] - logps_P2[:, 1]), one_P),
-        "raw_accuracy_per_token": (accuracy(per_token_P2[:, 0] - per_token_P2[:, 1]), one_P),
+        "rewards/accuracies": (accuracy(margins_P), ones_P),
+        "rewards/margins": (margins_P, ones_P),
+        "rewards/chosen": (rewards_P2[:, 0], ones_P),
+        "rewards/rejected": (rewards_P2[:, 1], ones_P),
+        "raw_accuracy": (accuracy(logps_P2[:, 0] - logps_P2[:, 1]), ones_P),
+        "raw_accuracy_per_token": (accuracy(per_token_P2[:, 0] - per_token_P2[:, 1]), ones_P),
         "bits_per_byte": (-logps_P2[:, 0] / math.log(2), bytes_P),
     }
     if scored.reference is not None:
         change_P2 = logps_P2 - scored.reference.sums()
-        columns["chosen_logp_change"] = (change_P2[:, 0], one_P)
-        columns["divergence"] = (divergence(test, scored.reference).mean(axis=1), one_P)
+        columns["chosen_logp_change"] = (change_P2[:, 0], ones_P)
+        columns["divergence"] = (divergence(test, scored.reference).mean(axis=1), ones_P)
     return columns
 
 
@@ -237,7 +237,7 @@ def policy_rewards(scored: Scored) -> Floats | None:
     if scored.beta is None or scored.loss not in LOSSES:
         return None
     loss = LOSSES[scored.loss]
-    test = scored.sides["test"]
+    test = scored.by_split["test"]
     scores_P2 = test.sums()
     if not loss.reference_free:
         if scored.reference is None:
@@ -294,11 +294,11 @@ RIVALS = {"sft": "the SFT model", "incumbent": "the incumbent champion"}
 
 
 def words(improvement: Estimate, ranked: McNemar, error: float, n_groups: int, rival: str) -> str:
-    """What the evidence supports, as sentences, even if that is nothing.
+    """Sentences that say what the evidence supports, which may be nothing.
 
     Args:
-        improvement: of the policy over the rival, nats.
-        ranked: which of the two ranks pairs right.
+        improvement: improvement of the policy over the rival, nats.
+        ranked: pairs that only one of the two ranks correctly.
         error: standard error of the improvement, nats.
         n_groups: prompt groups of the test pairs.
         rival: `sft` or `incumbent`.
@@ -308,22 +308,22 @@ def words(improvement: Estimate, ranked: McNemar, error: float, n_groups: int, r
     where = f"on {pairs} held-out pairs of {n_groups} prompt groups"
     interval = f"[{low:+.4f}, {high:+.4f}]"
     if low == high == 0.0:
-        said = f"The policy and {who} score every pair alike {where}: there is nothing to tell them apart by."
+        text = f"The policy and {who} score every pair alike {where}: nothing distinguishes them."
     elif low > 0.0:
-        said = f"The evidence supports that the policy is better than {who}: its log-loss is lower by {gain:.4f} nats"
-        said += f" {interval} {where}."
+        text = f"The evidence supports that the policy is better than {who}: its log-loss is lower by {gain:.4f} nats"
+        text += f" {interval} {where}."
     elif high < 0.0:
-        said = f"The evidence supports that the policy is worse than {who}: its log-loss is higher by {-gain:.4f} nats"
-        said += f" {interval} {where}."
+        text = f"The evidence supports that the policy is worse than {who}: its log-loss is higher by {-gain:.4f} nats"
+        text += f" {interval} {where}."
     else:
-        said = f"The evidence supports neither model: {where} the log-loss of the policy is"
-        said += f" {abs(gain):.4f} nats {'lower' if gain >= 0 else 'higher'} than that of {who}, and anything in"
-        said += f" {interval} agrees with them."
+        text = f"The evidence supports neither model: {where} the log-loss of the policy is"
+        text += f" {abs(gain):.4f} nats {'lower' if gain >= 0 else 'higher'} than that of {who}, and the data"
+        text += f" are compatible with anything in {interval}."
         if gain > 0.0:
             # Compare before dividing: a tiny difference would need infinitely many pairs.
             few = POWER_Z * error * math.sqrt(pairs) < gain * math.sqrt(MOST_PAIRS)
             needed = f"about {max(math.ceil(pairs * (POWER_Z * error / gain) ** 2), pairs + 1)}" if few else MANY
-            said += f" If the difference is real, {needed} pairs would show it four times in five."
-    said += f" Of the pairs that only one of them ranks right, {ranked['policy_only']} are the policy's and"
-    said += f" {ranked['rival_only']} are the other's (McNemar's exact test, two-sided p = {ranked['p_value']:.3f})."
-    return said
+            text += f" If the difference is real, {needed} pairs would detect it with 80 % power."
+    text += f" Of the pairs that only one of them ranks correctly, {ranked['policy_only']} are the policy's and"
+    text += f" {ranked['rival_only']} are the other's (McNemar's exact test, two-sided p = {ranked['p_value']:.3f})."
+    return text

@@ -21,9 +21,9 @@ EARLY_SHARE = 0.25
 EARLY_ACCURACY = 0.99
 EARLY_STEPS = 3
 SATURATED_REWARD = 5.0
-"""A pair with a reward margin beyond this has less than 1 % of the gradient of an undecided one, sigmoid(-5)."""
+"""Reward margin beyond which a pair's gradient, sigmoid(-5), is less than 1 % of its maximum."""
 START_NATS = 1.0
-"""Log-ratio of an answer before the first update that rounding and dropout do not explain."""
+"""Log-ratio of an answer before the first update that exceeds the effect of rounding and dropout."""
 LONGER = 1.5
 
 
@@ -53,7 +53,7 @@ class Curves:
         return mean + ERRORS * error < bound
 
 
-def curves(records: Sequence[StepRecord]) -> Curves:
+def to_curves(records: Sequence[StepRecord]) -> Curves:
     """The curves of a training run."""
     shared = set(records[0].metrics).intersection(*(record.metrics for record in records))
     steps = {name: np.array([record.metrics[name] for record in records]) for name in shared}
@@ -70,18 +70,18 @@ def diagnose(records: Sequence[StepRecord], evaluation: PairResults) -> list[Fin
 
     Args:
         records: the steps of dpo.
-        evaluation: beta and loss of the policy, and what it writes.
+        evaluation: the policy's beta and loss, and the metrics of its answers.
     """
-    found = curves(records)
+    curves = to_curves(records)
     beta, loss = evaluation["beta"], evaluation["loss_type"]
     checks = [
-        _reference_mismatch(found),
-        _no_learning(found, loss),
-        _leak(found),
-        _over_confidence(found, loss),
-        _kl_blow_up(found, beta, loss),
+        _reference_mismatch(curves),
+        _no_learning(curves, loss),
+        _leak(curves),
+        _over_confidence(curves, loss),
+        _kl_blow_up(curves, beta, loss),
         _length_explosion(evaluation),
-        _displacement(found),
+        _displacement(curves),
     ]
     findings = [finding for finding in checks if finding is not None]
     return sorted(findings, key=lambda finding: finding["severity"] != "problem")
@@ -95,79 +95,79 @@ def _warning(name: str, evidence: str, advice: str) -> Finding:
     return {"name": name, "severity": "warning", "evidence": evidence, "advice": advice}
 
 
-def _reference_mismatch(found: Curves) -> Finding | None:
-    if "kl" not in found.steps or found.steps["step"][0] != 1:
+def _reference_mismatch(curves: Curves) -> Finding | None:
+    if "kl" not in curves.steps or curves.steps["step"][0] != 1:
         return None
-    nats = math.sqrt(2.0 * found.steps["kl"][0])
+    nats = math.sqrt(2.0 * curves.steps["kl"][0])
     if nats <= START_NATS:
         return None
     return _problem(
         "reference mismatch",
         f"before the first update the policy's log-probs of an answer differ from the reference's by {nats:.2f} nats"
-        f" (root mean square); expected 0, a loss of ln 2, found {found.steps['loss'][0]:.3f}",
+        f" (root mean square); expected 0, a loss of ln 2, found {curves.steps['loss'][0]:.3f}",
         "the reference is not the model that training started from: remove the cache (`kubealign clean cache`), check"
         " that both are the same SFT model in the same precision, and lower dropout",
     )
 
 
-def _no_learning(found: Curves, loss: str) -> Finding | None:
-    if found.above("rewards/accuracies", 0.5) or found.above("rewards/margins", 0.0):
+def _no_learning(curves: Curves, loss: str) -> Finding | None:
+    if curves.above("rewards/accuracies", 0.5) or curves.above("rewards/margins", 0.0):
         return None
-    accuracy, margin, mean = (found.tail(name)[0] for name in ("rewards/accuracies", "rewards/margins", "loss"))
+    accuracy, margin, mean = (curves.tail(name)[0] for name in ("rewards/accuracies", "rewards/margins", "loss"))
     advice = "the learning rate is too low or training too short: raise dpo.learning_rate or dpo.epochs; if it stays"
-    advice += " so, look whether the labels say anything at all"
+    advice += " so, check whether the labels carry any signal"
     start = LOSSES[loss].value_at_no_learning
-    if start is not None and found.above("loss", start + LOST_NATS):
-        advice = "the learning rate is too high: lower dpo.learning_rate, by ten at first, or raise dpo.warmup_ratio"
+    if start is not None and curves.above("loss", start + LOST_NATS):
+        advice = "the learning rate is too high: lower dpo.learning_rate, tenfold at first, or raise dpo.warmup_ratio"
     return _problem(
         "no learning",
-        f"over the last third of training the policy ranks {accuracy:.0%} of its own pairs right with a mean margin of"
-        f" {margin:.3g}, no better than chance; the loss is {mean:.4f}",
+        f"over the last third of training the policy ranks {accuracy:.0%} of its own pairs correctly with a mean"
+        f" margin of {margin:.3g}, no better than chance; the loss is {mean:.4f}",
         advice,
     )
 
 
-def _leak(found: Curves) -> Finding | None:
-    """In the first epoch the pairs of a step are new to the policy; validation pairs always are."""
-    early = math.ceil(EARLY_SHARE * found.total)
-    steps = found.steps["step"]
-    accuracy = found.steps["rewards/accuracies"][(steps > early / 2) & (steps <= early) & (steps > 1)]
-    validated = found.validated.get("rewards/accuracies", accuracy)
+def _leak(curves: Curves) -> Finding | None:
+    """In the first epoch the policy has not seen a step's pairs before; it never sees validation pairs."""
+    early = math.ceil(EARLY_SHARE * curves.total)
+    steps = curves.steps["step"]
+    accuracy = curves.steps["rewards/accuracies"][(steps > early / 2) & (steps <= early) & (steps > 1)]
+    validated = curves.validated.get("rewards/accuracies", accuracy)
     if len(accuracy) < EARLY_STEPS or min(accuracy.mean(), validated[-1]) < EARLY_ACCURACY:
         return None
     return _problem(
         "accuracy of 1.0 too early",
-        f"by step {early} of {found.total} the policy ranks {accuracy.mean():.0%} of the pairs right",
-        "something in the answers gives the label away: compare chosen and rejected for a marker, a source, a length or"
+        f"by step {early} of {curves.total} the policy ranks {accuracy.mean():.0%} of the pairs correctly",
+        "something in the answers leaks the label: compare chosen and rejected for a marker, a source, a length or"
         " a format that differs in every pair; or the pairs are too easy to teach anything",
     )
 
 
-def _over_confidence(found: Curves, loss: str) -> Finding | None:
-    """On the validation pairs where there are some, otherwise on the training pairs."""
+def _over_confidence(curves: Curves, loss: str) -> Finding | None:
+    """Checked on the validation pairs if there are any, else on the training pairs."""
     if LOSSES[loss].value_at_no_learning != LN2:
         return None
-    if "loss" in found.validated:
-        value, accuracy = float(found.validated["loss"][-1]), float(found.validated["rewards/accuracies"][-1])
-        wrong, where = value > LN2 and accuracy > 0.5, "validation"
+    if "loss" in curves.validated:
+        value, accuracy = float(curves.validated["loss"][-1]), float(curves.validated["rewards/accuracies"][-1])
+        overconfident, where = value > LN2 and accuracy > 0.5, "validation"
     else:
-        value, accuracy = found.tail("loss")[0], found.tail("rewards/accuracies")[0]
-        wrong, where = found.above("loss", LN2) and found.above("rewards/accuracies", 0.5), "training"
-    if not wrong:
+        value, accuracy = curves.tail("loss")[0], curves.tail("rewards/accuracies")[0]
+        overconfident, where = curves.above("loss", LN2) and curves.above("rewards/accuracies", 0.5), "training"
+    if not overconfident:
         return None
     return _problem(
         "over-confidence",
         f"the loss on {where} pairs ends at {value:.3f}, above the ln 2 = 0.693 of a coin toss, while {accuracy:.0%} of"
-        " them are ranked right: the others are wrong by large margins",
+        " them are ranked correctly: the others are wrong by large margins",
         "train less (dpo.epochs, dpo.learning_rate), or soften the labels (dpo.label_smoothing); with"
-        " dpo.eval_every_steps above 0 the step with the lowest validation loss is kept, not the last",
+        " dpo.eval_every_steps above 0 the step with the lowest validation loss is kept instead of the last",
     )
 
 
-def _kl_blow_up(found: Curves, beta: float, loss: str) -> Finding | None:
-    if "kl" not in found.steps or LOSSES[loss].per_token:
+def _kl_blow_up(curves: Curves, beta: float, loss: str) -> Finding | None:
+    if "kl" not in curves.steps or LOSSES[loss].per_token:
         return None
-    kl, _ = found.tail("kl")
+    kl, _ = curves.tail("kl")
     reward = beta * math.sqrt(2.0 * kl)
     if reward <= SATURATED_REWARD:
         return None
@@ -189,19 +189,19 @@ def _length_explosion(evaluation: PairResults) -> Finding | None:
         "length explosion",
         f"the policy's answers are {ratio['value']:.2f} times as long as the SFT model's [{ratio['low']:.2f},"
         f" {ratio['high']:.2f}]; {cut:.0%} reach the limit",
-        "chosen answers that are longer teach length: balance the lengths in the data, raise dpo.beta, or use"
-        " dpo.loss_type=sigmoid_norm, which works per token",
+        "longer chosen answers teach length: balance the lengths in the data, raise dpo.beta, or use"
+        " dpo.loss_type=sigmoid_norm, which normalizes by length",
     )
 
 
-def _displacement(found: Curves) -> Finding | None:
-    if not (found.below("rewards/chosen", 0.0) and found.above("rewards/margins", 0.0)):
+def _displacement(curves: Curves) -> Finding | None:
+    if not (curves.below("rewards/chosen", 0.0) and curves.above("rewards/margins", 0.0)):
         return None
-    chosen, margin = found.tail("rewards/chosen")[0], found.tail("rewards/margins")[0]
+    chosen, margin = curves.tail("rewards/chosen")[0], curves.tail("rewards/margins")[0]
     return _warning(
         "chosen reward falls while the margin grows",
         f"over the last third of training the chosen reward is {chosen:.3f} and the margin {margin:.3f}: good answers"
-        " become less likely too, only less so than bad ones (arXiv 2410.08847)",
+        " become less likely too, though less so than bad ones (arXiv 2410.08847)",
         "raise dpo.beta, lower dpo.learning_rate, or train more SFT on the chosen answers; drop pairs"
-        " whose two answers are nearly the same; dpo.loss_type=apo_zero holds the chosen answer up",
+        " whose two answers are nearly the same; dpo.loss_type=apo_zero keeps the chosen answer likely",
     )

@@ -1,7 +1,7 @@
-"""The report of an evaluation: a self-contained page, and a Markdown summary for Kubeflow.
+"""The evaluation report: a self-contained page, and a Markdown summary for Kubeflow.
 
-The page answers what a reader asks, in this order: is it better, how sure are we, where is it worse, what does it say,
-what was it trained on, how do I reproduce it. Everything on it is computed from the arguments.
+The page answers six questions in this order: is it better, how sure are we, where is it worse, what does it say, what
+was it trained on, how do I reproduce it. Everything on it is computed from the arguments.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,14 +54,14 @@ GENERATION_METRICS = {
     "language_match": "right language",
     "refusal": "refusals",
     "empty": "empty",
-    "unfinished": "cut at the limit",
+    "unfinished": "truncated at the limit",
 }
 NO_VALUE = "—"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer, or that of the data."""
+    """An answer of a model or of the data."""
 
     author: str
     text: str
@@ -69,7 +69,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with all answers to it."""
+    """A prompt with all its answers."""
 
     lang: str
     text: str
@@ -78,7 +78,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class GenerationView:
-    """What the models write."""
+    """Metrics and texts of the generated answers."""
 
     n_prompts: int
     metrics: Table
@@ -96,7 +96,7 @@ class SliceTable:
 
 @dataclass(frozen=True)
 class ReportView:
-    """Everything that the template alignment.html.jinja shows."""
+    """The variables of the template alignment.html.jinja."""
 
     verdict: Verdict
     evidence: list[str]
@@ -125,7 +125,7 @@ def report(
     histories: Mapping[str, Sequence[StepRecord]],
     validation: ValidationSummary,
 ) -> str:
-    """The page.
+    """Render the page.
 
     Args:
         evaluation: evaluation.json.
@@ -167,7 +167,7 @@ def report(
 
 
 def markdown(evaluation: Evaluation, verdict: Verdict) -> str:
-    """The summary for Kubeflow."""
+    """Render the Markdown summary."""
     table = _metrics({name: model["overall"] for name, model in evaluation["models"].items()}, METRICS)
     lines = ["# Evaluation", "", f"**{verdict['sentence']}**", ""]
     lines += [f"| {' | '.join(table.head)} |", "|---" * len(table.head) + "|"]
@@ -190,7 +190,7 @@ def _cells(metrics: Metrics, titles: Iterable[str]) -> list[str]:
 
 
 def _metrics(models: Mapping[str, Metrics | None], titles: Mapping[str, str]) -> Table:
-    """Metrics by model."""
+    """A table of metrics by model."""
     rows = [[NAMES[name], *_cells(metrics or {}, titles)] for name, metrics in models.items()]
     return Table(["model", *titles.values()], rows)
 
@@ -229,7 +229,7 @@ def _rules(verdict: Verdict) -> Table:
 
 
 def _slices(comparisons: Mapping[str, Comparison]) -> Table:
-    """The policy's improvement in every slice, the worst one first."""
+    """The policy's improvement in every slice, worst first."""
     gains = [
         (kind, part, rival, gain)
         for rival, comparison in comparisons.items()
@@ -276,11 +276,13 @@ def _difference_plot(rival: str, comparison: Comparison) -> Plot:
     axes.hist(values, 40, density=True, color=FIRST, alpha=0.7)
     axes.axvline(threshold, color=SECOND, linewidth=1.5)
     share = float(np.mean(values > threshold))
-    return finish_plot(figure, f"{share:.1%} of the resamples lie right of the line, the required improvement.")
+    return finish_plot(figure, f"{share:.1%} of the resamples lie to the right of the line, the required improvement.")
 
 
 def _reliability_plot(evaluation: Evaluation) -> Plot:
-    figure, axes = new_plot("Calibration of the policy's preferences", "predicted probability", "share that is right")
+    figure, axes = new_plot(
+        "Calibration of the policy's preferences", "predicted probability", "observed share correct"
+    )
     axes.plot([0.5, 1], [0.5, 1], color=THIRD, linewidth=1, linestyle="--")
     labels = {"fitted": "fitted scale", "as_trained": f"beta {evaluation['beta']:g}, own reference"}
     policy = evaluation["models"]["policy"]
@@ -294,7 +296,7 @@ def _reliability_plot(evaluation: Evaluation) -> Plot:
     axes.legend()
     return finish_plot(
         figure,
-        f"Below the dashed line it is over-confident. Brier score with the fitted scale"
+        f"Below the dashed line the policy is over-confident. Brier score with the fitted scale"
         f" {_text(policy['overall']['brier'])}; 0.25 is a coin toss.",
     )
 
@@ -318,7 +320,8 @@ def _margin_plot(evaluation: Evaluation) -> Plot:
     axes.axvline(0.0, color=THIRD, linewidth=1)
     axes.legend()
     return finish_plot(
-        figure, "Right of the line the model prefers the chosen answer; the outermost bars include everything beyond."
+        figure,
+        "To the right of the line the model prefers the chosen answer; the outermost bars include all values beyond.",
     )
 
 
@@ -363,8 +366,8 @@ def _curves(histories: Mapping[str, Sequence[StepRecord]]) -> list[Plot]:
 
 
 def _curve(title: str, records: Sequence[StepRecord], series: Mapping[str, str], unit: str) -> Plot:
-    """Metrics by step, and of a single metric also its values on the validation split."""
-    figure, axes = new_plot(title, "optimiser step", unit)
+    """Metrics by step; for a single metric also its values on the validation split."""
+    figure, axes = new_plot(title, "optimizer step", unit)
     shown = downsample(records)
     steps = [record.step for record in shown]
     for name, colour in series.items():
@@ -400,8 +403,8 @@ def _quarantined(validation: ValidationSummary) -> str:
 
 def _sources(validation: ValidationSummary) -> Table:
     rows: list[Row] = [
-        [name, source, found["license"], found["rows"]]
+        [name, source, counts["license"], counts["rows"]]
         for name, summary in data_sets(validation).items()
-        for source, found in sorted(summary["sources"].items())
+        for source, counts in sorted(summary["sources"].items())
     ]
     return Table(["data set", "source", "licence", "rows"], rows)

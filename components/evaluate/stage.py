@@ -21,7 +21,7 @@ from components.engine.models import PackedModel
 from components.engine.packing import Example
 from components.evaluate.answers import Answers, answer, fixed_prompts, generation
 from components.evaluate.candidates import Candidate, Inputs, find_candidates
-from components.evaluate.comparison import SIDES, Rows, Scored, compare, sampled_kl
+from components.evaluate.comparison import EVAL_SPLITS, Rows, Scored, compare, sampled_kl
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.diagnosis import diagnose
 from components.evaluate.report_page import markdown, report
@@ -51,14 +51,14 @@ def run_evaluate(
     """Evaluate on the test pairs.
 
     Args:
-        config: bootstrap and answers.
-        gate: the rules.
-        model: the precision.
+        config: settings of the bootstrap and the answers.
+        gate: the gate's rules.
+        model: execution settings of the models.
         inputs: models and data, and the other inputs of the gate.
         facts: lineage to show in the report.
         out: folder that gets evaluation.json and verdict.json.
         html_out: gets the report page.
-        markdown_out: gets its summary.
+        markdown_out: gets the report's summary.
 
     Returns:
         the MLflow run, and the policy's main metrics.
@@ -70,11 +70,13 @@ def run_evaluate(
     params = config.model_dump() | {f"gate_{key}": value for key, value in gate.model_dump().items()}
     params |= {"incumbent": inputs.incumbent or "sft", "precision": model.precision, "hardware": model.hardware}
     with stage_run("evaluate", params) as run:
-        rows = {side: read_rows(inputs.dataset / "preferences" / f"{side}.jsonl", Preference) for side in SIDES}
-        asked = fixed_prompts(rows["test"], config.generations_per_language)
-        outputs = _run_models(run, config, model, find_candidates(run, model, inputs), rows, asked)
+        rows = {
+            split: read_rows(inputs.dataset / "preferences" / f"{split}.jsonl", Preference) for split in EVAL_SPLITS
+        }
+        prompt_rows = fixed_prompts(rows["test"], config.generations_per_language)
+        outputs = _run_models(run, config, model, find_candidates(run, model, inputs), rows, prompt_rows)
         history = read_history(inputs.policy / "history.jsonl")
-        evaluation = _evaluation(config, gate, rows, outputs, asked, history, inputs, facts)
+        evaluation = _evaluation(config, gate, rows, outputs, prompt_rows, history, inputs, facts)
         context = GateContext(inputs.incumbent, inputs.decision_index, inputs.data_clean)
         verdict = apply_gate(evaluation, context, gate)
         out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +97,7 @@ def run_evaluate(
 
 @dataclass(frozen=True)
 class _ModelOutputs:
-    """What was computed with one model; `kl` of each of its samples, None without a reference."""
+    """Outputs of one model; `kl` is that of each of its samples, None without a reference."""
 
     scored: Scored
     answers: Answers | None
@@ -108,31 +110,33 @@ def _run_models(
     model: ExecutionConfig,
     candidates: Sequence[Candidate],
     rows: Rows,
-    asked: Sequence[Preference],
+    prompt_rows: Sequence[Preference],
 ) -> dict[str, _ModelOutputs]:
     """Log-probs of the pairs, answers, and log-probs of the samples, with one model in memory at a time."""
-    sides: dict[str, dict[str, TokenLogps]] = {}
+    by_split: dict[str, dict[str, TokenLogps]] = {}
     answers: dict[str, Answers] = {}
     samples: dict[tuple[str, str], TokenLogps] = {}
     for candidate in candidates:
         name, opened = candidate.name, cache(candidate.open)
         scores = _scorer(run, model, candidate, opened)
-        sides[name] = {side: scores(pair_examples(candidate.tokenizer, rows[side]), f"{name}_{side}") for side in SIDES}
-        if asked and name in MODELS:
+        by_split[name] = {
+            split: scores(pair_examples(candidate.tokenizer, rows[split]), f"{name}_{split}") for split in EVAL_SPLITS
+        }
+        if prompt_rows and name in MODELS:
             cache_key_parts = [candidate.content, model.precision, model.hardware, model.lm_head_precision]
             cache_key_parts.append(model.quantization)
             settings = (config.max_new_tokens, config.seed, name)
-            answers[name] = answer(run, opened, cache_key_parts, candidate.tokenizer, asked, *settings)
-        for other in candidates:
-            if other.name in answers and other.reference and name in (other.name, other.reference):
-                examples = _sampled(other, asked, answers[other.name])
-                samples[other.name, name] = scores(examples, f"{other.name}_samples")
+            answers[name] = answer(run, opened, cache_key_parts, candidate.tokenizer, prompt_rows, *settings)
+        for sampler in candidates:
+            if sampler.name in answers and sampler.reference and name in (sampler.name, sampler.reference):
+                examples = _sampled(sampler, prompt_rows, answers[sampler.name])
+                samples[sampler.name, name] = scores(examples, f"{sampler.name}_samples")
     outputs = {}
     for candidate in sorted((c for c in candidates if c.name in MODELS), key=lambda c: MODELS.index(c.name)):
         name, reference = candidate.name, candidate.reference
-        known = sides[reference]["test"] if reference else None
+        reference_logps = by_split[reference]["test"] if reference else None
         kl = sampled_kl(samples[name, name], samples[name, reference]) if (name, name) in samples else None
-        scored = Scored(sides[name], known, candidate.beta, candidate.loss)
+        scored = Scored(by_split[name], reference_logps, candidate.beta, candidate.loss)
         outputs[name] = _ModelOutputs(scored, answers.get(name), kl)
     return outputs
 
@@ -143,9 +147,9 @@ def _scorer(
     return lambda examples, what: score(run, opened, model, candidate.content, examples, what)
 
 
-def _sampled(candidate: Candidate, asked: Sequence[Preference], answers: Answers) -> list[Example]:
-    """A model's own samples as examples."""
-    prompts = [encode_prompt(candidate.tokenizer, row.prompt) for row in asked]
+def _sampled(candidate: Candidate, prompt_rows: Sequence[Preference], answers: Answers) -> list[Example]:
+    """A model's own sampled answers as examples."""
+    prompts = [encode_prompt(candidate.tokenizer, row.prompt) for row in prompt_rows]
     return [Example(prompt, [sample.tokens]) for prompt, sample in zip(prompts, answers.sampled, strict=True)]
 
 
@@ -154,50 +158,52 @@ def _evaluation(
     gate: GateConfig,
     rows: Rows,
     outputs: dict[str, _ModelOutputs],
-    asked: Sequence[Preference],
+    prompt_rows: Sequence[Preference],
     history: Sequence[StepRecord],
     inputs: Inputs,
     facts: dict[str, str],
 ) -> Evaluation:
     scored = {name: output.scored for name, output in outputs.items()}
     results = compare(config, gate.threshold(), gate.max_language_regression, rows, scored)
-    for name, generated in _generation(config, outputs, asked).items():
+    for name, generated in _generation(config, outputs, prompt_rows).items():
         results["models"][name]["generation"] = generated
     return {
         **results,
         "findings": diagnose(history, results),
-        "answers": _answers(outputs, asked),
+        "answers": _answers(outputs, prompt_rows),
         "policy_digest": digest(read_document(inputs.policy / MANIFEST, dict[str, str])),
         "facts": facts,
     }
 
 
 def _generation(
-    config: EvaluateConfig, outputs: dict[str, _ModelOutputs], asked: Sequence[Preference]
+    config: EvaluateConfig, outputs: dict[str, _ModelOutputs], prompt_rows: Sequence[Preference]
 ) -> dict[str, Generation]:
     """Metrics of the answers of every model that answered."""
     answers = {name: output.answers for name, output in outputs.items() if output.answers is not None}
     if not answers:
         return {}
-    bootstrap = GroupBootstrap([row.group for row in asked], config.bootstrap_resamples, config.confidence, config.seed)
-    langs = [row.lang for row in asked]
+    bootstrap = GroupBootstrap(
+        [row.group for row in prompt_rows], config.bootstrap_resamples, config.confidence, config.seed
+    )
+    langs = [row.lang for row in prompt_rows]
     return {
-        name: generation(bootstrap, written, langs, None if name == "base" else answers["sft"], outputs[name].kl)
-        for name, written in answers.items()
+        name: generation(bootstrap, model_answers, langs, None if name == "base" else answers["sft"], outputs[name].kl)
+        for name, model_answers in answers.items()
     }
 
 
-def _answers(outputs: dict[str, _ModelOutputs], asked: Sequence[Preference]) -> list[AnsweredPrompt]:
+def _answers(outputs: dict[str, _ModelOutputs], prompt_rows: Sequence[Preference]) -> list[AnsweredPrompt]:
     answers = {name: output.answers for name, output in outputs.items() if output.answers is not None}
     return [
         {
             "lang": row.lang,
             "prompt": row.prompt[-1].content,
             "chosen": row.chosen,
-            "greedy": {name: written.greedy[index].text for name, written in answers.items()},
-            "sampled": {name: written.sampled[index].text for name, written in answers.items()},
+            "greedy": {name: model_answers.greedy[index].text for name, model_answers in answers.items()},
+            "sampled": {name: model_answers.sampled[index].text for name, model_answers in answers.items()},
         }
-        for index, row in enumerate(asked)
+        for index, row in enumerate(prompt_rows)
     ]
 
 
@@ -207,10 +213,12 @@ def _logged_metrics(evaluation: Evaluation) -> dict[str, float]:
     for name, results in evaluation["models"].items():
         values |= {f"{name}/{metric}": estimate["value"] for metric, estimate in results["overall"].items()}
         values[f"{name}/auc"] = results["auc"]["value"]
-        written = results["generation"]
-        if written:
-            values |= {f"{name}/greedy_{metric}": estimate["value"] for metric, estimate in written["greedy"].items()}
-            shown = {"kl": written["kl"], "length_ratio": written["length_ratio"]}
+        model_answers = results["generation"]
+        if model_answers:
+            values |= {
+                f"{name}/greedy_{metric}": estimate["value"] for metric, estimate in model_answers["greedy"].items()
+            }
+            shown = {"kl": model_answers["kl"], "length_ratio": model_answers["length_ratio"]}
             values |= {f"{name}/{metric}": estimate["value"] for metric, estimate in shown.items() if estimate}
     policy_metrics = evaluation["models"]["policy"]["policy_metrics"] or {}
     values |= {f"policy_metrics/{metric}": estimate["value"] for metric, estimate in policy_metrics.items()}
@@ -221,10 +229,10 @@ def _logged_metrics(evaluation: Evaluation) -> dict[str, float]:
 
 
 def _main_metrics(evaluation: Evaluation, verdict: Verdict) -> dict[str, float]:
-    """What Kubeflow shows: the policy's metrics, and whether it passed the gate."""
+    """The metrics that Kubeflow shows: the policy's, and whether it passed the gate."""
     policy = evaluation["models"]["policy"]
     values = {name: estimate["value"] for name, estimate in (policy["overall"] | {"auc": policy["auc"]}).items()}
-    written = policy["generation"]
-    shown = {"kl": written["kl"], "length_ratio": written["length_ratio"]} if written else {}
+    model_answers = policy["generation"]
+    shown = {"kl": model_answers["kl"], "length_ratio": model_answers["length_ratio"]} if model_answers else {}
     values |= {name: estimate["value"] for name, estimate in shown.items() if estimate}
     return values | {"gate_passed": float(verdict["passed"])}

@@ -1,4 +1,4 @@
-"""Preference statistics with intervals: a proper score of the implicit reward, and the paired bootstrap over groups.
+"""Preference statistics with intervals: a proper scoring rule for the implicit reward, and the paired group bootstrap.
 
 A model's implicit reward is measured against one common frozen reference, the base model: log pi(y|x) - log base(y|x),
 in nats. Models differ in how large their rewards are (beta, epochs), so each gets one scale, fitted on the validation
@@ -21,20 +21,20 @@ from components.gate.results import Estimate, McNemar, Metrics, ReliabilityBin, 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 SCALE_BOUNDS = (1e-4, 1e2)
-"""Times the typical margin; a model without information ends at the lower bound, where its loss is ln 2."""
+"""Bounds in units of the inverse typical margin; an uninformative model ends at the lower one, with a loss of ln 2."""
 SCALE_HALVINGS = 24
 COMPARED = 0.5
 """Models are compared at this share of their fitted scale, as a bettor stakes half of what looks best (half-Kelly).
 
-What margins m gain over a coin toss grows with the scale s as s E[m]/2 - s^2 E[m^2]/8, and its noise as s: at half of
-the best scale three quarters of the gain are left, at half of the noise, and a fit that is too high by chance costs
-little. At the fitted scale itself a better model needs about twice as many pairs to be told. Source: Thorp, "The Kelly
+The gain of margins m over a coin toss grows with the scale s as s E[m]/2 - s^2 E[m^2]/8, and its noise as s: half of
+the best scale keeps three quarters of the gain at half of the noise, and a fit that is too high by chance costs
+little. At the fitted scale itself, detecting a better model takes about twice as many pairs. Source: Thorp, "The Kelly
 criterion in blackjack, sports betting, and the stock market" (2006), on fractional Kelly.
 """
 RESAMPLE_BLOCK = 500
 DISTRIBUTION_POINTS = np.arange(1, 1000) / 1000
 CURVE_POINTS = 500
-"""Points of a ROC that are kept, so that reports and Kubeflow's message stay small."""
+"""Most points of a ROC curve, so that reports and Kubeflow's metadata stay small."""
 
 
 def log_loss(margins_P: Floats, scale: float | Floats = 1.0) -> Floats:
@@ -50,7 +50,7 @@ def compared_loss(margins_P: Floats, scale: float | Floats) -> Floats:
 def brier(margins_P: Floats, scale: float | Floats = 1.0) -> Floats:
     """Brier score of each pair, (1 - sigmoid(scale * margin))^2; 1/4 is a coin toss.
 
-    The probability is that of the chosen answer being the chosen one, so that the outcome is always 1.
+    The predicted event is that the chosen answer is preferred, so the outcome is always 1.
     """
     squares_P: Floats = expit(-scale * margins_P) ** 2
     return squares_P
@@ -69,9 +69,9 @@ def fit_scale(margins_P: Floats) -> float:
 def fit_scales(margins_P: Floats, weights_BP: Floats) -> Floats:
     """The best scale of each weighting of the pairs, [B]: lowest mean log-loss with smoothed targets.
 
-    n pairs count as (n + 1) / (n + 2) right answers, so that margins which are all on the right side do not ask for an
-    infinite scale. Source: Platt, "Probabilistic outputs for support vector machines" (1999), section 2.2. The slope of
-    the loss rises with the scale, so halving an interval (of its logarithm) finds where it is 0.
+    The target probability of n pairs is (n + 1) / (n + 2) instead of 1, so that margins of which all have the right
+    sign do not fit an infinite scale. Source: Platt, "Probabilistic outputs for support vector machines" (1999),
+    section 2.2. The slope of the loss rises with the scale, so bisection (on its logarithm) finds where it is 0.
     """
     unit = float(np.sqrt(np.mean(margins_P**2)))
     n_B = weights_BP.sum(axis=1)
@@ -90,7 +90,7 @@ def fit_scales(margins_P: Floats, weights_BP: Floats) -> Floats:
 
 
 class GroupBootstrap:
-    """Resamples of whole prompt groups, the same for everything that is computed with it, hence paired."""
+    """Bootstrap over whole prompt groups; all statistics of one instance share its resamples and so are paired."""
 
     def __init__(self, groups: Sequence[str], resamples: int, confidence: float, seed: int) -> None:
         names, self._group_P = np.unique(np.asarray(groups), return_inverse=True)
@@ -114,8 +114,8 @@ class GroupBootstrap:
         """One-sided p-values of "the mean gain is at most `threshold`" by the bootstrap-t, one per column, [E].
 
         The share of resamples whose t-statistic, about the sample's own mean, reaches the sample's about the threshold.
-        Losses are skewed, and the tails of skewed means are where a percentile is too sure: with 100 pairs it may let
-        twice as many wrong promotions through as it says. Source: Hall, Annals of Statistics 16 (1988), pp. 927-953.
+        Losses are skewed, and a percentile interval is overconfident in the tails of skewed means: with 100 pairs it
+        may allow twice the nominal rate of wrong promotions. Source: Hall, Annals of Statistics 16 (1988), pp. 927-953.
         """
         size_G = np.bincount(self._group_P, minlength=self.n_groups).astype(np.float64)
         sum_GE = np.zeros((self.n_groups, gain_PE.shape[1]))
@@ -131,15 +131,15 @@ class GroupBootstrap:
                 square_BE = counts_BG @ sum_GE**2 - 2.0 * mean_BE * (counts_BG @ (sum_GE * size_G[:, None]))
                 square_BE += mean_BE**2 * (counts_BG @ size_G**2)[:, None]
                 t_BE = (mean_BE - mean_E) * n_B1 / np.sqrt(np.maximum(square_BE, 0.0))
-                # A resample without spread says nothing, and counts against the policy.
+                # A resample without spread is uninformative, and counts against the policy.
                 reached_E += (~(t_BE < t_E)).sum(axis=0)
         return (1.0 + reached_E) / (1.0 + self.resamples)
 
     def p_value(self, gain_P: Floats, gain_B: Floats, threshold: float) -> float:
         """One-sided p-value of "the mean gain is at most `threshold`", of each pair's gain and each resample's mean.
 
-        The larger of two, each of which is blind to something: the percentile to skew, the bootstrap-t to the
-        uncertainty of the scale.
+        The larger of two p-values with different blind spots: the percentile's ignores skew, the bootstrap-t's ignores
+        the uncertainty of the scale.
         """
         return max(superiority_p(gain_B, threshold), float(self.studentized_p(gain_P[:, None], threshold)[0]))
 
@@ -169,7 +169,7 @@ class GroupBootstrap:
         return {"value": float(value), "low": float(bounds[0]), "high": float(bounds[1]), "n": n}
 
     def estimate(self, values_P: Floats, mask_P: Mask | None = None) -> Estimate:
-        """Mean with its interval; with a mask, of the pairs it names."""
+        """Mean with its interval; with a mask, over the masked pairs."""
         return self.ratio(values_P, np.ones_like(values_P), mask_P)
 
     def ratio(self, values_P: Floats, weights_P: Floats, mask_P: Mask | None = None) -> Estimate:
@@ -178,19 +178,19 @@ class GroupBootstrap:
         return self.table({"": (values_P, weights_P)}, masks)[""][""]
 
     def table(self, columns: Mapping[str, tuple[Floats, Floats]], masks: Mapping[str, Mask]) -> dict[str, Metrics]:
-        """Ratios as of `ratio` for each slice and column: {slice: {column: estimate}}; of no weight there is none."""
+        """`ratio` for each slice and column, {slice: {column: estimate}}; a ratio of zero weight is left out."""
         pairs = [(slice_, name) for slice_ in masks for name in columns]
-        above_PC = np.stack([columns[name][0] * masks[slice_] for slice_, name in pairs], axis=1)
-        below_PC = np.stack([columns[name][1] * masks[slice_] for slice_, name in pairs], axis=1)
-        ratios_BC = _divide(self.sums(above_PC), self.sums(below_PC))
-        values_C = _divide(above_PC.sum(axis=0), below_PC.sum(axis=0))
-        found: dict[str, Metrics] = {slice_: {} for slice_ in masks}
-        for number, (slice_, name) in enumerate(pairs):
-            if math.isnan(values_C[number]):
+        numerator_PC = np.stack([columns[name][0] * masks[slice_] for slice_, name in pairs], axis=1)
+        denominator_PC = np.stack([columns[name][1] * masks[slice_] for slice_, name in pairs], axis=1)
+        ratios_BC = _divide(self.sums(numerator_PC), self.sums(denominator_PC))
+        values_C = _divide(numerator_PC.sum(axis=0), denominator_PC.sum(axis=0))
+        tables: dict[str, Metrics] = {slice_: {} for slice_ in masks}
+        for index, (slice_, name) in enumerate(pairs):
+            if math.isnan(values_C[index]):
                 continue
             n = int(masks[slice_].sum())
-            found[slice_][name] = self.interval(float(values_C[number]), ratios_BC[:, number], n)
-        return found
+            tables[slice_][name] = self.interval(float(values_C[index]), ratios_BC[:, index], n)
+        return tables
 
     def auc(self, margins_P: Floats) -> Estimate:
         """Area under `roc` with its interval: the share of ordered pairs i, j with margin i above minus margin j."""
@@ -211,17 +211,17 @@ class GroupBootstrap:
 
 
 def superiority_p(improvement_B: Floats, threshold: float) -> float:
-    """One-sided p-value of "the improvement is at most `threshold`": the share of resamples that say so.
+    """One-sided p-value of "the improvement is at most `threshold`": the share of resamples in which it is.
 
-    A model that equals its incumbent has p = 1 at the threshold 0, since every resample says so.
+    A model that equals its incumbent has p = 1 at the threshold 0, since that holds in every resample.
     """
     return float((1 + np.count_nonzero(improvement_B <= threshold)) / (1 + len(improvement_B)))
 
 
 def mcnemar(policy_P: Floats, rival_P: Floats) -> McNemar:
-    """McNemar's exact test on which of two models has its margins on the right side: binomial, two-sided.
+    """McNemar's exact test on which of two models ranks pairs correctly: binomial, two-sided.
 
-    Source: McNemar, Psychometrika 12 (1947). It takes pairs as independent, which pairs of one prompt group are not.
+    Source: McNemar, Psychometrika 12 (1947). It assumes independent pairs, which those of one prompt group are not.
     """
     policy_only = int(np.count_nonzero((policy_P > 0) & (rival_P < 0)))
     rival_only = int(np.count_nonzero((policy_P < 0) & (rival_P > 0)))
@@ -233,7 +233,7 @@ def mcnemar(policy_P: Floats, rival_P: Floats) -> McNemar:
 def roc(margins_P: Floats) -> RocCurve:
     """ROC curve of the margin, with each pair once as it is and once with chosen and rejected swapped.
 
-    With this symmetry the area under the curve is the probability that a right margin exceeds a wrong one.
+    With this symmetry the area under the curve is the probability that a correct margin exceeds a swapped one.
     """
     scores = np.concatenate([margins_P, -margins_P])
     labels = np.concatenate([np.ones_like(margins_P), np.zeros_like(margins_P)])
@@ -243,11 +243,11 @@ def roc(margins_P: Floats) -> RocCurve:
     true_rate = np.append(0.0, np.cumsum(labels)[last] / labels.sum())
     false_rate = np.append(0.0, np.cumsum(1 - labels)[last] / (1 - labels).sum())
     thresholds = np.append(scores[0] + 1.0, scores[last])
-    kept = np.unique(np.linspace(0, len(thresholds) - 1, min(CURVE_POINTS, len(thresholds))).astype(int))
+    points = np.unique(np.linspace(0, len(thresholds) - 1, min(CURVE_POINTS, len(thresholds))).astype(int))
     return {
-        "fpr": false_rate[kept].tolist(),
-        "tpr": true_rate[kept].tolist(),
-        "threshold": thresholds[kept].tolist(),
+        "fpr": false_rate[points].tolist(),
+        "tpr": true_rate[points].tolist(),
+        "threshold": thresholds[points].tolist(),
     }
 
 
@@ -255,17 +255,17 @@ def reliability(bootstrap: GroupBootstrap, margins_P: Floats, scale: float, bins
     """Reliability of the probabilities sigmoid(scale * |margin|) of the answer that the model prefers, lowest first.
 
     Args:
-        margins_P: rewards of chosen minus rejected.
-        scale: factor on them.
-        bins: of equally many pairs each; equal probabilities stay together.
+        margins_P: chosen reward minus rejected reward.
+        scale: factor on the margins.
+        bins: number of bins with equally many pairs; equal probabilities stay together.
 
     Returns:
-        for each bin the mean predicted probability, the observed share of right preferences with its interval, n.
+        for each bin the mean predicted probability, the observed share of correct preferences with its interval, n.
     """
     predicted_P, right_P = expit(scale * np.abs(margins_P)), accuracy(margins_P)
     edges = np.unique(np.quantile(predicted_P, np.linspace(0.0, 1.0, bins + 1)))
     bin_P = np.clip(np.searchsorted(edges, predicted_P, side="right") - 1, 0, max(0, len(edges) - 2))
-    masks = {str(number): bin_P == number for number in np.unique(bin_P)}
+    masks = {str(index): bin_P == index for index in np.unique(bin_P)}
     plot: list[ReliabilityBin] = []
     for name, observed in bootstrap.table({"right": (right_P, np.ones_like(right_P))}, masks).items():
         right = observed["right"]
@@ -281,6 +281,6 @@ def reliability(bootstrap: GroupBootstrap, margins_P: Floats, scale: float, bins
     return plot
 
 
-def _divide(above: Floats, below: Floats) -> Floats:
-    quotient: Floats = np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
+def _divide(numerator: Floats, denominator: Floats) -> Floats:
+    quotient: Floats = np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0)
     return quotient

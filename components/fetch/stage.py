@@ -1,4 +1,4 @@
-"""Bring the resolved data and base model here as artifacts, checked against their digests."""
+"""Fetch the resolved data and base model as artifacts, verified against their digests."""
 
 import hashlib
 import shutil
@@ -15,11 +15,9 @@ from components.tracking.run import stage_run
 from components.tracking.storage import s3_filesystem
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
-"""What a model folder may hold: weights in safetensors, configuration and tokenizer. Never pickles, never code."""
-
-
+"""Files that a model folder may hold: safetensors weights, configuration and tokenizer. Never pickles, never code."""
 DOWNLOADS = "downloads"
-"""Folder of the home folder with what an interrupted download has brought so far."""
+"""Folder below the home folder for the files of interrupted downloads."""
 
 
 def run_fetch(
@@ -34,19 +32,19 @@ def run_fetch(
     """Copy or download the data set and the base model.
 
     Args:
-        data: the data repository; its revision is the commit that resolve found, or `workspace`.
+        data: the data repository; its revision is the commit from resolve, or `workspace`.
         digests: expected DVC digest of each data folder.
-        template: the chat template that the base model gets, as `model.chat_template` names it.
-        base_reference: definite name of the base model, from resolve.
+        template: the chat template for the base model, as `model.chat_template` names it.
+        base_reference: exact version of the base model, from resolve.
         base_digest: its digest, from resolve.
         dataset_out: gets preferences/ and instructions/.
-        base_out: gets the model folder, its template chosen, with a manifest of hashes.
+        base_out: gets the model folder with one chat template and a manifest of hashes.
 
     Returns:
         id of the MLflow run.
 
     Raises:
-        InputError: the data changed since it was resolved or cannot be had, or the model cannot be used.
+        InputError: the data changed since it was resolved or cannot be fetched, or the model cannot be used.
     """
     params = {"data_commit": data.revision, "base_model": base_reference, "base_digest": base_digest} | {
         f"{Path(folder).name}_digest": value for folder, value in digests.items()
@@ -54,28 +52,28 @@ def run_fetch(
     with stage_run("fetch", params) as run:
         fetch_data(data, digests, dataset_out)
         repo = store.without_credentials(data.repo)
-        for folder, found in digests.items():
+        for folder, digest in digests.items():
             source = {"repo": repo, "commit": data.revision, "path": folder}
-            run.log_dataset(Path(folder).name, source, found, "alignment")
-        with replacing_folder(base_out) as aside:
-            _fetch_base(data, base_reference, base_digest, aside)
-            _clean_model_folder(template, base_reference, aside)
-            content = write_manifest(aside)
+            run.log_dataset(Path(folder).name, source, digest, "alignment")
+        with replacing_folder(base_out) as staging:
+            _fetch_base(data, base_reference, base_digest, staging)
+            _clean_model_folder(template, base_reference, staging)
+            content = write_manifest(staging)
         run.log_params({"base_content": content})
-        run.log(f"data set and base model are here; base model content {content[:12]}")
+        run.log(f"fetched data set and base model; base model content {content[:12]}")
         return run.run_id
 
 
 def fetch_data(data: DataConfig, digests: dict[str, str], out: Path) -> None:
-    """Bring the data folders to OUT, which appears with all of them or not at all.
+    """Fetch the data folders into `out`, which appears with all of them or not at all.
 
     Raises:
-        InputError: the data is not what was resolved, is nowhere, or may not be read.
-        KubealignError: the remote failed; the same call goes on where this one stopped.
+        InputError: the data differs from what was resolved, does not exist, or may not be read.
+        KubealignError: the remote failed; the same call resumes where this one stopped.
     """
-    with replacing_folder(out) as aside:
+    with replacing_folder(out) as staging:
         for folder, expected in digests.items():
-            _copy_folder(data, folder, expected, aside / Path(folder).name)
+            _copy_folder(data, folder, expected, staging / Path(folder).name)
 
 
 def _copy_folder(data: DataConfig, folder: str, expected: str, out: Path) -> None:
@@ -90,26 +88,26 @@ def _copy_folder(data: DataConfig, folder: str, expected: str, out: Path) -> Non
 
 
 def _download(data: DataConfig, folder: str, expected: str, out: Path) -> None:
-    """Bring a folder here file by file, each checked by its md5; an interrupted download goes on from the last file."""
-    kept = store.home() / DOWNLOADS / expected
+    """Download a folder file by file, each verified by its md5; an interrupted download resumes at the last file."""
+    partial = store.home() / DOWNLOADS / expected
     with remote_errors(data.repo, data.revision, folder), opened(data.repo, data.revision) as fs:
-        found = str(fs.info(folder)["dvc_info"]["md5"])
-        if found != expected:
-            raise InputError(f"{data.repo}@{data.revision}: {folder} has digest {found}, expected {expected}")
+        actual = str(fs.info(folder)["dvc_info"]["md5"])
+        if actual != expected:
+            raise InputError(f"{data.repo}@{data.revision}: {folder} has digest {actual}, expected {expected}")
         for path in sorted(fs.find(folder)):
             name = PurePosixPath(path).relative_to(PurePosixPath("/") / folder if path.startswith("/") else folder)
             md5 = str(fs.info(path)["dvc_info"]["md5"])
-            if not (kept / name).exists() or _md5(kept / name) != md5:
-                with replacing(kept / name) as aside:
-                    fs.get_file(path, str(aside))
-                    if _md5(aside) != md5:
+            if not (partial / name).exists() or _md5(partial / name) != md5:
+                with replacing(partial / name) as staging:
+                    fs.get_file(path, str(staging))
+                    if _md5(staging) != md5:
                         raise KubealignError(
-                            f"{data.repo}@{data.revision}: {path} has another content than its md5 {md5} says; the"
-                            " remote is damaged, push that file to it again"
+                            f"{data.repo}@{data.revision}: {path} does not match its md5 {md5}; the remote"
+                            " is damaged, push that file again"
                         )
             (out / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(kept / name, out / name)
-    shutil.rmtree(kept, ignore_errors=True)
+            shutil.copyfile(partial / name, out / name)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _md5(path: Path) -> str:
@@ -118,7 +116,7 @@ def _md5(path: Path) -> str:
 
 
 def _copy_files(source: Path, out: Path) -> None:
-    """Copy a folder file by file: shutil.copytree goes on after a full disk and hides the reason in a list."""
+    """Copy a folder file by file: shutil.copytree continues on a full disk and hides the reason in a list."""
     out.mkdir(parents=True)
     for path in sorted(source.rglob("*")):
         target = out / path.relative_to(source)
@@ -139,7 +137,7 @@ def _fetch_base(data: DataConfig, reference: str, expected: str, out: Path) -> N
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=reference))
         inner = next((path.parent for path in sorted(folder.rglob("config.json"))), None)
         if inner is None:
-            raise InputError(f"model.base={reference}: holds no config.json; expected a transformers model")
+            raise InputError(f"model.base={reference}: no config.json in it; expected a transformers model")
         _copy_model(inner, out)
     elif reference.startswith("s3://"):
         s3_filesystem().get(reference.rstrip("/") + "/", str(out) + "/", recursive=True)
@@ -165,7 +163,7 @@ def _copy_model(folder: Path, out: Path) -> None:
 
 
 def _clean_model_folder(template: str, base: str, folder: Path) -> None:
-    """Leave only files that a model may hold, and exactly one chat template, the one that was asked for."""
+    """Reduce a model folder to safetensors weights and the configured chat template."""
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"model.base={base}: no *.safetensors; pickled weights are not loaded, convert them first")

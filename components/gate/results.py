@@ -1,8 +1,8 @@
-"""evaluation.json: what evaluate measured, and what the gate, register and the report read.
+"""evaluation.json: the metrics that evaluate computes, read by the gate, register and the report.
 
 Losses, rewards and divergences are in nats. Every estimate carries its interval at `confidence`, from the same seeded
 resamples of prompt groups, so two estimates of one evaluation are paired. A model's `reference` is the model it was
-trained from and held close to: the base for SFT, its own SFT model for a policy.
+trained from and regularized towards: the base for SFT, its own SFT model for a policy.
 """
 
 from typing_extensions import TypedDict
@@ -39,7 +39,7 @@ class RocCurve(TypedDict):
 
 
 class Generation(TypedDict):
-    """What a model writes to the fixed prompts; answers.py defines the measures.
+    """Metrics of a model's answers to the fixed prompts; answers.py defines them.
 
     `greedy` and `sampled` hold tokens, repetition, language_match, refusal, empty and unfinished; the last four are
     shares of the answers.
@@ -70,7 +70,7 @@ class ModelResults(TypedDict):
     sources: dict[str, Metrics]
     lengths: dict[str, Metrics]
     policy_metrics: Metrics | None
-    """As the model's own training defines rewards, with its own beta against its own reference (per token for some
+    """With rewards as the model's own training defines them, by its own beta and reference (per token for some
     losses): loss, rewards/accuracies, rewards/margins, rewards/chosen, rewards/rejected, brier. None for a model
     without a beta, and for an incumbent whose reference is not known."""
     auc: Estimate
@@ -108,11 +108,11 @@ class Comparison(TypedDict):
     """Reward accuracy of the policy minus the rival's."""
     mcnemar: McNemar
     words: str
-    """What the evidence supports, as sentences."""
+    """Sentences that say what the evidence supports."""
 
 
 class Finding(TypedDict):
-    """A known pathology of DPO that the training curves show; see diagnosis.py."""
+    """A known pathology of DPO; see diagnosis.py."""
 
     name: str
     severity: str
@@ -147,9 +147,9 @@ class PairResults(TypedDict):
     """The part of evaluation.json that follows from the log-probs of the pairs."""
 
     pairs: dict[str, int]
-    """Number of pairs by side, `validation` and `test`."""
+    """Number of pairs by split, `validation` and `test`."""
     groups: dict[str, int]
-    """Number of prompt groups by side; those of the test side are what is resampled."""
+    """Number of prompt groups by split; those of the test split are resampled."""
     confidence: float
     bootstrap: int
     seed: int
@@ -159,7 +159,7 @@ class PairResults(TypedDict):
     models: dict[str, ModelResults]
     comparisons: dict[str, Comparison]
     roc: RocCurve
-    """Of the policy's margin."""
+    """ROC curve of the policy's margin."""
     held_out: list[HeldOutPair]
 
 

@@ -2,11 +2,11 @@
 
 It reads evaluation.json and nothing else about the models, so register can apply it again to the same numbers.
 
-Test a set often enough and something passes by luck. Every decision on the same test set is therefore counted, and the
-k-th is tested at its own significance level, alpha / (k (k + 1)). The levels of all decisions that can ever follow add
-up to alpha, which bounds the chance of any wrong promotion (alpha-spending; Tian and Ramdas, arXiv 1910.04900,
+Tested often enough on one test set, some model passes by luck. Every decision on the same test set is therefore
+counted, and the k-th is tested at its own significance level, alpha / (k (k + 1)). The levels of all possible decisions
+add up to alpha, which bounds the chance of any wrong promotion (alpha-spending; Tian and Ramdas, arXiv 1910.04900,
 section 2). The bound does not need independent decisions. It does need that the next attempt is not chosen by the test
-side's numbers: choose settings on the validation side.
+set's numbers: choose settings on the validation set.
 """
 
 from dataclasses import dataclass
@@ -43,11 +43,11 @@ def apply_gate(evaluation: Evaluation, context: GateContext, config: GateConfig)
 
     Args:
         evaluation: evaluation.json.
-        context: incumbent, number of the decision, state of the data.
-        config: the numbers of the rules.
+        context: incumbent, number of the decision, whether the data is committed.
+        config: the limits of the rules.
 
     Raises:
-        KubealignError: the evaluation lacks the policy's own loss.
+        KubealignError: the evaluation has no policy_metrics of the policy.
     """
     rival = "incumbent" if context.incumbent else "sft"
     name = f"the champion {context.incumbent}" if context.incumbent else "the SFT model"
@@ -55,7 +55,7 @@ def apply_gate(evaluation: Evaluation, context: GateContext, config: GateConfig)
     level = alpha_for_decision(config.alpha, context.decision_index)
     rules = [
         _primary(comparison, name, level, evaluation["bootstrap"], config),
-        _enough(comparison, config),
+        _min_pairs(comparison, config),
         _policy_loss(evaluation, config),
         *_generation(evaluation, rival, name, config),
         *_languages(comparison, config),
@@ -78,7 +78,7 @@ def apply_gate(evaluation: Evaluation, context: GateContext, config: GateConfig)
 
 
 def _primary(comparison: Comparison, rival: str, level: float, resamples: int, config: GateConfig) -> Rule:
-    found, p_value = comparison["improvement"], comparison["p_value"]
+    gain, p_value = comparison["improvement"], comparison["p_value"]
     what = (
         f"an improvement above {config.margin:g} nats"
         if config.test == "superiority"
@@ -86,7 +86,7 @@ def _primary(comparison: Comparison, rival: str, level: float, resamples: int, c
     )
     expected = f"p <= {level:.2g} for {what}"
     sentence = (
-        f"log-loss is {found['value']:+.4f} nats better than {rival} [{found['low']:+.4f}, {found['high']:+.4f}],"
+        f"log-loss is {gain['value']:+.4f} nats better than {rival} [{gain['low']:+.4f}, {gain['high']:+.4f}],"
         f" one-sided p = {p_value:.4f}"
     )
     if level * (resamples + 1) < 1:
@@ -94,7 +94,7 @@ def _primary(comparison: Comparison, rival: str, level: float, resamples: int, c
     return _rule(config.test, p_value <= level, p_value, expected, sentence)
 
 
-def _enough(comparison: Comparison, config: GateConfig) -> Rule:
+def _min_pairs(comparison: Comparison, config: GateConfig) -> Rule:
     n = int(comparison["improvement"]["n"])
     return _rule("min_pairs", n >= config.min_pairs, n, f"at least {config.min_pairs}", f"{n} held-out pairs")
 
@@ -112,8 +112,8 @@ def _policy_loss(evaluation: Evaluation, config: GateConfig) -> Rule:
 
 
 def _generation(evaluation: Evaluation, rival: str, rival_name: str, config: GateConfig) -> list[Rule]:
-    """KL, length and repetition of what the policy writes."""
-    policy, other = (evaluation["models"][name]["generation"] for name in ("policy", rival))
+    """Rules on KL, length and repetition of the policy's answers."""
+    policy, rival_generation = (evaluation["models"][name]["generation"] for name in ("policy", rival))
     kl, ratio = (policy["kl"], policy["length_ratio"]) if policy else (None, None)
     return [
         _limit("kl", kl, None, config.max_kl, "nats per answer from the SFT model, on its own samples"),
@@ -124,52 +124,53 @@ def _generation(evaluation: Evaluation, rival: str, rival_name: str, config: Gat
             config.max_length_ratio,
             "times the tokens of the SFT model's answers",
         ),
-        _repetition(policy, other, rival_name, config),
+        _repetition(policy, rival_generation, rival_name, config),
     ]
 
 
-def _limit(name: str, found: Estimate | None, lowest: float | None, highest: float, meaning: str) -> Rule:
+def _limit(name: str, estimate: Estimate | None, lowest: float | None, highest: float, meaning: str) -> Rule:
     expected = f"at most {highest:g}" if lowest is None else f"from {lowest:g} to {highest:g}"
-    if found is None:
+    if estimate is None:
         return _not_applicable(name, expected, "no answers were generated (evaluate.generations_per_language is 0)")
-    ok = found["value"] <= highest and (lowest is None or found["value"] >= lowest)
-    sentence = f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}] {meaning}"
-    return _rule(name, ok, found["value"], expected, sentence)
+    ok = estimate["value"] <= highest and (lowest is None or estimate["value"] >= lowest)
+    sentence = f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}] {meaning}"
+    return _rule(name, ok, estimate["value"], expected, sentence)
 
 
-def _repetition(policy: Generation | None, other: Generation | None, rival: str, config: GateConfig) -> Rule:
+def _repetition(policy: Generation | None, rival: Generation | None, rival_name: str, config: GateConfig) -> Rule:
     expected = f"at most {config.max_repetition_increase:g} more"
-    if policy is None or other is None:
+    if policy is None or rival is None:
         return _not_applicable(
             "repetition", expected, "no answers were generated (evaluate.generations_per_language is 0)"
         )
-    mine, theirs = policy["greedy"]["repetition"]["value"], other["greedy"]["repetition"]["value"]
-    sentence = f"{mine:.3f} of the greedy answers' text repeats itself, {theirs:.3f} with {rival}"
-    return _rule("repetition", mine - theirs <= config.max_repetition_increase, mine - theirs, expected, sentence)
+    share, rival_share = policy["greedy"]["repetition"]["value"], rival["greedy"]["repetition"]["value"]
+    increase = share - rival_share
+    sentence = f"{share:.3f} of the greedy answers' 4-grams are repeated, {rival_share:.3f} with {rival_name}"
+    return _rule("repetition", increase <= config.max_repetition_increase, increase, expected, sentence)
 
 
 def _languages(comparison: Comparison, config: GateConfig) -> list[Rule]:
-    """No language gets worse: a test of each, at a level that the languages share (Bonferroni).
+    """Rules that no language regresses: one test per language, at a level divided among them (Bonferroni).
 
-    It fails only on evidence, so an equal model is refused by noise with a chance of at most `language_alpha`.
+    A rule fails only on evidence, so an equal model fails by chance with a probability of at most `language_alpha`.
     """
-    shared = config.language_alpha / max(1, len(comparison["by_language"]))
+    level = config.language_alpha / max(1, len(comparison["by_language"]))
     rules = []
-    for lang, found in sorted(comparison["by_language"].items()):
+    for lang, gain in sorted(comparison["by_language"].items()):
         p_value = comparison["regression_p"][lang]
         sentence = (
-            f"{found['value']:+.4f} nats [{found['low']:+.4f}, {found['high']:+.4f}], {int(found['n'])} pairs,"
+            f"{gain['value']:+.4f} nats [{gain['low']:+.4f}, {gain['high']:+.4f}], {int(gain['n'])} pairs,"
             f" one-sided p = {p_value:.4f} for a regression"
         )
-        expected = f"p > {shared:.2g} for a loss of more than {config.max_language_regression:g} nats"
-        rules.append(_rule(f"no_regression_{lang}", p_value > shared, p_value, expected, sentence))
+        expected = f"p > {level:.2g} for a loss of more than {config.max_language_regression:g} nats"
+        rules.append(_rule(f"no_regression_{lang}", p_value > level, p_value, expected, sentence))
     return rules
 
 
 def _data(context: GateContext, config: GateConfig) -> Rule:
-    expected = "data as a commit records it"
+    expected = "data that a commit records"
     if not config.require_committed_data:
-        return _not_applicable("committed_data", expected, "not asked for (gate.require_committed_data is false)")
+        return _not_applicable("committed_data", expected, "not required (gate.require_committed_data is false)")
     clean = context.data_clean
     sentence = "the data is a recorded version" if clean else "the data differs from what is committed; commit dvc.lock"
     return _rule("committed_data", clean, float(clean), expected, sentence)
@@ -203,6 +204,6 @@ def _sentence(rival: str, rules: list[Rule], verdict: VerdictName, config: GateC
     opening = {
         "worse": f"The policy is worse than {rival}",
         "no evidence": f"There is no evidence that the policy is {shown} {rival}",
-        "refused": f"The policy is {shown} {rival}, but a guard rail refuses it",
+        "refused": f"The policy is {shown} {rival}, but fails a guard rail",
     }[verdict]
     return f"{opening}. {failed}."

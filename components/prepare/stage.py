@@ -1,6 +1,6 @@
-"""Make the canonical data sets and the embedded base model from the pinned sources; DVC runs this.
+"""Prepare the canonical data sets and the embedded base model from the pinned sources; DVC runs this.
 
-Run: `dvc repro`, or one part of it by `python -m components prepare`.
+Run: `dvc repro`, or one part of it with `python -m components prepare`.
 """
 
 import gc
@@ -30,20 +30,20 @@ from components.prepare.split import Assignment, assign_prompts, read_splits, wr
 from components.tracking import store
 
 DECONTAMINATE = "decontaminate.jsonl"
-"""Prompts that must not appear in the data; it travels with the rows, and `validate` looks for them."""
+"""Prompts that must not appear in the data; the file travels with the rows to `validate`, which checks for them."""
 SKETCH_CHUNK = 8192
-SAY_EVERY = 100_000
+LOG_EVERY = 100_000
 
 
 def prepare_data(config: PrepareConfig, data: Path) -> None:
     """Write data/preferences, data/instructions, data/quarantine.jsonl, data/splits.lock and data/statistics.json.
 
     Args:
-        config: which sources, how to split.
+        config: sources and split.
         data: the project's data folder, with sources.lock in it.
 
     Raises:
-        InputError: an unknown source, a download or a hash that is wrong, a file of another shape.
+        InputError: an unknown source, a failed download, a wrong hash, or a file of unexpected structure.
     """
     sources = read_sources(data / "sources.lock")
     packaged = _rows(sources, "preferences", config.preferences) + _rows(sources, "instructions", config.instructions)
@@ -54,7 +54,7 @@ def prepare_data(config: PrepareConfig, data: Path) -> None:
         )
 
     def rows() -> Iterator[JsonObject]:
-        """All rows; those of added sources are read anew each time, so that they need no memory."""
+        """All rows; those of added sources are re-read each time to save memory."""
         yield from packaged
         for path in added:
             for _, row in iter_lines(path):
@@ -75,12 +75,12 @@ def prepare_data(config: PrepareConfig, data: Path) -> None:
             for number, (key, row) in enumerate(zip(keys.tolist(), rows(), strict=True), start=1):
                 name = f"{key:016x}"
                 if name in bridges:
-                    writer.set_aside(row, bridges[name])
+                    writer.quarantine_row(row, bridges[name])
                 else:
                     writer.write(row, assignments[name])
                     if "chosen" in row:
                         distribution.add(row)
-                _say(number, len(keys), "written")
+                _log_progress(number, len(keys), "written")
         listed = data / DECONTAMINATE
         if listed.exists():
             shutil.copyfile(listed, preferences / DECONTAMINATE)
@@ -88,14 +88,14 @@ def prepare_data(config: PrepareConfig, data: Path) -> None:
         if before is not None:
             write_json(preferences / PREVIOUS, before.model_dump())
     write_splits(data / "splits.lock", known | assignments)
-    counts = ", ".join(f"{side} {writer.pairs[side]}" for side in SPLITS)
+    counts = ", ".join(f"{split} {writer.pairs[split]}" for split in SPLITS)
     print(f"preference pairs: {counts}; quarantined {writer.quarantined}", flush=True)
 
 
 def _sketched(rows: Iterable[JsonObject]) -> tuple[NDArray[np.uint64], list[str], Sketches]:
-    """The key of every row's prompt; and each key once, with the sketch of its prompt.
+    """The key of every row's prompt; and the unique keys, with the sketches of their prompts.
 
-    Sketches are made by a second thread: numpy leaves the interpreter to the first one meanwhile.
+    A second thread computes the sketches: numpy releases the GIL.
     """
     keys = array("Q")
     unique: dict[int, None] = {}
@@ -113,22 +113,22 @@ def _sketched(rows: Iterable[JsonObject]) -> tuple[NDArray[np.uint64], list[str]
             if len(texts) == SKETCH_CHUNK:
                 futures.append(thread.submit(sketch, texts, langs))
                 texts, langs = [], []
-            if number % SAY_EVERY == 0:
+            if number % LOG_EVERY == 0:
                 print(f"{number} rows read", flush=True)
         parts = [future.result() for future in futures] + ([sketch(texts, langs)] if texts else [])
     return np.array(keys, np.uint64), [f"{key:016x}" for key in unique], join_sketches(parts)
 
 
 class _Writer:
-    """The files of the data sets, open for writing: every row goes to the side of its prompt, in the order it comes."""
+    """Writes every row to the file of its prompt's split, in input order."""
 
     def __init__(self, preferences: Path, instructions: Path, quarantine: Path) -> None:
         self.pairs = dict.fromkeys(SPLITS, 0)
         self.quarantined = 0
         self._files = ExitStack()
         self._seen: set[int] = set()
-        self._preferences = {side: self._open(preferences / f"{side}.jsonl") for side in SPLITS}
-        self._instructions = {side: self._open(instructions / f"{side}.jsonl") for side in SPLITS}
+        self._preferences = {split: self._open(preferences / f"{split}.jsonl") for split in SPLITS}
+        self._instructions = {split: self._open(instructions / f"{split}.jsonl") for split in SPLITS}
         self._quarantine = self._open(quarantine)
 
     def _open(self, path: Path) -> IO[bytes]:
@@ -141,29 +141,29 @@ class _Writer:
         self._files.close()
 
     def write(self, row: JsonObject, assignment: Assignment) -> None:
-        """Write a row, and what it teaches as an instruction; an instruction that repeats stands once."""
+        """Write a row, and its instruction unless that was written before."""
         answers = [row[key] for key in ("chosen", "rejected", "response") if key in row]
         if "chosen" in row:
-            placed = {"id": content_id(row["prompt"], *answers), "group": assignment.group, **row}
-            self._preferences[assignment.split].write(line_of(placed))
+            pair = {"id": content_id(row["prompt"], *answers), "group": assignment.group, **row}
+            self._preferences[assignment.split].write(line_of(pair))
             self.pairs[assignment.split] += 1
         response = answers[0]
         identity = content_id(row["prompt"], response)
         number = int(identity, 16)
         if number not in self._seen:
             self._seen.add(number)
-            kept = {key: row[key] for key in ("prompt", "lang", "source", "license")}
-            line = {"id": identity, "group": assignment.group, **kept, "response": response}
+            shared = {key: row[key] for key in ("prompt", "lang", "source", "license")}
+            line = {"id": identity, "group": assignment.group, **shared, "response": response}
             self._instructions[assignment.split].write(line_of(line))
 
-    def set_aside(self, row: JsonObject, reason: str) -> None:
-        """Put a row that belongs nowhere into quarantine."""
+    def quarantine_row(self, row: JsonObject, reason: str) -> None:
+        """Write a row that belongs to no split to the quarantine."""
         self._quarantine.write(line_of({"reason": f"bridge: {reason}", "row": row}))
         self.quarantined += 1
 
 
-def _say(done: int, total: int, what: str) -> None:
-    if done % SAY_EVERY == 0:
+def _log_progress(done: int, total: int, what: str) -> None:
+    if done % LOG_EVERY == 0:
         print(f"{done}/{total} rows {what}", flush=True)
 
 
@@ -178,12 +178,12 @@ def _rows(sources: Sources, kind: str, names: list[str]) -> list[JsonObject]:
             file = Path(temporary) / "rows.json"
             unpack(sources, member, store.home() / "downloads", file)
             entries = json.loads(file.read_text(encoding="utf-8"))
-        made = _pair if kind == "preferences" else _instruction
-        facts = {"lang": member.lang, "source": name, "license": member.license}
+        parse = _pair if kind == "preferences" else _instruction
+        defaults = {"lang": member.lang, "source": name, "license": member.license}
         try:
-            rows += [made(entry) | facts for entry in entries]
+            rows += [parse(entry) | defaults for entry in entries]
         except (KeyError, TypeError, RowError) as error:
-            raise InputError(f"{member.member}: an entry has another shape than expected: {error!r}") from error
+            raise InputError(f"{member.member}: an entry has an unexpected structure: {error!r}") from error
     return rows
 
 
@@ -201,7 +201,7 @@ def prepare_base_model(data: Path) -> None:
     """Convert the pinned GGUF file once to a plain bf16 safetensors model in data/base_model.
 
     Raises:
-        InputError: a download or a hash that is wrong.
+        InputError: a failed download or a wrong hash.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

@@ -1,4 +1,6 @@
-"""The model card: README.md with the YAML head that model hubs read, from the same facts as the version's tags."""
+"""The model card: README.md with the YAML front matter that model hubs read, from the same facts as the version's
+tags.
+"""
 
 from pathlib import Path
 
@@ -20,11 +22,11 @@ NAMES = {"base": "base model", "sft": "SFT", "policy": "this model", "incumbent"
 def model_card(
     name: str, facts: dict[str, str], verdict: Verdict, evaluation: Evaluation, validation: ValidationSummary
 ) -> str:
-    """The card.
+    """Render the card.
 
     Args:
-        name: the registered model.
-        facts: the lineage.
+        name: name of the registered model.
+        facts: the lineage, as tags.
         verdict: verdict.json.
         evaluation: evaluation.json.
         validation: validation.json, for rows, languages and licences of the data.
@@ -79,7 +81,7 @@ def _head(name: str, facts: dict[str, str], evaluation: Evaluation, validation: 
 
 
 def _public(reference: str) -> str:
-    """A local folder by its name only: the path says something about a machine, not about the model."""
+    """A local folder's name only: its path describes a machine, not the model."""
     return Path(reference).name if reference.startswith("/") else reference
 
 
@@ -102,8 +104,8 @@ def _text(estimate: Estimate) -> str:
 def _data(validation: ValidationSummary) -> str:
     lines = ["| data set | source | licence | rows |", "|---|---|---|---:|"]
     for name, summary in data_sets(validation).items():
-        for source, found in sorted(summary["sources"].items()):
-            lines.append(f"| {name} | {source} | {found['license']} | {found['rows']} |")
+        for source, counts in sorted(summary["sources"].items()):
+            lines.append(f"| {name} | {source} | {counts['license']} | {counts['rows']} |")
     return "\n".join(lines) + "\n"
 
 
@@ -111,11 +113,11 @@ def _limits(verdict: Verdict, evaluation: Evaluation, facts: dict[str, str]) -> 
     lines = [
         f"- The verdict is decision {verdict['decision_index']} on this test set, tested at the level"
         f" {verdict['alpha_for_decision']:.2g}.",
-        "- Preferences of these data sets, in these languages; nothing was measured beyond them: no facts, no safety.",
-        "- The licence is that of the base model together with those of the data above.",
+        "- Evaluated only on preferences of these data sets and languages; factuality and safety were not measured.",
+        "- The licences of the base model and of the data above apply.",
     ]
     lines += [f"- {rule['name']}: {rule['sentence']}." for rule in verdict["rules"] if rule["outcome"] == "fail"]
     lines += [f"- {finding['evidence']} {finding['advice']}" for finding in evaluation["findings"]]
     if facts["data_clean"] != "true":
-        lines.append("- The data is not what a commit records; this model cannot be reproduced from its revision.")
+        lines.append("- No commit records the training data; this model cannot be reproduced from its data revision.")
     return "\n".join(lines) + "\n"

@@ -47,7 +47,7 @@ def register(
     from components.config.loading import validated
     from components.orders import read_order
     from components.register.config import RegisterConfig
-    from components.register.stage import Judged, Lineage, run_register
+    from components.register.stage import Lineage, RegisterInputs, run_register
     from components.stages import STAGE_NAMES
     from components.tracking.errors import report_errors
 
@@ -59,7 +59,9 @@ def register(
             validated(GateConfig, given.sections["gate"], "gate"),
             Lineage(**given.facts, **given.origin),
             dict(zip(STAGE_NAMES, runs, strict=False)),
-            Judged(Path(policy.path), Path(base.path), Path(evaluation.path), Path(dataset.path), Path(report.path)),
+            RegisterInputs(
+                Path(policy.path), Path(base.path), Path(evaluation.path), Path(dataset.path), Path(report.path)
+            ),
             Path(result.path),
         )
         return str(found["model_uri"])

@@ -1,6 +1,6 @@
-"""result.json: what register did with the model and why, with the main numbers of the whole run.
+"""result.json: the decision of register and its reason, with the main numbers of the whole run.
 
-The parent run in MLflow carries it, and every command that shows a finished run reads it.
+It is logged to the parent run in MLflow, and every command that shows a finished run reads it.
 """
 
 from typing import Literal
@@ -14,14 +14,14 @@ State = Literal["promoted", "already_champion", "gate_failed", "promotion_disabl
 
 
 class Decision(TypedDict):
-    """Whether the version became champion, and why."""
+    """The outcome of promotion, and why."""
 
     state: State
     sentence: str
 
 
 class StageSummary(TypedDict):
-    """A stage's run in MLflow, and what it took."""
+    """A stage's run in MLflow, and its cost."""
 
     run_id: str
     cached: bool
@@ -55,9 +55,9 @@ class Result(TypedDict):
     decision: str
     decision_index: int
     metrics: dict[str, Metrics]
-    """Of every model, on all test pairs."""
+    """Metrics of every model on all test pairs."""
     languages: dict[str, dict[str, Metrics]]
-    """The same by language."""
+    """Metrics of every model by language."""
     comparisons: dict[str, Comparison]
     policy_metrics: Metrics | None
     """As in evaluation.json."""

@@ -1,6 +1,6 @@
-"""Put the judged model into the MLflow registry with its lineage, and decide by the verdict whether it is champion.
+"""Register the evaluated model in MLflow with its lineage, and promote it to champion if the verdict allows.
 
-Never cached; run again it finds the version that it made before, and completes what was interrupted.
+Never cached. A rerun finds the version that an earlier run registered, and completes what was interrupted.
 """
 
 import os
@@ -32,7 +32,7 @@ KFP_URL_VARIABLE = "KUBEALIGN_KFP_URL"
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a model comes from; every field becomes a tag of its version."""
+    """Provenance of a model; every field becomes a tag of its version."""
 
     data_commit: str
     preferences_digest: str
@@ -49,14 +49,14 @@ class Lineage:
     decision_index: int
 
     def tags(self) -> dict[str, str]:
-        """As text: true and false in lower case, numbers as digits."""
+        """The fields as tag values: booleans in lower case, numbers as digits."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
-class Judged:
-    """Folders of earlier steps: the aligned model, its base model, its evaluation, the clean data; and the report."""
+class RegisterInputs:
+    """Outputs of earlier steps: the aligned model, its base model, its evaluation, the clean data, and the report."""
 
     policy: Path
     base: Path
@@ -66,28 +66,33 @@ class Judged:
 
 
 def run_register(
-    config: RegisterConfig, gate: GateConfig, lineage: Lineage, stage_runs: dict[str, str], judged: Judged, out: Path
+    config: RegisterConfig,
+    gate: GateConfig,
+    lineage: Lineage,
+    stage_runs: dict[str, str],
+    inputs: RegisterInputs,
+    out: Path,
 ) -> Result:
     """Register a model.
 
     Args:
         config: the registered model's name and format, and whether a passed gate promotes.
         gate: the rules that the verdict must follow from.
-        lineage: for the version's tags.
-        stage_runs: MLflow run of every stage; a cached one belongs to an earlier pipeline run.
-        judged: the model and everything about it.
-        out: JSON file that gets the result.
+        lineage: becomes the version's tags.
+        stage_runs: MLflow run id of every stage; a cached one belongs to an earlier pipeline run.
+        inputs: outputs of earlier steps.
+        out: gets result.json.
 
     Returns:
         result.json.
 
     Raises:
         KubealignError: the verdict is about another model or does not follow from its numbers, a file changed since it
-            was written, or MLflow does not do its part.
+            was written, or MLflow failed.
     """
-    with _kept(judged.policy), stage_run("register", config.model_dump() | asdict(lineage)) as run:
-        verdict, evaluation = check_verdict(judged, gate, lineage)
-        version = _version(run, config, lineage, stage_runs, judged, verdict, evaluation)
+    with _model_kept_on_failure(inputs.policy), stage_run("register", config.model_dump() | asdict(lineage)) as run:
+        verdict, evaluation = check_verdict(inputs, gate, lineage)
+        version = _version(run, config, lineage, stage_runs, inputs, verdict, evaluation)
         decided = _decide(run, config, version, verdict, lineage)
         run.client.set_model_version_tag(config.name, version, "kubealign.decided", decided["state"])
         aliases = sorted(run.client.get_model_version(config.name, version).aliases)
@@ -128,31 +133,33 @@ def run_register(
             "stages": _stages(run.client, stage_runs),
         }
         write_json(out, result)
-        _update_parent_run(run, result, stage_runs, judged.report)
+        _update_parent_run(run, result, stage_runs, inputs.report)
         run.log(f"{config.name} version {version}: {', '.join(aliases) or 'no alias'}; {decided['sentence']}")
         return result
 
 
-def check_verdict(judged: Judged, gate: GateConfig, lineage: Lineage) -> tuple[Verdict, Evaluation]:
+def check_verdict(inputs: RegisterInputs, gate: GateConfig, lineage: Lineage) -> tuple[Verdict, Evaluation]:
     """The verdict and its evaluation, if they belong to this very policy and the verdict follows from the numbers.
 
     Raises:
-        InputError: one of them is missing, damaged or of another version of kubealign.
+        InputError: one of them is missing, damaged or from another version of kubealign.
         KubealignError: they do not belong together, or a file of the policy changed since it was written.
     """
-    policy_digest = verify_manifest(judged.policy)
-    verdict = read_document(judged.evaluation / "verdict.json", Verdict)
-    evaluation = read_document(judged.evaluation / "evaluation.json", Evaluation)
-    for name, about in (("verdict", verdict["policy_digest"]), ("evaluation", evaluation["policy_digest"])):
-        if about != policy_digest:
-            raise KubealignError(f"the {name} is about policy {about[:12]}, this is {policy_digest[:12]}; evaluate it")
+    policy_digest = verify_manifest(inputs.policy)
+    verdict = read_document(inputs.evaluation / "verdict.json", Verdict)
+    evaluation = read_document(inputs.evaluation / "evaluation.json", Evaluation)
+    for name, subject in (("verdict", verdict["policy_digest"]), ("evaluation", evaluation["policy_digest"])):
+        if subject != policy_digest:
+            raise KubealignError(
+                f"the {name} is about policy {subject[:12]}, expected {policy_digest[:12]}; evaluate this policy"
+            )
     context = GateContext(lineage.incumbent, lineage.decision_index, lineage.data_clean)
-    written = dict(verdict)
-    differing = sorted(key for key, value in apply_gate(evaluation, context, gate).items() if written[key] != value)
+    recorded = dict(verdict)
+    differing = sorted(key for key, value in apply_gate(evaluation, context, gate).items() if recorded[key] != value)
     if differing:
         raise KubealignError(
-            f"{judged.evaluation / 'verdict.json'}: {', '.join(differing)} do not follow from evaluation.json and the"
-            " gate of this run; evaluate the model again"
+            f"{inputs.evaluation / 'verdict.json'}: {', '.join(differing)} do not follow from evaluation.json and"
+            " this run's gate; evaluate the model again"
         )
     return verdict, evaluation
 
@@ -162,57 +169,57 @@ def _version(
     config: RegisterConfig,
     lineage: Lineage,
     stage_runs: dict[str, str],
-    judged: Judged,
+    inputs: RegisterInputs,
     verdict: Verdict,
     evaluation: Evaluation,
 ) -> str:
-    """The version of these weights, made if need be, with the tags of this judgement."""
-    model_digest = package.content_digest(judged.policy, config.format)
+    """The version of these weights, registered if necessary, with the tags of this evaluation."""
+    model_digest = package.content_digest(inputs.policy, config.format)
     tags = {f"kubealign.{key}": value for key, value in lineage.tags().items()} | {
-        "kubealign.base_content": read_dpo_training(judged.policy)["base_digest"],
+        "kubealign.base_content": read_dpo_training(inputs.policy)["base_digest"],
         "kubealign.git_dirty": str(lineage.git_commit.endswith("-dirty")).lower(),
         "kubealign.model": model_digest,
         "kubealign.format": config.format,
         "kubealign.verdict": verdict["verdict"],
         "kubealign.passed": str(verdict["passed"]).lower(),
-        "kubealign.verdict_digest": sha256_file(judged.evaluation / "verdict.json"),
-        "kubealign.environment": sha256_file(judged.policy / package.ENVIRONMENT),
+        "kubealign.verdict_digest": sha256_file(inputs.evaluation / "verdict.json"),
+        "kubealign.environment": sha256_file(inputs.policy / package.ENVIRONMENT),
         **_kubeflow(),
     }
     version = package.find_version(run.client, config.name, "kubealign.model", model_digest)
     if version:
-        # The same weights, judged anew: the tags tell of the newest judgement, and still which run made them.
-        run.log(f"these weights are {config.name} version {version} already")
+        # The same weights, evaluated again: the tags describe the latest evaluation, but keep the run that made them.
+        run.log(f"these weights are already {config.name} version {version}")
         for key, value in tags.items():
             run.client.set_model_version_tag(config.name, version, key, value)
         return version
     base = ""
     if config.format == "adapter":
-        base = package.register_base(run, config.name, judged.base, tags["kubealign.base_content"])
+        base = package.register_base(run, config.name, inputs.base, tags["kubealign.base_content"])
         tags["kubealign.base_version"] = base
-    validation = read_document(judged.dataset / "validation.json", ValidationSummary)
+    validation = read_document(inputs.dataset / "validation.json", ValidationSummary)
     card = model_card(config.name, lineage.tags(), verdict, evaluation, validation)
-    sources = package.Sources(judged.policy, judged.base, judged.evaluation, _settings(stage_runs))
+    package_inputs = package.PackageInputs(inputs.policy, inputs.base, inputs.evaluation, _settings(stage_runs))
     tags["kubealign.run"] = parent_run() or run.run_id
-    with package.staged(sources, config.format, card, base) as artifacts:
+    with package.staged(package_inputs, config.format, card, base) as artifacts:
         return package.log_version(
-            run, config.name, artifacts, package.requirements(judged.policy, config.format), tags
+            run, config.name, artifacts, package.requirements(inputs.policy, config.format), tags
         )
 
 
 def _decide(run: StageRun, config: RegisterConfig, version: str, verdict: Verdict, lineage: Lineage) -> Decision:
-    """Count the decision, and make the version champion if it passed against the champion that there is now."""
+    """Record the decision, and promote the version if it passed against the current champion."""
     client, name = run.client, config.name
     client.set_registered_model_alias(name, CHALLENGER, version)
     audit = Audit.open(client, name)
     if not audit.claim_decision(lineage.test_set, lineage.decision_index, lineage.decision):
-        return _superseded(f"another run made decision {lineage.decision_index} on this test set meanwhile")
+        return _superseded(f"another run has made decision {lineage.decision_index} on this test set in the meantime")
     client.set_registered_model_tag(name, f"kubealign.test_uses.{lineage.test_set}", str(lineage.decision_index))
     client.set_registered_model_tag(name, "kubealign.audit_run", audit.run_id)
     reconcile_alias(audit)
-    against = _against_promotion(client, config, version, verdict)
-    if against:
-        return against
+    veto = _promotion_veto(client, config, version, verdict)
+    if veto:
+        return veto
     try:
         promote(client, name, version, "gate", verdict["sentence"], lineage.incumbent.rpartition("/")[2], run.run_id)
     except ChampionChangedError as error:
@@ -220,31 +227,33 @@ def _decide(run: StageRun, config: RegisterConfig, version: str, verdict: Verdic
     return {"state": "promoted", "sentence": f"promoted: {verdict['verdict']}"}
 
 
-def _against_promotion(client: Any, config: RegisterConfig, version: str, verdict: Verdict) -> Decision | None:
-    """Why the version does not become champion, as far as that does not depend on others; None when it may."""
+def _promotion_veto(client: Any, config: RegisterConfig, version: str, verdict: Verdict) -> Decision | None:
+    """The decision against promotion, as far as it does not depend on concurrent runs; None if the version may be
+    promoted.
+    """
     if champion_alias(client, config.name) == version:
-        return {"state": "already_champion", "sentence": "it is the champion already"}
+        return {"state": "already_champion", "sentence": "it is already the champion"}
     if not verdict["passed"]:
         return {"state": "gate_failed", "sentence": f"not promoted: {verdict['verdict']}"}
     if not config.promote:
-        return {"state": "promotion_disabled", "sentence": "not promoted, as register.promote is off"}
+        return {"state": "promotion_disabled", "sentence": "not promoted, because register.promote is off"}
     rolled_back = client.get_model_version(config.name, version).tags.get(ROLLED_BACK)
     if rolled_back:
         return {
             "state": "rolled_back",
             "sentence": f"not promoted: it was champion and was rolled back ({rolled_back}); `kubealign promote"
-            f" {version} --force --reason …` overrules that",
+            f" {version} --force --reason …` overrides that",
         }
     return None
 
 
 def _superseded(why: str) -> Decision:
-    return {"state": "superseded", "sentence": f"not decided: {why}; run again, only the evaluation is repeated"}
+    return {"state": "superseded", "sentence": f"not decided: {why}; run again, which repeats only the evaluation"}
 
 
-class _kept:  # noqa: N801 - reads as the context manager it is
-    """When MLflow fails for good (its client has retried with back-off by then): say that nothing is lost, and what
-    finishes the job.
+class _model_kept_on_failure:  # noqa: N801 - reads as the context manager it is
+    """Turn a final failure of MLflow (its client has retried with back-off by then) into an error that says where the
+    model is kept and how to finish.
     """
 
     def __init__(self, policy: Path) -> None:
@@ -272,7 +281,7 @@ def _kubeflow() -> dict[str, str]:
 
 
 def _settings(stage_runs: dict[str, str]) -> str:
-    """All settings of the run, which resolve wrote down."""
+    """All settings of the run, as resolve logged them."""
     import mlflow
 
     return str(mlflow.artifacts.load_text(f"runs:/{stage_runs['resolve']}/{SETTINGS}"))
@@ -292,12 +301,12 @@ def _stages(client: Any, stage_runs: dict[str, str]) -> dict[str, StageSummary]:
 
 
 def _update_parent_run(run: StageRun, result: Result, stage_runs: dict[str, str], report: Path) -> None:
-    """Let the parent run carry result and report, and name the original run of every cached stage."""
+    """Log result and report to the parent run, and tag it with the original run of every cached stage."""
     parent = parent_run() or run.run_id
     run.client.log_dict(parent, result, "result.json")
     run.client.log_text(parent, report.read_text(encoding="utf-8"), "report.html")
-    for stage, found in result["stages"].items():
-        if found["cached"]:
+    for stage, summary in result["stages"].items():
+        if summary["cached"]:
             run.client.set_tag(parent, f"kubealign.cached.{stage}", stage_runs[stage])
     tags = {
         "version": result["model_uri"],

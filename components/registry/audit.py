@@ -50,11 +50,11 @@ class ChampionRecord:
     at: str
     run: str
     alias_set: bool = False
-    """Whether the alias was set to it."""
+    """Whether the alias was set to this version."""
 
 
 class Claim(TypedDict):
-    """The parameter `champion.<n>`: a champion, and what tells one claim to be it from another."""
+    """The parameter `champion.<n>`: a champion, and a random id that makes every claim unique."""
 
     version: str
     how: str
@@ -82,9 +82,9 @@ class Audit:
         """Return the audit run, creating it if needed; concurrent callers get the same one."""
         from mlflow.exceptions import MlflowException
 
-        found = cls.find(client, name)
-        if found:
-            return found
+        audit = cls.find(client, name)
+        if audit:
+            return audit
         tags = {"kubealign.kind": "audit", "kubealign.registered_model": name}
         run = client.create_run(store.experiment_id(client), tags=tags, run_name=f"audit of {name}")
         client.set_terminated(run.info.run_id)
@@ -93,11 +93,11 @@ class Audit:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        found = cls.find(client, name)
-        assert found
-        if found.run_id != run.info.run_id:
+        audit = cls.find(client, name)
+        assert audit
+        if audit.run_id != run.info.run_id:
             client.delete_run(run.info.run_id)
-        return found
+        return audit
 
     def claim(self, key: str, value: str) -> bool:
         """Write a parameter once; return False if another value was written first. Values must be unique per caller."""
@@ -148,10 +148,10 @@ class Audit:
     def decisions(self, test_set: str) -> list[str]:
         """Decisions on a test set in order, numbered from 1."""
         facts = self._facts()
-        found: list[str] = []
-        while (decision := facts.get(f"test.{test_set}.{len(found) + 1}")) is not None:
-            found.append(decision)
-        return found
+        decisions: list[str] = []
+        while (decision := facts.get(f"test.{test_set}.{len(decisions) + 1}")) is not None:
+            decisions.append(decision)
+        return decisions
 
     def test_sets(self) -> dict[str, int]:
         """Number of decisions made on each test set."""

@@ -26,7 +26,7 @@ def promote(
         name: registered model.
         version: its version.
         how: see `ChampionRecord`.
-        reason: recorded with it.
+        reason: recorded with the promotion.
         expected: version that must be champion now, empty for no champion; None accepts any.
         run: MLflow run that made the decision.
 
@@ -36,12 +36,13 @@ def promote(
     audit = Audit.open(client, name)
     while True:
         last = reconcile_alias(audit)
-        present = last.version if last else ""
-        if last and present == version:
+        current = last.version if last else ""
+        if last and current == version:
             return last
-        if expected is not None and present != expected:
+        if expected is not None and current != expected:
             raise ChampionChangedError(
-                f"{name} version {version} was judged against {_named(expected)}, and the champion is {_named(present)}"
+                f"{name} version {version} was evaluated against {_named(expected)}, but the champion is"
+                f" {_named(current)}"
             )
         record = audit.claim_champion((last.number if last else 0) + 1, version, how, reason, run)
         if record:
@@ -76,7 +77,7 @@ def rollback(client: Any, name: str, reason: str) -> tuple[ChampionRecord, str]:
         )
     record = audit.claim_champion(last.number + 1, previous, "rollback", reason)
     if not record:
-        raise ChampionChangedError(f"the champion of {name} changed meanwhile; check `kubealign history`")
+        raise ChampionChangedError(f"the champion of {name} changed in the meantime; check `kubealign history`")
     client.set_model_version_tag(name, current, ROLLED_BACK, f"{record.at} {reason}")
     follow(audit)
     return record, current

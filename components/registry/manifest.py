@@ -25,16 +25,14 @@ class BaseReference(TypedDict):
 
 
 def manifest_mismatch(version: Any, folder: Path) -> str:
-    """What is not as it was registered in a version's downloaded files, such as `python_model.pkl is not in the
-    manifest`; empty for nothing.
+    """The first difference between a version's downloaded files and its manifest, such as `python_model.pkl is not in
+    the manifest`; empty if there is none.
 
     Raises:
         KubealignError: the version was not registered by this project.
     """
     if MANIFEST_TAG not in version.tags:
-        raise KubealignError(
-            f"{version.name} version {version.version} carries no manifest: kubealign did not register it"
-        )
+        raise KubealignError(f"{version.name} version {version.version} has no manifest; kubealign did not register it")
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in MLFLOWS_OWN]
-    found = {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
-    return difference(json.loads(version.tags[MANIFEST_TAG]), found)
+    actual = {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
+    return difference(json.loads(version.tags[MANIFEST_TAG]), actual)

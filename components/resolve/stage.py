@@ -1,6 +1,6 @@
-"""Turn names into facts before anything else runs, and tell every later step what it depends on: its order.
+"""Resolve a run's names before anything else runs, and give every later step its order: all that it depends on.
 
-Never cached. The cache goes by the orders, so that it cannot serve a step a stale result.
+Never cached. Later steps are cached by their orders, so that the cache cannot serve a stale result.
 """
 
 import importlib.util
@@ -27,49 +27,52 @@ def run_resolve(config: Config) -> tuple[dict[str, str], str]:
     """Resolve a run's names.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
 
     Returns:
         the order of every later step as JSON, and the id of the MLflow run.
 
     Raises:
-        InputError: a name that means nothing, or a format that the model cannot be stored in.
+        InputError: a name does not resolve, or the model cannot be stored in the configured format.
     """
     data, register = config.data, config.register_
     if register.format == "adapter" and config.model.finetuning == "full":
-        raise InputError("register.format=adapter: full fine-tuning makes no adapter; set register.format=merged")
+        raise InputError("register.format=adapter: full fine-tuning produces no adapter; set register.format=merged")
     named = {"data_repo": _public(data.repo), "data_revision": data.revision, "data_path": data.path}
     with stage_run("resolve", named) as run:
-        model = resolved_for_its_hardware(config.model)
+        model = with_resolved_hardware(config.model)
         run.log(f"precision {model.precision}, for {model.hardware} (model.precision, model.hardware)")
         config = config.model_copy(update={"model": model})
         sections = config.sections()
         facts = with_keys(sections, resolve_facts(data, model))
         facts = replace(facts, incumbent=_incumbent(run, register.name, facts.lineage))
         decision = decision_key(make_orders(sections, facts), facts.incumbent)
-        uses = _decision_index(run.client, register.name, facts.test_set, decision)
-        facts = replace(facts, decision=decision, decision_index=uses)
+        decision_index = _decision_index(run.client, register.name, facts.test_set, decision)
+        facts = replace(facts, decision=decision, decision_index=decision_index)
         orders = make_orders(sections, facts)
         _record(run, config, asdict(facts), orders)
         run.log(f"data {facts.data_commit[:12]}, base model {facts.base_reference}")
         run.log(f"incumbent {facts.incumbent or 'none'}")
-        if uses > 1:
-            run.log(f"this will be decision {uses} on the test set; the gate's level follows")
+        if decision_index > 1:
+            run.log(
+                f"this will be decision {decision_index} on this test set; the gate adjusts its significance level"
+                " accordingly"
+            )
         return {stage: order.as_json() for stage, order in orders.items()}, run.run_id
 
 
-def resolved_for_its_hardware(model: ModelConfig) -> ModelConfig:
-    """The section with precision and hardware definite: `auto` is this machine, for a run whose steps stay on it.
+def with_resolved_hardware(model: ModelConfig) -> ModelConfig:
+    """The section with precision and hardware resolved; `auto` means this machine, for a run whose steps stay on it.
 
     Raises:
-        InputError: this image cannot tell, and the run does not say what it is for.
+        InputError: hardware is `auto`, and this image has no torch to detect it.
     """
     if model.hardware != "auto":
         return model.resolved(model.hardware)
     if importlib.util.find_spec("torch") is None:
         raise InputError(
-            "model.hardware=auto: here is no torch to ask what this machine computes on; set it to what sft and dpo"
-            " will run on, such as cpu or gpu+bf16"
+            "model.hardware=auto: this image has no torch to detect the hardware; set it to the hardware that sft and"
+            " dpo will run on, such as cpu or gpu+bf16"
         )
     from components.engine.hardware import hardware
 
@@ -77,7 +80,7 @@ def resolved_for_its_hardware(model: ModelConfig) -> ModelConfig:
 
 
 def _record(run: StageRun, config: Config, facts: dict[str, Any], orders: dict[str, Order]) -> None:
-    """Write facts, orders and settings, as they can be run again, into the run."""
+    """Log facts, orders and the settings, from which the run can be repeated."""
     code = {f"code_{stage}": value for stage, value in facts.pop("code").items()}
     run.log_params({key: _public(value) for key, value in (facts | code).items()})
     run.client.log_dict(run.run_id, {stage: asdict(order) for stage, order in orders.items()}, ORDERS)
@@ -90,10 +93,10 @@ def _public(value: Any) -> Any:
     return store.without_credentials(value) if isinstance(value, str) else value
 
 
-def _incumbent(run: StageRun, name: str, made: str) -> str:
-    """The version to beat, as models:/name/version, or nothing before the first champion.
+def _incumbent(run: StageRun, name: str, lineage: str) -> str:
+    """The version to beat, as models:/name/version; empty before the first champion.
 
-    When the champion is what this very lineage once made, the run repeats that one, and so has the same incumbent.
+    If the champion came from this lineage, the run repeats it and so has the same incumbent as before.
     """
     audit = Audit.find(run.client, name)
     if audit:
@@ -102,7 +105,7 @@ def _incumbent(run: StageRun, name: str, made: str) -> str:
     if not version:
         return ""
     tags = run.client.get_model_version(name, version).tags
-    if tags.get("kubealign.lineage") == made:
+    if tags.get("kubealign.lineage") == lineage:
         return str(tags.get("kubealign.incumbent", ""))
     return f"models:/{name}/{version}"
 

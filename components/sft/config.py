@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from components.training.config import OptimiserConfig
+from components.training.config import OptimizerConfig
 
 
-class SftConfig(OptimiserConfig):
+class SftConfig(OptimizerConfig):
     """Supervised fine-tuning on instructions."""
 
     train_on_turns: Literal["last", "all"] = Field(

@@ -7,7 +7,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from components.common.files import UNSEALED, verify_manifest, write_json, write_manifest
+from components.common.files import CACHE_DIR, verify_manifest, write_json, write_manifest
 from components.config.model import ExecutionConfig
 from components.dataset.chat import load_tokenizer
 from components.dataset.records import Instruction, Preference, read_rows
@@ -22,9 +22,9 @@ from components.tracking.run import StageRun, is_main_process, stage_run
 from components.training.documents import SftTraining
 from components.training.run import (
     add_adapter,
+    best_validation_metrics,
     checkpoint_folder,
     instruction_examples,
-    kept_validation,
     open_model,
     pair_examples,
     resolve_precision,
@@ -62,7 +62,7 @@ def run_sft(config: SftConfig, model: ExecutionConfig, dataset: Path, base_model
         before, _ = validate()
         with checkpoint_folder("sft", config, model, base_digest, data_digest) as checkpoints:
             records = run_training(run, lm, sets["train"], objective, config, checkpoints, _show, validate)
-            after, _ = kept_validation(records, validate)
+            after, _ = best_validation_metrics(records, validate)
             metrics = {"validation_loss_before": before, "validation_loss": after}
             with stage_output(out) as folder:
                 if model.finetuning == "full":
@@ -95,8 +95,16 @@ def _score_pairs(
     for split in ("train", "validation"):
         rows = read_rows(dataset / "preferences" / f"{split}.jsonl", Preference)
         examples = pair_examples(tokenizer, rows)
-        place = folder / UNSEALED
-        score(run, lambda: lm, model, str(content), examples, f"reference_{split}", as_trained=True, write_to=place)
+        score(
+            run,
+            lambda: lm,
+            model,
+            str(content),
+            examples,
+            f"reference_{split}",
+            as_trained=True,
+            also_write_to=folder / CACHE_DIR,
+        )
 
 
 def objective(

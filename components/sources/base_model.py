@@ -1,4 +1,4 @@
-"""Which base model a name means: where it is, and a digest that changes when its files do."""
+"""Resolution of a base model's name: its location, and a digest that changes when its files do."""
 
 import re
 from dataclasses import dataclass
@@ -16,24 +16,24 @@ EMBEDDED = "embedded"
 
 
 @dataclass(frozen=True)
-class BaseModel:
-    """A base model made definite: `reference` names the very version, `digest` its content."""
+class ResolvedModel:
+    """A resolved base model: `reference` names one exact version, `digest` its content."""
 
     reference: str
     digest: str
 
 
-def resolve_base(model: ModelSource, data: DataConfig) -> BaseModel:
-    """Make the configured base model definite.
+def resolve_base(model: ModelSource, data: DataConfig) -> ResolvedModel:
+    """Resolve the configured base model to one exact version.
 
     Raises:
-        InputError: it is not there, or may not be used as configured.
+        InputError: it does not exist, or the configuration does not allow it.
     """
     base = model.base
     if base == EMBEDDED:
         embedded = embedded_model(data.path)
         version = resolve_data(data.repo, data.revision, (embedded,))
-        return BaseModel(f"{EMBEDDED}@{version.commit}", version.digests[embedded])
+        return ResolvedModel(f"{EMBEDDED}@{version.commit}", version.digests[embedded])
     if base.startswith("models:/"):
         return _registered(base)
     if base.startswith("s3://"):
@@ -42,7 +42,7 @@ def resolve_base(model: ModelSource, data: DataConfig) -> BaseModel:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(f"model.base={base}: the folder has no config.json; expected a transformers model folder")
-        return BaseModel(str(folder.resolve()), folder_digest(folder))
+        return ResolvedModel(str(folder.resolve()), folder_digest(folder))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not base.startswith("."):
         return _hub(model)
     raise InputError(
@@ -51,19 +51,19 @@ def resolve_base(model: ModelSource, data: DataConfig) -> BaseModel:
     )
 
 
-def _hub(model: ModelSource) -> BaseModel:
+def _hub(model: ModelSource) -> ResolvedModel:
     if not model.allow_network:
         raise InputError(
-            f"model.base={model.base}: no such folder, and as a hub id it needs the network; set model.allow_network"
-            " and model.revision to the commit you mean"
+            f"model.base={model.base}: no such folder, and a hub id needs the network; set model.allow_network, and"
+            " model.revision to a commit"
         )
     if not model.revision:
         raise InputError(f"model.base={model.base}: a hub id needs model.revision, a commit of 40 hexadecimal digits")
     reference = f"hub:{model.base}@{model.revision}"
-    return BaseModel(reference, digest(reference))
+    return ResolvedModel(reference, digest(reference))
 
 
-def _registered(uri: str) -> BaseModel:
+def _registered(uri: str) -> ResolvedModel:
     from mlflow.exceptions import MlflowException
 
     match = re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))", uri)
@@ -72,18 +72,21 @@ def _registered(uri: str) -> BaseModel:
     name, version, alias = match.groups()
     client = store.client()
     try:
-        found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
+        if alias:
+            model_version = client.get_model_version_by_alias(name, alias)
+        else:
+            model_version = client.get_model_version(name, version)
     except MlflowException as error:
         raise InputError(f"model.base={uri}: {single_line(str(error))}") from error
-    reference = f"models:/{name}/{found.version}"
-    return BaseModel(reference, str(found.tags.get("kubealign.model") or digest(reference)))
+    reference = f"models:/{name}/{model_version.version}"
+    return ResolvedModel(reference, str(model_version.tags.get("kubealign.model") or digest(reference)))
 
 
-def _bucket(uri: str) -> BaseModel:
+def _bucket(uri: str) -> ResolvedModel:
     try:
         entries = s3_filesystem().find(uri, detail=True)
     except (OSError, ValueError) as error:
         raise InputError(f"model.base={uri}: cannot be listed: {single_line(str(error))}") from error
     if not any(path.endswith("/config.json") for path in entries):
-        raise InputError(f"model.base={uri}: no config.json below it; expected a transformers model folder")
-    return BaseModel(uri, digest({path: [entry["size"], entry["ETag"]] for path, entry in entries.items()}))
+        raise InputError(f"model.base={uri}: no config.json under it; expected a transformers model folder")
+    return ResolvedModel(uri, digest({path: [entry["size"], entry["ETag"]] for path, entry in entries.items()}))

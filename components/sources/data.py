@@ -1,4 +1,4 @@
-"""Which data a revision means: its commit, the DVC digests of the folders, and whether a commit records just that."""
+"""Resolution of a data revision: its commit, the DVC digests of the folders, and whether a commit records them."""
 
 import errno
 import hashlib
@@ -19,15 +19,15 @@ DATA_SETS = ("preferences", "instructions")
 LOCK = "dvc.lock"
 Folders = tuple[str, ...]
 Outs = dict[str, dict[str, Any]]
-"""What DVC records of each folder: md5, size in bytes, number of files."""
+"""DVC's record of each folder: md5, size in bytes, number of files."""
 
 
 @dataclass(frozen=True)
 class DataVersion:
     """A version of the data set; digests are DVC's md5 of a folder, `<32 hex digits>.dir`.
 
-    `test_set` is the md5 of the test side's pairs, empty where none were asked for; `clean` says that a commit records
-    just these folders.
+    `test_set` is the md5 of the test split's pairs, empty where they were not among the folders; `clean` means that a
+    commit records exactly these folders.
     """
 
     commit: str
@@ -37,12 +37,12 @@ class DataVersion:
 
 
 def data_folders(path: str) -> Folders:
-    """The folders of both data sets in a repository whose data.path this is."""
+    """The folders of both data sets in a repository, for its data.path."""
     return tuple((PurePosixPath(path) / name).as_posix() for name in DATA_SETS)
 
 
 def embedded_model(path: str) -> str:
-    """The folder of the embedded base model."""
+    """The folder of the embedded base model, for the repository's data.path."""
     return (PurePosixPath(path) / "base_model").as_posix()
 
 
@@ -52,10 +52,10 @@ def is_url(repo: str) -> bool:
 
 
 def workspace_digest(root: Path, folder: str) -> str:
-    """DVC's digest of a folder as it stands in the workspace, whatever dvc.lock says.
+    """DVC's digest of a folder as it is in the workspace, whatever dvc.lock says.
 
     Raises:
-        InputError: the folder is not there, or `root` is no DVC repository.
+        InputError: the folder does not exist, or `root` is not a DVC repository.
     """
     from dvc.fs import localfs
     from dvc_data.hashfile.build import build
@@ -66,16 +66,16 @@ def workspace_digest(root: Path, folder: str) -> str:
         raise InputError(f"{root}: not a DVC repository; `dvc init` makes it one, or name another data.repo")
     if not path.is_dir() or not any(path.iterdir()):
         raise InputError(f"{path}: not found or empty; `make data` (dvc repro) makes it, `dvc pull` fetches it")
-    # Without dvc.repo.Repo, which wants to write below .dvc: a step may see the repository read-only.
+    # Without dvc.repo.Repo, which writes below .dvc: a step may see the repository read-only.
     _, _, tree = build(LocalHashFileDB(localfs, str(root / ".dvc" / "cache")), str(path), localfs, "md5", dry_run=True)
     return str(tree.hash_info.value)
 
 
 def resolve_data(repo: str, revision: str, folders: Folders) -> DataVersion:
-    """The commit and digests that a repository and revision mean now.
+    """Resolve a repository and revision to a commit and digests.
 
-    A revision resolves to the commit that gave the folders their present content, so that commits which leave the
-    data alone do not make a new version.
+    A revision resolves to the commit that gave the folders their present content, so that commits that leave the data
+    unchanged do not make a new version.
 
     Raises:
         InputError: no such repository, revision or folder.
@@ -96,7 +96,7 @@ def resolve_data(repo: str, revision: str, folders: Folders) -> DataVersion:
             except (FileNotFoundError, KeyError) as error:
                 raise InputError(f"{repo}@{revision}: {folder} is not a DVC-tracked folder there") from error
         test_file = _test_file(folders)
-        # The list of a folder's files is content, which may have to come from a remote.
+        # The list of a folder's files is content too, and may have to come from a remote.
         with remote_errors(repo, revision, str(PurePosixPath(test_file).parent)):
             try:
                 test_set = str(fs.info(test_file)["dvc_info"]["md5"]) if test_file else ""
@@ -107,9 +107,9 @@ def resolve_data(repo: str, revision: str, folders: Folders) -> DataVersion:
 
 
 def _test_file(folders: Folders) -> str:
-    """The held-out pairs, when their folder is among these; validate refuses a data set without them."""
-    found = (folder for folder in folders if PurePosixPath(folder).name == DATA_SETS[0])
-    return next((f"{folder}/test.jsonl" for folder in found), "")
+    """The file of the held-out pairs, if their folder is among these; validate rejects a data set without them."""
+    preferences = (folder for folder in folders if PurePosixPath(folder).name == DATA_SETS[0])
+    return next((f"{folder}/test.jsonl" for folder in preferences), "")
 
 
 def _workspace_test_set(root: Path, folders: Folders) -> str:
@@ -117,12 +117,12 @@ def _workspace_test_set(root: Path, folders: Folders) -> str:
     if not test_file or not (root / test_file).is_file():
         return ""
     with (root / test_file).open("rb") as file:
-        # As DVC names the file, so that a commit and the workspace mean the same test set.
+        # The md5 that DVC would record, so that a commit and the workspace name the same test set.
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _is_committed(root: Path, digests: dict[str, str]) -> bool:
-    """Whether the commit that is checked out records these digests, in dvc.lock or in a .dvc file."""
+    """Whether the checked-out commit records these digests, in dvc.lock or in a .dvc file."""
     from dulwich.errors import NotGitRepository
     from dulwich.repo import Repo
 
@@ -136,7 +136,7 @@ def _is_committed(root: Path, digests: dict[str, str]) -> bool:
 
 @contextmanager
 def remote_errors(repo: str, revision: str, folder: str) -> Iterator[None]:
-    """Say in one sentence why the content of a folder cannot be had."""
+    """Report errors of reading a folder's content as one sentence."""
     from botocore.exceptions import BotoCoreError
     from dvc.exceptions import DvcException
     from dvc_data.index import DataIndexDirError
@@ -150,20 +150,21 @@ def remote_errors(repo: str, revision: str, folder: str) -> Iterator[None]:
         if isinstance(why, FileNotFoundError):
             raise InputError(f"{where} is neither in the DVC cache nor in a remote; `dvc push` it") from error
         if isinstance(why, OSError) and (why.filename or why.errno == errno.ENOSPC):
-            raise  # of this machine's disk: the errors of a remote name no file
-        said = single_line(str(why))
+            raise  # an error of the local disk: errors of a remote name no file
+        reason = single_line(str(why))
         if isinstance(why, PermissionError):
             raise InputError(
-                f"{where} may not be read from the DVC remote ({said}); check the key (AWS_ACCESS_KEY_ID,"
+                f"{where} may not be read from the DVC remote ({reason}); check the key (AWS_ACCESS_KEY_ID,"
                 " AWS_SECRET_ACCESS_KEY, or cluster.s3_secret) and its rights"
             ) from error
         raise KubealignError(
-            f"{where} cannot be had from the DVC remote: {said}; what has arrived is kept, the same run goes on there"
+            f"{where} cannot be fetched from the DVC remote: {reason}; the files fetched so far are kept;"
+            " run it again to resume"
         ) from error
 
 
 class opened:  # noqa: N801 - reads as the context manager it is: `with opened(repo, revision) as fs`
-    """A repository at a revision as a read-only file system; a URL is cloned, without a git binary."""
+    """Open a repository at a revision as a read-only file system; a URL is cloned, without a git binary."""
 
     def __init__(self, repo: str, revision: str) -> None:
         self.repo, self.revision = repo, revision
@@ -173,16 +174,16 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
         from dvc.exceptions import DvcException
         from dvc.scm import SCMError
 
-        # DVC clones without git, but reports progress by names of GitPython, which without git would refuse to load.
+        # DVC clones without git, but reports progress through GitPython, which refuses to load without git.
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
         try:
             self.fs = DVCFileSystem(url=self.repo, rev=self.revision)
-            self.fs.info("/")  # the repository is opened only when something is asked of it
+            self.fs.info("/")  # the repository is opened lazily; this opens it
         except (DvcException, SCMError) as error:
-            # "SCM error" says nothing; what lies behind it does.
-            said = ": ".join(dict.fromkeys(single_line(str(cause)) for cause in error_chain(error) if str(cause)))
+            # The message "SCM error" alone says nothing; its causes do.
+            reason = ": ".join(dict.fromkeys(single_line(str(cause)) for cause in error_chain(error) if str(cause)))
             raise InputError(
-                f"data.repo={self.repo}, data.revision={self.revision}: {without_credentials(said)};"
+                f"data.repo={self.repo}, data.revision={self.revision}: {without_credentials(reason)};"
                 " expected a git repository with DVC data and a branch, tag or commit of it"
             ) from error
         return self.fs
@@ -192,7 +193,7 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
 
 
 def history(root: Path, commit: str, folders: Folders) -> Iterator[tuple[Any, Outs]]:
-    """The commits that touched what DVC records, from `commit` back, each with what it records of the folders."""
+    """The commits that changed DVC's records, from `commit` back, each with its records of the folders."""
     from dulwich.repo import Repo
 
     files = [LOCK, *(f"{folder}.dvc" for folder in folders)]
@@ -202,12 +203,12 @@ def history(root: Path, commit: str, folders: Folders) -> Iterator[tuple[Any, Ou
 
 
 def commit_of(root: Path, commit: str, digests: dict[str, str]) -> str:
-    """The oldest commit of an unbroken line back from `commit` in which DVC records these digests of the folders."""
+    """The oldest commit of the unbroken line back from `commit` that records these digests of the folders."""
     oldest = commit
-    for found, outs in history(root, commit, tuple(digests)):
+    for ancestor, outs in history(root, commit, tuple(digests)):
         if any(outs.get(folder, {}).get("md5") != md5 for folder, md5 in digests.items()):
             break
-        oldest = found.id.decode()
+        oldest = ancestor.id.decode()
     return oldest
 
 

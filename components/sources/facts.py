@@ -1,4 +1,4 @@
-"""What the names of a configuration mean, before anything runs: data version, base model, chat template, code."""
+"""Resolution of the names in a configuration: data version, base model, chat template, code."""
 
 from components.common.provenance import code_digest, git_commit
 from components.config.data import DataConfig
@@ -11,10 +11,10 @@ from components.stages import ORDERED
 
 
 def resolve_facts(data: DataConfig, model: ModelSource) -> Facts:
-    """Resolve what a run depends on, all but the registry's champion.
+    """Resolve everything that a run depends on except the registry's champion.
 
     Raises:
-        InputError: a name that means nothing.
+        InputError: a name does not resolve.
     """
     version = resolve_data(data.repo, data.revision, data_folders(data.path))
     base = resolve_base(model, data)

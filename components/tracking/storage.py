@@ -25,8 +25,8 @@ def upload(folder: Path, location: str) -> None:
     if exists(f"{location}/{MANIFEST}"):
         return
     if not location.startswith(S3):
-        with replacing_folder(Path(location)) as aside:
-            shutil.copytree(folder, aside, dirs_exist_ok=True)
+        with replacing_folder(Path(location)) as staging:
+            shutil.copytree(folder, staging, dirs_exist_ok=True)
         return
     fs = s3_filesystem()
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -42,16 +42,16 @@ def download(location: str, folder: Path) -> None:
     """
     if not exists(f"{location}/{MANIFEST}"):
         raise KubealignError(f"{location}: no {MANIFEST} there; expected a folder that a step has written")
-    with replacing_folder(folder) as aside:
+    with replacing_folder(folder) as staging:
         if location.startswith(S3):
             fs = s3_filesystem()
             for path in fs.find(location):
-                target = aside / path.removeprefix(f"{location.removeprefix(S3)}/")
+                target = staging / path.removeprefix(f"{location.removeprefix(S3)}/")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 fs.get_file(path, str(target))
         else:
-            shutil.copytree(location, aside, dirs_exist_ok=True)
-        verify_manifest(aside)
+            shutil.copytree(location, staging, dirs_exist_ok=True)
+        verify_manifest(staging)
 
 
 def write(location: str, text: str) -> None:
@@ -101,8 +101,8 @@ def materialize(location: str | Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             if location.endswith((".yaml", ".yml")):
-                with replacing(target) as aside:
-                    aside.write_text(read(location), encoding="utf-8")
+                with replacing(target) as staging:
+                    staging.write_text(read(location), encoding="utf-8")
             else:
                 download(location, target)
     return target

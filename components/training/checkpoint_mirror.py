@@ -1,7 +1,7 @@
-"""A copy of a checkpoint folder in an S3 bucket, for machines whose disks do not outlive a step (KUBEALIGN_STATE).
+"""A mirror of a checkpoint folder in an S3 bucket, for machines whose disks do not outlive a step (KUBEALIGN_STATE).
 
-A folder of the copy counts once its manifest is there, which goes up last; what arrives damaged is passed over when it
-is loaded, like any other checkpoint.
+A mirrored checkpoint counts once its manifest is there, which is uploaded last; a damaged one is skipped when it is
+loaded, like any other checkpoint.
 """
 
 import os
@@ -16,7 +16,7 @@ VARIABLE = "KUBEALIGN_STATE"
 
 
 class Mirror:
-    """The copy of one local folder of checkpoints.
+    """The mirror of one local checkpoint folder.
 
     Args:
         folder: the local folder, with a folder `step-…` for each checkpoint.
@@ -27,28 +27,28 @@ class Mirror:
         location = os.environ.get(VARIABLE, "").rstrip("/")
         self.remote = f"{location.removeprefix('s3://')}/{folder.parent.name}/{folder.name}"
         self.fs: Any = None
-        self._pushed: set[str] = set()
+        self._uploaded: set[str] = set()
         if location:
             self.fs = s3_filesystem()
 
-    def pull(self) -> None:
-        """Bring every whole checkpoint here that is not here yet."""
+    def download(self) -> None:
+        """Download every complete checkpoint that is missing locally."""
         if self.fs is None:
             return
         remote = self._remote()
         for name in {key.partition("/")[0] for key in remote if key.endswith(f"/{MANIFEST}")}:
             if (self.folder / name).exists():
                 continue
-            with replacing_folder(self.folder / name) as aside:
+            with replacing_folder(self.folder / name) as staging:
                 for key in (key for key in remote if key.startswith(f"{name}/")):
-                    self.fs.get_file(f"{self.remote}/{key}", str(aside / key.partition("/")[2]))
+                    self.fs.get_file(f"{self.remote}/{key}", str(staging / key.partition("/")[2]))
 
-    def push(self) -> None:
-        """Bring every checkpoint there that is not there yet, and remove there what is no longer here."""
+    def upload(self) -> None:
+        """Upload every checkpoint that is missing in the bucket, and delete there what no longer exists locally."""
         if self.fs is None:
             return
         local = {path.name: path for path in stored(self.folder)}
-        if set(local) == self._pushed:
+        if set(local) == self._uploaded:
             return
         remote = self._remote()
         for name, path in local.items():
@@ -58,8 +58,8 @@ class Mirror:
         for key in sorted(remote, key=lambda key: not key.endswith(f"/{MANIFEST}")):
             if key.partition("/")[0] not in local:
                 self.fs.rm_file(f"{self.remote}/{key}")
-        self._pushed = set(local)
+        self._uploaded = set(local)
 
     def _remote(self) -> set[str]:
-        """Names of the files there, `step-…/file`."""
+        """Names of the files in the bucket, `step-…/file`."""
         return {path.removeprefix(f"{self.remote}/") for path in self.fs.find(self.remote)}

@@ -1,4 +1,4 @@
-"""What the sections `sft` and `dpo` share."""
+"""Configuration shared by the sections `sft` and `dpo`."""
 
 from typing import Annotated, Literal, Self
 
@@ -7,28 +7,28 @@ from pydantic import Field, model_validator
 from components.config.section import Positive, Probability, Section
 
 LearningRate = Annotated[Positive, Field(description="peak learning rate of AdamW")]
-BatchSize = Annotated[int, Field(ge=1, description="examples or pairs in an optimiser step")]
-Seed = Annotated[int, Field(ge=0, description="of the order of the examples, the LoRA start and dropout")]
+BatchSize = Annotated[int, Field(ge=1, description="examples or pairs per optimizer step")]
+Seed = Annotated[int, Field(ge=0, description="random seed of the example order, LoRA initialization and dropout")]
 
 
-class OptimiserConfig(Section):
-    """How a stage trains; the same fields for sft and dpo."""
+class OptimizerConfig(Section):
+    """Training settings; the same fields for sft and dpo."""
 
     epochs: Positive = Field(default=1.0, description="passes over the training examples; may be a fraction")
-    max_steps: int = Field(default=0, ge=0, description="stop after this many optimiser steps; 0 for no limit")
+    max_steps: int = Field(default=0, ge=0, description="stop after this many optimizer steps; 0 for no limit")
     learning_rate: LearningRate = 2.0e-4
     batch_size: BatchSize = 8
     max_tokens_per_microbatch: int = Field(
         default=2048,
         ge=16,
-        description="tokens of one forward and backward pass; an optimiser step accumulates over as many as it needs",
+        description="most tokens per forward and backward pass; an optimizer step accumulates gradients over several",
     )
-    warmup_ratio: Probability = Field(default=0.1, description="share of the steps in which the learning rate rises")
+    warmup_ratio: Probability = Field(default=0.1, description="share of the steps in which the learning rate warms up")
     lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
-        default="cosine", description="learning rate after the warm-up"
+        default="cosine", description="learning rate schedule after the warm-up"
     )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
-    max_grad_norm: Positive = Field(default=1.0, description="gradients are clipped to this norm")
+    max_grad_norm: Positive = Field(default=1.0, description="norm to which gradients are clipped")
     lora_rank: int = Field(default=16, ge=1, description="rank of the LoRA update")
     lora_alpha: Positive = Field(default=32.0, description="LoRA's scale times its rank")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout before the LoRA update")
@@ -40,8 +40,8 @@ class OptimiserConfig(Section):
     eval_every_steps: int = Field(
         default=15,
         ge=0,
-        description="steps between evaluations on the validation split, from which the best is kept; 0 for only"
-        " before and after",
+        description="steps between evaluations on the validation split, of which the best is kept; 0 evaluates only"
+        " before and after training",
     )
     early_stopping_patience: int = Field(
         default=0,

@@ -1,7 +1,7 @@
-"""training.json: what a training produced and what it started from.
+"""training.json: the metrics of a training and the digests of its inputs.
 
-It travels with the model into the registry, so it must stay readable there: what other versions of kubealign add to it
-is ignored.
+It is registered with the model and must stay readable there, so fields that other versions of kubealign add are
+ignored.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ class DpoTraining(TypedDict):
     """training.json of dpo."""
 
     metrics: NotRequired[dict[str, float]]
-    """Loss and rewards on the validation pairs; version 0.1 wrote them beside the other fields."""
+    """Loss and rewards on the validation pairs; version 0.1 wrote them at the top level."""
     beta: float
     loss: str
     """The preference loss, such as `sigmoid`."""
@@ -34,13 +34,13 @@ class DpoTraining(TypedDict):
     reference_rank: int
     """The first ranks of the exported adapter are the reference; 0 after full fine-tuning."""
     libraries: dict[str, str]
-    """Versions of the libraries that the model is known to load with."""
+    """Versions of the libraries that the model was written with and loads with."""
 
 
 def read_dpo_training(folder: Path) -> DpoTraining:
     """training.json of a folder that dpo wrote.
 
     Raises:
-        InputError: it is missing, or a field is missing or of another type.
+        InputError: the file or a field is missing, or a field has the wrong type.
     """
     return read_document(folder / "training.json", DpoTraining, unknown="ignore")

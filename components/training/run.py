@@ -1,4 +1,4 @@
-"""What sft and dpo share: from rows to examples, from configuration to the loop, and what MLflow hears of the steps."""
+"""Training code shared by sft and dpo: examples, models, checkpoint folders, and MLflow metrics of the loop."""
 
 import fcntl
 import math
@@ -32,7 +32,7 @@ from components.stages import BY_NAME
 from components.tracking import store
 from components.tracking.run import StageRun, is_main_process
 from components.training.checkpoint_mirror import Mirror
-from components.training.config import OptimiserConfig
+from components.training.config import OptimizerConfig
 
 LOG_EVERY_STEPS = 20
 
@@ -48,7 +48,7 @@ def pair_examples(tokenizer: Any, rows: list[Preference]) -> list[Example]:
 
 
 def instruction_examples(tokenizer: Any, rows: list[Instruction], train_on_turns: str) -> list[Example]:
-    """Instructions as examples with one completion; `all` predicts the earlier answers of a conversation too."""
+    """Instructions as examples with one completion; `all` also trains on the earlier answers of a conversation."""
     if train_on_turns == "last":
         encoded = [encode(tokenizer, row.prompt, row.response) for row in rows]
         return [Example(prompt, [completion]) for prompt, completion in encoded]
@@ -57,36 +57,36 @@ def instruction_examples(tokenizer: Any, rows: list[Instruction], train_on_turns
 
 
 def resolve_precision(model: ExecutionConfig) -> ExecutionConfig:
-    """The configuration with precision and hardware definite, for a stage to begin with.
+    """The configuration with precision and hardware resolved.
 
     Raises:
-        InputError: the run is for other hardware, on which the same configuration computes other weights.
+        InputError: the run was resolved for other hardware, on which the same configuration yields other weights.
     """
-    here = hardware()
-    resolved = model.resolved(here)
-    expected = resolved.model_copy(update={"hardware": "auto"}).resolved(here)
+    local = hardware()
+    resolved = model.resolved(local)
+    expected = resolved.model_copy(update={"hardware": "auto"}).resolved(local)
     if resolved.hardware != expected.hardware:
         raise InputError(
-            f"model.hardware={resolved.hardware}: this run in {resolved.precision} is for such a machine, and this one"
-            f" is {here}, on which it would compute other weights; set model.hardware={here} or model.precision=fp32,"
-            " or run it elsewhere"
+            f"model.hardware={resolved.hardware}: this run in {resolved.precision} is for that hardware, but this"
+            f" machine is {local}, which would yield other weights; set model.hardware={local} or"
+            " model.precision=fp32, or run it on that hardware"
         )
     return resolved
 
 
 def open_model(run: StageRun, path: Path, config: ExecutionConfig, trains: bool) -> PackedModel:
-    """The model of a local folder, as the configuration wants it run.
+    """Load the model of a local folder as configured.
 
     Args:
-        run: hears what the check of the layout found, and of a precision that this machine computes otherwise.
+        run: logs the choice of packing, and a precision that this machine emulates.
         path: model folder.
-        config: of the model, its precision resolved.
-        trains: whether it will be trained: then it is ready for full fine-tuning and gradient checkpointing.
+        config: model section with its precision resolved.
+        trains: whether to prepare it for training (full fine-tuning, gradient checkpointing).
     """
     if config.precision == "auto":
-        raise ValueError("resolve_precision() the configuration of the model first")
+        raise ValueError("model.precision is auto; call resolve_precision() first")
     if config.precision == "bf16" and native_precision() != "bf16":
-        run.log("this machine has no bf16 in hardware: frozen weights are kept in bf16, products are computed in fp32")
+        run.log("no bf16 hardware support: frozen weights are stored in bf16, matrix products are computed in fp32")
     full = trains and config.finetuning == "full"
     lm = load_causal_lm(path, config.precision, full, config.quantization)
     model = PackedModel(lm, config.precision, "fp32" if config.lm_head_precision == "fp32" else None)
@@ -101,7 +101,7 @@ def open_model(run: StageRun, path: Path, config: ExecutionConfig, trains: bool)
 def open_tuned(
     run: StageRun, base: Path, tuned: Path, config: ExecutionConfig, name: str, trains: bool = False
 ) -> PackedModel:
-    """The model that sft or dpo wrote to `tuned`: its adapter, called `name`, on the base model, or its own weights."""
+    """Load the model that sft or dpo wrote to `tuned`: its adapter `name` on the base model, or its full weights."""
     if not (tuned / "adapter").is_dir():
         return open_model(run, tuned / "model", config, trains)
     model = open_model(run, base, config, trains)
@@ -109,8 +109,8 @@ def open_tuned(
     return model
 
 
-def add_adapter(model: PackedModel, name: str, config: OptimiserConfig) -> None:
-    """Give the model the trainable adapter of a stage's configuration."""
+def add_adapter(model: PackedModel, name: str, config: OptimizerConfig) -> None:
+    """Add a trainable adapter as a stage configures it."""
     model.lm = add_lora(
         model.lm,
         name,
@@ -122,18 +122,18 @@ def add_adapter(model: PackedModel, name: str, config: OptimiserConfig) -> None:
     )
 
 
-def loop_settings(config: OptimiserConfig) -> LoopSettings:
-    """The loop's part of a stage's configuration."""
+def loop_settings(config: OptimizerConfig) -> LoopSettings:
+    """The training loop's subset of a stage's configuration."""
     return LoopSettings(**{name: getattr(config, name) for name in LoopSettings.__dataclass_fields__})
 
 
 @contextmanager
-def checkpoint_folder(stage: str, config: OptimiserConfig, model: ExecutionConfig, *inputs: str) -> Iterator[Path]:
-    """The folder of this very training: same order and inputs; held by one process at a time.
+def checkpoint_folder(stage: str, config: OptimizerConfig, model: ExecutionConfig, *inputs: str) -> Iterator[Path]:
+    """The checkpoint folder of a training, keyed by its order and inputs and locked by one process at a time.
 
     Args:
         stage: `sft` or `dpo`.
-        config: of the stage.
+        config: section of the stage.
         model: how the model is run and tuned.
         inputs: content hashes of data and models.
     """
@@ -149,14 +149,14 @@ def checkpoint_folder(stage: str, config: OptimiserConfig, model: ExecutionConfi
         return
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        Mirror(folder).pull()
+        Mirror(folder).download()
         processes().wait_for_everyone()
         yield folder
 
 
 @contextmanager
 def stage_output(out: Path) -> Iterator[Path]:
-    """The folder to write a stage's output to: it becomes `out` whole; what further processes write is thrown away."""
+    """The folder for a stage's output, which becomes `out` atomically; output of non-zero ranks is discarded."""
     if is_main_process():
         with replacing_folder(out) as folder:
             yield folder
@@ -171,48 +171,50 @@ def run_training(
     model: PackedModel,
     data: TrainingSet,
     objective: Objective,
-    config: OptimiserConfig,
+    config: OptimizerConfig,
     checkpoints: Path,
     show: Callable[[StepRecord], dict[str, float]],
     validate: Validation,
-    pure: bool = True,
+    stateless_objective: bool = True,
 ) -> list[StepRecord]:
-    """Train, with progress on the terminal and every step in MLflow.
+    """Train, with a progress line on the terminal and the metrics of every step in MLflow.
 
     Args:
-        pure: the objective leaves the model alone.
-        validate: gives loss and metrics on the validation split.
-        show: what the progress line says of a step besides loss and speed.
+        show: values for the progress line besides loss and speed.
+        validate: computes loss and metrics on the validation split.
+        stateless_objective: whether the objective leaves the model unchanged.
     """
     records: list[StepRecord] = []
     logged = 0
     mirror = Mirror(checkpoints) if is_main_process() else None
-    for record in train(model, data, objective, loop_settings(config), checkpoints, run.log, validate, pure):
+    for record in train(
+        model, data, objective, loop_settings(config), checkpoints, run.log, validate, stateless_objective
+    ):
         records.append(record)
         if mirror:
-            mirror.push()
+            mirror.upload()
         metrics = {"loss": record.loss, "tokens_per_s": record.tokens / record.seconds} | show(record)
         run.progress(record.step, record.total_steps, metrics=metrics)
         if len(records) - logged >= LOG_EVERY_STEPS:
             run.log_metrics([(r.step, step_metrics(r)) for r in records[logged:]])
             logged = len(records)
     if mirror:
-        mirror.push()
+        mirror.upload()
     run.log_metrics([(r.step, step_metrics(r)) for r in records[logged:]])
     return records
 
 
-def kept_validation(records: list[StepRecord], validate: Validation) -> tuple[float, dict[str, float]]:
-    """Loss and metrics on the validation split of the parameters that training kept: as measured then, or else now."""
-    kept = best_step(records)
-    if not kept:
+def best_validation_metrics(records: list[StepRecord], validate: Validation) -> tuple[float, dict[str, float]]:
+    """Validation loss and metrics of the parameters that training kept, as recorded then or else computed now."""
+    best = best_step(records)
+    if not best:
         return validate()
-    found = dict(next(record.validation for record in records if record.step == kept))
-    return found.pop("loss"), found
+    metrics = dict(next(record.validation for record in records if record.step == best))
+    return metrics.pop("loss"), metrics
 
 
 def step_metrics(record: StepRecord) -> dict[str, float]:
-    """A step as MLflow metrics."""
+    """The MLflow metrics of a step."""
     values = {
         "loss": record.loss,
         "learning_rate": record.learning_rate,

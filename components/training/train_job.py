@@ -1,8 +1,8 @@
-"""sft and dpo on several nodes: the step becomes a Kubeflow TrainJob, whose log and fate are the step's own.
+"""sft and dpo on several nodes, as a Kubeflow TrainJob whose log and outcome become the step's own.
 
 The step uploads its inputs to the location that `cluster.state` names, starts a job whose nodes run
-`python -m components sft` under torchrun, and downloads the output. A step that is started again finds the job of the
-previous attempt and follows it; after a failed one it starts a new job, which resumes from the checkpoint.
+`python -m components sft` under torchrun, and downloads the output. A retried step finds the job of the previous
+attempt and follows it; after a failed job it starts a new one, which resumes from the checkpoint.
 """
 
 import functools
@@ -29,27 +29,27 @@ from components.config.model import ExecutionConfig
 from components.tracking import events, storage, store
 from components.tracking.result import StageResult
 from components.tracking.run import KFP_RUN_VARIABLE, parent_run
-from components.training.config import OptimiserConfig
+from components.training.config import OptimizerConfig
 
 VARIABLE = "KUBEALIGN_CLUSTER"
-"""Environment variable of a step that is to run on several nodes: the section `cluster` as JSON."""
+"""Environment variable of a step that runs on several nodes: the section `cluster` as JSON."""
 HOME = "/kubealign"
-"""Where the state volume is mounted, and KUBEALIGN_HOME of every step."""
+"""Mount path of the state volume, and KUBEALIGN_HOME of every step."""
 SECRETS = "/var/run/kubealign"
-"""Where the nodes find a file for every secret, named as the environment variable that it becomes."""
+"""Mount path of the secrets on the nodes: one file per secret, named as the environment variable it becomes."""
 MLFLOW_KEYS = {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"}
 S3_KEYS = {"access_key": "AWS_ACCESS_KEY_ID", "secret_key": "AWS_SECRET_ACCESS_KEY"}
 PASSED_ON = ("MLFLOW_EXPERIMENT_NAME", "AWS_DEFAULT_REGION", KFP_RUN_VARIABLE)
 KEY_LABEL = "kubealign/key"
 POLL_S = 5.0
-PATIENCE_S = 600.0
-"""How long the step puts up with a Kubernetes that does not answer."""
+RETRY_TIMEOUT_S = 600.0
+"""Seconds for which requests to an unresponsive Kubernetes are retried."""
 TAIL = 20
-"""Lines of the further nodes' logs that are shown after a failure."""
+"""Lines of every other node's log that are shown after a failure."""
 
 
 def several_nodes() -> ClusterConfig | None:
-    """The section `cluster` when this step is to run on several nodes."""
+    """The section `cluster` if this step runs on several nodes, else None."""
     text = os.environ.get(VARIABLE)
     return validated(ClusterConfig, json.loads(text), VARIABLE) if text else None
 
@@ -62,26 +62,26 @@ def labels(step: str, cluster: ClusterConfig) -> dict[str, str]:
 def run_on_nodes(
     cluster: ClusterConfig,
     stage: str,
-    config: OptimiserConfig,
+    config: OptimizerConfig,
     model: ExecutionConfig,
     inputs: dict[str, Path],
     out: Path,
 ) -> StageResult:
-    """Run `sft` or `dpo` as a TrainJob and wait for its end.
+    """Run `sft` or `dpo` as a TrainJob and wait for it to end.
 
     Args:
-        cluster: nodes, image, resources, and the location that all of them see.
+        cluster: nodes, image, resources, and the location that all nodes share.
         stage: `sft` or `dpo`.
-        config: of the stage.
-        model: how the model is run and tuned.
-        inputs: folders with manifests by the name of their option (`dataset`, `base`, `sft-model`).
-        out: gets what the stage writes.
+        config: section of the stage.
+        model: execution and fine-tuning settings of the model.
+        inputs: folders with manifests, by CLI option (`dataset`, `base`, `sft-model`).
+        out: gets the stage's output.
 
     Returns:
-        what the stage returned.
+        the stage's result.
 
     Raises:
-        KubealignError: the job failed, or Kubernetes refused it or has not answered for `PATIENCE_S`.
+        KubealignError: the job failed, or Kubernetes rejected it or has not answered for `RETRY_TIMEOUT_S`.
     """
     sections = {stage: config.model_dump(mode="json"), "model": model.model_dump(mode="json")}
     digests = {name: verify_manifest(folder) for name, folder in inputs.items()}
@@ -94,9 +94,9 @@ def run_on_nodes(
         for name, folder in inputs.items():
             storage.upload(folder, shared[name])
         storage.write(f"{job}/params.yaml", yaml.safe_dump(sections))
-        words = [f"--{name}={location}" for name, location in shared.items()]
-        words += [f"--params={job}/params.yaml", f"--out={job}/out", f"--result={job}/result.json"]
-        TrainJob(cluster, stage, key, words).run()
+        args = [f"--{name}={location}" for name, location in shared.items()]
+        args += [f"--params={job}/params.yaml", f"--out={job}/out", f"--result={job}/result.json"]
+        TrainJob(cluster, stage, key, args).run()
     result = parse_document(storage.read(f"{job}/result.json"), StageResult, f"{job}/result.json")
     storage.download(f"{job}/out", out)
     storage.remove(job)
@@ -104,34 +104,34 @@ def run_on_nodes(
 
 
 class TrainJob:
-    """One training on several nodes.
+    """A training on several nodes.
 
     Args:
         cluster: nodes, image and resources.
         stage: `sft` or `dpo`.
-        key: names this very training; a job that is there under it is followed, not doubled.
-        words: options of the stage's command.
+        key: identifies the training; a job that already exists under it is followed, not duplicated.
+        args: arguments of the stage's command.
     """
 
-    def __init__(self, cluster: ClusterConfig, stage: str, key: str, words: list[str]) -> None:
+    def __init__(self, cluster: ClusterConfig, stage: str, key: str, args: list[str]) -> None:
         from kubeflow.trainer import KubernetesBackendConfig, TrainerClient
 
         logging.getLogger("kubeflow").setLevel(logging.ERROR)
-        self.cluster, self.stage, self.key, self.words = cluster, stage, key, words
+        self.cluster, self.stage, self.key, self.args = cluster, stage, key, args
         with _explained("reach Kubernetes"):
             self.client = TrainerClient(KubernetesBackendConfig())
         self.api = self.client.backend.custom_api
-        # The client sends no field validation: what this Kubernetes does not know would be dropped without a word.
+        # By default the client requests no field validation: Kubernetes would silently drop unknown fields.
         self.api.create_namespaced_custom_object = functools.partial(
             self.api.create_namespaced_custom_object, field_validation="Strict"
         )
         self.name = ""
 
     def run(self) -> None:
-        """Start the job, or find it, and follow it to its end; it is removed whatever happens.
+        """Start or find the job and follow it to its end; it is removed in any case.
 
         Raises:
-            KubealignError: it failed.
+            KubealignError: the job failed.
         """
         with _cancelled_by_sigterm() as held:
             try:
@@ -163,12 +163,12 @@ class TrainJob:
                     Name(name),
                     Labels(labels(self.stage, cluster) | {KEY_LABEL: self.key}),
                     TrainerCommand(command),
-                    TrainerArgs(self.words),
+                    TrainerArgs(self.args),
                     ActiveDeadlineSeconds(cluster.timeout_s),
                     pod_patch(cluster, self.stage),
                 ],
             )
-        events.note(self.stage, f"TrainJob {name} on {cluster.nodes} nodes is started")
+        events.note(self.stage, f"started TrainJob {name} on {cluster.nodes} nodes")
         return name
 
     def _environment(self) -> dict[str, str]:
@@ -181,54 +181,54 @@ class TrainJob:
         return {name: value for name, value in (known | state | secrets).items() if value}
 
     def _running(self) -> str:
-        """The job of an attempt before, when it has not failed; a failed one is removed."""
+        """The name of a previous attempt's job, or an empty string; a failed job is removed."""
         with _explained("list TrainJobs"):
-            found = self.api.list_namespaced_custom_object(*self._kind(), label_selector=f"{KEY_LABEL}={self.key}")
-        for job in found["items"]:
+            jobs = self.api.list_namespaced_custom_object(*self._kind(), label_selector=f"{KEY_LABEL}={self.key}")
+        for job in jobs["items"]:
             name = str(job["metadata"]["name"])
             if job["metadata"].get("deletionTimestamp") or _condition(job)[0] == "Failed":
                 self._remove(name)
             else:
-                events.note(self.stage, f"TrainJob {name} of a previous attempt is followed")
+                events.note(self.stage, f"following TrainJob {name} of a previous attempt")
                 return name
         return ""
 
     def _follow(self) -> None:
-        """Wait for the end, with the first node's log on this step's output."""
+        """Wait for the job to end while copying the first node's log to this step's output."""
         ended = threading.Event()
         log = threading.Thread(target=self._print_log, args=(ended,), daemon=True)
         log.start()
         state, message = "", ""
-        answered = time.monotonic()
+        last_answer = time.monotonic()
         while state not in ("Complete", "Failed"):
             try:
                 with _explained(f"ask for the TrainJob {self.name}"):
                     state, message = _condition(self.api.get_namespaced_custom_object(*self._kind(), self.name))
-                answered = time.monotonic()
+                last_answer = time.monotonic()
             except KubernetesApiError as error:
-                if not error.retryable or time.monotonic() - answered > PATIENCE_S:
+                if not error.retryable or time.monotonic() - last_answer > RETRY_TIMEOUT_S:
                     raise
             ended.wait(POLL_S if state not in ("Complete", "Failed") else 0)
         ended.set()
         log.join(timeout=60)
         if state == "Failed":
             self._print_other_logs()
-            raise KubealignError(f"the TrainJob {self.name} failed: {message}; the log of its first node stands above")
+            raise KubealignError(f"the TrainJob {self.name} failed: {message}; the log of its first node is above")
 
     def _print_log(self, ended: threading.Event) -> None:
-        """Print the first node's log as it grows; a stream that breaks is opened again behind what was printed."""
+        """Print the first node's log as it grows; a broken stream is reopened after the last printed line."""
         printed = 0
         last = False
         while not last:
             last = ended.is_set()
             try:
-                for number, line in enumerate(self.client.get_job_logs(self.name, follow=True)):
-                    if number >= printed:
+                for index, line in enumerate(self.client.get_job_logs(self.name, follow=True)):
+                    if index >= printed:
                         print(line, flush=True)
-                        printed = number + 1
+                        printed = index + 1
             except (RuntimeError, TimeoutError) as error:
                 if last and not printed:
-                    events.note(self.stage, f"no log: {error}")
+                    events.note(self.stage, f"no log from the first node: {error}")
             ended.wait(POLL_S)
 
     def _print_other_logs(self) -> None:
@@ -257,10 +257,10 @@ class TrainJob:
 
 
 def pod_patch(cluster: ClusterConfig, stage: str) -> Any:
-    """What the nodes have beyond the runtime: labels, the state volume, /dev/shm, secrets as files, where they may run.
+    """Additions to the runtime's pods: labels, the state volume, /dev/shm, secrets as files, scheduling constraints.
 
-    Trainer takes environment variables from secrets for no container of its own, hence files. The rights of the pods
-    are those of the restricted Pod Security Standard, whatever the runtime says.
+    Trainer does not support environment variables from secrets, hence files. The pods get the restricted Pod Security
+    Standard whatever the runtime sets.
     """
     from kubeflow.trainer import options
 
@@ -320,7 +320,7 @@ def pod_patch(cluster: ClusterConfig, stage: str) -> Any:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Make one sentence of what Kubeflow's client raises, with the reason that the server gave."""
+    """Report errors of Kubeflow's client as one sentence, with the server's reason."""
     import urllib3
     from kubernetes.client import ApiException
     from kubernetes.config import ConfigException
@@ -330,11 +330,11 @@ def _explained(what: str) -> Iterator[None]:
     except (RuntimeError, ValueError, ApiException, urllib3.exceptions.HTTPError, OSError, ConfigException) as error:
         cause = error.__cause__ or error
         status = int(cause.status or 0) if isinstance(cause, ApiException) else 0
-        said = f"{status} {_message(cause)}" if status else str(cause)
-        said = f"{error}: {said}" if cause is not error else said
+        reason = f"{status} {_message(cause)}" if status else str(cause)
+        reason = f"{error}: {reason}" if cause is not error else reason
         if isinstance(error, ConfigException):
-            said = f"{said}; on several nodes a step runs in a cluster"
-        text = store.without_credentials(single_line(said))[:600]
+            reason = f"{reason}; a step on several nodes has to run in a cluster"
+        text = store.without_credentials(single_line(reason))[:600]
         raise KubernetesApiError(f"cannot {what}: {text}", not 400 <= status < 500 or status == 429) from error
 
 
@@ -346,7 +346,7 @@ def _message(error: Any) -> str:
 
 
 def _condition(job: dict[str, Any]) -> tuple[str, str]:
-    """How a job ended (`Complete` or `Failed`; nothing before) and the reason."""
+    """A job's final state (`Complete` or `Failed`; empty before the end) and its reason."""
     for condition in job.get("status", {}).get("conditions", []):
         if condition["type"] in ("Complete", "Failed") and condition["status"] == "True":
             return condition["type"], f"{condition.get('reason', '')}: {condition.get('message', '')}".strip(": ")
@@ -355,18 +355,18 @@ def _condition(job: dict[str, Any]) -> tuple[str, str]:
 
 @contextmanager
 def _cancelled_by_sigterm() -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """A run that is cancelled ends its pods by SIGTERM, which must not leave a job behind.
+    """Turn SIGTERM, by which Kubernetes ends the pods of a cancelled run, into an exit that leaves no job behind.
 
     Yields:
-        `held`: within it SIGTERM waits for the end, so that a job which was asked for is known by its name.
+        `held`: a context that defers SIGTERM to its end, so that the name of a job being created is known.
     """
-    holding, came = False, False
+    holding, received = False, False
 
-    def cancel(number: int, frame: Any) -> None:
-        nonlocal came
-        came = True
+    def cancel(signal_number: int, frame: Any) -> None:
+        nonlocal received
+        received = True
         if not holding:
-            raise SystemExit(128 + number)
+            raise SystemExit(128 + signal_number)
 
     @contextmanager
     def held() -> Iterator[None]:
@@ -376,14 +376,14 @@ def _cancelled_by_sigterm() -> Iterator[Callable[[], AbstractContextManager[None
             yield
         finally:
             holding = False
-        if came:
+        if received:
             raise SystemExit(128 + signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread():
         yield held
         return
-    before = signal.signal(signal.SIGTERM, cancel)
+    previous = signal.signal(signal.SIGTERM, cancel)
     try:
         yield held
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)

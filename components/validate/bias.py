@@ -1,6 +1,6 @@
-"""How well something trivial tells the chosen answer: its length, or that one of the two opens as a refusal.
+"""How well trivial cues (length, an opening refusal) predict the chosen answer.
 
-A model that is trained on such pairs learns the trivial thing instead of what makes an answer better.
+A model trained on pairs that they predict learns the cue instead of what makes an answer better.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from components.dataset.validation import BiasSummary, ShareSummary
-from components.validate.scan import Found
+from components.validate.scan import RowTable
 
 Z95 = 1.959963985
 ALL = "all"
@@ -18,7 +18,7 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Share:
-    """A share with its 95 % interval, of `n` pairs."""
+    """A share of `n` pairs with its 95 % interval."""
 
     value: float
     low: float
@@ -26,21 +26,22 @@ class Share:
     n: int
 
     def summary(self) -> ShareSummary:
-        """For validation.json."""
+        """The record in validation.json."""
         return {"share": self.value, "low": self.low, "high": self.high, "n": self.n}
 
 
 @dataclass(frozen=True)
 class Bias:
-    """What is trivial about a part of the pairs.
+    """Trivial cues in a part of the pairs.
 
     Args:
-        lang: of the pairs, or `all`.
-        source: of the pairs, or `all`.
-        longer_wins: share of the pairs, those of equal length left out, whose chosen answer has more characters.
-        length_accuracy: of telling the chosen answer by length; equal lengths are a coin.
-        refusal_loses: share of the pairs with one refusal in which it is the rejected answer.
-        refusal_accuracy: of telling the chosen answer by that; all other pairs are a coin.
+        lang: language of the pairs, or `all`.
+        source: source of the pairs, or `all`.
+        pairs: number of pairs.
+        longer_wins: share of the pairs of unequal length whose chosen answer has more characters.
+        length_accuracy: accuracy of predicting the chosen answer from length; equal lengths count as a coin toss.
+        refusal_loses: share of the pairs with exactly one refusal in which it is the rejected answer.
+        refusal_accuracy: accuracy of predicting the chosen answer from that; all other pairs count as a coin toss.
         refusals_chosen: pairs whose chosen answer opens as a refusal or an AI disclaimer.
         refusals_rejected: pairs whose rejected answer does.
     """
@@ -56,7 +57,7 @@ class Bias:
     refusals_rejected: int
 
     def summary(self) -> BiasSummary:
-        """For validation.json."""
+        """The record in validation.json."""
         return {
             "lang": self.lang,
             "source": self.source,
@@ -72,7 +73,7 @@ class Bias:
 
 @dataclass(frozen=True)
 class Measure:
-    """A number about a part of the pairs, and the limit that the check of the same name sets."""
+    """A statistic of a part of the pairs, and the limit of the check of the same name."""
 
     name: str
     part: str
@@ -80,30 +81,30 @@ class Measure:
     limit: float
 
 
-def find_bias(found: Found, valid: NDArray[np.bool_]) -> list[Bias]:
-    """Of all pairs, of each language, and of each source in a language when it has several.
+def find_bias(table: RowTable, valid: NDArray[np.bool_]) -> list[Bias]:
+    """The bias of all pairs, of each language, and of each source of a language that has several.
 
     Args:
-        found: preference pairs.
-        valid: the pairs that count.
+        table: preference pairs.
+        valid: the pairs to include.
     """
-    columns, names = found.columns, found.names
-    parts = [_bias(found, valid, ALL, ALL)]
+    columns, names = table.columns, table.names
+    parts = [_bias(table, valid, ALL, ALL)]
     for code, lang in enumerate(names["lang"]):
         of_lang = valid & (columns["lang"] == code)
         if not of_lang.any():
             continue
-        parts.append(_bias(found, of_lang, lang, ALL))
+        parts.append(_bias(table, of_lang, lang, ALL))
         sources = np.unique(columns["source"][of_lang])
         parts += [
-            _bias(found, of_lang & (columns["source"] == source), lang, names["source"][source])
+            _bias(table, of_lang & (columns["source"] == source), lang, names["source"][source])
             for source in (sources if len(sources) > 1 else [])
         ]
     return parts
 
 
 def interval(successes: int, n: int) -> Share:
-    """A share with its 95 % Wilson score interval; of nothing, one half with no information."""
+    """A share with its 95 % Wilson score interval; for n = 0, one half with the interval [0, 1]."""
     if n == 0:
         return Share(0.5, 0.0, 1.0, 0)
     share, spread = successes / n, Z95**2 / n
@@ -113,26 +114,26 @@ def interval(successes: int, n: int) -> Share:
 
 
 def measures(parts: list[Bias], limit: float) -> list[Measure]:
-    """What the checks of the data set as a whole look at; the value is chance unless its interval excludes chance."""
-    found = []
+    """The values of the data-set-level checks; a value is chance level unless its interval excludes chance."""
+    values = []
     for part in parts:
         for name, share, value in (
             ("length_shortcut", part.longer_wins, part.length_accuracy),
             ("refusal_shortcut", part.refusal_loses, part.refusal_accuracy),
         ):
-            seen = share.low > 0.5 or share.high < 0.5
-            where = " ".join(word for word in (part.lang, part.source) if word != ALL) or ALL
-            found.append(Measure(name, where, value if seen else 0.5, limit))
-    return found
+            significant = share.low > 0.5 or share.high < 0.5
+            part_name = " ".join(name for name in (part.lang, part.source) if name != ALL) or ALL
+            values.append(Measure(name, part_name, value if significant else 0.5, limit))
+    return values
 
 
-def _bias(found: Found, where: NDArray[np.bool_], lang: str, source: str) -> Bias:
-    columns = found.columns
-    chosen, rejected = columns["first_characters"][where], columns["second_characters"][where]
-    opens, opens_rejected = columns["refusal_first"][where] == 1, columns["refusal_second"][where] == 1
+def _bias(table: RowTable, mask: NDArray[np.bool_], lang: str, source: str) -> Bias:
+    columns = table.columns
+    chosen, rejected = columns["chosen_characters"][mask], columns["rejected_characters"][mask]
+    refusal_chosen, refusal_rejected = columns["refusal_chosen"][mask] == 1, columns["refusal_rejected"][mask] == 1
     pairs = len(chosen)
     longer = interval(int((chosen > rejected).sum()), int((chosen != rejected).sum()))
-    loses = interval(int((opens_rejected & ~opens).sum()), int((opens_rejected ^ opens).sum()))
+    loses = interval(int((refusal_rejected & ~refusal_chosen).sum()), int((refusal_rejected ^ refusal_chosen).sum()))
     return Bias(
         lang,
         source,
@@ -141,11 +142,11 @@ def _bias(found: Found, where: NDArray[np.bool_], lang: str, source: str) -> Bia
         _accuracy(longer, pairs),
         loses,
         _accuracy(loses, pairs),
-        int(opens.sum()),
-        int(opens_rejected.sum()),
+        int(refusal_chosen.sum()),
+        int(refusal_rejected.sum()),
     )
 
 
 def _accuracy(share: Share, pairs: int) -> float:
-    """Of the better of the rule and its opposite on the pairs it speaks of, and of a coin on the others."""
+    """Accuracy of the better of the rule and its opposite where the rule applies, and of a coin toss elsewhere."""
     return 0.5 + (max(share.value, 1 - share.value) - 0.5) * share.n / pairs if pairs else 0.5

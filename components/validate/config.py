@@ -8,40 +8,41 @@ from components.config.section import Probability, Section
 
 
 class ValidateConfig(Section):
-    """When data is too bad to train on."""
+    """Thresholds of the data checks."""
 
     max_quarantined: Probability = Field(
         default=0.1,
-        description="share of bad rows in a data set above which the run stops; those just too long do not count",
+        description="share of bad rows in a data set above which the run stops; rows that are only too long are not"
+        " counted",
     )
-    min_rows: int = Field(default=8, ge=1, description="usable rows that each split needs")
+    min_rows: int = Field(default=8, ge=1, description="usable rows that each split must have")
     near_duplicate: Probability = Field(
-        default=0.8, description="Jaccard similarity of shingles from which two prompts are near"
+        default=0.8, description="Jaccard similarity of shingles from which two prompts are near-duplicates"
     )
     language_confidence: Probability = Field(
         default=0.6,
-        description="probability from which the language that a text seems to be written in counts against `lang`",
+        description="probability from which the detected language of a text counts against its `lang`",
     )
     max_shortcut_accuracy: float = Field(
         default=0.6,
         ge=0.5,
         le=1,
-        description="accuracy from which a warning says that length alone, or refusals and AI disclaimers alone, tell"
-        " the chosen answer; 0.5 is chance",
+        description="accuracy of predicting the chosen answer from length alone, or from refusals and AI disclaimers"
+        " alone, above which the report warns; 0.5 is chance",
     )
     max_drift: Probability = Field(
         default=0.2,
-        description="share of the rows that would have to change places to have the distribution of the data version"
-        " before, from which a warning says so",
+        description="total variation distance from the previous data version (the share of rows that would have to"
+        " move to another bin) above which the report warns",
     )
     decontamination_file: str = Field(
         default="decontaminate.jsonl",
         pattern=r"^([^/\\\s]+\.jsonl)?$",
-        description="file of the preference data, beside train.jsonl, with prompts that must not appear, such as a"
+        description="file beside the preference data's train.jsonl with prompts that must not appear, such as a"
         " benchmark's; `dvc repro` copies data/decontaminate.jsonl there; empty for none",
     )
     severity: dict[str, Literal["error", "stop", "warn"]] = Field(
         default={},
-        description="checks that are taken more or less seriously than the validate step's README says, such as"
-        " {email: error}; error: the row is quarantined, stop: the run fails, warn: the report says so",
+        description="severities that differ from those in the validate step's README, such as {email: error};"
+        " error: the row is quarantined, stop: the run fails as well, warn: the report lists the row",
     )

@@ -1,4 +1,4 @@
-"""What only the rows together show: repeats, contradictions, near-duplicates, prompts on two sides, listed prompts."""
+"""Cross-row checks: repeats, contradictions, near-duplicates, prompts in two splits, decontamination."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ from components.dataset.similarity import (
     Sketches,
     join_sketches,
     near_groups,
-    normal,
+    normalize_text,
     prompt_key,
     select_sketches,
     sketch,
 )
-from components.validate.scan import Found
+from components.validate.scan import RowTable
 
 Flag = NDArray[np.uint8]
 TEST = SPLITS.index("test")
@@ -27,18 +27,18 @@ TEXT_FIELDS = ("prompt", "question", "instruction", "text")
 
 
 @dataclass(frozen=True)
-class Listed:
+class DecontaminationList:
     """The prompts of a decontamination list."""
 
     keys: NDArray[np.uint64]
     sketches: Sketches
 
 
-def read_listed(path: Path) -> Listed:
+def read_decontamination_list(path: Path) -> DecontaminationList:
     """Read a list of prompts: JSON lines with a `prompt` (text or messages), `question`, `instruction` or `text`.
 
     Raises:
-        InputError: a line that is no JSON object, or has none of these.
+        InputError: a line is not a JSON object, or has none of these fields.
     """
     texts = []
     for number, row in iter_lines(path):
@@ -46,21 +46,21 @@ def read_listed(path: Path) -> Listed:
         if isinstance(value, list) and all(isinstance(turn, dict) and "content" in turn for turn in value):
             value = "\n".join(str(turn["content"]) for turn in value)
         if not isinstance(value, str):
-            raise InputError(f"{path}:{number}: no prompt; expected a text in one of {', '.join(TEXT_FIELDS)}")
-        texts.append(normal(value).lower())
+            raise InputError(f"{path}:{number}: no prompt; expected a string in one of {', '.join(TEXT_FIELDS)}")
+        texts.append(normalize_text(value).lower())
     langs = ["zh" if HAN.search(text) else "en" for text in texts]
-    return Listed(np.array([int(prompt_key(text), 16) for text in texts], np.uint64), sketch(texts, langs))
+    return DecontaminationList(np.array([int(prompt_key(text), 16) for text in texts], np.uint64), sketch(texts, langs))
 
 
-def mark_rows(kind: type[Row], found: Found) -> dict[str, Flag]:
-    """Flags of a data set by itself: repeated, repeated_id, repeated_prompt, contradiction."""
-    columns = found.columns
+def mark_rows(kind: type[Row], table: RowTable) -> dict[str, Flag]:
+    """Flags within one data set: repeated, repeated_id, repeated_prompt, contradiction."""
+    columns = table.columns
     repeated = _seen_before(columns["content"])
-    first = 1 - repeated
+    is_first = 1 - repeated
     flags: dict[str, Flag] = {
         "repeated": repeated,
-        "repeated_id": _seen_before(columns["id"]) & first,
-        "repeated_prompt": _seen_before(columns["key"]) & first,
+        "repeated_id": _seen_before(columns["id"]) & is_first,
+        "repeated_prompt": _seen_before(columns["key"]) & is_first,
     }
     if kind is Preference:
         flags["contradiction"] = _is_swapped(columns["content"], columns["swapped"]) & (1 - columns["same_answer"])
@@ -68,80 +68,85 @@ def mark_rows(kind: type[Row], found: Found) -> dict[str, Flag]:
 
 
 def mark_prompts(
-    sets: dict[str, Found], sides: dict[str, NDArray[np.uint8]], listed: Listed | None, threshold: float
+    sets: dict[str, RowTable],
+    split_codes: dict[str, NDArray[np.uint8]],
+    decontamination: DecontaminationList | None,
+    threshold: float,
 ) -> dict[str, dict[str, Flag]]:
-    """Flags that compare prompts, of all data sets together: near_duplicate, split_leak, contaminated.
+    """Flags that compare prompts across all data sets: near_duplicate, split_leak, contaminated.
 
     Args:
         sets: the data sets by name.
-        sides: the side of each row, as its position in SPLITS.
-        listed: prompts that must not appear.
-        threshold: Jaccard similarity from which two prompts are near.
+        split_codes: each row's split, as an index into SPLITS.
+        decontamination: prompts that must not appear.
+        threshold: Jaccard similarity from which two prompts are near-duplicates.
 
     Returns:
-        for each data set, its flags. A prompt that repeats is no near-duplicate; of the rows of a leak those that are
-        not on the test side are flagged.
+        the flags of each data set. An exact repeat of a prompt is not a near-duplicate; of the rows of a leak, those
+        outside the test split are flagged.
     """
-    keys, groups, side = (
+    keys, groups, split_code = (
         np.concatenate(parts)
         for parts in (
-            [found.columns["key"] for found in sets.values()],
-            [found.columns["group"] for found in sets.values()],
-            list(sides.values()),
+            [table.columns["key"] for table in sets.values()],
+            [table.columns["group"] for table in sets.values()],
+            list(split_codes.values()),
         )
     )
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     is_first = np.zeros(len(keys), bool)
     is_first[first] = True
-    near = near_groups(_sketches_of(sets, is_first, listed), threshold)
-    # Sketches stand in the order of their first rows, not of their keys.
+    near = near_groups(_sketches_of(sets, is_first, decontamination), threshold)
+    # Sketches are in the order of their first rows, not of their keys.
     label = near[(np.cumsum(is_first) - 1)[first][inverse]]
-    leak = _on_two_sides(label, side) | _on_two_sides(groups, side)
-    bad = np.zeros(len(keys), bool)
-    if listed:
-        bad = np.isin(label, near[len(first) :]) | np.isin(keys, listed.keys)
-    ends = np.cumsum([len(found.columns["key"]) for found in sets.values()])
+    leak = _in_two_splits(label, split_code) | _in_two_splits(groups, split_code)
+    contaminated = np.zeros(len(keys), bool)
+    if decontamination:
+        contaminated = np.isin(label, near[len(first) :]) | np.isin(keys, decontamination.keys)
+    ends = np.cumsum([len(table.columns["key"]) for table in sets.values()])
     parts = {
-        name: slice(end - len(found.columns["key"]), end) for (name, found), end in zip(sets.items(), ends, strict=True)
+        name: slice(end - len(table.columns["key"]), end) for (name, table), end in zip(sets.items(), ends, strict=True)
     }
     return {
         name: {
             "near_duplicate": _is_later_variant(label[part], keys[part]),
             "split_leak": leak[part].astype(np.uint8),
-            "contaminated": bad[part].astype(np.uint8),
+            "contaminated": contaminated[part].astype(np.uint8),
         }
         for name, part in parts.items()
     }
 
 
-def _sketches_of(sets: dict[str, Found], wanted: NDArray[np.bool_], listed: Listed | None) -> Sketches:
+def _sketches_of(
+    sets: dict[str, RowTable], selected: NDArray[np.bool_], decontamination: DecontaminationList | None
+) -> Sketches:
     start = 0
-    found = []
-    for part in sets.values():
-        found.append(select_sketches(part.sketches, wanted[start : start + len(part.sketches)]))
-        start += len(part.sketches)
-    return join_sketches([*found, listed.sketches] if listed else found)
+    parts = []
+    for table in sets.values():
+        parts.append(select_sketches(table.sketches, selected[start : start + len(table.sketches)]))
+        start += len(table.sketches)
+    return join_sketches([*parts, decontamination.sketches] if decontamination else parts)
 
 
-def _on_two_sides(label: NDArray[Any], side: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Rows not on the test side whose label is on more than one."""
+def _in_two_splits(label: NDArray[Any], split_code: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Rows outside the test split whose label occurs in more than one split."""
     _, inverse = np.unique(label, return_inverse=True)
-    found = np.zeros(len(label), np.uint8)
-    np.bitwise_or.at(found, inverse, np.left_shift(np.uint8(1), side))
-    several = (found & (found - np.uint8(1))) != 0
-    bad: NDArray[np.bool_] = several[inverse] & (side != TEST)
-    return bad
+    split_bits = np.zeros(len(label), np.uint8)
+    np.bitwise_or.at(split_bits, inverse, np.left_shift(np.uint8(1), split_code))
+    several = (split_bits & (split_bits - np.uint8(1))) != 0
+    leaked: NDArray[np.bool_] = several[inverse] & (split_code != TEST)
+    return leaked
 
 
 def _is_later_variant(label: NDArray[np.int64], keys: NDArray[np.uint64]) -> Flag:
-    """Rows whose prompt is another than the first of their label."""
+    """Rows whose prompt differs from the first one with their label."""
     _, first, inverse = np.unique(label, return_index=True, return_inverse=True)
     later: NDArray[np.bool_] = keys != keys[first][inverse]
     return later.astype(np.uint8)
 
 
 def _is_swapped(contents: NDArray[np.uint64], swapped: NDArray[np.uint64]) -> Flag:
-    """Rows that another row is, with chosen and rejected swapped."""
+    """Rows that equal another row with chosen and rejected swapped."""
     return np.isin(contents, swapped).astype(np.uint8)
 
 

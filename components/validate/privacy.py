@@ -1,8 +1,8 @@
-"""Personal data and secrets in a text, by kind; what is found is never returned, only which kind it is.
+"""Kinds of personal data and secrets in a text; the values themselves are never returned.
 
-Regular expressions find candidates cheaply; libphonenumber and python-stdnum tell which of them can be what they look
-like. Credentials are found by detect-secrets, with those of its plugins that know a provider's format (its entropy and
-keyword plugins take ordinary prose for secrets).
+Regular expressions find candidates cheaply; libphonenumber and python-stdnum validate them. Credentials are detected by
+detect-secrets, with those of its plugins that know a provider's format (its entropy and keyword plugins mistake
+ordinary prose for secrets).
 """
 
 import ipaddress
@@ -26,7 +26,7 @@ PHONE = re.compile(
     r"|\+[1-9][0-9]{0,2}(?:[ .-]?\(?[0-9]{1,4}\)?){2,5}"  # international
     rf"|{AMERICAN})(?![0-9A-Za-z-])"
 )
-"""How people write phone numbers; libphonenumber alone takes every tenth number in a sum for one."""
+"""Common notations of phone numbers; libphonenumber alone takes every tenth number of an arithmetic text for one."""
 IDENTITY_CARD = re.compile(r"(?<![0-9A-Za-z])[1-9][0-9]{16}[0-9Xx](?![0-9A-Za-z])")
 PAYMENT_CARD = re.compile(r"(?<![0-9A-Za-z.-])[2-6][0-9]{3}(?:[ -]?[0-9]){11,15}(?![0-9A-Za-z])")
 ISSUER = re.compile(
@@ -37,10 +37,10 @@ IPV4 = re.compile(r"(?<![0-9A-Za-z.])[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?![0-9A-Za-z]
 IPV6 = re.compile(r"(?<![0-9A-Za-z:])[0-9A-Fa-f]{1,4}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{1,4}(?![0-9A-Za-z:])")
 
 NUMBER = re.compile(r"[0-9][0-9 .()-]{5,}[0-9]")
-"""Every phone, card and IPv4 address holds such a run; few texts do."""
+"""A run that every phone number, card number and IPv4 address contains and few texts do: a cheap pre-filter."""
 TOKEN = re.compile(r"(?<![\w+/=.:-])[\w+/=.:-]{20}", re.ASCII)
 MARKS = ("PRIVATE KEY", "PuTTY-", "://", "xox", "XOX", "eyJ")
-"""Every credential that the plugins know holds one of these, or such a token."""
+"""Every credential that the plugins know contains one of these marks or a TOKEN: a cheap pre-filter."""
 PLUGINS = (
     "AWSKeyDetector",
     "AzureStorageKeyDetector",
@@ -62,32 +62,32 @@ PLUGINS = (
     "TwilioKeyDetector",
 )
 PIECE, OVERLAP = 8192, 512
-"""Characters that a plugin sees at once: some of its patterns take a time that grows with the square of the text."""
+"""Characters that a plugin sees at once, and their overlap: some patterns take time quadratic in the text's length."""
 
 
 def kinds_in(text: str) -> list[str]:
     """The kinds of personal data and secrets in a text."""
-    found = []
+    kinds = []
     if "@" in text and EMAIL.search(text):
-        found.append("email")
+        kinds.append("email")
     if NUMBER.search(text):
         if any(is_phone(match[0]) for match in PHONE.finditer(text)):
-            found.append("phone")
+            kinds.append("phone")
         if any(is_identity_card(match[0]) for match in IDENTITY_CARD.finditer(text)):
-            found.append("identity_card")
+            kinds.append("identity_card")
         if any(is_payment_card(match[0]) for match in PAYMENT_CARD.finditer(text)):
-            found.append("payment_card")
+            kinds.append("payment_card")
         if any(_is_public_address(match[0]) for match in IPV4.finditer(text)):
-            found.append("ip_address")
-    if "ip_address" not in found and ":" in text and any(_is_public_address(m[0]) for m in IPV6.finditer(text)):
-        found.append("ip_address")
+            kinds.append("ip_address")
+    if "ip_address" not in kinds and ":" in text and any(_is_public_address(m[0]) for m in IPV6.finditer(text)):
+        kinds.append("ip_address")
     if (TOKEN.search(text) or any(mark in text for mark in MARKS)) and _has_credential(text):
-        found.append("credential")
-    return found
+        kinds.append("credential")
+    return kinds
 
 
 def is_phone(number: str) -> bool:
-    """Whether a number that is written like a phone number can be one: an assigned prefix and its length."""
+    """Whether a number in a phone notation is valid: an assigned prefix and the right length."""
     region = "US" if re.fullmatch(AMERICAN, number) else "CN"
     try:
         return phonenumbers.is_valid_number(phonenumbers.parse(number, region))
@@ -101,13 +101,13 @@ def is_identity_card(number: str) -> bool:
 
 
 def is_payment_card(number: str) -> bool:
-    """Whether a number has the length and beginning of an issuer's cards and a right check digit (Luhn)."""
+    """Whether a number has the length and prefix of an issuer's cards and a valid Luhn check digit."""
     digits = re.sub(r"[ -]", "", number)
     return ISSUER.fullmatch(digits) is not None and luhn.is_valid(digits)
 
 
 def _is_public_address(text: str) -> bool:
-    """Whether it is an address of the internet; those of private networks and of documentation name nobody."""
+    """Whether a text is a public IP address; private and documentation addresses identify nobody."""
     try:
         return ipaddress.ip_address(text).is_global
     except ValueError:
@@ -126,7 +126,7 @@ def _plugins() -> list[Any]:
 
     from detect_secrets import plugins
 
-    names = [f"{plugins.__name__}.{found.name}" for found in pkgutil.iter_modules(plugins.__path__)]
+    names = [f"{plugins.__name__}.{module.name}" for module in pkgutil.iter_modules(plugins.__path__)]
     modules = [importlib.import_module(name) for name in names]
     known = {name: getattr(module, name) for module in modules for name in PLUGINS if hasattr(module, name)}
     return [known[name]() for name in PLUGINS]

@@ -1,4 +1,4 @@
-"""The validation report: a self-contained page and its Markdown summary. It says where, never what was found there."""
+"""The validation report: a self-contained page and its Markdown summary. It names lines, never their text."""
 
 from dataclasses import dataclass
 
@@ -19,12 +19,12 @@ from components.validate.bias import ALL
 SEVERITIES = ("stop", "error", "warn")
 """In display order."""
 SHOWN = 8
-"""Places that the page lists per check; validation.json has more, quarantine.jsonl and warnings.jsonl have all."""
+"""Rows that the page lists per check; validation.json has more, quarantine.jsonl and warnings.jsonl have all."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A check that fails."""
+    """A failing check."""
 
     count: str
     check: str
@@ -36,7 +36,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class DataSetView:
-    """Number of rows of a data set."""
+    """Row counts of a data set."""
 
     name: str
     sentence: str
@@ -45,7 +45,7 @@ class DataSetView:
 
 @dataclass(frozen=True)
 class ReportView:
-    """Everything that the template validation.html.jinja shows."""
+    """The variables of the template validation.html.jinja."""
 
     passed: bool
     verdict: str
@@ -65,7 +65,9 @@ def html_page(summary: ValidationSummary) -> str:
         passed=not any(check["severity"] == "stop" for _, check in failing),
         verdict=_verdict(summary),
         failures=[_failure(name, check) for name, check in failing],
-        data_sets=[DataSetView(name, _rows(found), _splits(found)) for name, found in data_sets(summary).items()],
+        data_sets=[
+            DataSetView(name, _rows(data_set), _splits(data_set)) for name, data_set in data_sets(summary).items()
+        ],
         bias=_bias(summary["preferences"]["bias"]),
         drift=_drift(summary),
         drift_measures=_drift_measures(summary),
@@ -78,8 +80,8 @@ def html_page(summary: ValidationSummary) -> str:
 def markdown_page(summary: ValidationSummary) -> str:
     """The summary as Markdown."""
     lines = ["# Data validation", "", _verdict(summary), ""]
-    for name, found in data_sets(summary).items():
-        lines += [f"**{name}**: {_rows(found)}", ""]
+    for name, data_set in data_sets(summary).items():
+        lines += [f"**{name}**: {_rows(data_set)}", ""]
     lines += ["| data set | check | severity | failing | what to do |", "|---|---|---|---:|---|"]
     lines += [
         f"| {name} | {check['name']} | {check['severity']} | {check['failed']} | {check['advice']} |"
@@ -95,7 +97,7 @@ def markdown_page(summary: ValidationSummary) -> str:
 
 
 def _failing(summary: ValidationSummary) -> list[tuple[str, CheckResult]]:
-    """Data set and check of every failure, the most severe first."""
+    """Data set and check of every failure, most severe first."""
     failing = [(name, check) for name, checks in all_checks(summary).items() for check in checks if check["failed"]]
     return sorted(failing, key=lambda entry: (SEVERITIES.index(entry[1]["severity"]), -entry[1]["failed"]))
 
@@ -103,8 +105,8 @@ def _failing(summary: ValidationSummary) -> list[tuple[str, CheckResult]]:
 def _verdict(summary: ValidationSummary) -> str:
     failing = _failing(summary)
     stops = {check["name"] for _, check in failing if check["severity"] == "stop"}
-    rows = sum(found["rows"] for found in data_sets(summary).values())
-    quarantined = sum(found["quarantined"] for found in data_sets(summary).values())
+    rows = sum(data_set["rows"] for data_set in data_sets(summary).values())
+    quarantined = sum(data_set["quarantined"] for data_set in data_sets(summary).values())
     counts = f"{rows:,} rows = {rows - quarantined:,} clean + {quarantined:,} quarantined"
     if stops:
         return f"The run stops: {', '.join(sorted(stops))}. {counts}."
@@ -206,7 +208,7 @@ def _decontamination(summary: ValidationSummary) -> str:
 
 
 def _checks(summary: ValidationSummary) -> Table:
-    """Failing rows of each data set by check; the pairs have all checks, the instructions some."""
+    """Failing rows of each data set by check; some checks apply to pairs only."""
     failed = {check["name"]: check["failed"] for check in summary["instructions"]["checks"]}
     rows: list[Row] = [
         [check["name"], check["severity"], check["failed"], failed.get(check["name"], "")]

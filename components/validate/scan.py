@@ -1,7 +1,7 @@
-"""What the checks need to know of a row by itself, as columns of numbers: the text itself is not kept.
+"""Per-row features for the checks, as numeric columns; row text is not retained.
 
-A million rows are about 200 MB of columns. They are read in chunks, by as many processes as there are cores when the
-file is large.
+A million rows take about 200 MB of columns. Files are read in chunks, and large ones by several processes, up to
+MAX_PROCESSES.
 """
 
 import hashlib
@@ -25,21 +25,21 @@ from components.common.documents import JsonObject
 from components.dataset.chat import load_tokenizer
 from components.dataset.language import REFUSAL_SAMPLE, is_refusal
 from components.dataset.records import LANGUAGES, Preference, Row, parse_line, raw_lines
-from components.dataset.similarity import Sketches, join_sketches, normal, prompt_key, sketch
+from components.dataset.similarity import Sketches, join_sketches, normalize_text, prompt_key, sketch
 from components.validate.language import is_in_another_language
 from components.validate.privacy import KINDS, kinds_in
 from components.validate.tokens import TokenCounter
 
 CHUNK = 2048
 LARGE = 64 << 20
-"""Bytes from which further processes are worth their start (three seconds each)."""
+"""Bytes from which starting worker processes (three seconds each) pays off."""
 MAX_PROCESSES = 4
 BROKEN = ("\ufffd", "\x00")
 ROLES = re.compile(r"(system )?user( assistant user)*")
-SAID = re.compile(r"\S")
+NON_BLANK = re.compile(r"\S")
 SENTENCE_END = tuple(".!?…。！？\"'”’)）]】}`*:：;；>|")
-SHORTEST_CUT = 16
-"""Characters below which an answer is no cut one: `yes` and `yes, because` are two answers."""
+MIN_TRUNCATED = 16
+"""Characters below which an answer never counts as truncated: `yes` and `yes, because` are two answers."""
 
 FLAGS = (
     "schema",
@@ -52,15 +52,15 @@ FLAGS = (
     "same_tokens",
     "other_language",
     *KINDS,
-    "refusal_first",
-    "refusal_second",
+    "refusal_chosen",
+    "refusal_rejected",
 )
 NUMBERS = {
     "line": np.int32,
     "n_tokens": np.int32,
     "prompt_characters": np.int32,
-    "first_characters": np.int32,
-    "second_characters": np.int32,
+    "chosen_characters": np.int32,
+    "rejected_characters": np.int32,
     "id": np.uint64,
     "group": np.uint64,
     "key": np.uint64,
@@ -68,12 +68,12 @@ NUMBERS = {
     "swapped": np.uint64,
 }
 NAMES = {"lang": "lang", "source": "source", "terms": "license"}
-"""Columns of names, and the fields of a row that they hold."""
+"""Columns of category codes, and the field of a row that each encodes."""
 Columns = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Found:
+class RowTable:
     """Rows as columns: `FLAGS` as 0 and 1, `NUMBERS`, `NAMES` as positions in `names`; with the sketch of each prompt.
 
     `size` is the bytes of the lines.
@@ -87,13 +87,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Scan:
-    """How rows are read.
+    """Settings for reading rows.
 
     Args:
-        kind: their schema.
+        kind: schema of the rows.
         base_model: folder with the tokenizer.
-        max_length: tokens that a row may have.
-        language_confidence: probability from which another language is believed.
+        max_length: most tokens that a row may have.
+        language_confidence: probability from which a detected language counts against `lang`.
     """
 
     kind: type[Row]
@@ -102,18 +102,18 @@ class Scan:
     language_confidence: float
 
 
-def scan_file(scan: Scan, path: Path, pool: ProcessPoolExecutor | None) -> Iterator[Found]:
-    """Read a file of rows in chunks, in its order.
+def scan_file(scan: Scan, path: Path, pool: ProcessPoolExecutor | None) -> Iterator[RowTable]:
+    """Read a file of rows in chunks, in file order.
 
     Raises:
-        InputError: a line that is no JSON object.
+        InputError: a line is not a JSON object.
     """
     lines = raw_lines(path)
     chunks = iter(lambda: list(islice(lines, CHUNK)), [])
     if pool is None:
         yield from (scan_lines(scan, path, chunk) for chunk in chunks)
         return
-    waiting: deque[Future[Found]] = deque()
+    waiting: deque[Future[RowTable]] = deque()
     for chunk in chunks:
         waiting.append(pool.submit(scan_lines, scan, path, chunk))
         if len(waiting) > 2 * MAX_PROCESSES:
@@ -122,7 +122,7 @@ def scan_file(scan: Scan, path: Path, pool: ProcessPoolExecutor | None) -> Itera
 
 
 def processes_for(paths: Iterable[Path]) -> ProcessPoolExecutor | None:
-    """Processes to read files with, or none when one does it faster."""
+    """A process pool for reading the files; None where one process is faster."""
     cores = min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
     if cores < 2 or sum(path.stat().st_size for path in paths if path.is_file()) < LARGE:
         return None
@@ -130,7 +130,7 @@ def processes_for(paths: Iterable[Path]) -> ProcessPoolExecutor | None:
 
 
 def _end_with_parent() -> None:
-    """A process of the pool whose parent was killed would wait for work for ever."""
+    """Exit a pool worker when its parent dies; it would otherwise wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -141,8 +141,8 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def join_found(parts: Sequence[Found]) -> Found:
-    """Chunks one after another."""
+def join_tables(parts: Sequence[RowTable]) -> RowTable:
+    """Concatenate chunks."""
     names: dict[str, list[str]] = {}
     columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in (*FLAGS, *NUMBERS)}
     for column in NAMES:
@@ -151,19 +151,19 @@ def join_found(parts: Sequence[Found]) -> Found:
         codes = [np.array([positions[name] for name in part.names[column]], np.int32) for part in parts]
         columns[column] = np.concatenate([code[part.columns[column]] for code, part in zip(codes, parts, strict=True)])
     sketches = join_sketches([part.sketches for part in parts])
-    return Found(columns, names, sketches, sum(part.size for part in parts))
+    return RowTable(columns, names, sketches, sum(part.size for part in parts))
 
 
 _counters: dict[tuple[Path, int], TokenCounter] = {}
-"""The token counter of this process, which is slow to make."""
+"""This process's token counters by base model and maximum length; they are slow to build."""
 
 
-def scan_lines(scan: Scan, path: Path, lines: list[tuple[int, bytes]]) -> Found:
-    """The columns of some lines of a file."""
-    place = (scan.base_model, scan.max_length)
-    if place not in _counters:
-        _counters[place] = TokenCounter(load_tokenizer(scan.base_model), scan.max_length)
-    return _Chunk(scan, _counters[place]).read(path, lines)
+def scan_lines(scan: Scan, path: Path, lines: list[tuple[int, bytes]]) -> RowTable:
+    """The table of some lines of a file."""
+    key = (scan.base_model, scan.max_length)
+    if key not in _counters:
+        _counters[key] = TokenCounter(load_tokenizer(scan.base_model), scan.max_length)
+    return _Chunk(scan, _counters[key]).read(path, lines)
 
 
 class _Chunk:
@@ -172,7 +172,7 @@ class _Chunk:
         self.counter = counter
         self.answers = ("chosen", "rejected") if scan.kind is Preference else ("response",)
 
-    def read(self, path: Path, lines: list[tuple[int, bytes]]) -> Found:
+    def read(self, path: Path, lines: list[tuple[int, bytes]]) -> RowTable:
         n = len(lines)
         self.flags = {name: np.zeros(n, np.uint8) for name in FLAGS}
         self.numbers: Columns = {name: np.zeros(n, kind) for name, kind in NUMBERS.items()}
@@ -186,60 +186,61 @@ class _Chunk:
             prompt, answer = self._texts(row, value)
             prompts.append(prompt)
             answers.append(answer)
-            texts.append(self._judge(row, value, prompt, answer))
-        # What is no conversation has no tokens; a template may do anything with it.
-        whole = np.flatnonzero((self.flags["schema"] | self.flags["turns"]) == 0)
-        tokens, same = self.counter.count([prompts[row] for row in whole], [answers[row] for row in whole])
-        self.numbers["n_tokens"][whole] = tokens
-        self.flags["same_tokens"][whole] = same & (1 - self.flags["same_answer"][whole])
+            texts.append(self._fill_row(row, value, prompt, answer))
+        # A row that is not a valid conversation gets no token count; a template may do anything with it.
+        countable = np.flatnonzero((self.flags["schema"] | self.flags["turns"]) == 0)
+        tokens, same = self.counter.count([prompts[row] for row in countable], [answers[row] for row in countable])
+        self.numbers["n_tokens"][countable] = tokens
+        self.flags["same_tokens"][countable] = same & (1 - self.flags["same_answer"][countable])
         codes = {name: {value: i for i, value in enumerate(sorted(set(names[name])))} for name in NAMES}
         named = {name: np.array([codes[name][value] for value in names[name]], np.int16) for name in NAMES}
         sketches = sketch(texts, names["lang"])
         size = sum(len(line) for _, line in lines)
-        return Found(self.flags | self.numbers | named, {name: list(codes[name]) for name in NAMES}, sketches, size)
+        return RowTable(self.flags | self.numbers | named, {name: list(codes[name]) for name in NAMES}, sketches, size)
 
     def _texts(self, row: int, value: JsonObject) -> tuple[list[dict[str, str]], tuple[str, ...]]:
-        """The conversation and the answers; what is no text is taken as written out, and the schema check says so."""
+        """The conversation and the answers; values that are not strings are converted, and fail the schema check."""
         if not fits(self.scan.kind, value):
             self.flags["schema"][row] = 1
             turns = value.get("prompt")
-            found = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-            prompt = [{"role": str(turn.get("role")), "content": str(turn.get("content", ""))} for turn in found]
+            messages = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+            prompt = [{"role": str(turn.get("role")), "content": str(turn.get("content", ""))} for turn in messages]
             return prompt, tuple([str(value.get(name) or "") for name in self.answers])
         return value["prompt"], tuple([value[name] for name in self.answers])
 
-    def _judge(self, row: int, value: JsonObject, prompt: list[dict[str, str]], answers: tuple[str, ...]) -> str:
-        """Set the row's flags and numbers; returns the prompt as it is compared."""
+    def _fill_row(self, row: int, value: JsonObject, prompt: list[dict[str, str]], answers: tuple[str, ...]) -> str:
+        """Fill in the row's flags and numbers; returns the normalized prompt in lower case, for comparison."""
         flags, numbers = self.flags, self.numbers
         roles = " ".join([turn["role"] for turn in prompt])
-        asked = normal("\n".join([turn["content"] for turn in prompt]))
-        said = [normal(answer) for answer in answers]
-        whole = "\n".join([asked, *said])
-        lowered = asked.lower()
-        lower_said = [answer[:REFUSAL_SAMPLE].lower() for answer in said]
+        prompt_text = normalize_text("\n".join([turn["content"] for turn in prompt]))
+        answer_texts = [normalize_text(answer) for answer in answers]
+        full_text = "\n".join([prompt_text, *answer_texts])
+        lowered = prompt_text.lower()
+        openings = [answer[:REFUSAL_SAMPLE].lower() for answer in answer_texts]
         lang = str(value.get("lang"))
         flags["turns"][row] = ROLES.fullmatch(roles) is None
-        flags["characters"][row] = any(mark in whole for mark in BROKEN)
+        flags["characters"][row] = any(mark in full_text for mark in BROKEN)
         flags["language"][row] = lang not in LANGUAGES
-        flags["license"][row] = SAID.search(str(value.get("license") or "")) is None
-        for kind in kinds_in(whole):
+        flags["license"][row] = NON_BLANK.search(str(value.get("license") or "")) is None
+        for kind in kinds_in(full_text):
             flags[kind][row] = 1
         if lang in LANGUAGES:
-            texts = [lowered, *lower_said]
+            texts = [lowered, *openings]
             flags["other_language"][row] = is_in_another_language(lang, texts, self.scan.language_confidence)
         numbers["prompt_characters"][row] = sum([len(turn["content"]) for turn in prompt])
         numbers["id"][row] = _hash(str(value.get("id")))
         numbers["group"][row] = _hash(str(value.get("group")))
         numbers["key"][row] = int(prompt_key(lowered), 16)
-        numbers["content"][row] = _hash("\0".join([roles, asked, *said]))
-        for place, (text, opening) in enumerate(zip(answers, lower_said, strict=True)):
-            numbers[("first_characters", "second_characters")[place]][row] = len(text)
-            flags[("refusal_first", "refusal_second")[place]][row] = is_refusal(opening)
-        if len(said) > 1:
-            first, second = said
-            flags["same_answer"][row] = is_same(first, second)
-            flags["truncated_answer"][row] = first != second and is_cut(*sorted(said, key=len))
-            numbers["swapped"][row] = _hash("\0".join([roles, asked, second, first]))
+        numbers["content"][row] = _hash("\0".join([roles, prompt_text, *answer_texts]))
+        # An instruction's one response is in the columns of the chosen answer.
+        for index, (text, opening) in enumerate(zip(answers, openings, strict=True)):
+            numbers[("chosen_characters", "rejected_characters")[index]][row] = len(text)
+            flags[("refusal_chosen", "refusal_rejected")[index]][row] = is_refusal(opening)
+        if len(answer_texts) > 1:
+            chosen, rejected = answer_texts
+            flags["same_answer"][row] = is_same(chosen, rejected)
+            flags["truncated_answer"][row] = chosen != rejected and is_truncated(*sorted(answer_texts, key=len))
+            numbers["swapped"][row] = _hash("\0".join([roles, prompt_text, rejected, chosen]))
         return lowered
 
 
@@ -253,13 +254,13 @@ def fits(kind: type[Row], value: JsonObject) -> bool:
 
 
 def is_same(first: str, second: str) -> bool:
-    """Whether two normalised answers say the same."""
+    """Whether two normalized answers are the same."""
     return first == second
 
 
-def is_cut(short: str, long: str) -> bool:
-    """Whether the shorter text is the beginning of the longer one and ends inside a sentence."""
-    return len(short) >= SHORTEST_CUT and long.startswith(short) and not short.endswith(SENTENCE_END)
+def is_truncated(short: str, long: str) -> bool:
+    """Whether the shorter text is a prefix of the longer one and ends mid-sentence."""
+    return len(short) >= MIN_TRUNCATED and long.startswith(short) and not short.endswith(SENTENCE_END)
 
 
 def _hash(text: str) -> int:

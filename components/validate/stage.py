@@ -1,6 +1,6 @@
-"""Check both data sets, set bad rows aside with their reasons, and stop the run when too much is bad.
+"""Check both data sets, quarantine bad rows with their reasons, and stop the run when too many rows are bad.
 
-Every row is read twice: once for its columns of numbers (scan.py), once to be written to where it belongs.
+Every row is read twice: once for its features (scan.py), once to be copied to the clean rows or the quarantine.
 """
 
 from collections import Counter
@@ -33,14 +33,14 @@ from components.tracking.run import StageRun, stage_run
 from components.validate.bias import ALL, Bias, Measure, find_bias, measures
 from components.validate.checks import KINDS, TOO_LONG, Check, row_checks, statistic_checks, with_severities
 from components.validate.config import ValidateConfig
-from components.validate.duplicates import Listed, mark_prompts, mark_rows, read_listed
+from components.validate.duplicates import DecontaminationList, mark_prompts, mark_rows, read_decontamination_list
 from components.validate.report_page import html_page, markdown_page
-from components.validate.scan import Found, Scan, join_found, processes_for, scan_file
+from components.validate.scan import RowTable, Scan, join_tables, processes_for, scan_file
 from components.validate.suite import Suite
 
 Failed = dict[str, NDArray[np.int64]]
-SHOWN_PLACES = 20
-"""Lines that the report names for a check; quarantine.jsonl has all."""
+MAX_LISTED_ROWS = 20
+"""Rows that the report lists per check; quarantine.jsonl has all."""
 
 
 def run_validate(
@@ -56,13 +56,13 @@ def run_validate(
 
     Args:
         config: the thresholds, and when to stop.
-        max_length: tokens of prompt and answer above which a row is set aside.
+        max_length: tokens of prompt and answer above which a row is quarantined.
         dataset: folder with preferences/ and instructions/, from fetch.
         base_model: model folder, for its tokenizer.
-        clean_out: gets the good rows, quarantine.jsonl, warnings.jsonl (where rows stand that a check warns of, not
-            what they say) and validation.json.
-        html_out: gets the report as a page.
-        markdown_out: gets it as Markdown.
+        clean_out: gets the good rows, quarantine.jsonl, warnings.jsonl (file and line of the rows that a check warns
+            of, never their text) and validation.json.
+        html_out: gets the report as an HTML page.
+        markdown_out: gets the report as Markdown.
 
     Returns:
         the MLflow run, and the counts and shares as metrics.
@@ -70,21 +70,24 @@ def run_validate(
     Raises:
         DataValidationError: a check with severity `stop` fails, there are too many bad rows, or too few good ones. The
             reports are written first.
-        InputError: a file that is not JSON lines.
+        InputError: a file is not JSON Lines.
     """
     params = config.model_dump() | {"max_length": max_length}
     with stage_run("validate", params) as run:
         overall = with_severities(statistic_checks(), config)
         checked = check_rows(config, max_length, dataset, base_model, run)
-        sets, sides, checks, failed = checked.sets, checked.sides, checked.checks, checked.failed
+        sets, split_codes, checks, failed = checked.sets, checked.split_codes, checked.checks, checked.failed
         bias = find_bias(sets["preferences"], sets["preferences"].columns["schema"] == 0)
         drift = _drift(dataset, sets["preferences"])
         measured = measures(bias, config.max_shortcut_accuracy)
         measured += [Measure("drift", name, value, config.max_drift) for name, value in (drift or {}).items()]
-        statistics = _statistics(measured, checked.suite, overall, drift is not None, checked.listed)
-        aside = {name: _reasons(checks[name], failed[name], ("stop", "error")) for name in sets}
+        statistics = _statistics(measured, checked.suite, overall, drift is not None, checked.decontamination)
+        quarantined = {name: _reasons(checks[name], failed[name], ("stop", "error")) for name in sets}
         warned = {name: _reasons(checks[name], failed[name], ("warn",)) for name in sets}
-        by_set = {name: _summary(checks[name], failed[name], aside[name], sets[name], sides[name]) for name in sets}
+        by_set = {
+            name: _summary(checks[name], failed[name], quarantined[name], sets[name], split_codes[name])
+            for name in sets
+        }
         summary: ValidationSummary = {
             "preferences": {
                 **by_set["preferences"],
@@ -94,14 +97,14 @@ def run_validate(
             "instructions": by_set["instructions"],
         }
         with replacing_folder(clean_out) as folder:
-            _write_rows(dataset, folder, aside)
-            _write_warnings(folder / "warnings.jsonl", warned, sets, sides)
+            _write_rows(dataset, folder, quarantined)
+            _write_warnings(folder / "warnings.jsonl", warned, sets, split_codes)
             write_json(folder / "validation.json", summary)
             write_manifest(folder)
         metrics = _metrics(summary, bias)
         run.log_metrics([(0, metrics)])
-        for name, found in data_sets(summary).items():
-            run.log(f"{name}: {found['rows']} rows = {_counts(found, max_length)}")
+        for name, counts in data_sets(summary).items():
+            run.log(f"{name}: {counts['rows']} rows = {_counts(counts, max_length)}")
         write_text(html_out, html_page(summary))
         write_text(markdown_out, markdown_page(summary))
         for path in (clean_out / "validation.json", html_out):
@@ -112,97 +115,101 @@ def run_validate(
 
 @dataclass(frozen=True)
 class Checked:
-    """The rows of each data set as columns, the side of each, and the rows that fail each check."""
+    """The row table of each data set, every row's split as an index into SPLITS, and the rows that fail each check."""
 
-    sets: dict[str, Found]
-    sides: dict[str, NDArray[np.uint8]]
+    sets: dict[str, RowTable]
+    split_codes: dict[str, NDArray[np.uint8]]
     checks: dict[str, list[Check]]
     failed: dict[str, Failed]
-    listed: Listed | None
+    decontamination: DecontaminationList | None
     suite: Suite
 
 
 def check_rows(config: ValidateConfig, max_length: int, dataset: Path, base_model: Path, run: StageRun) -> Checked:
-    """Look at every row of both data sets, and write nothing.
+    """Check every row of both data sets; writes nothing.
 
     Raises:
-        InputError: a file that is not JSON lines.
+        InputError: a file is not JSON Lines.
         KubealignError: a check could not be evaluated.
     """
     checks = {name: with_severities(row_checks(kind, max_length), config) for name, kind in KINDS.items()}
-    listed = _read_list(config, dataset)
-    sets, sides = _scan(config, max_length, dataset, base_model, run)
+    decontamination = _decontamination_list(config, dataset)
+    sets, split_codes = _scan(config, max_length, dataset, base_model, run)
     suite = Suite()
-    flags = mark_prompts(sets, sides, listed, config.near_duplicate)
+    flags = mark_prompts(sets, split_codes, decontamination, config.near_duplicate)
     failed = {
-        name: suite.failing(found.columns | flags[name] | mark_rows(KINDS[name], found), checks[name])
-        for name, found in sets.items()
+        name: suite.failing(table.columns | flags[name] | mark_rows(KINDS[name], table), checks[name])
+        for name, table in sets.items()
     }
-    return Checked(sets, sides, checks, failed, listed, suite)
+    return Checked(sets, split_codes, checks, failed, decontamination, suite)
 
 
-def _read_list(config: ValidateConfig, dataset: Path) -> Listed | None:
+def _decontamination_list(config: ValidateConfig, dataset: Path) -> DecontaminationList | None:
     path = dataset / "preferences" / config.decontamination_file
-    return read_listed(path) if config.decontamination_file and path.is_file() else None
+    return read_decontamination_list(path) if config.decontamination_file and path.is_file() else None
 
 
 def _scan(
     config: ValidateConfig, max_length: int, dataset: Path, base_model: Path, run: StageRun
-) -> tuple[dict[str, Found], dict[str, NDArray[np.uint8]]]:
-    """Each data set as columns, and the side of every row as its position in SPLITS."""
+) -> tuple[dict[str, RowTable], dict[str, NDArray[np.uint8]]]:
+    """The row table of each data set, and every row's split as an index into SPLITS."""
     paths = {name: [dataset / name / f"{split}.jsonl" for split in SPLITS] for name in KINDS}
-    every = [path for of_set in paths.values() for path in of_set]
-    total = max(1, sum(path.stat().st_size for path in every if path.is_file()) >> 10)
-    pool = processes_for(every)
+    all_paths = [path for set_paths in paths.values() for path in set_paths]
+    total = max(1, sum(path.stat().st_size for path in all_paths if path.is_file()) >> 10)
+    pool = processes_for(all_paths)
     done = 0
-    sets, sides = {}, {}
+    sets, split_codes = {}, {}
     try:
         for name, kind in KINDS.items():
             scan = Scan(kind, base_model, max_length, config.language_confidence)
-            parts: list[Found] = []
-            side = []
-            for position, path in enumerate(paths[name]):
+            parts: list[RowTable] = []
+            codes = []
+            for split_index, path in enumerate(paths[name]):
                 before = len(parts)
                 for part in scan_file(scan, path, pool):
                     parts.append(part)
-                    side.append(np.full(len(part.columns["line"]), position, np.uint8))
+                    codes.append(np.full(len(part.columns["line"]), split_index, np.uint8))
                     done += part.size
                     run.progress(min(total, (done >> 10) + 1), total, f"KiB of {name}")
                 if len(parts) == before:
                     raise InputError(f"{path}: no rows; expected at least one")
-            sets[name], sides[name] = join_found(parts), np.concatenate(side)
+            sets[name], split_codes[name] = join_tables(parts), np.concatenate(codes)
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
-    return sets, sides
+    return sets, split_codes
 
 
-def _drift(dataset: Path, found: Found) -> dict[str, float] | None:
-    """Distance of each measure from the version before; None when the data set knows of no version before."""
+def _drift(dataset: Path, table: RowTable) -> dict[str, float] | None:
+    """Distance of each measure from the previous version; None when the data set records no previous version."""
     path = dataset / "preferences" / PREVIOUS
     if not path.is_file():
         return None
     before = Distribution.model_validate(read_json(path))
-    columns, names = found.columns, found.names
+    columns, names = table.columns, table.names
     counts: dict[str, dict[str, int]] = {}
     for measure, column in zip(MEASURES[:2], ("lang", "source"), strict=True):
         counts[measure] = dict(zip(names[column], np.bincount(columns[column]).tolist(), strict=False))
     for measure, column in zip(
-        MEASURES[2:], ("prompt_characters", "first_characters", "second_characters"), strict=True
+        MEASURES[2:], ("prompt_characters", "chosen_characters", "rejected_characters"), strict=True
     ):
-        lengths, numbers = np.unique(columns[column], return_counts=True)
-        steps: dict[str, int] = {}
-        for length, number in zip(lengths.tolist(), numbers.tolist(), strict=True):
-            steps[length_bucket(length)] = steps.get(length_bucket(length), 0) + number
-        counts[measure] = steps
+        lengths, rows = np.unique(columns[column], return_counts=True)
+        buckets: dict[str, int] = {}
+        for length, n in zip(lengths.tolist(), rows.tolist(), strict=True):
+            buckets[length_bucket(length)] = buckets.get(length_bucket(length), 0) + n
+        counts[measure] = buckets
     now = Distribution.model_validate({"rows": len(columns["line"])} | counts)
     return {measure: distance(now, before, measure) for measure in MEASURES}
 
 
 def _statistics(
-    measured: list[Measure], suite: Suite, checks: list[Check], drift_known: bool, listed: Listed | None
+    measured: list[Measure],
+    suite: Suite,
+    checks: list[Check],
+    drift_known: bool,
+    decontamination: DecontaminationList | None,
 ) -> Statistics:
-    """The measures of the data set as a whole, and which of them fail their check."""
+    """The data-set-level measures, and which of them fail their check."""
     failing = {measure for check in checks for measure in _failing_measures(measured, suite, check)}
     lines: list[Statistic] = [
         {
@@ -219,7 +226,7 @@ def _statistics(
         "lines": lines,
         "checks": [_check_result(check, len(parts[check.name]), parts[check.name]) for check in checks],
         "drift_known": drift_known,
-        "listed_prompts": None if listed is None else len(listed.keys),
+        "listed_prompts": None if decontamination is None else len(decontamination.keys),
     }
 
 
@@ -242,7 +249,7 @@ def _check_result(check: Check, failed: int, places: list[str]) -> CheckResult:
 
 
 def _reasons(checks: list[Check], failed: Failed, severities: tuple[str, ...]) -> dict[int, list[str]]:
-    """For every row that fails a check of such a severity, the names of those checks."""
+    """The names of the checks of these severities that each row fails; only rows that fail one."""
     reasons: dict[int, list[str]] = {}
     for check in checks:
         if check.severity in severities:
@@ -252,33 +259,37 @@ def _reasons(checks: list[Check], failed: Failed, severities: tuple[str, ...]) -
 
 
 def _summary(
-    checks: list[Check], failed: Failed, aside: dict[int, list[str]], found: Found, side: NDArray[np.uint8]
+    checks: list[Check],
+    failed: Failed,
+    quarantined: dict[int, list[str]],
+    table: RowTable,
+    split_code: NDArray[np.uint8],
 ) -> DataSetSummary:
-    rows = len(side)
-    kept = np.ones(rows, bool)
-    kept[list(aside)] = False
-    langs = found.columns["lang"]
+    rows = len(split_code)
+    clean = np.ones(rows, bool)
+    clean[list(quarantined)] = False
+    langs = table.columns["lang"]
     counts = {
         split: {
-            name: int((kept & (side == position) & (langs == code)).sum())
-            for code, name in enumerate(found.names["lang"])
+            name: int((clean & (split_code == split_index) & (langs == code)).sum())
+            for code, name in enumerate(table.names["lang"])
         }
-        for position, split in enumerate(SPLITS)
+        for split_index, split in enumerate(SPLITS)
     }
     return {
         "rows": rows,
-        "clean": rows - len(aside),
-        "quarantined": len(aside),
-        "too_long": sum(reasons == [TOO_LONG] for reasons in aside.values()),
-        "splits": {split: {name: n for name, n in of.items() if n} for split, of in counts.items()},
-        "sources": _sources(found, kept),
+        "clean": rows - len(quarantined),
+        "quarantined": len(quarantined),
+        "too_long": sum(reasons == [TOO_LONG] for reasons in quarantined.values()),
+        "splits": {split: {name: n for name, n in by_lang.items() if n} for split, by_lang in counts.items()},
+        "sources": _sources(table, clean),
         "checks": [
             _check_result(
                 check,
                 len(failed[check.name]),
                 [
-                    f"{SPLITS[side[row]]}.jsonl:{found.columns['line'][row]}"
-                    for row in failed[check.name][:SHOWN_PLACES].tolist()
+                    f"{SPLITS[split_code[row]]}.jsonl:{table.columns['line'][row]}"
+                    for row in failed[check.name][:MAX_LISTED_ROWS].tolist()
                 ],
             )
             for check in checks
@@ -286,22 +297,22 @@ def _summary(
     }
 
 
-def _sources(found: Found, kept: NDArray[np.bool_]) -> dict[str, SourceSummary]:
-    """Licence and number of the clean rows of every source; several licences of one are all named."""
-    pairs = np.stack([found.columns["source"], found.columns["terms"]], axis=1)[kept]
-    each, counts = np.unique(pairs, axis=0, return_counts=True)
+def _sources(table: RowTable, clean: NDArray[np.bool_]) -> dict[str, SourceSummary]:
+    """Licence and number of clean rows of every source; a source with several licences lists them all."""
+    pairs = np.stack([table.columns["source"], table.columns["terms"]], axis=1)[clean]
+    combinations, counts = np.unique(pairs, axis=0, return_counts=True)
     licences: dict[str, list[str]] = {}
     rows: Counter[str] = Counter()
-    for (source, license_), n in zip(each.tolist(), counts.tolist(), strict=True):
-        name = found.names["source"][source]
-        licences.setdefault(name, []).append(found.names["terms"][license_])
+    for (source, license_), n in zip(combinations.tolist(), counts.tolist(), strict=True):
+        name = table.names["source"][source]
+        licences.setdefault(name, []).append(table.names["terms"][license_])
         rows[name] += n
     return {name: {"license": ", ".join(sorted(terms)), "rows": rows[name]} for name, terms in licences.items()}
 
 
-def _write_rows(dataset: Path, out: Path, aside: dict[str, dict[int, list[str]]]) -> None:
-    """Every row goes as it is to its file, or with its reasons to quarantine.jsonl."""
-    with (out / "quarantine.jsonl").open("wb") as quarantine:
+def _write_rows(dataset: Path, out: Path, quarantined: dict[str, dict[int, list[str]]]) -> None:
+    """Copy every row unchanged to its file, or with its reasons to quarantine.jsonl."""
+    with (out / "quarantine.jsonl").open("wb") as quarantine_file:
         for name, kind in KINDS.items():
             (out / name).mkdir()
             row = -1
@@ -310,26 +321,29 @@ def _write_rows(dataset: Path, out: Path, aside: dict[str, dict[int, list[str]]]
                 with (out / name / path.name).open("wb") as clean:
                     for number, line in raw_lines(path):
                         row += 1
-                        if row not in aside[name]:
+                        if row not in quarantined[name]:
                             clean.write(line if line.endswith(b"\n") else line + b"\n")
                             continue
                         value = parse_line(path, number, line)
-                        reasons = aside[name][row]
+                        reasons = quarantined[name][row]
                         entry = {"data_set": name, "split": split, "line": number, "reasons": reasons}
                         if "schema" in reasons:
                             entry["detail"] = _schema_problem(kind, value)
-                        quarantine.write(orjson.dumps(entry | {"row": value}) + b"\n")
+                        quarantine_file.write(orjson.dumps(entry | {"row": value}) + b"\n")
 
 
 def _write_warnings(
-    path: Path, warned: dict[str, dict[int, list[str]]], sets: dict[str, Found], sides: dict[str, NDArray[np.uint8]]
+    path: Path,
+    warned: dict[str, dict[int, list[str]]],
+    sets: dict[str, RowTable],
+    split_codes: dict[str, NDArray[np.uint8]],
 ) -> None:
-    """Where every row stands that a check warns of, in the data set as it came."""
+    """Write data set, split and line of every row that a check warns of, as counted in the input."""
     with path.open("wb") as file:
         for name, rows in warned.items():
             for row in sorted(rows):
-                place = {"split": SPLITS[sides[name][row]], "line": int(sets[name].columns["line"][row])}
-                file.write(orjson.dumps({"data_set": name} | place | {"checks": rows[row]}) + b"\n")
+                location = {"split": SPLITS[split_codes[name][row]], "line": int(sets[name].columns["line"][row])}
+                file.write(orjson.dumps({"data_set": name} | location | {"checks": rows[row]}) + b"\n")
 
 
 def _schema_problem(kind: Any, value: JsonObject) -> str:
@@ -342,13 +356,13 @@ def _schema_problem(kind: Any, value: JsonObject) -> str:
 
 def _metrics(summary: ValidationSummary, bias: list[Bias]) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    for name, found in data_sets(summary).items():
-        metrics[f"{name}_rows"] = float(found["rows"])
-        metrics[f"{name}_clean"] = float(found["clean"])
-        metrics[f"{name}_quarantined"] = float(found["quarantined"])
-        metrics[f"{name}_too_long"] = float(found["too_long"])
+    for name, data_set in data_sets(summary).items():
+        metrics[f"{name}_rows"] = float(data_set["rows"])
+        metrics[f"{name}_clean"] = float(data_set["clean"])
+        metrics[f"{name}_quarantined"] = float(data_set["quarantined"])
+        metrics[f"{name}_too_long"] = float(data_set["too_long"])
         metrics |= {
-            f"{name}_fail_{check['name']}": float(check["failed"]) for check in found["checks"] if check["failed"]
+            f"{name}_fail_{check['name']}": float(check["failed"]) for check in data_set["checks"] if check["failed"]
         }
     for part in bias:
         if part.source == ALL and part.longer_wins.n:
@@ -359,7 +373,7 @@ def _metrics(summary: ValidationSummary, bias: list[Bias]) -> dict[str, float]:
 def _counts(summary: DataSetSummary, max_length: int) -> str:
     return (
         f"{summary['clean']} clean + {summary['quarantined']} quarantined"
-        f" ({summary['too_long']} of them only for being longer than {max_length} tokens)"
+        f" ({summary['too_long']} of them only because they are longer than {max_length} tokens)"
     )
 
 
@@ -370,20 +384,20 @@ def _stop_when_bad(config: ValidateConfig, summary: ValidationSummary) -> None:
                 raise DataValidationError(
                     f"{name}: {check['failed']} fail `{check['name']}`: {check['advice']}; see the validation report"
                 )
-    for name, found in data_sets(summary).items():
-        bad = found["quarantined"] - found["too_long"]
-        share = bad / found["rows"]
+    for name, data_set in data_sets(summary).items():
+        bad = data_set["quarantined"] - data_set["too_long"]
+        share = bad / data_set["rows"]
         if share > config.max_quarantined:
-            errors = [c for c in found["checks"] if c["severity"] == "error" and c["name"] != TOO_LONG]
+            errors = [c for c in data_set["checks"] if c["severity"] == "error" and c["name"] != TOO_LONG]
             worst = max(errors, key=lambda c: c["failed"])
             raise DataValidationError(
-                f"{name}: {bad} of {found['rows']} rows are bad ({share:.1%}; validate"
+                f"{name}: {bad} of {data_set['rows']} rows are bad ({share:.1%}; validate"
                 f".max_quarantined allows {config.max_quarantined:.1%}); most fail `{worst['name']}`"
                 f" ({worst['failed']}): {worst['advice']}; see the validation report"
             )
-        for split, languages in found["splits"].items():
+        for split, languages in data_set["splits"].items():
             if sum(languages.values()) < config.min_rows:
                 raise InputError(
-                    f"{name}: {sum(languages.values())} usable rows in {split}, validate.min_rows asks for"
+                    f"{name}: {sum(languages.values())} usable rows in {split}; validate.min_rows requires"
                     f" {config.min_rows}; add data or raise model.max_length"
                 )

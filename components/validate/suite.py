@@ -1,4 +1,4 @@
-"""Great Expectations evaluates the checks, on tables of numbers."""
+"""Evaluation of the checks by Great Expectations, on numeric tables."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from components.common.errors import KubealignError
 from components.validate.checks import Check
 
-NUMBER = "number"
+LINE_NUMBER = "number"
 
 
 class Suite:
-    """A Great Expectations context without files, with one way to put tables in."""
+    """An in-memory Great Expectations context that validates data frames."""
 
     def __init__(self) -> None:
         import great_expectations as gx
@@ -27,34 +27,36 @@ class Suite:
         """The lines of a table that fail each check.
 
         Args:
-            columns: numbers, one array or list per column; a value that is not a number, NaN, fails nothing.
-            checks: whose expectations name these columns.
+            columns: one numeric array or list per column; NaN fails no check.
+            checks: checks whose expectations name these columns.
 
         Raises:
-            KubealignError: an expectation could not be evaluated; that is never the data's fault.
+            KubealignError: an expectation could not be evaluated, which is never the data's fault.
         """
         import great_expectations.expectations as gxe
 
         table = pd.DataFrame(columns, copy=False)
-        table[NUMBER] = np.arange(len(table), dtype=np.int32)
+        table[LINE_NUMBER] = np.arange(len(table), dtype=np.int32)
         batch = self.batches.get_batch({"dataframe": table})
-        # GE repeats tested values and line numbers in its results; only the lines are asked for, and not as a query.
-        form = {
+        # By default GE repeats tested values and line numbers in its results; request the line numbers only.
+        result_format = {
             "result_format": "COMPLETE",
-            "unexpected_index_column_names": [NUMBER],
+            "unexpected_index_column_names": [LINE_NUMBER],
             "return_unexpected_index_query": False,
             "partial_unexpected_count": 0,
         }
         failed = {}
         for check in checks:
-            result = batch.validate(getattr(gxe, check.expectation)(**check.arguments), result_format=form)
+            result = batch.validate(getattr(gxe, check.expectation)(**check.arguments), result_format=result_format)
             exceptions = _exceptions(result.exception_info)
             if exceptions:
                 raise KubealignError(f"check {check.name} could not be evaluated: {exceptions[0]}")
             entries = result.result.get("unexpected_index_list") or []
             if result.success == bool(entries):
-                raise KubealignError(f"check {check.name} could not be evaluated: Great Expectations named no lines")
-            failed[check.name] = np.array([entry[NUMBER] for entry in entries], np.int64)
+                raise KubealignError(
+                    f"check {check.name} could not be evaluated: Great Expectations returned no line numbers"
+                )
+            failed[check.name] = np.array([entry[LINE_NUMBER] for entry in entries], np.int64)
         return failed
 
 

@@ -1,7 +1,7 @@
-"""How many tokens a row has, and whether its answers still differ as tokens; most rows are decided without counting.
+"""Token counts of rows, and whether a row's answers differ as tokens; most rows need no tokenization.
 
-A byte-level BPE tokenizer makes at most one token of a byte and loses nothing. So a row whose bytes are no more than
-the limit fits, and answers that differ as text differ as tokens; only the others are tokenised.
+A byte-level BPE tokenizer is lossless and emits at most one token per byte. So a row with no more bytes than the limit
+fits, and answers that differ as text differ as tokens; only the remaining rows are tokenized.
 """
 
 import json
@@ -17,16 +17,16 @@ from components.dataset.chat import REFUSALS, encode, encode_many
 from components.dataset.records import Message
 
 PROBE = "\u241f"
-"""A character that no template writes by itself."""
+"""A character that no chat template emits by itself."""
 BATCH = 256
-"""Rows that are rendered and tokenised at once; a few MB of ids."""
+"""Rows that are rendered and tokenized at once; a few MB of ids."""
 
 
 class TokenCounter:
     """Counts the tokens of rows with a model's tokenizer and chat template.
 
     Raises:
-        InputError: the template does not do for training; `encode` says why.
+        InputError: the template cannot be used for training; `encode` says why.
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
@@ -44,25 +44,25 @@ class TokenCounter:
         """Tokens of each row's prompt and longest answer, and whether its two answers are the same tokens.
 
         Returns:
-            [n] tokens: exact, or an upper bound that is within `max_length`; -1 where the template refuses the row.
-            [n] 1 where the answers are the same.
+            [n] tokens: exact, or an upper bound that is within `max_length`; -1 where the template rejects the row.
+            [n] 1 where the answers are the same tokens.
         """
         tokens = np.full(len(prompts), -1, np.int32)
         same = np.zeros(len(prompts), np.uint8)
-        open_rows = []
+        uncertain_rows = []
         for row, (prompt, texts) in enumerate(zip(prompts, answers, strict=True)):
             bound = self._bound(prompt, texts)
             if bound is not None and bound <= self.max_length and len(set(texts)) == len(texts):
                 tokens[row] = bound
             else:
-                open_rows.append(row)
-        for start in range(0, len(open_rows), BATCH):
-            batch = open_rows[start : start + BATCH]
-            found = encode_many(self.tokenizer, [prompts[row] for row in batch], [answers[row] for row in batch])
-            for row, ids in zip(batch, found, strict=True):
+                uncertain_rows.append(row)
+        for start in range(0, len(uncertain_rows), BATCH):
+            batch = uncertain_rows[start : start + BATCH]
+            encoded = encode_many(self.tokenizer, [prompts[row] for row in batch], [answers[row] for row in batch])
+            for row, ids in zip(batch, encoded, strict=True):
                 if ids is not None:
-                    before, completions = ids
-                    tokens[row] = len(before) + max(map(len, completions))
+                    prompt_ids, completions = ids
+                    tokens[row] = len(prompt_ids) + max(map(len, completions))
                     same[row] = len(completions) > 1 and completions[0] == completions[1]
         return tokens, same
 
@@ -80,26 +80,26 @@ class TokenCounter:
         return size + overhead
 
     def _find_overhead(self, roles: tuple[str, ...]) -> int | None:
-        """Tokens at most that the template adds to the bytes of a conversation; None where it refuses the roles, or
-        repeats a text, so that the size of the whole does not follow from the sizes of the texts.
+        """Upper bound of the tokens that the template adds to the bytes of a conversation; None where it rejects the
+        roles, or repeats a text, so that the total size does not follow from the sizes of the texts.
 
-        Special tokens cut the text before anything is merged. So a piece between two of them that holds no text of the
-        row is counted exactly, and of the others every byte counts.
+        Special tokens split the text before any merge. So a piece between two of them that holds no text of the row is
+        counted exactly; in the other pieces every byte counts as a token.
         """
-        found = []
+        overheads = []
         for length in (1, 33):
             probe = PROBE * length
-            whole = [{"role": role, "content": probe} for role in (*roles, "assistant")]
+            conversation = [{"role": role, "content": probe} for role in (*roles, "assistant")]
             try:
-                text: str = self.tokenizer.apply_chat_template(whole, tokenize=False)
+                text: str = self.tokenizer.apply_chat_template(conversation, tokenize=False)
             except REFUSALS:
                 return None
             pieces = self.special.split(text)
             fixed = [piece for piece in pieces if piece and PROBE not in piece]
             size = len(pieces) - 1 + sum(_size(piece) for piece in pieces if PROBE in piece)
             size += sum(len(self.tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in fixed)
-            found.append(size - _size(probe) * len(whole))
-        return found[0] if found[0] == found[1] else None
+            overheads.append(size - _size(probe) * len(conversation))
+        return overheads[0] if overheads[0] == overheads[1] else None
 
 
 def _size(text: str) -> int:
@@ -107,7 +107,7 @@ def _size(text: str) -> int:
 
 
 def _is_byte_level(tokenizer: Any) -> bool:
-    """Whether a tokenizer is a BPE on bytes that changes no text before it splits it."""
+    """Whether a tokenizer is a byte-level BPE that leaves the text unchanged before splitting it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return False

@@ -34,7 +34,7 @@ from components.evaluate.candidates import Inputs
 from components.evaluate.stage import run_evaluate
 from components.evaluate.statistics import compared_loss
 from components.register.package import content_digest
-from components.register.stage import Judged, Lineage, run_register
+from components.register.stage import Lineage, RegisterInputs, run_register
 from components.registry.audit import Audit, next_use
 from components.tracking import store
 
@@ -91,7 +91,7 @@ class Demo:
         inputs = Inputs(clean, base, sft, policy, incumbent, lineage.decision_index, lineage.data_clean)
         reports = (out / "report.html", out / "report.md")
         run_evaluate(config.evaluate, config.gate, config.model, inputs, {}, out / "evaluation", *reports)
-        judged = Judged(policy, base, out / "evaluation", clean, out / "report.html")
+        judged = RegisterInputs(policy, base, out / "evaluation", clean, out / "report.html")
         runs = {name: found["run_id"] for name, found in first["stages"].items() if name != "register"}
         return run_register(config.register_, config.gate, lineage, runs, judged, out / "result.json")
 

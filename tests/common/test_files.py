@@ -11,8 +11,8 @@ from components.common.files import replacing, replacing_folder, verify_manifest
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"a": 1})
-    with pytest.raises(RuntimeError), replacing(tmp_path / "x.json") as aside:
-        aside.write_text("half")
+    with pytest.raises(RuntimeError), replacing(tmp_path / "x.json") as staging:
+        staging.write_text("half")
         raise RuntimeError
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
     with pytest.raises(RuntimeError), replacing_folder(tmp_path / "folder") as folder:

@@ -23,9 +23,9 @@ DEEP = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
 DEEPER = b'{"prompt": ' + b'[{"a": ' * 450 + b"0" + b"}]" * 450 + b"}\n"
 """Deep enough for a writer that recurses, which the parser does not refuse."""
 BAD: dict[str, tuple[bytes, str]] = {
-    "truncated gzip": (gzip.compress(ROW * 1000)[:-20], r"the gzip stream is damaged or cut off"),
-    "damaged gzip": (gzip.compress(ROW * 1000)[:40] + b"\0" * 40, r"the gzip stream is damaged or cut off"),
-    "gzip without content": (b"\x1f\x8b", r"rows.jsonl:1: the gzip stream is damaged or cut off"),
+    "truncated gzip": (gzip.compress(ROW * 1000)[:-20], r"the gzip stream is damaged"),
+    "damaged gzip": (gzip.compress(ROW * 1000)[:40] + b"\0" * 40, r"the gzip stream is damaged"),
+    "gzip without content": (b"\x1f\x8b", r"rows.jsonl:1: the gzip stream is damaged"),
     "UTF-16": (ROW.decode().encode("utf-16"), r"rows.jsonl:1: .*UTF-16.*; save the file as UTF-8"),
     "UTF-16 without a mark": (ROW.decode().encode("utf-16-be"), r"rows.jsonl:1: NUL byte or UTF-16 at byte 0"),
     "Latin-1": (ROW + '{"chosen": "café"}\n'.encode("latin-1"), r"rows.jsonl:2: not UTF-8 at byte 15 of the line"),
@@ -75,7 +75,7 @@ def test_a_folder_a_missing_file_and_a_pipe_are_no_files_of_rows(tmp_path: Path)
     for path, message in (
         (tmp_path, "a folder; expected a JSON-lines file"),
         (tmp_path / "none", "not found"),
-        (tmp_path / "pipe", "no regular file; expected a JSON-lines file"),
+        (tmp_path / "pipe", "not a regular file; expected a JSON-lines file"),
     ):
         with pytest.raises(InputError, match=message):
             read_lines(path)

@@ -257,7 +257,7 @@ def test_a_better_a_worse_and_an_equal_model_are_told_apart_in_words() -> None:
     assert "supports that the policy is better than the SFT model" in better["comparisons"]["sft"]["words"]
     assert "supports that the policy is worse than the SFT model" in worse["comparisons"]["sft"]["words"]
     same = equal["comparisons"]["sft"]
-    assert same["improvement"]["value"] == 0.0 and same["p_value"] == 1.0 and "nothing to tell" in same["words"]
+    assert same["improvement"]["value"] == 0.0 and same["p_value"] == 1.0 and "every pair alike" in same["words"]
     assert verdict(equal)["verdict"] == "no evidence"
     unclear = results(0.7, 0.5, n=40)["comparisons"]["sft"]
     assert unclear["improvement"]["low"] < 0 < unclear["improvement"]["high"]
@@ -271,9 +271,9 @@ def test_how_many_pairs_would_show_a_difference() -> None:
         mcnemar = {"policy_only": 3, "rival_only": 2, "p_value": 1.0}
         return comparison.words(improvement, mcnemar, 0.1, 100, "sft")
 
-    assert "about 155 pairs would show it" in told(0.2)
-    assert "more than a million pairs would show it" in told(1e-4)
-    assert "more than a million pairs would show it" in told(5e-324)
+    assert "about 155 pairs would" in told(0.2)
+    assert "more than a million pairs would" in told(1e-4)
+    assert "more than a million pairs would" in told(5e-324)
 
 
 @pytest.mark.parametrize(("policy_edge", "sft_edge"), [(2.0, 0.0), (0.5, 0.4), (-0.5, 2.0)])

@@ -285,7 +285,7 @@ def test_a_pods_name_is_told_from_the_settings() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("cluster.data_image=python:latest", "cluster.data_image: `latest` means another image tomorrow"),
+        ("cluster.data_image=python:latest", "cluster.data_image: `latest` is not"),
         ("cluster.train_image=registry.example.com/x:latest", "cluster.train_image: `latest` means another image"),
         ("cluster.data_image=python", "cluster.data_image: string should match .*with a tag or @sha256 digest"),
         ("cluster.train_image=registry.example.com:5000/x", "cluster.train_image: "),

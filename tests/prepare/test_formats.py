@@ -125,13 +125,13 @@ def test_a_row_is_recognised_and_converted(name: str) -> None:
                 "chosen": [USER, said("assistant", "a"), said("user", "b"), said("assistant", "c")],
                 "rejected": [USER, said("assistant", "x")],
             },
-            "differ by more than one last message",
+            "more than one",
         ),
         ("sharegpt", {"conversations": [human("tool", "x")]}, "a message whose role is none of system, human"),
         (
             "sharegpt",
             {"conversations": [human("human", "x")], "chosen": human("human", "a"), "rejected": "b"},
-            "'chosen' is said by the user; expected the assistant",
+            "'chosen' .* by the user; expected the assistant",
         ),
         ("alpaca", {"instruction": "x", "history": ["x"]}, "'history' is expected to be a list"),
         ("hh", {"chosen": "no marker", "rejected": "x"}, "'chosen' does not begin with `Human:`"),
@@ -143,7 +143,7 @@ def test_a_row_is_recognised_and_converted(name: str) -> None:
         ),
         ("ultrafeedback", {"instruction": "x", "completions": [{"response": "a", "score": "N/A"}]}, "has no score"),
         ("ultrafeedback", {"instruction": "x", "completions": [{"response": "a", "score": "nan"}]}, "not finite"),
-        ("ultrafeedback", {"instruction": "x", "chosen": [], "rejected": ["a"]}, "lists that are not empty"),
+        ("ultrafeedback", {"instruction": "x", "chosen": [], "rejected": ["a"]}, "non-empty lists"),
     ],
 )
 def test_a_row_that_cannot_be_a_pair_says_why(format_name: str, row: dict[str, Any], reason: str) -> None:

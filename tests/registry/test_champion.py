@@ -50,9 +50,7 @@ def test_a_promotion_is_claimed_and_the_alias_follows(client: Any) -> None:
 
 def test_a_model_that_was_judged_against_another_champion_is_not_promoted(client: Any) -> None:
     promote(client, NAME, "2", "gate", "", expected="")
-    with pytest.raises(
-        ChampionChangedError, match=r"judged against none \(the SFT model\), and the champion is version 2"
-    ):
+    with pytest.raises(ChampionChangedError, match=r"against none \(the SFT model\), .*champion is version 2"):
         promote(client, NAME, "3", "gate", "", expected="")
     assert champion_alias(client, NAME) == "2" and versions(client) == ["2"]
 

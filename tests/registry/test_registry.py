@@ -22,7 +22,7 @@ from components.common.errors import KubealignError
 from components.common.files import digest, read_json, write_json, write_manifest
 from components.evaluate.candidates import download_incumbent
 from components.gate.rules import GateContext, apply_gate
-from components.register.stage import Judged, Lineage, run_register
+from components.register.stage import Lineage, RegisterInputs, run_register
 from components.registry.audit import Audit
 from components.registry.champion import champion_alias, promote
 from components.stages import STAGE_NAMES
@@ -61,7 +61,7 @@ class Shop:
         config = CONFIG.register_.model_copy(update={"name": "m", "format": kind})
         return run_register(config, LENIENT, made, self.runs, judged, self.folder / name / "result.json")
 
-    def judged(self, name: str, p_value: float, lineage: Lineage) -> Judged:
+    def judged(self, name: str, p_value: float, lineage: Lineage) -> RegisterInputs:
         """The policy as another model (its name is part of it), with its verdict."""
         policy, evaluation = self.folder / name / "policy", self.folder / name / "evaluation"
         if not policy.exists():
@@ -79,7 +79,7 @@ class Shop:
         context = GateContext(lineage.incumbent, lineage.decision_index, lineage.data_clean)
         write_json(evaluation / "evaluation.json", found)
         write_json(evaluation / "verdict.json", apply_gate(found, context, LENIENT))
-        return Judged(policy, self.chain.base, evaluation, self.chain.clean, self.chain.report)
+        return RegisterInputs(policy, self.chain.base, evaluation, self.chain.clean, self.chain.report)
 
 
 @pytest.fixture
@@ -302,7 +302,7 @@ from tests.support.versions import CONFIG, LENIENT, LINEAGE
 stage._decide = lambda *words: os.kill(os.getpid(), 9)
 order = json.loads(sys.argv[1])
 config = CONFIG.register_.model_copy(update={"name": "m"})
-judged = stage.Judged(*map(Path, order["judged"]))
+judged = stage.RegisterInputs(*map(Path, order["judged"]))
 stage.run_register(config, LENIENT, LINEAGE, order["runs"], judged, Path(order["out"]))
 """
 

@@ -20,7 +20,7 @@ def base(name: str, **changes: object) -> ModelConfig:
     ("model", "message"),
     [
         (base("no/such/folder"), "no such folder; expected `embedded`, a folder, s3://"),
-        (base("org/name"), "as a hub id it needs the network; set model.allow_network"),
+        (base("org/name"), "a hub id needs the network; set model.allow_network"),
         (base("org/name", allow_network=True), "a hub id needs model.revision, a commit of 40 hexadecimal digits"),
         (base("models:/nothing/1"), "model.base=models:/nothing/1: .*not found"),
         (base("models:/x"), "expected models:/name/version or models:/name@alias"),

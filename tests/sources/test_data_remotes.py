@@ -166,7 +166,7 @@ def test_only_what_was_asked_for_is_brought(served: tuple[Remote, str], tmp_path
 
 def test_a_damaged_object_of_the_remote_is_not_taken_for_the_data(served: tuple[Remote, str], tmp_path: Path) -> None:
     remote, url = served
-    message = r"preferences/part1.jsonl has another content than its md5 .* says"
+    message = r"preferences/part1.jsonl does not match its md5"
     with changed(remote, md5_of(1), b"x" * 1000), pytest.raises(KubealignError, match=message):
         fetch(remote, tmp_path / "out", url)
     assert not (tmp_path / "out" / "dataset").exists()
@@ -286,7 +286,7 @@ def test_a_server_killed_in_mid_transfer_loses_nothing_and_shows_no_partial_file
         await_and_kill(again, child, (kept / "part0.jsonl").exists)
         said, _ = child.communicate(timeout=300)
         assert child.returncode == 1, said
-        assert "cannot be had from the DVC remote" in said and "the same run goes on there" in said, said
+        assert "from the DVC remote" in said and "run it again" in said, said
         assert not (out / "dataset").exists()
         whole = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
         assert "part0.jsonl" in whole and len(whole) < FILES and not any(name.startswith(".") for name in whole)

@@ -40,12 +40,12 @@ def test_a_fresh_disk_gets_every_whole_checkpoint_and_no_other(bucket: S3, tmp_p
     here = tmp_path / "one" / "checkpoints" / "sft-1"
     checkpoint(here, 1)
     whole, torn = checkpoint(here, 2), checkpoint(here, 3)
-    Mirror(here).push()
+    Mirror(here).upload()
     key = f"state/checkpoints/sft-1/{torn.name}/manifest.json"
     boto3.client("s3").delete_object(Bucket=bucket.bucket, Key=key)
     shutil.rmtree(here / "step-000001")
     fresh = tmp_path / "two" / "checkpoints" / "sft-1"
-    Mirror(fresh).pull()
+    Mirror(fresh).download()
     assert sorted(path.name for path in fresh.iterdir()) == ["step-000001", whole.name]
     assert (fresh / whole.name / "parameters.safetensors").read_text() == "step 2"
 
@@ -55,20 +55,20 @@ def test_checkpoints_that_are_dropped_here_are_dropped_there(bucket: S3, tmp_pat
     here = tmp_path / "checkpoints" / "sft-2"
     old = checkpoint(here, 1)
     mirror = Mirror(here)
-    mirror.push()
+    mirror.upload()
     checkpoint(here, 2)
     shutil.rmtree(old)
-    mirror.push()
+    mirror.upload()
     fresh = tmp_path / "two" / "checkpoints" / "sft-2"
-    Mirror(fresh).pull()
+    Mirror(fresh).download()
     assert [path.name for path in fresh.iterdir()] == ["step-000002"]
 
 
 def test_without_a_state_nothing_leaves_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBEALIGN_STATE", raising=False)
     mirror = Mirror(tmp_path)
-    mirror.push()
-    mirror.pull()
+    mirror.upload()
+    mirror.download()
     assert mirror.fs is None
 
 

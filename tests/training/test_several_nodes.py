@@ -294,7 +294,7 @@ def test_a_step_that_is_cancelled_removes_its_job(kube: KubeServer, tmp_path: Pa
         step = subprocess.Popen(
             [sys.executable, "-c", program], stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)}
         )
-        started = "" if during == "creation" else "is started"
+        started = "" if during == "creation" else "started TrainJob"
         wait_until(
             lambda: step.poll() is not None or (kube.jobs and started in (tmp_path / "log").read_text()), "the job"
         )

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from components.common.files import UNSEALED, write_manifest
+from components.common.files import CACHE_DIR, write_manifest
 from components.config.params import load_config
 from components.dataset.chat import load_tokenizer
 from components.dataset.records import Preference, read_rows
@@ -116,7 +116,7 @@ def test_auto_is_bf16_only_where_the_machine_computes_it(
     auto, same, different = (losses(tmp_path / precision / "dpo") for precision in ("auto", meant, other))
     assert auto == same != different
     assert json.loads((tmp_path / "auto" / "dpo" / "training.json").read_text())["precision"] == meant
-    assert ("this machine has no bf16 in hardware" in capsys.readouterr().out) == (meant == "fp32")
+    assert ("no bf16 hardware support" in capsys.readouterr().out) == (meant == "fp32")
 
 
 def test_a_live_reference_of_full_fine_tuning_stays_where_it_was(stages: Stages, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_reference_log_probs_travel_with_the_sft_model_and_damage_is_seen(
     inputs = (stages.folder / "clean", stages.base, out / "sft", tmp_path / "again")
     run_dpo(config.dpo, config.model, *inputs)
     assert "log-probs of reference_train: 32 examples from the model's folder" in capsys.readouterr().out
-    for file in (out / "sft" / UNSEALED).iterdir():
+    for file in (out / "sft" / CACHE_DIR).iterdir():
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     monkeypatch.setenv("KUBEALIGN_HOME", str(tmp_path / "a-third"))
