@@ -65,22 +65,22 @@ class Project:
             "PYTHONDONTWRITEBYTECODE": "1",
         }
 
-    def words(self, *sets: str) -> list[str]:
+    def command(self, *sets: str) -> list[str]:
         settings = [*SMALL, f"model.base={self.tiny}", *sets]
-        options = [word for setting in settings for word in ("--set", setting)]
+        options = [arg for setting in settings for arg in ("--set", setting)]
         return [sys.executable, "-P", "-m", "pipelines.cli", "run", "--project", str(self.root), *options]
 
     def run(self, *sets: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.words(*sets), cwd=self.elsewhere, env=self.environment, capture_output=True, text=True, check=False
+            self.command(*sets), cwd=self.elsewhere, env=self.environment, capture_output=True, text=True, check=False
         )
 
     def run_compiled(self, folder: Path) -> dict[str, Any]:
         """Compile the pipeline to YAML and run it under KFP's local runner; returns the result of register."""
-        words = [word if word != "run" else "compile" for word in self.words(f"data.repo={self.root}")]
+        compile_command = [arg if arg != "run" else "compile" for arg in self.command(f"data.repo={self.root}")]
         compiled, out = folder / "pipeline.yaml", folder / "out"
         for command in (
-            [*words, "--target", "local", "--out", str(compiled)],
+            [*compile_command, "--target", "local", "--out", str(compiled)],
             [sys.executable, "-P", "-c", RUN_COMPILED, str(compiled), str(out)],
         ):
             done = subprocess.run(
