@@ -86,7 +86,7 @@ class Killer:
         """Start the run, which is killed with all its processes at a point."""
         with self.log.open("w") as log:
             code = subprocess.run(
-                self.project.words(*LONGER),
+                self.project.command(*LONGER),
                 cwd=self.project.elsewhere,
                 env=self.project.environment | {"KILL_AT": POINTS[point]},
                 stdout=log,

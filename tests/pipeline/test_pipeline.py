@@ -181,7 +181,7 @@ def test_an_edited_stage_reruns_itself_and_what_follows_and_judges_again_when_an
     path = project.code / "components" / "dpo" / "stage.py"
     path.write_text(path.read_text() + "EDITED = True\n")
     process = subprocess.Popen(
-        project.words(),
+        project.command(),
         cwd=project.elsewhere,
         env=project.environment | {"PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
@@ -214,7 +214,7 @@ def test_another_base_model_reruns_everything_and_a_stopped_run_goes_on_and_leav
     config = project.tiny / "generation_config.json"
     config.write_text(config.read_text().replace("{", '{"temperature": 0.9,', 1))
     process = subprocess.Popen(
-        project.words(),
+        project.command(),
         cwd=project.elsewhere,
         env=project.environment,
         stdout=subprocess.PIPE,

@@ -373,7 +373,7 @@ def test_a_server_that_is_not_there_is_one_line(kubealign: Cli, monkeypatch: pyt
     [
         ("POST", "/apis/v2beta1/pipelines", status(409, '{"message": "name exists"}'), "answered 409: name exists"),
         ("POST", ".*/upload_version", status(409, '{"error_message": "exists"}'), "answered 409: exists"),
-        ("GET", "/apis/v2beta1/pipelines", status(500), "answered 500: as told"),
+        ("GET", "/apis/v2beta1/pipelines", status(500), "answered 500: injected fault"),
         ("POST", "/apis/v2beta1/runs", status(502, "<html>Bad Gateway</html>"), "answered 502: <html>Bad Gateway"),
         ("GET", "/apis/v2beta1/experiments", cut_off, "does not answer: "),
         ("POST", "/apis/v2beta1/runs", cut_off, "does not answer: "),

@@ -1,9 +1,9 @@
-"""A stub of the Kubeflow Pipelines API server, as strict as the real one where our client could get something wrong.
+"""A stub of the Kubeflow Pipelines API server, as strict as the real one wherever our client could get something wrong.
 
-Requests are parsed with the models of kfp_server_api and with the IR's protobufs, unknown fields refused. Every refusal
-names the rule of the real server that it stands for: file and function in kubeflow/pipelines 2.17.0, below
-backend/src/apiserver unless it says otherwise. Runs go through the states that a test gives them, and list the nodes
-of their workflow as the real server does.
+Requests are parsed with the models of kfp_server_api and with the IR's protobufs; unknown fields are refused. Every
+refusal names the rule of the real server that it stands for: file and function in kubeflow/pipelines 2.17.0, below
+backend/src/apiserver unless stated otherwise. Runs go through the states that a test gives them, and list the nodes of
+their workflow as the real server does.
 """
 
 import json
@@ -30,15 +30,15 @@ from components.stages import STAGE_NAMES
 
 WORKFLOW = "alignment-x8k2p"
 POD_TEMPLATE = "metadata-0-2-retry-system-container-impl"
-CLIENT = kfp_server_api.ApiClient()
-"""Made once: making one takes logging's lock, which a signal in the main thread may interrupt and leave taken."""
 """Template of a step with two labels, no annotation and retries: src/v2/compiler/argocompiler/container.go,
 addContainerExecutorTemplate. A pod is named after workflow, template and hash: src/common/util/workflow.go,
 RetrievePodName."""
+CLIENT = kfp_server_api.ApiClient()
+"""Created once: creating one takes logging's lock, which a signal in the main thread may interrupt and leave locked."""
 
 
 class RefusalError(Exception):
-    """An answer that is an error, and the rule of the real server behind it."""
+    """An error response, and the rule of the real server that it stands for."""
 
     def __init__(self, status: int, message: str, rule: str) -> None:
         super().__init__(message)
@@ -47,7 +47,7 @@ class RefusalError(Exception):
 
 @dataclass
 class Request:
-    """What arrived."""
+    """A request as it arrived."""
 
     method: str
     path: str
@@ -67,7 +67,7 @@ class Package:
 
 @dataclass
 class Run:
-    """A run: what was asked for, and the states that further requests will see; the last one stays."""
+    """A run: the requested body, and the states that successive requests will see; the last one repeats."""
 
     body: Any
     states: list[str]
@@ -77,7 +77,7 @@ class Run:
 
 @dataclass
 class Fault:
-    """Something that goes wrong with the next requests that match."""
+    """A failure injected into the next matching requests."""
 
     method: str
     pattern: str
@@ -87,12 +87,12 @@ class Fault:
 
 def status(code: int, text: str = "", header: tuple[str, str] = ("Content-Type", "application/json")) -> Any:
     """A fault: this status, with this text or a gateway's JSON."""
-    words = text or json.dumps({"error": "as told", "code": 13, "message": "as told"})
-    return lambda handler: handler.answer(code, words.encode(), header)
+    body = text or json.dumps({"error": "injected fault", "code": 13, "message": "injected fault"})
+    return lambda handler: handler.answer(code, body.encode(), header)
 
 
 def cut_off(handler: "Handler") -> None:
-    """A fault: half of a JSON object, less than Content-Length says, and the connection is closed."""
+    """A fault: half of a JSON object, shorter than its Content-Length, and then the connection is closed."""
     handler.send_response(200)
     handler.send_header("Content-Type", "application/json")
     handler.send_header("Content-Length", "1000")
@@ -113,7 +113,7 @@ def silent(handler: "Handler") -> None:
 
 
 def parse_strictly(data: Any, kind: str, where: str = "") -> Any:
-    """A model of kfp_server_api from JSON values; what it does not know is refused."""
+    """A model of kfp_server_api from JSON values; unknown fields are refused."""
     rule = "common/utils.go, CustomMarshaler: DiscardUnknown is false, so an unknown field is an error"
     _refuse_unknown(data, kind, where or kind, rule)
     return CLIENT._ApiClient__deserialize(data, kind)  # type: ignore[attr-defined]
@@ -152,7 +152,7 @@ def parse_package(text: str) -> Package:
         try:
             json_format.ParseDict(document, kind)
         except json_format.ParseError as error:
-            # A platform that does not parse is dropped without a word there (IsPlatformSpecWithKubernetesConfig); here
+            # The real server silently drops a platform that does not parse (IsPlatformSpecWithKubernetesConfig); here
             # it is refused.
             raise RefusalError(400, f"invalid v2 pipeline spec: {error}", rule) from error
         (platforms if isinstance(kind, PlatformSpec) else specs).append(kind)
@@ -175,7 +175,7 @@ def parse_package(text: str) -> Package:
 
 
 def check_parameters(package: Package, given: dict[str, Any]) -> None:
-    """Refuse the parameters of a run that the pipeline's root does not take."""
+    """Refuse parameters of a run that the pipeline's root does not accept."""
     rule = "template/v2_template.go, validatePipelineJobInputs"
     kinds: dict[str, Any] = {
         "NUMBER_DOUBLE": int | float,
@@ -226,7 +226,7 @@ class KfpServer:
         self.runs: dict[str, Run] = {}
         self.recurring: dict[str, Any] = {}
         self.next_run = Run(None, ["PENDING"])
-        """What the next run that is started goes through."""
+        """The states that the next started run goes through."""
         self.over = threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._http.daemon_threads, self._http.block_on_close = True, False
@@ -249,21 +249,20 @@ class KfpServer:
         self._http.server_close()
 
     def fail(self, method: str, pattern: str, act: Callable[["Handler"], None], times: int = 1000) -> None:
-        """Let the next requests whose path matches go wrong."""
+        """Inject a fault into the next matching requests."""
         self.faults.append(Fault(method, pattern, times, act))
 
     def add_run(self, *states: str, failed: str = "", log: str = "") -> str:
-        """A run that is under way; `failed` names the step that fails, and its pod says `log`."""
+        """Add a run in progress; returns its id. `failed` names the step that fails, `log` is the log of its pod."""
         run_id = str(uuid.uuid4())
         self.runs[run_id] = Run(kfp_server_api.V2beta1Run(display_name="a run"), list(states), failed, log)
         return run_id
 
     def asked(self, method: str, pattern: str) -> list[Request]:
-        """The requests so far that match."""
-        return [one for one in self.requests if one.method == method and re.fullmatch(pattern, one.path)]
+        """The matching requests so far."""
+        return [item for item in self.requests if item.method == method and re.fullmatch(pattern, item.path)]
 
-    # ---- what the server does
-
+    # ---- the API
     def route(self, request: Request) -> Any:
         """The answer to a request, as JSON values or text."""
         self._authorise(request)
@@ -285,9 +284,9 @@ class KfpServer:
             ("GET", "/k8s/pod/logs", self._log),
         ]
         for method, pattern, action in routes:
-            found = re.fullmatch(pattern, request.path)
-            if method == request.method and found:
-                return action(request, *found.groups())
+            match = re.fullmatch(pattern, request.path)
+            if method == request.method and match:
+                return action(request, *match.groups())
         raise RefusalError(404, "Not Found", "api/v2beta1/*.proto: paths of the HTTP annotations")
 
     def _authorise(self, request: Request) -> None:
@@ -338,7 +337,7 @@ class KfpServer:
         return self.pipelines[row["pipeline_id"]]
 
     def _upload_pipeline(self, request: Request) -> dict[str, Any]:
-        # server/pipeline_upload_server.go, uploadPipeline: makes a pipeline and a version of the same name
+        # server/pipeline_upload_server.go, uploadPipeline: creates a pipeline and a version of the same name
         package = self._uploaded(request)
         namespace = self._namespace(request.query.get("namespace", ""))
         row = self._add_pipeline(request.query.get("name", ""), namespace, request.query.get("description", ""))
@@ -403,7 +402,7 @@ class KfpServer:
         return row
 
     def _check_start(self, body: Any) -> None:
-        """What runs and recurring runs have in common."""
+        """The checks that runs and recurring runs share."""
         if not body.display_name:
             raise RefusalError(
                 400, "The run name is empty", "server/run_server.go, createRun; server/job_server.go, createJob"
@@ -460,7 +459,7 @@ class KfpServer:
         if not 1 <= int(body.max_concurrency or 0) <= 10:
             raise RefusalError(400, "Max concurrency of a recurring run must be at least 1 and at most 10", rule)
         if len(body.trigger.cron_schedule.cron.split()) != 6:
-            # cron.Parse of robfig/cron v1 takes five fields too, and reads them as seconds first
+            # cron.Parse of robfig/cron v1 also accepts five fields, and reads the first as seconds
             raise RefusalError(400, "Schedule cron is not a supported format", rule)
         self._check_start(body)
         recurring_id = str(uuid.uuid4())
@@ -486,45 +485,45 @@ def failed_pod() -> str:
 
 
 def nodes(state: str, failed: str) -> list[dict[str, Any]]:
-    """What the server says of a run's tasks: the nodes of its workflow, in no order.
+    """A run's task details as the server reports them: the nodes of its workflow, in no particular order.
 
     src/common/util/workflow.go, NodeStatuses; server/api_converter.go, toModelTask and toApiPipelineTaskDetail, which
-    tells names, states and the node ids of children, but neither a task's own pod nor its error.
+    give names, states and the node ids of children, but neither a task's own pod nor its error.
     """
     if state == "PENDING":
         return []
     ended = state if state in ("SUCCEEDED", "FAILED") else "RUNNING"
 
-    def node(name: str, of: str, *children: str) -> dict[str, Any]:
-        known = {"task_id": str(uuid.uuid4()), "display_name": name, "state": of}
-        return known | {"child_tasks": [{"pod_name": f"{WORKFLOW}-{child}"} for child in children]}
+    def node(name: str, node_state: str, *children: str) -> dict[str, Any]:
+        task = {"task_id": str(uuid.uuid4()), "display_name": name, "state": node_state}
+        return task | {"child_tasks": [{"pod_name": f"{WORKFLOW}-{child}"} for child in children]}
 
-    found = [
+    details = [
         node("executor(0)", "FAILED"),
         node(WORKFLOW, ended, "1"),
         node("root", ended, "2"),
         node("root-driver", ended),
     ]
     last = STAGE_NAMES.index(failed or ("register" if state == "SUCCEEDED" else "sft"))
-    for number, step in reversed(list(enumerate(STAGE_NAMES))):
-        if number > last:
-            found.append({"task_id": str(uuid.uuid4()), "display_name": step})  # omitted: an unpopulated state
+    for index, step in reversed(list(enumerate(STAGE_NAMES))):
+        if index > last:
+            details.append({"task_id": str(uuid.uuid4()), "display_name": step})  # omitted: an unpopulated state
         elif step == failed:
-            found += [
+            details += [
                 node("executor", "FAILED", "1111111111", "2222222222"),
                 node("executor(1)", "FAILED"),
                 node(step, "FAILED", "3333333333"),
                 node(f"{step}-driver", "SUCCEEDED", "4"),
             ]
         else:
-            own = "SUCCEEDED" if number < last or state == "SUCCEEDED" else "RUNNING"
-            found += [
-                node("executor", own, f"5{number}"),
-                node("executor(0)", own, f"6{number}"),
-                node(f"{step}-driver", "SUCCEEDED", f"7{number}"),
-                node(step, own, f"8{number}"),
+            step_state = "SUCCEEDED" if index < last or state == "SUCCEEDED" else "RUNNING"
+            details += [
+                node("executor", step_state, f"5{index}"),
+                node("executor(0)", step_state, f"6{index}"),
+                node(f"{step}-driver", "SUCCEEDED", f"7{index}"),
+                node(step, step_state, f"8{index}"),
             ]
-    return found
+    return details
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -532,11 +531,11 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *words: Any) -> None:
-        """Nothing: the requests are kept."""
+    def log_message(self, *args: Any) -> None:
+        """Log nothing; the requests are recorded."""
 
     def answer(self, code: int, body: bytes, header: tuple[str, str] = ("Content-Type", "application/json")) -> None:
-        """Send a whole answer."""
+        """Send a complete response."""
         self.send_response(code)
         self.send_header(*header)
         self.send_header("Content-Length", str(len(body)))
@@ -558,19 +557,19 @@ class Handler(BaseHTTPRequestHandler):
                 fault.act(self)
                 return
         try:
-            found = kfp.route(request)
+            answer = kfp.route(request)
         except RefusalError as error:
-            said = {"error": error.message, "code": 3, "message": error.message}
+            details = {"error": error.message, "code": 3, "message": error.message}
             if "/upload" in request.path:  # server/pipeline_upload_server.go, writeErrorToResponse
-                said = {"error_message": error.message, "error_details": error.message}
-            self.answer(error.status, json.dumps(said).encode())
+                details = {"error_message": error.message, "error_details": error.message}
+            self.answer(error.status, json.dumps(details).encode())
             return
-        self.answer(200, found.encode() if isinstance(found, str) else json.dumps(found).encode())
+        self.answer(200, answer.encode() if isinstance(answer, str) else json.dumps(answer).encode())
 
     def do_GET(self) -> None:
-        """A read."""
+        """Serve a read."""
         self._serve()
 
     def do_POST(self) -> None:
-        """A write."""
+        """Serve a write."""
         self._serve()

@@ -1,9 +1,9 @@
 """A stub of a Kubernetes API server with Kubeflow Trainer, as strict as the real ones where our client could go wrong.
 
-It allows what the Role in k8s/base allows the pipeline runner, and nothing else. TrainJobs are parsed with Kubeflow's
-own models, unknown fields refused. Every refusal names the rule that it stands for: `K8s` is https://kubernetes.io/docs,
-other paths are files of kubeflow/trainer v2.3.0. What a job runs is run here: a process for every node, with the
-environment that Trainer's torch plugin gives it.
+It grants exactly what the Role in k8s/base grants the pipeline runner. TrainJobs are parsed with Kubeflow's own models;
+unknown fields are refused. Every refusal names the rule that it stands for: `K8s` is https://kubernetes.io/docs, other
+paths are files of kubeflow/trainer v2.3.0. Jobs really run: one local process per node, with the environment that
+Trainer's torch plugin sets.
 """
 
 import json
@@ -36,7 +36,7 @@ Manifest = dict[str, Any]
 
 
 class RefusalError(Exception):
-    """An answer that is an error, and the rule behind it."""
+    """An error response, and the rule that it stands for."""
 
     def __init__(self, status: int, message: str, rule: str) -> None:
         super().__init__(f"{message} [{rule}]")
@@ -70,20 +70,20 @@ class Job:
         self.manifest, self.nodes = manifest, nodes
 
     def seen(self) -> Manifest:
-        """The object with the status that its nodes make."""
+        """The object with its status, derived from its nodes."""
         phases = {node.phase() for node in self.nodes}
         kind = "Failed" if "Failed" in phases else "Complete" if phases == {"Succeeded"} else ""
         if kind == "Failed":  # failurePolicy maxRestarts 0: the JobSet ends the other nodes
             for node in self.nodes:
                 node.end()
-        said = {"Failed": "jobset failed due to one or more job failures", "Complete": "all jobs are done"}
+        messages = {"Failed": "jobset failed due to one or more job failures", "Complete": "all jobs are done"}
         condition = {"type": kind, "status": "True", "reason": f"Jobs{kind}", "lastTransitionTime": NOW}
-        status = {"conditions": [condition | {"message": said[kind]}]} if kind else {}
+        status = {"conditions": [condition | {"message": messages[kind]}]} if kind else {}
         return self.manifest | {"status": status}
 
 
 class KubeServer:
-    """The server; `faults` are statuses that the next requests get instead of an answer."""
+    """The stub; a context manager. `faults` are statuses with which the next requests fail."""
 
     def __init__(self, folder: Path, secrets: dict[str, dict[str, str]] | None = None) -> None:
         self.folder = folder
@@ -96,9 +96,9 @@ class KubeServer:
         self.asked: set[tuple[str, str, str]] = set()
         self.faults: list[int] = []
         self.command: list[str] = []
-        """What a node runs in place of its job's command."""
+        """The command that nodes run instead of their job's."""
         self.creation_answered = threading.Event()
-        """While it is not set, whoever creates a job gets no answer, though the job is there."""
+        """While this is not set, a request to create a job gets no response, although the job exists."""
         self.creation_answered.set()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._http.kube = self  # type: ignore[attr-defined]
@@ -116,10 +116,10 @@ class KubeServer:
         self._http.server_close()
 
     def kubeconfig(self) -> Path:
-        """A file that points a client here."""
+        """Write a kubeconfig that points to this server."""
         path = self.folder / "kubeconfig"
         server = f"http://127.0.0.1:{self._http.server_address[1]}"
-        whole = {
+        config = {
             "apiVersion": "v1",
             "kind": "Config",
             "current-context": "here",
@@ -127,20 +127,24 @@ class KubeServer:
             "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me", "namespace": NAMESPACE}}],
             "users": [{"name": "me", "user": {}}],
         }
-        path.write_text(yaml.safe_dump(whole))
+        path.write_text(yaml.safe_dump(config))
         return path
 
     # ---- rights
 
     def allow(self, verb: str, group: str, resource: str, name: str) -> None:
-        """Refuse what the Role does not grant."""
+        """Check that the Role grants an action.
+
+        Raises:
+            RefusalError: it does not.
+        """
         self.asked.add((verb, group, resource))
         for rule in self.rules:
             granted = group in rule["apiGroups"] and resource in rule["resources"] and verb in rule["verbs"]
             if granted and name in rule.get("resourceNames", [name]):
                 return
-        whole = f'{resource}.{group} "{name}" is forbidden: cannot {verb} in the namespace "{NAMESPACE}"'
-        raise RefusalError(403, whole, "K8s/reference/access-authn-authz/rbac")
+        message = f'{resource}.{group} "{name}" is forbidden: cannot {verb} in the namespace "{NAMESPACE}"'
+        raise RefusalError(403, message, "K8s/reference/access-authn-authz/rbac")
 
     # ---- the API
 
@@ -157,8 +161,8 @@ class KubeServer:
         if match := re.fullmatch(rf"/apis/{GROUP}/v1alpha1/(?:namespaces/{NAMESPACE}/)?(\w+)/([\w.-]+)", path):
             self.allow("get", GROUP, match[1], match[2])
             if match[2] == self.runtime["metadata"]["name"]:
-                found: Manifest = self.runtime
-                return found
+                runtime: Manifest = self.runtime
+                return runtime
         if path == f"/api/v1/namespaces/{NAMESPACE}/pods":
             self.allow("list", "", "pods", "")
             return self._pods(query["labelSelector"])
@@ -185,7 +189,9 @@ class KubeServer:
     def _create(self, manifest: Manifest, query: dict[str, str]) -> Manifest:
         if query.get("fieldValidation") != "Strict":
             raise RefusalError(
-                400, "this stub takes strict objects alone", "K8s/reference/using-api/api-concepts, field validation"
+                400,
+                "this stub requires strict field validation",
+                "K8s/reference/using-api/api-concepts, field validation",
             )
         lost = list(dropped(manifest, models.TrainerV1alpha1TrainJob.from_dict(manifest).to_dict()))
         if lost:
@@ -207,11 +213,11 @@ class KubeServer:
         return whole
 
     def _admit(self, spec: Manifest) -> None:
-        """What Trainer's validating webhook refuses."""
-        wanted = {env["name"] for env in spec["trainer"].get("env") or []}
-        if wanted & RESERVED:
+        """Apply the checks of Trainer's validating webhook."""
+        variables = {env["name"] for env in spec["trainer"].get("env") or []}
+        if variables & RESERVED:
             rule = "pkg/runtime/framework/plugins/torch/torch.go, Validate"
-            raise RefusalError(403, f"must not have reserved envs: {wanted & RESERVED}", rule)
+            raise RefusalError(403, f"must not have reserved envs: {variables & RESERVED}", rule)
         rule = "pkg/runtime/framework/plugins/jobset/jobset.go, Validate"
         for patch in spec.get("runtimePatches") or []:
             if "/" not in patch["manager"]:
@@ -225,10 +231,10 @@ class KubeServer:
                     if container.get("env"):
                         raise RefusalError(403, "must not have envs for the node container", rule)
 
-    # ---- what a job runs
+    # ---- the pods of a job
 
     def pod(self, manifest: Manifest) -> Manifest:
-        """The pod template of a job: the runtime's, with the job's patches merged in as Trainer does.
+        """The pod template of a job: the runtime's, with the job's patches merged in the way Trainer does.
 
         pkg/runtime/core/trainingruntime.go: a strategic merge; lists by their keys in the API (volumes by name, mounts
         by path, containers by name).
@@ -247,8 +253,9 @@ class KubeServer:
         name, spec = manifest["metadata"]["name"], manifest["spec"]
         port, count = free_port(), spec["trainer"]["numNodes"]
         pod = self.pod(manifest)
-        words = [*spec["trainer"]["command"], *spec["trainer"]["args"]]
-        words = [sys.executable, "-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words
+        command = [*spec["trainer"]["command"], *spec["trainer"]["args"]]
+        if command[0] == "torchrun":
+            command = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
         nodes = []
         for index in range(count):
             home = self.folder / f"{name}-{index}"
@@ -259,12 +266,12 @@ class KubeServer:
             environment |= {"PET_NNODES": str(count), "PET_NPROC_PER_NODE": "auto", "PET_NODE_RANK": str(index)}
             environment |= {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)}
             self._mount(pod, home, environment)
-            command = self.command or words
-            nodes.append(Node(f"{name}-node-0-{index}-x", index, command, environment, home / "log"))
+            node_command = self.command or command
+            nodes.append(Node(f"{name}-node-0-{index}-x", index, node_command, environment, home / "log"))
         return nodes
 
     def _mount(self, pod: Manifest, home: Path, environment: dict[str, str]) -> None:
-        """The pod's projected secrets as files; the state claim is the folder that this process has for its own."""
+        """Write the pod's projected secrets as files; the state claim is mounted as this process's own home folder."""
         mounts = {mount["name"]: mount["mountPath"] for mount in pod["spec"]["containers"][0]["volumeMounts"]}
         for volume in pod["spec"]["volumes"]:
             if "persistentVolumeClaim" in volume and environment["KUBEALIGN_HOME"] == mounts[volume["name"]]:
@@ -298,7 +305,7 @@ class KubeServer:
         }
 
     def log(self, name: str) -> Node:
-        """The node with a pod's name, whose log may be read."""
+        """The node with a pod's name, if its log may be read."""
         self.allow("get", "", "pods/log", name)
         for job in list(self.jobs.values()):
             for node in job.nodes:
@@ -309,28 +316,28 @@ class KubeServer:
 
 OWN = ("MLFLOW_TRACKING_URI", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "KUBEALIGN_STATE")
 OWN += ("KUBEALIGN_CLUSTER", "KUBEALIGN_KFP_RUN", "KUBEALIGN_PARENT_RUN", "KUBECONFIG")
-"""Variables of the step that a node does not have unless its job says so."""
+"""Variables of the step that a node does not have unless its job sets them."""
 KEYS = {"volumes": "name", "containers": "name", "volumeMounts": "mountPath"}
 
 
-def merge(one: Any, other: Any, key: str = "") -> Any:
-    """A strategic merge of two values."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one | {name: merge(one[name], value, name) if name in one else value for name, value in other.items()}
-    if isinstance(one, list) and isinstance(other, list) and key in KEYS:
-        by = {entry[KEYS[key]]: entry for entry in one}
-        for entry in other:
+def merge(base: Any, patch: Any, key: str = "") -> Any:
+    """A strategic merge of a patch into a value."""
+    if isinstance(base, dict) and isinstance(patch, dict):
+        return base | {name: merge(base[name], value, name) if name in base else value for name, value in patch.items()}
+    if isinstance(base, list) and isinstance(patch, list) and key in KEYS:
+        entries = {entry[KEYS[key]]: entry for entry in base}
+        for entry in patch:
             name = entry[KEYS[key]]
-            by[name] = merge(by[name], entry) if name in by else entry
-        return list(by.values())
-    return other
+            entries[name] = merge(entries[name], entry) if name in entries else entry
+        return list(entries.values())
+    return patch
 
 
 class Handler(BaseHTTPRequestHandler):
     """HTTP around `KubeServer.route`."""
 
-    def log_message(self, *words: Any) -> None:
-        """Nothing."""
+    def log_message(self, *args: Any) -> None:
+        """Log nothing."""
 
     def _serve(self) -> None:
         kube: KubeServer = self.server.kube  # type: ignore[attr-defined]
@@ -372,13 +379,13 @@ class Handler(BaseHTTPRequestHandler):
                 time.sleep(0.05)
 
     def do_GET(self) -> None:
-        """A read."""
+        """Serve a read."""
         self._serve()
 
     def do_POST(self) -> None:
-        """A write."""
+        """Serve a write."""
         self._serve()
 
     def do_DELETE(self) -> None:
-        """A removal."""
+        """Serve a deletion."""
         self._serve()

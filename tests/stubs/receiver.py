@@ -1,4 +1,4 @@
-"""A real receiver of webhooks on this machine, which checks the signature as the specification says."""
+"""A real webhook receiver on this machine, which verifies signatures according to the specification."""
 
 import base64
 import hashlib
@@ -14,16 +14,16 @@ SECRET = f"whsec_{base64.b64encode(KEY).decode()}"
 
 
 class Receiver:
-    """Keeps every event whose signature is right; a context manager."""
+    """Records every event with a valid signature; a context manager."""
 
     def __init__(self, path: str = "/hook/t0k3n") -> None:
         self.events: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
-        """Of every request, also of those that were answered with an error."""
+        """Headers of every request, including those answered with an error."""
         self.answers: list[int] = []
-        """Statuses of the next answers; 0 for none at all. Then 204."""
+        """Statuses of the next responses, then 204; 0 means no response at all."""
         self.retry_after = ""
-        """The header of that name, with every error."""
+        """Value of the Retry-After header of every error response."""
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._http.daemon_threads, self._http.block_on_close = True, False
         self._http.receiver = self  # type: ignore[attr-defined]
@@ -46,11 +46,11 @@ class Receiver:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    def log_message(self, *words: Any) -> None:
-        """Nothing."""
+    def log_message(self, *args: Any) -> None:
+        """Log nothing."""
 
     def do_POST(self) -> None:
-        """A delivery."""
+        """Receive a delivery."""
         receiver: Receiver = self.server.receiver  # type: ignore[attr-defined]
         body = self.rfile.read(int(self.headers["Content-Length"]))
         receiver.headers.append({name.lower(): value for name, value in self.headers.items()})

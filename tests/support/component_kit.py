@@ -1,4 +1,4 @@
-"""What the tests beside the components share: small real inputs, and a component's function and compiled form run."""
+"""Shared helpers of the component tests: small real inputs, and ways to run a component, as function or compiled."""
 
 import inspect
 import shutil
@@ -35,7 +35,7 @@ SMALL = [
 
 @dataclass(frozen=True)
 class Chain:
-    """What each stage made from the one before, in folders."""
+    """The output folders of all stages, each made from those before it."""
 
     dataset: Path
     base: Path
@@ -48,7 +48,7 @@ class Chain:
 
 @pytest.fixture(scope="session")
 def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with its tables and nothing in them; making them takes two seconds."""
+    """An MLflow database with empty tables; creating them takes two seconds."""
     with pytest.MonkeyPatch.context() as patch:
         home = move_home(tmp_path_factory.mktemp("mlflow"), patch)
         store.client().search_experiments()
@@ -57,7 +57,7 @@ def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Path) -> Path:
-    """MLflow, checkpoints and caches of this test alone."""
+    """A home folder (MLflow, checkpoints, caches) for this test alone."""
     home = move_home(tmp_path / "home", monkeypatch)
     home.mkdir()
     shutil.copy(empty_mlflow, home)
@@ -85,7 +85,7 @@ def chain(stages: Stages) -> Chain:
 
 @pytest.fixture(scope="session")
 def orders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Order]:
-    """What resolve orders of each stage, for the real data and the tiny model."""
+    """The order that resolve makes for each stage, for the real data and the tiny model."""
     folder = tmp_path_factory.mktemp("orders")
     with pytest.MonkeyPatch.context() as patch:
         move_home(folder / "home", patch)
@@ -102,19 +102,19 @@ def order(stage: str, changed: dict[str, Any] | None = None, **facts: Any) -> st
 
     Args:
         stage: its name.
-        changed: values by section, which nothing has checked.
-        facts: what differs from made-up ones.
+        changed: values to change by section, not validated.
+        facts: facts that differ from the dummy ones.
     """
     config = load_config(ROOT / "params.yaml", [*SMALL, "model.hardware=cpu"])
     sections = config.sections()
     for section, values in (changed or {}).items():
         sections[section].update(values)
-    made_up = {field.name: field.name for field in fields(Facts)} | {
+    dummies = {field.name: field.name for field in fields(Facts)} | {
         "incumbent": "",
         "decision_index": 1,
         "data_clean": True,
     }
-    return make_order(BY_NAME[stage], sections, made_up | facts, code_digest(stage)).as_json()
+    return make_order(BY_NAME[stage], sections, dummies | facts, code_digest(stage)).as_json()
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def runs(own_home: Path) -> dict[str, str]:
 
 
 def judged_inputs(chain: Chain) -> dict[str, Any]:
-    """Inputs of register as the chain's evaluation was made with them."""
+    """The inputs of register that match the chain's evaluation."""
     from tests.support.stages import SETTINGS
 
     gate = load_config(ROOT / "params.yaml", SETTINGS).gate
@@ -145,7 +145,7 @@ def call(component: Any, folder: Path, **given: Any) -> tuple[Any, dict[str, dsl
         given: the path of every input artifact, and the parameters that differ from the small configuration.
 
     Returns:
-        what the function returned, and the artifacts.
+        the function's return value, and the artifacts.
     """
     artifacts = {
         name: kind(name=name, uri=str(given.get(name, folder / name))) for name, kind in _artifacts(component).items()
@@ -156,7 +156,7 @@ def call(component: Any, folder: Path, **given: Any) -> tuple[Any, dict[str, dsl
 def assert_refused(
     message: str, output: pytest.CaptureFixture[str], component: Any, folder: Path, **given: Any
 ) -> None:
-    """Assert that a call ends with exit code 2 and one line for it, which holds `message`."""
+    """Assert that a call exits with code 2 and prints one error line, which contains `message`."""
     with pytest.raises(SystemExit) as stop:
         call(component, folder, **given)
     errors = [line for line in output.readouterr().out.splitlines() if line.startswith("[error")]
@@ -197,13 +197,15 @@ def run_locally(component: Any, folder: Path, **given: Any) -> Path:
 
 
 def _artifacts(component: Any) -> dict[str, type[dsl.Artifact]]:
-    """The artifacts of a component's signature, inputs and outputs, by their names."""
+    """The artifact types of a component's inputs and outputs, by name."""
     parameters = inspect.signature(component.python_func).parameters.values()
-    return {found.name: get_args(found.annotation)[0] for found in parameters if get_args(found.annotation)}
+    return {
+        parameter.name: get_args(parameter.annotation)[0] for parameter in parameters if get_args(parameter.annotation)
+    }
 
 
 def _parameters(component: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a component: as given, else as configured; a run that is neither has its name for an id."""
+    """The parameters of a component: as given, else as configured, else (run ids) the parameter's own name."""
     configured = pipeline_arguments(load_config(ROOT / "params.yaml", SMALL))
     if component.name in ORDERED:
         configured["order"] = order(component.name)

@@ -1,21 +1,21 @@
-"""Which tests may start servers and programs beside Python: those with a marker of `MARKERS`."""
+"""A guard that lets only tests with a marker of `MARKERS` start servers and other external programs."""
 
 MARKERS = ("integration", "containers", "ci", "cluster")
 
 _allowed = True
-"""Set before each test; programs that tests start know nothing of it."""
+"""Set before each test, in this process only."""
 
 
 def allow(markers: set[str]) -> None:
-    """Let a test with these markers start programs, or not."""
+    """Allow or forbid external programs to a test with these markers."""
     global _allowed  # noqa: PLW0603 - pytest runs one test at a time in a process
     _allowed = bool(markers & set(MARKERS))
 
 
 def check(program: str) -> None:
-    """Fail where a test without a marker would start a program.
+    """Fail if the current test must not start a program.
 
     Raises:
-        AssertionError: it would.
+        AssertionError: the test has none of the markers.
     """
     assert _allowed, f"{program} is started by a test that is not marked `integration`; plain tests need Python alone"

@@ -1,4 +1,4 @@
-"""A project of its own for whole runs: the real data, a tiny model, its own copy of the code."""
+"""A separate project for whole runs: the real data, a tiny model, its own copy of the code."""
 
 import json
 import shutil
@@ -65,22 +65,22 @@ class Project:
             "PYTHONDONTWRITEBYTECODE": "1",
         }
 
-    def words(self, *sets: str) -> list[str]:
+    def command(self, *sets: str) -> list[str]:
         settings = [*SMALL, f"model.base={self.tiny}", *sets]
-        options = [word for setting in settings for word in ("--set", setting)]
+        options = [arg for setting in settings for arg in ("--set", setting)]
         return [sys.executable, "-P", "-m", "pipelines.cli", "run", "--project", str(self.root), *options]
 
     def run(self, *sets: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.words(*sets), cwd=self.elsewhere, env=self.environment, capture_output=True, text=True, check=False
+            self.command(*sets), cwd=self.elsewhere, env=self.environment, capture_output=True, text=True, check=False
         )
 
     def run_compiled(self, folder: Path) -> dict[str, Any]:
-        """Compile the pipeline to YAML and run that under KFP's local runner; gives what register found."""
-        words = [word if word != "run" else "compile" for word in self.words(f"data.repo={self.root}")]
+        """Compile the pipeline to YAML and run it under KFP's local runner; returns the result of register."""
+        compile_command = [arg if arg != "run" else "compile" for arg in self.command(f"data.repo={self.root}")]
         compiled, out = folder / "pipeline.yaml", folder / "out"
         for command in (
-            [*words, "--target", "local", "--out", str(compiled)],
+            [*compile_command, "--target", "local", "--out", str(compiled)],
             [sys.executable, "-P", "-c", RUN_COMPILED, str(compiled), str(out)],
         ):
             done = subprocess.run(
@@ -95,8 +95,8 @@ class Project:
         done = subprocess.run(
             command, cwd=self.elsewhere, env=self.environment, capture_output=True, text=True, check=True
         )
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+        result: dict[str, Any] = json.loads(done.stdout)
+        return result
 
     def client(self) -> Any:
         import mlflow
@@ -108,12 +108,12 @@ class Project:
 
 
 def started(lines: list[str]) -> set[str]:
-    """The steps of which the output says that they began."""
+    """The steps that started, according to the output."""
     return {line.split(":")[0] for line in lines if line.endswith(": started")}
 
 
 def ran(done: subprocess.CompletedProcess[str]) -> set[str]:
-    """The steps that really ran, as the output says."""
+    """The steps that ran rather than being cached, according to the output of a successful run."""
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     cached = {line.split(":")[0] for line in lines if line.endswith(": cached")}

@@ -1,4 +1,4 @@
-"""A repository whose data lies in a DVC remote."""
+"""A repository whose data is in a DVC remote."""
 
 import shutil
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ FOLDER = "corpus/pairs"
 
 @dataclass
 class Remote:
-    """A repository whose data lies in corpus/pairs, with more data beside it that nobody asked for."""
+    """A repository whose data is in corpus/pairs, with unrelated data beside it."""
 
     root: Path
     digests: dict[str, str]
     commit: str
 
     def wipe(self) -> None:
-        """Nothing of the data is on this machine any more."""
+        """Delete the data from this machine."""
         shutil.rmtree(self.root / ".dvc" / "cache", ignore_errors=True)
         for path in (self.root / FOLDER).iterdir():
             if path.is_dir():

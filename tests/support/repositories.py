@@ -1,4 +1,4 @@
-"""git and DVC on a folder, as a person uses them."""
+"""git and DVC commands on a folder, as a user runs them."""
 
 import subprocess
 import sys
@@ -7,15 +7,15 @@ from pathlib import Path
 from tests.support import programs
 
 
-def git(folder: Path, *words: str) -> str:
-    """What a git command prints."""
+def git(folder: Path, *args: str) -> str:
+    """The output of a git command."""
     programs.check("git")
-    identity_words = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    done = subprocess.run(["git", *identity_words, *words], cwd=folder, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    process = subprocess.run(["git", *identity, *args], cwd=folder, capture_output=True, text=True, check=True)
+    return process.stdout.strip()
 
 
-def dvc(folder: Path, *words: str) -> None:
+def dvc(folder: Path, *args: str) -> None:
     """Run a DVC command."""
     programs.check("dvc")
-    subprocess.run([sys.executable, "-P", "-m", "dvc", *words], cwd=folder, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-P", "-m", "dvc", *args], cwd=folder, check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""Real servers that tests start for themselves, on 127.0.0.1 and free ports, and end again."""
+"""Real servers for tests, as context managers, on 127.0.0.1 and free ports."""
 
 import http.client
 import os
@@ -23,7 +23,7 @@ GRPC_ABOVE = 10_000
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A port that is currently free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -31,26 +31,28 @@ def free_port() -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on now, nor on those 10 000 above, where SeaweedFS has its gRPC."""
-    found: list[int] = []
+    """Distinct ports that are currently free, as are those 10 000 above, which SeaweedFS uses for gRPC."""
+    ports: list[int] = []
     with ExitStack() as held:
-        while len(found) < count:
+        while len(ports) < count:
             port = free_port()
-            # Taken by somebody, by us already, or above the last port there is: look on.
+            # In use, already ours, or above the highest port: try another.
             with suppress(OSError, OverflowError), ExitStack() as pair:
                 for number in (port, port + GRPC_ABOVE):
                     pair.enter_context(socket.socket()).bind(("127.0.0.1", number))
                 held.push(pair.pop_all())
-                found.append(port)
-    return found
+                ports.append(port)
+    return ports
 
 
 @contextmanager
-def server(words: list[str], environment: dict[str, str], log: Path, health: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a server, wait until its health address answers (whatever the status), and end its process group."""
-    programs.check(words[0])
+def server(
+    command: list[str], environment: dict[str, str], log: Path, health: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a server, wait until its health address answers with any status, and finally end its process group."""
+    programs.check(command[0])
     with log.open("w") as out:
-        process = subprocess.Popen(words, env=environment, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
         try:
             _await(health, process, log)
             yield process
@@ -61,13 +63,13 @@ def server(words: list[str], environment: dict[str, str], log: Path, health: str
 
 
 def _await(health: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    with suppress(AssertionError):  # it says too little: the log is what helps
+    with suppress(AssertionError):  # the assertion below also shows the log
         wait_until(lambda: process.poll() is not None or _answers(health), f"{health} answers", STARTS_WITHIN_S, 0.1)
     assert process.poll() is None and _answers(health), f"{health} does not answer:\n{log.read_text()[-2000:]}"
 
 
 def _answers(health: str) -> bool:
-    """Whether there is an answer, whatever the status."""
+    """Whether the address answers, with any status."""
     try:
         urllib.request.urlopen(health, timeout=2).close()  # noqa: S310 - our own server
     except urllib.error.HTTPError:
@@ -79,13 +81,13 @@ def _answers(health: str) -> bool:
 
 @contextmanager
 def mlflow_server(folder: Path, *more: str, **environment: str) -> Iterator[str]:
-    """A real MLflow server with SQLite and a folder of artifacts; gives its address."""
+    """A real MLflow server with SQLite and a folder for artifacts; yields its address."""
     address = f"http://127.0.0.1:{free_port()}"
-    words = [str(Path(sys.executable).with_name("mlflow")), "server", "--host", "127.0.0.1", "--workers", "1"]
-    words += ["--port", address.rpartition(":")[2], "--backend-store-uri", f"sqlite:///{folder}/server.db"]
-    words += ["--artifacts-destination", str(folder / "artifacts"), *more]
+    command = [str(Path(sys.executable).with_name("mlflow")), "server", "--host", "127.0.0.1", "--workers", "1"]
+    command += ["--port", address.rpartition(":")[2], "--backend-store-uri", f"sqlite:///{folder}/server.db"]
+    command += ["--artifacts-destination", str(folder / "artifacts"), *more]
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | environment
-    with server(words, environment, folder / "mlflow.log", f"{address}/health"):
+    with server(command, environment, folder / "mlflow.log", f"{address}/health"):
         yield address
 
 
@@ -94,7 +96,7 @@ ADMIN = ("admin", "a-password-for-tests")
 
 @contextmanager
 def mlflow_server_with_users(folder: Path) -> Iterator[str]:
-    """The same with basic-auth: ADMIN may everything, other users read what is not theirs."""
+    """A real MLflow server with basic-auth: ADMIN may do everything, other users may only read what is not theirs."""
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "auth.ini"
     config.write_text(
@@ -109,7 +111,7 @@ def mlflow_server_with_users(folder: Path) -> Iterator[str]:
 
 @dataclass
 class Faulty:
-    """A proxy before a server. `fails` says of a request (method, path) how it goes wrong: `500`, `close`, or not."""
+    """A proxy in front of a server; `fails` maps a request (method, path) to a fault: `500`, `close`, or empty."""
 
     address: str
     fails: Callable[[str, str], str] = lambda method, path: ""
@@ -118,12 +120,12 @@ class Faulty:
 
 @contextmanager
 def faulty_proxy(target: str) -> Iterator[Faulty]:
-    """Put a proxy that fails on demand before a server."""
+    """Start a proxy that fails on demand in front of a server."""
     host = target.removeprefix("http://")
 
     class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *words: object) -> None:
-            """Nothing."""
+        def log_message(self, *args: object) -> None:
+            """Log nothing."""
 
         def answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -163,11 +165,11 @@ def faulty_proxy(target: str) -> Iterator[Faulty]:
 
 @contextmanager
 def git_http_server(folder: Path) -> Iterator[str]:
-    """The address of the git repositories in a folder, served over HTTP by git's own backend."""
+    """Serve the git repositories in a folder over HTTP with git's own backend; yields the address."""
 
     class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *words: object) -> None:
-            """Nothing."""
+        def log_message(self, *args: object) -> None:
+            """Log nothing."""
 
         def body(self) -> bytes:
             if self.headers.get("Transfer-Encoding") != "chunked":
@@ -185,10 +187,10 @@ def git_http_server(folder: Path) -> Iterator[str]:
             request |= {"CONTENT_TYPE": self.headers.get("Content-Type", ""), "CONTENT_LENGTH": str(len(body))}
             request |= {"HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", "")}
             served = {"GIT_PROJECT_ROOT": str(folder), "GIT_HTTP_EXPORT_ALL": "1"}
-            done = subprocess.run(
+            backend = subprocess.run(
                 ["git", "http-backend"], input=body, env=os.environ | served | request, capture_output=True, check=True
             )
-            head, _, content = done.stdout.partition(b"\r\n\r\n")
+            head, _, content = backend.stdout.partition(b"\r\n\r\n")
             fields = dict(line.split(": ", 1) for line in head.decode().splitlines())
             self.send_response(int(fields.pop("Status", "200").split()[0]))
             for name, value in (fields | {"Content-Length": str(len(content))}).items():
@@ -219,36 +221,36 @@ class S3:
 
 @contextmanager
 def s3_server(folder: Path, port: int = 0) -> Iterator[S3]:
-    """SeaweedFS with its data below `folder`; started again on the same folder and port it goes on as it was."""
+    """SeaweedFS with its data below `folder`; restarted with the same folder and port, it has the same content."""
     first, *others = free_ports(4)
     port = port or first
     endpoint = f"http://127.0.0.1:{port}"
     keys = {"AWS_ACCESS_KEY_ID": "kubealign", "AWS_SECRET_ACCESS_KEY": "a-key-for-tests-only"}
     environment = {**os.environ, **keys}
-    words = [str(Path(sys.executable).with_name("weed")), "mini", f"-dir={folder}", "-ip=127.0.0.1"]
-    words += ["-ip.bind=127.0.0.1", f"-s3.port={port}", "-bucket=kubealign", "-admin.ui=false", "-webdav=false"]
-    words += ["-master.telemetry=false", "-s3.port.iceberg=0"]
-    words += [f"-{name}.port={number}" for name, number in zip(("master", "volume", "filer"), others, strict=True)]
+    command = [str(Path(sys.executable).with_name("weed")), "mini", f"-dir={folder}", "-ip=127.0.0.1"]
+    command += ["-ip.bind=127.0.0.1", f"-s3.port={port}", "-bucket=kubealign", "-admin.ui=false", "-webdav=false"]
+    command += ["-master.telemetry=false", "-s3.port.iceberg=0"]
+    command += [f"-{name}.port={number}" for name, number in zip(("master", "volume", "filer"), others, strict=True)]
     folder.mkdir(parents=True, exist_ok=True)
     more = {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
-    with server(words, environment, folder / "weed.log", endpoint) as process:
+    with server(command, environment, folder / "weed.log", endpoint) as process:
         _await_bucket(endpoint, "kubealign", keys)
         yield S3(endpoint, "kubealign", keys | more, process)
 
 
 def _await_bucket(endpoint: str, bucket: str, keys: dict[str, str]) -> None:
-    """The store answers before it has made its bucket."""
+    """Wait for the bucket: the store answers before it has created it."""
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError
 
     named = {name.lower(): value for name, value in keys.items()}
     client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **named)
 
-    def there() -> bool:
+    def exists() -> bool:
         try:
             client.head_bucket(Bucket=bucket)
         except (BotoCoreError, ClientError):
             return False
         return True
 
-    wait_until(there, f"the bucket {bucket}", STARTS_WITHIN_S)
+    wait_until(exists, f"the bucket {bucket}", STARTS_WITHIN_S)

@@ -1,4 +1,4 @@
-"""The training and judging stages one after another on pairs that can be learnt, for the tests that build on them."""
+"""The stages from validate to evaluate, run on pairs that can be learned, for the tests that build on them."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ COUNTS = {"train": 32, "validation": 16, "test": 40}
 
 def rows(split: str, kind: str) -> list[dict[str, Any]]:
     """Pairs whose chosen answer begins with one word and whose rejected answer with another."""
-    made = []
+    made_rows = []
     for number in range(COUNTS[split]):
         lang = "zh" if number % 2 else "en"
         prompt = [{"role": "user", "content": f"{split} {number * 37 % 101}"}]
@@ -43,12 +43,12 @@ def rows(split: str, kind: str) -> list[dict[str, Any]]:
         bad = f"不行 {number}" if lang == "zh" else f"never {number}"
         answers = {"chosen": good, "rejected": bad} if kind == "preferences" else {"response": good}
         facts = {"lang": lang, "source": "made", "license": "Apache-2.0"}
-        made.append(
+        made_rows.append(
             {"id": content_id(prompt, *answers.values()), "group": content_id(prompt), "prompt": prompt}
             | facts
             | answers
         )
-    return made
+    return made_rows
 
 
 class Stages:
@@ -70,7 +70,7 @@ class Stages:
         run_sft(config.sft, config.model, folder / "clean", self.base, folder / "sft")
 
     def sft(self, out: Path, home: Path) -> Path:
-        """The first stage again, with a home folder of its own, as on another machine."""
+        """Run sft again with its own home folder, as on another machine."""
         config = load_config(ROOT / "params.yaml", SETTINGS)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KUBEALIGN_HOME", str(home))
@@ -90,13 +90,13 @@ class Stages:
         inputs = Inputs(self.folder / "clean", self.base, self.folder / "sft", out / "policy", incumbent, 1, True)
         reports = (out / "report.html", out / "report.md")
         run_evaluate(config.evaluate, config.gate, config.model, inputs, {}, out / "evaluation", *reports)
-        found: dict[str, Any] = read_json(out / "evaluation" / "evaluation.json")
-        return found | {"verdict": read_json(out / "evaluation" / "verdict.json")}
+        evaluation: dict[str, Any] = read_json(out / "evaluation" / "evaluation.json")
+        return evaluation | {"verdict": read_json(out / "evaluation" / "verdict.json")}
 
 
 @pytest.fixture(scope="session")
 def stages(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Stages:
-    """Data validated and sft trained once; a test aligns under a name of its own, and puts back what it changes."""
+    """Validated data and a trained SFT model; a test aligns under its own name and undoes its changes."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("stages")
         move_home(folder / "home", patch)
@@ -105,8 +105,8 @@ def stages(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Stages
 
 @pytest.fixture
 def fast_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """KFP asks for the whole stack with its source lines, in every task setting, to name a method in an error message:
-    with torch's modules loaded a compilation takes 1.5 s instead of 0.1 s.
+    """Speed up KFP's compiler, which for an error message's sake reads the whole stack with its source lines at every
+    task setting: with torch's modules loaded a compilation takes 1.5 s instead of 0.1 s.
     """
     frame = (None, None, None, "a setting")
     monkeypatch.setattr("kfp.dsl.pipeline_task.inspect", SimpleNamespace(stack=lambda: [frame, frame]))

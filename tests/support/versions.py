@@ -1,4 +1,4 @@
-"""Versions of a registered model, and what register is told of one."""
+"""Versions of a registered model, and a lineage for register."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ NAME = "m"
 
 
 def with_versions(client: Any, n: int, name: str = NAME) -> Any:
-    """A registered model with so many versions of nothing."""
+    """A registered model with `n` dummy versions."""
     run = client.create_run(store.experiment_id(client))
     client.log_text(run.info.run_id, "nothing", "model/nothing.txt")
     client.create_registered_model(name)

@@ -1,4 +1,4 @@
-"""Waiting for something to become true."""
+"""Polling for a condition."""
 
 import time
 from collections.abc import Callable
@@ -8,16 +8,16 @@ T = TypeVar("T")
 
 
 def wait_until(condition: Callable[[], T], what: str, within_s: float = 60.0, every_s: float = 0.02) -> T:
-    """Ask again and again until the answer is true; gives it.
+    """Poll a condition until it is truthy; returns its value.
 
     Args:
-        condition: what to ask.
-        what: names it in the error.
-        within_s: how long at most, in seconds.
-        every_s: pause between two questions, in seconds.
+        condition: called at every poll.
+        what: the condition's description for the error.
+        within_s: timeout, in seconds.
+        every_s: pause between two polls, in seconds.
 
     Raises:
-        AssertionError: it has not become true in time.
+        AssertionError: the condition has not become true within the timeout.
     """
     deadline = time.monotonic() + within_s
     while not (answer := condition()):
