@@ -48,7 +48,7 @@ NAME = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
-class Finding:
+class PairFinding:
     """A check that some of the new pairs fail."""
 
     check: str
@@ -63,7 +63,7 @@ class Preview:
 
     converted: dict[str, Converted]
     difference: dict[Place, Counter[str]]
-    findings: list[Finding] | None
+    findings: list[PairFinding] | None
     """What the checks of `validate` say of the new pairs; None when they could not be run here."""
     known: bool
     """Whether the lock file names these very pairs already."""
@@ -124,7 +124,7 @@ def _stage(data: Path, staged: Path, config: Config, files: list[Path], facts: R
     return Preview(converted, compare(data, staged), _findings(data, staged, config, written), known)
 
 
-def _findings(data: Path, staged: Path, config: Config, sources: set[str]) -> list[Finding] | None:
+def _findings(data: Path, staged: Path, config: Config, sources: set[str]) -> list[PairFinding] | None:
     """What `validate` will say of the pairs of these sources; it needs a tokenizer here, and rows on every side."""
     from components.validate.stage import check_rows
 
@@ -138,7 +138,7 @@ def _findings(data: Path, staged: Path, config: Config, sources: set[str]) -> li
     is_mine = np.isin(found.columns["source"], mine)
     counts = {name: int(is_mine[rows].sum()) for name, rows in checked.failed["preferences"].items()}
     return [
-        Finding(check.name, check.severity, counts[check.name], check.advice)
+        PairFinding(check.name, check.severity, counts[check.name], check.advice)
         for check in checked.checks["preferences"]
         if counts[check.name]
     ]
