@@ -1,7 +1,7 @@
-"""JSON documents that one step writes and another reads: plain JSON on disk, checked against their type when read.
+"""JSON documents that one step writes and another reads: plain JSON on disk, validated against their type when read.
 
-A document is a TypedDict; the file that declares it says what every number means. A file that is damaged or comes from
-another version of kubealign, with other fields, is refused when it is read, and never walks into the code unnoticed.
+A document is a TypedDict; the file that declares it defines every number. A file that is damaged, or written by another
+version of kubealign with other fields, is rejected when it is read.
 """
 
 from functools import cache
@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from components.common.errors import InputError
 
 JsonObject = dict[str, Any]
-"""A JSON object that nobody has checked yet, such as a line of a user's file or an answer of a server."""
+"""An unvalidated JSON object, such as a line of a user's file or an answer of a server."""
 Document = TypeVar("Document")
 UnknownFields = Literal["forbid", "ignore"]
 
@@ -67,5 +67,5 @@ def _first_problem(error: ValidationError) -> str:
     """The first problem, with the path of its field, such as `models.policy.scale: missing`."""
     problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
     field = ".".join(str(part) for part in problem["loc"])
-    found = {"missing": "missing", "extra_forbidden": "unknown"}.get(problem["type"], problem["msg"])
-    return f"{field}: {found}" if field else found
+    text = {"missing": "missing", "extra_forbidden": "unknown"}.get(problem["type"], problem["msg"])
+    return f"{field}: {text}" if field else text

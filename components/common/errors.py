@@ -1,12 +1,12 @@
-"""Every exception that a person is meant to read: what was found, where, what was expected, what to do.
+"""The exceptions meant for people; messages say what was found, where, what was expected, and what to do.
 
 Exception
 └── KubealignError                 exit code 1, shown without a traceback
     ├── InputError                 a key, file, model or data set the user gave is wrong; exit code 2
     │   └── RowError               why a row cannot be a preference pair
     ├── DataValidationError        the data is too bad to train on
-    ├── TrainingError              a loss that is not finite, a wrong reference, not enough memory
-    ├── ChampionChangedError       another model became champion meanwhile
+    ├── TrainingError              a non-finite loss, a wrong reference, out of memory
+    ├── ChampionChangedError       another model became champion in the meantime
     ├── StepFailedError            a step of a local run failed; carries the step's exit code
     ├── InterruptedRunError        SIGINT or SIGTERM; exit code 128 + signal            (retryable)
     ├── RunPendingError            a run on Kubeflow may still reach a verdict          (retryable)
@@ -43,11 +43,11 @@ class DataValidationError(KubealignError):
 
 
 class TrainingError(KubealignError):
-    """Training cannot continue: a loss that is not finite, a reference that is not the right one, out of memory."""
+    """Training cannot continue: a non-finite loss, a wrong reference model, or out of memory."""
 
 
 class ChampionChangedError(KubealignError):
-    """The champion is not the one that the model was judged against."""
+    """The champion is not the one that the model was evaluated against."""
 
 
 class StepFailedError(KubealignError):
@@ -104,7 +104,7 @@ class RequestRejectedError(ApiError):
 
     Args:
         message: for a person.
-        status: of HTTP.
+        status: HTTP status code.
     """
 
     def __init__(self, message: str, status: int) -> None:

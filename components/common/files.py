@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the hashes that name them."""
+"""Atomic writing of files and folders, and manifests of their hashes."""
 
 import hashlib
 import json
@@ -58,18 +58,20 @@ def verify_manifest(folder: Path) -> str:
         expected = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise KubealignError(f"{folder}: no readable {MANIFEST}; run the step that writes it again") from error
-    found = file_hashes(folder)
-    if wrong := difference(expected, found):
-        raise KubealignError(f"{folder}: {wrong} since it was written; remove the folder and run the step again")
-    return digest(found)
+    actual = file_hashes(folder)
+    if mismatch := difference(expected, actual):
+        raise KubealignError(f"{folder}: {mismatch} since it was written; remove the folder and run the step again")
+    return digest(actual)
 
 
-def difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """The first file whose hash is not the expected one, and how, such as `a.json is missing`; empty for none."""
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            way = "is missing" if name not in found else "is not in the manifest" if name not in expected else "changed"
-            return f"{name} {way}"
+def difference(expected: Mapping[str, str], actual: Mapping[str, str]) -> str:
+    """The first file whose hash is not the expected one, such as `a.json is missing`; empty if all match."""
+    for name in sorted(expected.keys() | actual.keys()):
+        if expected.get(name) != actual.get(name):
+            problem = (
+                "is missing" if name not in actual else "is not in the manifest" if name not in expected else "changed"
+            )
+            return f"{name} {problem}"
     return ""
 
 

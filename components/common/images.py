@@ -1,4 +1,4 @@
-"""The names of the two images that components run in and of the MLflow server's, for definitions and build."""
+"""Names of the two images that components run in and of the MLflow server's image."""
 
 import os
 import tomllib
@@ -6,7 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
-"""The version's one source: in a checkout and in the images it lies beside the package."""
+"""The single source of the version: beside the package in a checkout and in the images."""
 VERSION = str(
     tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["version"]
     if PYPROJECT.is_file()

@@ -9,13 +9,13 @@ from pathlib import Path
 def peak_memory_mib() -> float:
     """Peak resident memory of this process so far, in MiB.
 
-    Linux keeps it per program; getrusage's value starts at the size of the parent process.
+    /proc counts from the start of this program; getrusage's value starts at the size of the parent process.
     """
     try:
-        found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        match = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    if found:
-        return int(found[1]) / 1024
+        match = None
+    if match:
+        return int(match[1]) / 1024
     # In bytes on macOS, in KiB elsewhere.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

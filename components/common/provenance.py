@@ -1,4 +1,4 @@
-"""Names become facts: which code a stage runs, as a digest; which commit it stands at."""
+"""Code provenance: the digest of the code that a stage runs, the commit, the installed packages."""
 
 import ast
 import importlib.metadata
@@ -23,50 +23,50 @@ LIBRARIES = {
     "great_expectations": "great-expectations",
     "mlflow": "mlflow-skinny",
 }
-"""Libraries whose version is part of the code that imports them: module -> distribution."""
+"""Libraries whose version is part of the digest of the code that imports them: module -> distribution."""
 WITHOUT_RESULT = re.compile(r"components\.(stages|orders|report(\..*)?|\w+\.(report_page|card))")
 """Modules that no result depends on: those that only write pages and cards, which no later step reads, and those that
-make the orders, whose content is in every key itself.
+make the orders, whose content is itself part of every key.
 """
 CHAT = "components.dataset.chat"
 CHAT_TEMPLATES = "components/dataset/templates"
-"""The files beside that module which are part of its code."""
+"""Folder of the files that are part of that module's code."""
 
 
 def code_digest(stage: str) -> str:
     """Digest of the code that a stage runs.
 
-    KFP's cache knows a component's body only, never what it imports; this goes in as a parameter.
+    KFP's cache key covers a component's body, but not its imports; so this digest is passed as a parameter.
     """
     return modules_digest(f"components.{stage}.stage")
 
 
 def modules_digest(start: str) -> str:
-    """Digest of what `code_parts` finds."""
+    """Digest of `code_parts`."""
     return digest(list(code_parts(start, PACKAGES)))[:16]
 
 
 def source_digest(start: str, tree: Path) -> str:
-    """Digest of our own code behind a module, whatever the libraries."""
+    """Digest of our own code behind a module, without the libraries."""
     return digest(code_parts(start, tree)[0])[:16]
 
 
 def write_code_of_data(data: Path) -> None:
-    """Write data/prepare.code: the digest of the code that makes the data, by which DVC goes."""
+    """Write data/prepare.code: the digest of the code that makes the data, on which DVC's stage depends."""
     write_text(data / DATA_CODE, f"{source_digest(DATA_STAGE, PACKAGES)}\n")
 
 
 def code_parts(start: str, tree: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """What the behaviour of a module consists of.
+    """The code and libraries that determine the behaviour of a module.
 
     Args:
-        start: a module of ours.
-        tree: the folder with the package `components` in it; another one than ours is read, never run.
+        start: one of our modules.
+        tree: the folder with the package `components`; a tree other than ours is read, never executed.
 
     Returns:
-        the digest of every module of ours that `start` reaches by imports, those without a result left out, and of the
-        chat templates; and the versions of the libraries that they import: those installed with us, else those that the
-        tree's requirements.lock names, so that every image has the same ones, whichever of them it holds.
+        the digests of all our modules that `start` imports, directly or not, except those without a result, and of the
+        chat templates; and the versions of the libraries that they import: the installed ones, else those in the
+        tree's requirements.lock, so that all images agree, whichever libraries they contain.
     """
     modules = imported_modules(start, tree)
     files = {name: module_digest(path.read_text(encoding="utf-8")) for name, path in modules.items()}
@@ -82,14 +82,14 @@ def code_parts(start: str, tree: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 @cache
 def module_digest(source: str) -> str:
-    """Digest of what a module does: of its syntax tree without comments, layout, docstrings and field descriptions."""
+    """Digest of a module's syntax tree without comments, layout, docstrings and field descriptions."""
     return digest(ast.dump(without_prose(ast.parse(source))))
 
 
 def without_prose(tree: ast.Module) -> ast.Module:
-    """A syntax tree without texts that are for people: docstrings, and the descriptions of pydantic's fields."""
-    changed: ast.Module = _WithoutProse().visit(tree)
-    return changed
+    """A syntax tree without texts for people: docstrings, and the descriptions of pydantic fields."""
+    stripped: ast.Module = _WithoutProse().visit(tree)
+    return stripped
 
 
 class _WithoutProse(ast.NodeTransformer):
@@ -110,44 +110,44 @@ class _WithoutProse(ast.NodeTransformer):
 
 
 def locked_versions(lock: Path) -> dict[str, str]:
-    """The versions of LIBRARIES that a lock file names; none without the file."""
+    """The versions of LIBRARIES in a lock file; none without the file."""
     if not lock.is_file():
         return {}
     pins = re.findall(r"^([\w.-]+)==([^\s;+]+)", lock.read_text(encoding="utf-8"), re.MULTILINE)
-    found = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins}
-    return {name: found[name] for name in LIBRARIES.values() if name in found}
+    pinned = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins}
+    return {name: pinned[name] for name in LIBRARIES.values() if name in pinned}
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """The installed versions of those packages that are installed, without a build's `+cpu`."""
-    found = {}
+    """The versions of those packages that are installed, without local parts such as `+cpu`."""
+    installed = {}
     for name in packages:
         with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name).partition("+")[0]
-    return found
+            installed[name] = importlib.metadata.version(name).partition("+")[0]
+    return installed
 
 
 def environment() -> str:
-    """Every installed distribution as a line `name==version`, sorted: what a run was made with, and pip reads."""
-    found = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
-    return "".join(f"{name}=={version}\n" for name, version in sorted(found.items()))
+    """Every installed distribution as a line `name==version`, sorted, in the format of pip."""
+    installed = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
+    return "".join(f"{name}=={version}\n" for name, version in sorted(installed.items()))
 
 
 def imported_modules(start: str, tree: Path | None = None) -> dict[str, Path]:
-    """Every module of the package `components` that `start` imports, directly or not, wherever the import stands.
+    """Every module of the package `components` that `start` imports, directly or not, at any level of its code.
 
-    Those without a result (WITHOUT_RESULT) are left out, with what they alone import.
+    Those without a result (WITHOUT_RESULT) are left out, with the modules that only they import.
     """
-    found: dict[str, Path] = {}
+    modules: dict[str, Path] = {}
     waiting = [start]
     while waiting:
         name = waiting.pop()
         path = _module_file(name, tree or PACKAGES)
-        if name in found or path is None or WITHOUT_RESULT.fullmatch(name):
+        if name in modules or path is None or WITHOUT_RESULT.fullmatch(name):
             continue
-        found[name] = path
+        modules[name] = path
         waiting += _imports(path.read_text(encoding="utf-8"))
-    return found
+    return modules
 
 
 @cache
@@ -164,10 +164,10 @@ def _imports(source: str) -> list[str]:
 
 @cache
 def git_commit() -> str:
-    """Commit of this code, with `-dirty` behind it when tracked files differ; KUBEALIGN_GIT_COMMIT in an image."""
-    told = os.environ.get("KUBEALIGN_GIT_COMMIT")
-    if told:
-        return told
+    """Commit of this code, with the suffix `-dirty` if tracked files differ; KUBEALIGN_GIT_COMMIT in an image."""
+    commit = os.environ.get("KUBEALIGN_GIT_COMMIT")
+    if commit:
+        return commit
     from dulwich import porcelain
     from dulwich.errors import NotGitRepository
     from dulwich.repo import Repo

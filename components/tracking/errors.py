@@ -1,4 +1,4 @@
-"""How failures are explained: the texts for MLflow's and the disk's, and one `[error:…]` line for a stage's."""
+"""Error messages for failures of MLflow and the disk, and the one `[error:…]` line of a failed stage."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from components.tracking.store import tracking_uri, without_credentials
 def report_errors(stage: str) -> Iterator[None]:
     """Run a stage's work: report its start and end, and turn a failure into one `[error:…]` line and an exit code.
 
-    An error meant for people is shown as it is; any other follows its traceback.
+    A KubealignError is shown as it is; any other error is preceded by its traceback.
     """
     events.started(stage)
     try:
@@ -63,8 +63,8 @@ def explain_mlflow_error(error: BaseException) -> str:
     if status in (401, 403):
         user = os.environ.get("MLFLOW_TRACKING_USERNAME") or "nobody (MLFLOW_TRACKING_USERNAME is not set)"
         return (
-            f"MLflow at {server} does not let {user} do this ({reason}); to write runs it takes EDIT on the experiment,"
-            " to register and promote EDIT on the registered model, and their owner or an administrator grants it"
+            f"MLflow at {server} does not let {user} do this ({reason}); writing runs needs EDIT on the experiment,"
+            " registering and promoting needs EDIT on the registered model; the owner or an administrator can grant it"
         )
     return f"MLflow at {server}: {reason}"
 

@@ -1,5 +1,5 @@
-"""What a stage reports while it runs: one JSON event a line for the program that started it, and a readable line for
-people beside it on standard output.
+"""Progress reports of a stage: JSON Lines events for the program that started it, and readable lines for people on
+standard output.
 
 KUBEALIGN_EVENTS names the file that events are appended to; without it (in a pod, say) only the readable lines appear:
 `[stage] dpo started`, `[progress] dpo 12/36 loss=0.61 left=3:20`, `[error:2] dpo pairs.jsonl:17: …` (2 is the exit
@@ -21,7 +21,7 @@ from components.tracking.store import without_credentials
 EVENTS_VARIABLE = "KUBEALIGN_EVENTS"
 """Environment variable with the path of the file that events are appended to."""
 MAX_LINE_BYTES = 1 << 20
-"""A longer line is no event; the reader skips it without keeping it in memory."""
+"""A longer line is not an event; the reader skips it without keeping it in memory."""
 
 Kind = Literal["started", "finished", "cached", "progress", "note", "error"]
 
@@ -34,7 +34,7 @@ class Event(BaseModel):
     kind: Kind
     stage: str = Field(min_length=1)
     message: str = ""
-    """Of a note or an error; of progress, what is being done."""
+    """Text of a note or an error; for progress, the current activity."""
     done: int = Field(default=0, ge=0)
     """Progress: how many of `total` are done."""
     total: int = Field(default=0, ge=0)
@@ -60,12 +60,12 @@ class Event(BaseModel):
         return f"{self.done}/{self.total}"
 
     def details(self) -> str:
-        """What progress says beside the count, such as `loss=0.61 left=3:20`."""
-        words = [self.message] if self.message else []
-        words += [f"{name}={_number_text(value)}" for name, value in self.metrics.items()]
+        """Progress details beside the count, such as `loss=0.61 left=3:20`."""
+        parts = [self.message] if self.message else []
+        parts += [f"{name}={_number_text(value)}" for name, value in self.metrics.items()]
         if self.seconds_left is not None:
-            words.append(f"left={int(self.seconds_left) // 60}:{int(self.seconds_left) % 60:02d}")
-        return " ".join(words)
+            parts.append(f"left={int(self.seconds_left) // 60}:{int(self.seconds_left) % 60:02d}")
+        return " ".join(parts)
 
 
 def started(stage: str) -> None:
@@ -113,7 +113,7 @@ def progress(
 
 def emit(event: Event) -> None:
     """Print the event for people and append it to the events file; no credential of a URL gets into either."""
-    # A path that is not UTF-8 holds surrogates, which neither JSON nor a terminal takes.
+    # A path that is not UTF-8 contains surrogates, which neither JSON nor a terminal accepts.
     message = without_credentials(single_line(event.message)).encode(errors="replace").decode()
     event = event.model_copy(update={"message": message})
     print(event.line(), flush=True)
@@ -136,7 +136,7 @@ def _append(path: str, line: bytes) -> None:
 class EventReader:
     """Reads a file of events that is still being written to.
 
-    Only whole lines count. A line that is no event (torn, not UTF-8, of another program, too long) is skipped.
+    Only complete lines count. A line that is not an event (torn, not UTF-8, of another program, too long) is skipped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -154,7 +154,7 @@ class EventReader:
         return self.feed(chunk)
 
     def feed(self, chunk: bytes) -> list[Event]:
-        """The events that the next bytes of the stream complete."""
+        """The events completed by the next bytes of the stream."""
         *lines, rest = (self._rest + chunk).split(b"\n")
         if lines and self._skipping:
             lines, self._skipping = lines[1:], False
@@ -165,7 +165,7 @@ class EventReader:
 
 
 def parse(line: bytes) -> Event | None:
-    """The event of a line, or None when it is none."""
+    """The event of a line, or None if it is not one."""
     if len(line) > MAX_LINE_BYTES:
         return None
     try:

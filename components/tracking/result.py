@@ -1,4 +1,4 @@
-"""What a stage returns besides the files it writes."""
+"""The return value of a stage."""
 
 from typing import NamedTuple
 

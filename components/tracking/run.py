@@ -130,7 +130,7 @@ class NoOpRun(StageRun):
 
 
 def is_main_process() -> bool:
-    """Whether this is rank 0; False in the further processes that torchrun started."""
+    """Whether this is rank 0; False in the other processes that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -154,7 +154,7 @@ def stage_run(name: str, params: Mapping[str, Any]) -> Iterator[StageRun]:
         yield run
         status = "FINISHED"
     except Exception as error:
-        # Further requests to an MLflow that does not answer would each be retried for minutes.
+        # More requests to an unresponsive MLflow would each be retried for minutes.
         if any(is_unreachable(cause) for cause in error_chain(error)):
             status = ""
         raise
@@ -171,7 +171,7 @@ def _end_run(run: StageRun, name: str, status: str, seconds: float) -> None:
 
 
 def _begin_on_kubeflow(mlflow_client: Any, stage: str) -> None:
-    """Close the stage run that an evicted pod left open and set the parent to running; on Kubeflow nobody else does."""
+    """Close the stage run that an evicted pod left open and set the parent to running, which Kubeflow does not do."""
     if not os.environ.get(KFP_RUN_VARIABLE):
         return
     query = (
@@ -184,8 +184,8 @@ def _begin_on_kubeflow(mlflow_client: Any, stage: str) -> None:
 
 
 def show_metrics(artifact: Any, values: Mapping[str, float]) -> None:
-    """Put values on a KFP Metrics artifact and into a file at its path: KFP's local cache takes an output without a
-    file for lost and would run the step again.
+    """Log values to a KFP Metrics artifact and write them to its path: KFP's local cache treats an output without a
+    file as lost and would run the step again.
     """
     for name, value in values.items():
         artifact.log_metric(name, value)

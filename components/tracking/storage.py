@@ -21,7 +21,7 @@ S3 = "s3://"
 
 
 def upload(folder: Path, location: str) -> None:
-    """Copy a folder with a manifest to a location, unless it is there already."""
+    """Copy a folder with a manifest to a location, unless it is already there."""
     if exists(f"{location}/{MANIFEST}"):
         return
     if not location.startswith(S3):
@@ -35,7 +35,7 @@ def upload(folder: Path, location: str) -> None:
 
 
 def download(location: str, folder: Path) -> None:
-    """Copy a folder from a location; it appears whole, verified against its manifest.
+    """Copy a folder from a location; it appears atomically, verified against its manifest.
 
     Raises:
         KubealignError: it is missing or differs from its manifest.

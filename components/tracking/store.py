@@ -1,4 +1,4 @@
-"""Where runs, models and local state live: the home folder, the MLflow client and its experiment."""
+"""Location of runs, models and local state: the home folder, the MLflow client and its experiment."""
 
 import os
 import re
@@ -22,7 +22,7 @@ def tracking_uri() -> str:
 
 
 def without_credentials(text: str) -> str:
-    """A text safe to show: every URL in it without its user and password."""
+    """The text with user and password removed from every URL."""
     return re.sub(r"(?<=://)[^/@\s]*@", "***@", text)
 
 

@@ -48,7 +48,7 @@ NAME = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
-class Finding:
+class PairFinding:
     """A validation check that some of the new pairs fail."""
 
     check: str
@@ -63,7 +63,7 @@ class Preview:
 
     converted: dict[str, Converted]
     difference: dict[SliceKey, Counter[str]]
-    findings: list[Finding] | None
+    findings: list[PairFinding] | None
     """The checks of `validate` that the new pairs fail; None if they could not be run here."""
     known: bool
     """Whether the lock file already names exactly these pairs."""
@@ -125,7 +125,7 @@ def _stage(data: Path, staged: Path, config: Config, files: list[Path], defaults
     return Preview(converted, compare(data, staged), _findings(data, staged, config, new_sources), known)
 
 
-def _findings(data: Path, staged: Path, config: Config, sources: set[str]) -> list[Finding] | None:
+def _findings(data: Path, staged: Path, config: Config, sources: set[str]) -> list[PairFinding] | None:
     """The checks of `validate` that these sources' pairs fail; None without a tokenizer here or rows in every split."""
     from components.validate.stage import check_rows
 
@@ -139,7 +139,7 @@ def _findings(data: Path, staged: Path, config: Config, sources: set[str]) -> li
     is_new = np.isin(preferences.columns["source"], new_source_indices)
     counts = {name: int(is_new[rows].sum()) for name, rows in checked.failed["preferences"].items()}
     return [
-        Finding(check.name, check.severity, counts[check.name], check.advice)
+        PairFinding(check.name, check.severity, counts[check.name], check.advice)
         for check in checked.checks["preferences"]
         if counts[check.name]
     ]
