@@ -75,10 +75,8 @@ def run(
         show_result(console, result)
         if result["decided"]["state"] != "superseded":
             return
-        console.print("another run promoted a champion meanwhile; evaluating again, against the new champion")
-    raise KubealignError(
-        f"other runs promoted a champion first, {MAX_JUDGEMENTS} times in a row; run again when they are done"
-    )
+        console.print("another run decided first; evaluating again")
+    raise KubealignError(f"other runs decided first, {MAX_JUDGEMENTS} times in a row; run again when they are done")
 
 
 @app.command("compile", rich_help_panel="This machine")

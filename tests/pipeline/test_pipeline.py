@@ -199,7 +199,7 @@ def test_an_edited_stage_reruns_itself_and_what_follows_and_judges_again_when_an
             number = len(audit.decisions(test_set)) + 1
             assert audit.claim_decision(test_set, number, "another run's")
     assert process.wait() == 0, "\n".join(lines)
-    again = next(index for index, line in enumerate(lines) if line.endswith("again, against the new champion"))
+    again = next(index for index, line in enumerate(lines) if line.endswith("evaluating again"))
     assert started(lines[:again]) == since("dpo")
     assert [line for line in lines[again:] if line.endswith(": started")] == [
         f"{step}: started" for step in STAGE_NAMES if step in since("evaluate")
