@@ -286,7 +286,7 @@ def test_a_pods_name_is_told_from_the_settings() -> None:
     ("override", "message"),
     [
         ("cluster.data_image=python:latest", "cluster.data_image: `latest` is not"),
-        ("cluster.train_image=registry.example.com/x:latest", "cluster.train_image: `latest` means another image"),
+        ("cluster.train_image=registry.example.com/x:latest", "cluster.train_image: `latest` is not"),
         ("cluster.data_image=python", "cluster.data_image: string should match .*with a tag or @sha256 digest"),
         ("cluster.train_image=registry.example.com:5000/x", "cluster.train_image: "),
         ("cluster.mlflow_uri=https://me:s3cr3t@mlflow", "cluster.mlflow_uri: string should match"),
