@@ -260,7 +260,7 @@ def test_a_step_that_is_started_again_follows_the_job_that_runs(
     follow = second._follow
     monkeypatch.setattr(second, "_follow", lambda: (followed.touch(), follow()))
     second.run()
-    assert len(kube.created) == 1 and "is followed" in capsys.readouterr().out
+    assert len(kube.created) == 1 and "following TrainJob" in capsys.readouterr().out
 
 
 def test_a_failed_job_of_an_attempt_before_is_removed_and_a_new_one_started(
