@@ -274,7 +274,9 @@ def test_leaked_test_prompts_are_refused_with_their_rows_and_the_comment_is_upda
     passed, job = team.propose()
     assert passed, job.log
     (comment,) = team.github.of(8)
-    assert "Validation: rejected" not in comment and ("accepted" in comment or "Neither the data nor its settings" in comment)
+    assert "Validation: rejected" not in comment and (
+        "accepted" in comment or "Neither the data nor its settings" in comment
+    )
 
 
 def test_a_leak_that_is_merged_all_the_same_makes_no_model(team: Team) -> None:

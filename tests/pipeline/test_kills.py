@@ -116,10 +116,9 @@ def killer(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Killer
     return Killer(tmp_path_factory.mktemp("kills"), tiny_model)
 
 
-def test_a_run_killed_three_times_ends_with_bit_identical_weights(killer: Killer, tmp_path: Path) -> None:
+def test_a_run_killed_in_sft_and_in_dpo_ends_with_bit_identical_weights(killer: Killer, tmp_path: Path) -> None:
     choice = random.Random(SEED)
-    first, second = sorted(choice.sample(range(len(IN_DPO)), 2))
-    points = [choice.choice([*IN_SFT]), [*IN_DPO][first], [*IN_DPO][second]]
+    points = [choice.choice([*IN_SFT]), choice.choice([*IN_DPO])]
     for point in points:
         killer.run_and_kill(point)
     killer.finish()
