@@ -49,9 +49,9 @@ def _explain(kind: type[BaseModel], entry: Any) -> str:
     location = entry["loc"]
     key = ".".join(str(part) for part in location)
     parent = _model_at(kind, location[:-1])
-    if entry["type"] == "extra_forbidden" and key in RENAMED:
-        return f"{key}: renamed; write {RENAMED[key]}"
     if entry["type"] == "extra_forbidden":
+        if key in RENAMED:
+            return f"{key}: renamed; write {RENAMED[key]}"
         near = difflib.get_close_matches(str(location[-1]), keys(parent), n=1, cutoff=0.0)
         return f"{key}: no such key; did you mean {'.'.join([*map(str, location[:-1]), *near])}?"
     problem = entry["msg"].removeprefix("Value error, ")

@@ -87,6 +87,7 @@ def run_dpo(
         }
         examples = {split: pair_examples(tokenizer, found) for split, found in rows.items()}
         policy = open_tuned(run, base_model, sft_model, model, SFT_ADAPTER, trains=True)
+        lora = model.finetuning == "lora"
         references: dict[str, Reference] = {}
         if LOSSES[config.loss_type].reference_free:
             references = dict.fromkeys(examples, no_reference)
@@ -107,10 +108,10 @@ def run_dpo(
             }
             check_reference(policy, examples["train"], logps["train"])
             references = {split: cached_reference(values) for split, values in logps.items()}
-        if model.finetuning == "lora":
+        if lora:
             add_adapter(policy, DPO_ADAPTER, config)
         if not references:
-            frozen = None if model.finetuning == "lora" else open_tuned(run, base_model, sft_model, model, SFT_ADAPTER)
+            frozen = None if lora else open_tuned(run, base_model, sft_model, model, SFT_ADAPTER)
             references = dict.fromkeys(examples, live_reference(policy, frozen))
         sets = {
             split: TrainingSet(examples[split], [row.id for row in rows[split]], [1.0] * len(rows[split]))
@@ -138,9 +139,7 @@ def run_dpo(
                     "precision": model.precision,
                     "base_digest": base_digest,
                     "sft_digest": sft_digest,
-                    "reference_rank": cast(Any, policy.lm).peft_config[SFT_ADAPTER].r
-                    if model.finetuning == "lora"
-                    else 0,
+                    "reference_rank": cast(Any, policy.lm).peft_config[SFT_ADAPTER].r if lora else 0,
                     "libraries": versions(MODEL_LIBRARIES),
                 }
                 write_json(folder / "training.json", training)

@@ -17,6 +17,8 @@ from components.engine.objectives import LOSSES
 from components.gate.results import Comparison, Estimate, Evaluation, Generation
 from components.gate.verdict import Rule, Verdict, VerdictName
 
+NO_ANSWERS = "no answers were generated (evaluate.generations_per_language is 0)"
+
 
 @dataclass(frozen=True)
 class GateContext:
@@ -131,7 +133,7 @@ def _generation(evaluation: Evaluation, rival: str, rival_name: str, config: Gat
 def _limit(name: str, estimate: Estimate | None, lowest: float | None, highest: float, meaning: str) -> Rule:
     expected = f"at most {highest:g}" if lowest is None else f"from {lowest:g} to {highest:g}"
     if estimate is None:
-        return _not_applicable(name, expected, "no answers were generated (evaluate.generations_per_language is 0)")
+        return _not_applicable(name, expected, NO_ANSWERS)
     ok = estimate["value"] <= highest and (lowest is None or estimate["value"] >= lowest)
     sentence = f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}] {meaning}"
     return _rule(name, ok, estimate["value"], expected, sentence)
@@ -140,9 +142,7 @@ def _limit(name: str, estimate: Estimate | None, lowest: float | None, highest: 
 def _repetition(policy: Generation | None, rival: Generation | None, rival_name: str, config: GateConfig) -> Rule:
     expected = f"at most {config.max_repetition_increase:g} more"
     if policy is None or rival is None:
-        return _not_applicable(
-            "repetition", expected, "no answers were generated (evaluate.generations_per_language is 0)"
-        )
+        return _not_applicable("repetition", expected, NO_ANSWERS)
     share, rival_share = policy["greedy"]["repetition"]["value"], rival["greedy"]["repetition"]["value"]
     increase = share - rival_share
     sentence = f"{share:.3f} of the greedy answers' 4-grams are repeated, {rival_share:.3f} with {rival_name}"

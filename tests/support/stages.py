@@ -30,6 +30,15 @@ SETTINGS = [
     "evaluate.bootstrap_resamples=1000",
     "gate.min_pairs=20",
 ]
+SHORT = [
+    *SETTINGS,
+    "sft.max_steps=3",
+    "dpo.max_steps=3",
+    "sft.batch_size=3",
+    "dpo.batch_size=3",
+    "dpo.learning_rate=1e-3",
+]
+"""Three steps each of sft and of dpo, in batches of three."""
 COUNTS = {"train": 32, "validation": 16, "test": 40}
 
 

@@ -29,19 +29,11 @@ from pipelines import platform as cluster_module
 from tests.conftest import ROOT
 from tests.stubs.kube_server import KubeServer
 from tests.support.services import S3, mlflow_server, s3_server
-from tests.support.stages import SETTINGS, Stages
+from tests.support.stages import SHORT, Stages
 from tests.support.waiting import wait_until
 from tests.tools.manifests import dropped
 from tests.tools.pod_security import violations
 
-SHORT = [
-    *SETTINGS,
-    "sft.max_steps=3",
-    "dpo.max_steps=3",
-    "sft.batch_size=3",
-    "dpo.batch_size=3",
-    "dpo.learning_rate=1e-3",
-]
 SECRETS = {
     "kubealign-s3": {"access_key": "pipeline", "secret_key": "a-password-for-tests"},
     "kubealign-mlflow": {"username": "pipeline", "password": "a-password-for-tests"},

@@ -21,16 +21,7 @@ from components.dpo.stage import run_dpo
 from components.sft.stage import run_sft
 from components.training.run import pair_examples
 from tests.conftest import ROOT
-from tests.support.stages import SETTINGS, Stages
-
-SHORT = [
-    *SETTINGS,
-    "sft.max_steps=3",
-    "dpo.max_steps=3",
-    "sft.batch_size=3",
-    "dpo.batch_size=3",
-    "dpo.learning_rate=1e-3",
-]
+from tests.support.stages import SHORT, Stages
 
 
 def losses(folder: Path) -> list[float]:
