@@ -15,6 +15,9 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # The quiet environment, unless it is set already.
 $(foreach setting,$(shell sed -n '/^[A-Z]/p' pipelines/quiet.env),$(eval export $(subst =, ?= ,$(setting))))
 
+# Compiled modules are kept (see setup): without them every step would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -126,7 +129,7 @@ readmes: setup ## write the inputs and outputs of every component into its READM
 .PHONY: lock
 lock: ## resolve the dependencies anew into requirements.lock
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install -q torch==2.13.0 -e '.[dev]'
+	build/lock/bin/python -m pip install -q torch==2.13.0 -e '.[dev,sbom]'
 	{ head -n 1 requirements.lock; build/lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 

@@ -88,7 +88,6 @@ class Team:
         self.environment |= {
             "MLFLOW_TRACKING_URI": mlflow,
             "KUBEALIGN_HOME": str(folder / "home"),
-            "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONSAFEPATH": "1",
             "COLUMNS": "200",
         }

@@ -62,7 +62,6 @@ class Project:
         self.environment = environment_without_home() | {
             "PYTHONPATH": str(self.code),
             "PYTHONSAFEPATH": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",
         }
 
     def command(self, *sets: str) -> list[str]:
