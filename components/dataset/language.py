@@ -1,6 +1,7 @@
 """Language (English or Chinese) and refusals, recognized from the characters and first words of a text."""
 
 import re
+from collections.abc import Sequence
 
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]+")
 LATIN_WORD = re.compile("[A-Za-z]+")
@@ -32,12 +33,12 @@ def count_latin_words(text: str) -> int:
     return len(LATIN_WORD.findall(text))
 
 
-def guess_language(text: str) -> str:
-    """`zh` if the text's beginning has more Chinese characters than words in Latin letters, else `en`."""
-    start = text[:LANGUAGE_SAMPLE]
-    if start.isascii():
+def guess_language(texts: Sequence[str]) -> str:
+    """`zh` if the texts' beginnings have more Chinese characters than words in Latin letters, else `en`."""
+    starts = [text[:LANGUAGE_SAMPLE] for text in texts]
+    if all(start.isascii() for start in starts):
         return "en"
-    return "zh" if count_han(start) > count_latin_words(start) else "en"
+    return "zh" if sum(map(count_han, starts)) > sum(map(count_latin_words, starts)) else "en"
 
 
 def is_refusal(answer: str) -> bool:

@@ -3,8 +3,9 @@
 import codecs
 import gzip
 import hashlib
+import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, TypeVar, cast
 
@@ -92,25 +93,41 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """
     number = 0
     with open_rows(path) as file:
-        while True:
+
+        def readline(size: int) -> bytes:
+            nonlocal number
+            number += 1
             try:
-                line = file.readline(MAX_LINE_BYTES + 1)
+                return file.readline(size)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise InputError(
-                    f"{path}:{number + 1}: the gzip stream is damaged or truncated here ({error}); copy the file again"
+                    f"{path}:{number}: the gzip stream is damaged or truncated here ({error}); copy the file again"
                 ) from error
-            if not line:
-                return
-            number += 1
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if len(line) > MAX_LINE_BYTES:
-                raise InputError(
-                    f"{path}:{number}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; expected one JSON object"
-                    " per line"
-                )
-            if line.strip():
-                yield number, line
+
+        yield from lines_of(path, readline)
+
+
+def lines_of(path: Path, readline: Callable[[int], bytes]) -> Iterator[tuple[int, bytes]]:
+    """The non-blank lines that a function reads, with their numbers.
+
+    Args:
+        path: of the file, for messages.
+        readline: called with the most bytes to read; an empty line is the end.
+
+    Raises:
+        InputError: a line is too long.
+    """
+    number = 0
+    while line := readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if len(line) > MAX_LINE_BYTES:
+            raise InputError(
+                f"{path}:{number}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; expected one JSON object per line"
+            )
+        if line.strip():
+            yield number, line
 
 
 def parse_line(path: Path, number: int, line: bytes) -> JsonObject:
@@ -122,7 +139,7 @@ def parse_line(path: Path, number: int, line: bytes) -> JsonObject:
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise InputError(f"{path}:{number}: {_json_problem(line, error)}") from error
+        raise InputError(f"{path}:{number}: {json_problem(line, error)}") from error
     if not isinstance(row, dict):
         raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
     if line.count(b"[") + line.count(b"{") > MAX_DEPTH and is_too_deep(row):
@@ -164,7 +181,7 @@ def open_rows(path: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(path, "rb")) if start == GZIP_MAGIC else path.open("rb")
 
 
-def _json_problem(line: bytes, error: orjson.JSONDecodeError) -> str:
+def json_problem(line: bytes, error: ValueError) -> str:
     """Explain why a line could not be parsed and what to do, without its text."""
     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line:
         return f"NUL byte or UTF-16 at byte {max(line.find(0), 0)} of the line; save the file as UTF-8"
@@ -172,7 +189,8 @@ def _json_problem(line: bytes, error: orjson.JSONDecodeError) -> str:
         line.decode()
     except UnicodeDecodeError as wrong:
         return f"not UTF-8 at byte {wrong.start} of the line; save the file as UTF-8"
-    return f"not valid JSON ({error.msg} at column {error.colno}); expected one object per line"
+    place = f" ({error.msg} at column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+    return f"not valid JSON{place}; expected one object per line"
 
 
 def read_rows(path: Path, kind: type[RowT]) -> list[RowT]:

@@ -1,53 +1,109 @@
-"""Conversion of preference rows in the schemas of common trainers (README.md lists them) to ours."""
+"""The schemas of common trainers and data sets, one entry each in `FORMATS`; README.md shows them as a table.
+
+A format says which columns make a row its own, what kind of row it is, and how the row is read. Everything in a row is
+read, harmless or refused by name (columns.py), so nothing is invented and nothing is dropped without a word.
+"""
 
 import math
 import re
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from components.common.documents import JsonObject
 from components.common.errors import RowError
+from components.prepare.columns import (
+    PROMPTS,
+    Columns,
+    Message,
+    check_scores,
+    conversation_of,
+    kind_of,
+    messages_of,
+    read_prompt,
+    turn,
+)
+from components.prepare.rendered import parse_rendered, strip_ending
 
-Message = dict[str, str]
-Pair = tuple[list[Message], str, str]
+Kind = Literal["preferences", "instructions", "unpaired"]
+SCORES = ("fine-grained_score", "fine_grained_score", "overall_score", "score", "rating", "reward")
+ANSWERS = ("response", "answer", "completion", "content", "text")
+LANGUAGE_NAMES = {
+    "english": "en",
+    "eng": "en",
+    "chinese": "zh",
+    "mandarin": "zh",
+    "zho": "zh",
+    "cmn": "zh",
+    "中文": "zh",
+    "英文": "en",
+    "cn": "zh",
+}
+TIES = ("tie", "tied", "equal", "both", "neither", "tie (bothbad)", "bothbad", "both_bad")
 
-ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-SCORES = ("overall_score", "score", "rating", "fine-grained_score")
-ANSWERS = ("response", "content", "text")
-LANGUAGE_NAMES = {"english": "en", "eng": "en", "chinese": "zh", "zho": "zh", "cmn": "zh"}
+
+@dataclass(frozen=True)
+class Example:
+    """What a row becomes: a prompt and its answers, one for an instruction and two, the chosen one first, for a pair.
+
+    `note` says what was taken for granted.
+    """
+
+    prompt: list[Message]
+    answers: tuple[str, ...]
+    note: str = ""
 
 
-def detect(row: JsonObject) -> str | None:
-    """The format that a row looks like, or None."""
-    prompt, chosen = row.get("prompt"), row.get("chosen")
-    name = "trl"
-    if "completions" in row:
-        name = "ultrafeedback"
-    elif not {"chosen", "rejected"} <= row.keys():
+@dataclass(frozen=True)
+class Format:
+    """A schema.
+
+    Args:
+        kind: the kind of its rows.
+        fits: whether a row has its columns.
+        read: reads a row that fits.
+        about: who writes it, for the table of the README.
+        example: a row.
+    """
+
+    kind: Kind
+    fits: Callable[[Columns], bool]
+    read: Callable[[Columns], list[Example]]
+    about: str
+    example: JsonObject
+
+
+def detect(row: JsonObject, kind: Kind | None = None) -> str | None:
+    """The first format, of this kind if one is given, whose columns a row has; None if there is none."""
+    try:
+        columns = Columns(row)
+    except RowError:
         return None
-    elif "conversations" in row:
-        name = "sharegpt"
-    elif "instruction" in row:
-        name = "ultrafeedback" if isinstance(chosen, list) else "alpaca"
-    elif isinstance(prompt, list) and isinstance(chosen, str):
-        name = "kubealign"
-    elif isinstance(prompt, str) and isinstance(chosen, list) and _first_role(chosen) != "assistant":
-        name = "ultrafeedback"
-    elif prompt is None and isinstance(chosen, str) and SPEAKER.match(chosen):
-        name = "hh"
-    return name
+    names = (name for name, entry in FORMATS.items() if kind in (None, entry.kind) and entry.fits(columns))
+    return next(names, None)
 
 
-def convert(row: JsonObject, format_name: str) -> list[Pair]:
-    """The pairs of a row: its prompt as messages, the chosen and the rejected answer.
+def convert(row: JsonObject, format_name: str, ignored: Iterable[str] = ()) -> list[Example]:
+    """The pairs or the instruction of a row.
+
+    Args:
+        row: a row of somebody else's.
+        format_name: a key of `FORMATS`.
+        ignored: columns that are harmless besides those on the list.
 
     Raises:
-        RowError: the row does not fit the format, or cannot be a pair.
+        RowError: the row does not fit the format, cannot be a pair, or something of it would be lost.
     """
-    return FORMATS[format_name](row)
+    columns = Columns(row, ignored)
+    for key in ("lang", "source", "license", "group"):
+        if key in columns:
+            columns.take(key)
+    rows = FORMATS[format_name].read(columns)
+    check_scores(columns)
+    columns.check_left()
+    return rows
 
 
 def language_of(row: JsonObject) -> str | None:
@@ -59,183 +115,484 @@ def language_of(row: JsonObject) -> str | None:
     return LANGUAGE_NAMES.get(name, re.split("[-_]", name)[0])
 
 
-def _kubealign(row: JsonObject) -> list[Pair]:
-    return [(_messages(row, "prompt"), _text(row, "chosen"), _text(row, "rejected"))]
+def _pair(prompt: list[Message], chosen: str, rejected: str, note: str = "") -> Example:
+    return Example(prompt, (chosen, rejected), note)
 
 
-def _trl(row: JsonObject) -> list[Pair]:
-    if isinstance(row.get("chosen"), list):
-        return [_dialogues(_context(row), _messages(row, "chosen"), _messages(row, "rejected"))]
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-    if row.get("prompt") is not None:
-        return [(_context(row), chosen.strip(), rejected.strip())]
-    # TRL's rule: the prompt is the common prefix of both, without trailing space.
-    prefix = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-    prefix = min(len(chosen), len(rejected)) if prefix is None else prefix
-    if not chosen[:prefix].strip():
-        raise RowError("no 'prompt', and 'chosen' and 'rejected' do not begin with the same text")
-    return [([_turn("user", chosen[:prefix].strip())], chosen[prefix:].strip(), rejected[prefix:].strip())]
+def _read_pair(columns: Columns) -> list[Example]:
+    """`chosen` and `rejected`, each a text, a message, a dialogue, or several of them."""
+    chosen, rejected = columns.take("chosen"), columns.take("rejected")
+    # H4's data repeat the chosen dialogue in a column of its own.
+    repeated = [name for name in ("messages", "conversations") if name in columns and columns.peek(name) == chosen]
+    for name in repeated:
+        columns.take(name)
+    has_prompt = any(name in columns for name in PROMPTS if name not in repeated)
+    if isinstance(chosen, str) and isinstance(rejected, str) and not has_prompt:
+        return [_implicit(columns, chosen, rejected)]
+    text_prompt = any(isinstance(columns.peek(name), str) for name in PROMPTS)
+    prompt = read_prompt(columns, repeated)
+    rendered = text_prompt and len(prompt) > 0 and _was_rendered(columns)
+    pairs = []
+    for good, bad in product(_answers(chosen, "chosen"), _answers(rejected, "rejected")):
+        if isinstance(good, str) and isinstance(bad, str):
+            pairs.append(_texts(prompt, good, bad, rendered))
+        else:
+            pairs.append(_dialogues(prompt, _dialogue(good, "chosen"), _dialogue(bad, "rejected")))
+    return pairs
 
 
-def _sharegpt(row: JsonObject) -> list[Pair]:
-    system = [_turn("system", _text(row, "system"))] if row.get("system") else []
-    prompt = [*system, *_messages(row, "conversations")]
-    return [(prompt, _answer(row, "chosen"), _answer(row, "rejected"))]
+def _was_rendered(columns: Columns) -> bool:
+    texts = [columns.peek(name) for name in PROMPTS]
+    return any(isinstance(text, str) and parse_rendered(text) is not None for text in texts)
 
 
-def _alpaca(row: JsonObject) -> list[Pair]:
-    return [(_instruction(row), _text(row, "chosen"), _text(row, "rejected"))]
+def _texts(prompt: list[Message], chosen: str, rejected: str, rendered: bool) -> Example:
+    """A pair whose answers are texts; answers to a rendered prompt lose the marker that ends them.
+
+    Where both are dialogues, as in HH with a prompt of its own, the dialogues are taken.
+    """
+    dialogues = parse_rendered(chosen), parse_rendered(rejected)
+    if dialogues[0] and dialogues[1] and len(dialogues[0]) > 1 and len(dialogues[1]) > 1:
+        return _dialogues(prompt, dialogues[0], dialogues[1])
+    if not prompt:
+        raise RowError(f"no prompt; expected one of {', '.join(PROMPTS)}")
+    if rendered:
+        chosen, rejected = strip_ending(chosen), strip_ending(rejected)
+    return _pair(prompt, chosen.strip(), rejected.strip())
 
 
-def _hh(row: JsonObject) -> list[Pair]:
-    return [_dialogues([], _dialogue(row, "chosen"), _dialogue(row, "rejected"))]
+def _answers(value: Any, column: str) -> list[Any]:
+    """The answers of a column: a text, a message or a dialogue each."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [[value]]
+    if not isinstance(value, list) or not value:
+        raise RowError(f"'{column}' is {kind_of(value)}; expected text, messages, or a list of texts")
+    if all(isinstance(entry, str) for entry in value):
+        return value
+    if all(isinstance(entry, list) for entry in value):
+        return value
+    return [value]
 
 
-def _ultrafeedback(row: JsonObject) -> list[Pair]:
-    if "completions" in row:
-        best, worst = _extremes(row["completions"])
-        return [(_instruction(row), best, worst)]
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if not isinstance(chosen, list) or not isinstance(rejected, list) or not chosen or not rejected:
-        raise RowError("'chosen' and 'rejected' are expected to be non-empty lists")
-    if all(isinstance(answer, str) for answer in [*chosen, *rejected]):
-        prompt = _instruction(row)
-        return [(prompt, good, bad) for good, bad in product(chosen, rejected)]
-    has_prompt = _first_role(chosen) != "assistant"  # both dialogues then start with the prompt
-    return [_dialogues([] if has_prompt else _instruction(row), _messages(row, "chosen"), _messages(row, "rejected"))]
+def _dialogue(answer: Any, column: str) -> list[Message]:
+    return [turn("assistant", answer)] if isinstance(answer, str) else messages_of(answer, column)
 
 
-FORMATS: dict[str, Callable[[JsonObject], list[Pair]]] = {
-    "kubealign": _kubealign,
-    "trl": _trl,
-    "sharegpt": _sharegpt,
-    "alpaca": _alpaca,
-    "hh": _hh,
-    "ultrafeedback": _ultrafeedback,
-}
-
-
-def _turn(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _has(row: JsonObject, key: str) -> None:
-    if row.get(key) is None:
-        raise RowError(f"no '{key}'")
-
-
-def _text(row: JsonObject, key: str) -> str:
-    _has(row, key)
-    if not isinstance(row[key], str):
-        raise RowError(f"'{key}' is {_kind(row[key])}; expected text")
-    return str(row[key])
-
-
-def _kind(value: Any) -> str:
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), "text" if isinstance(value, str) else "null")
-
-
-def _message(turn: Any, key: str) -> Message:
-    if not isinstance(turn, dict):
-        raise RowError(f"'{key}' holds {_kind(turn)}; expected messages with role and content (or from and value)")
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if not isinstance(role, str) or role not in ROLES:
-        raise RowError(f"'{key}' holds a message whose role is none of {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise RowError(f"'{key}' holds a message whose content is {_kind(content)}; expected text")
-    return _turn(ROLES[role], content)
-
-
-def _messages(row: JsonObject, key: str) -> list[Message]:
-    _has(row, key)
-    if not isinstance(row[key], list):
-        raise RowError(f"'{key}' is {_kind(row[key])}; expected a list of messages")
-    return [_message(turn, key) for turn in row[key]]
-
-
-def _first_role(messages: list[Any]) -> str | None:
-    first = messages[0] if messages else None
-    return ROLES.get(str(first.get("role", first.get("from")))) if isinstance(first, dict) else None
-
-
-def _answer(row: JsonObject, key: str) -> str:
-    """An answer that is a text or a single message."""
-    _has(row, key)
-    if isinstance(row[key], str):
-        return str(row[key])
-    message = _message(row[key], key)
-    if message["role"] != "assistant":
-        raise RowError(f"'{key}' is by the {message['role']}; expected the assistant")
-    return message["content"]
-
-
-def _context(row: JsonObject) -> list[Message]:
-    prompt = row.get("prompt")
-    if prompt is None:
-        return []
-    return _messages(row, "prompt") if isinstance(prompt, list) else [_turn("user", _text(row, "prompt").strip())]
-
-
-def _instruction(row: JsonObject) -> list[Message]:
-    key = "instruction" if "instruction" in row else "prompt"
-    parts = [_text(row, key), _text(row, "input") if row.get("input") else ""]
-    turns = [_turn("system", _text(row, "system"))] if row.get("system") else []
-    for turn in row.get("history") or []:
-        if not isinstance(turn, list) or [type(text) for text in turn] != [str, str]:
-            raise RowError("'history' is expected to be a list of question and answer")
-        turns += [_turn("user", turn[0]), _turn("assistant", turn[1])]
-    return [*turns, _turn("user", "\n\n".join(part for part in parts if part))]
-
-
-def _dialogue(row: JsonObject, key: str) -> list[Message]:
-    before, *pieces = SPEAKER.split(_text(row, key))
-    if before.strip() or not pieces:
-        raise RowError(f"'{key}' does not begin with `Human:` or `Assistant:`")
-    turns = zip(pieces[::2], pieces[1::2], strict=True)
-    return [_turn(SPEAKERS[speaker], text.strip()) for speaker, text in turns]
-
-
-def _dialogues(context: list[Message], chosen: list[Message], rejected: list[Message]) -> Pair:
-    """A pair from two dialogues: their common prefix is the prompt, and each ends with one answer."""
-    if context and chosen[: len(context)] == rejected[: len(context)] == context:
-        context = []
+def _dialogues(context: list[Message], chosen: list[Message], rejected: list[Message]) -> Example:
+    """A pair from two dialogues: their common beginning is the prompt, and each ends with one answer."""
     shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+    while shared < min(len(chosen), len(rejected)) - 1 and _same(chosen[shared], rejected[shared]):
         shared += 1
     ends = chosen[shared:], rejected[shared:]
     if any(len(end) != 1 or end[0]["role"] != "assistant" for end in ends):
         raise RowError("'chosen' and 'rejected' differ in more than one final message of the assistant")
-    return [*context, *chosen[:shared]], ends[0][0]["content"], ends[1][0]["content"]
+    prompt = _joined(context, chosen[:shared])
+    if not prompt:
+        raise RowError(f"no prompt; expected one of {', '.join(PROMPTS)}, or dialogues that begin with it")
+    return _pair(prompt, ends[0][0]["content"], ends[1][0]["content"])
 
 
-def _extremes(completions: Any) -> tuple[str, str]:
-    """The best and the worst of scored completions; the first of equals."""
-    if not isinstance(completions, list):
-        raise RowError(f"'completions' is {_kind(completions)}; expected a list")
-    scored = [(_score(entry), _completion(entry)) for entry in completions]
-    if len(scored) < 2 or len({score for score, _ in scored}) < 2:
+def _joined(context: list[Message], beginning: list[Message]) -> list[Message]:
+    """A prompt that stands before the dialogues, in them, or partly in both."""
+    if not context or not beginning:
+        return context or beginning
+    start = next((i for i in range(len(beginning)) if _begins(beginning[i:], context)), None)
+    if start is not None:
+        return beginning
+    if context[0]["role"] == "system" and _begins(beginning, context[1:]):
+        return [context[0], *beginning]  # the system message in a column of its own
+    if context[-1]["role"] != beginning[0]["role"] and beginning[0]["role"] != "system":
+        return [*context, *beginning]
+    raise RowError("the prompt's column and the dialogues hold different prompts; leave one of them out of the file")
+
+
+def _begins(messages: list[Message], start: list[Message]) -> bool:
+    return len(start) <= len(messages) and all(map(_same, start, messages))
+
+
+def _same(first: Message, second: Message) -> bool:
+    return first["role"] == second["role"] and first["content"].strip() == second["content"].strip()
+
+
+def _implicit(columns: Columns, chosen: str, rejected: str) -> Example:
+    """A pair without a prompt of its own: dialogues, or texts that begin with the same words."""
+    dialogues = parse_rendered(chosen), parse_rendered(rejected)
+    if dialogues[0] and dialogues[1]:
+        system = read_prompt(columns)
+        return _dialogues(system, dialogues[0], dialogues[1])
+    length = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    if length is None:
+        raise RowError(f"no prompt, and one answer is the beginning of the other; expected one of {', '.join(PROMPTS)}")
+    while length and not _is_border(chosen[length - 1]):
+        length -= 1
+    prefix = chosen[:length].strip()
+    if not prefix or not chosen[length:].strip() or not rejected[length:].strip():
+        raise RowError(
+            "no prompt, and 'chosen' and 'rejected' do not begin with the same whole words; expected one of"
+            f" {', '.join(PROMPTS)}"
+        )
+    before = read_prompt(columns)
+    return _pair(
+        [*before, turn("user", prefix)],
+        chosen[length:].strip(),
+        rejected[length:].strip(),
+        "the prompt is what both answers begin with, up to a whole word",
+    )
+
+
+def _is_border(character: str) -> bool:
+    """Whether a word ends with this character: white space or punctuation."""
+    return character.isspace() or unicodedata.category(character)[0] in "PZ"
+
+
+def _read_swift(columns: Columns) -> list[Example]:
+    """ms-swift: the chosen answer ends `messages` or is the `response`; the rejected one has a column of its own."""
+    if "messages" not in columns:
+        prompt = read_prompt(columns)
+        good = columns.text("response")
+        return [_texts(prompt, good, bad, False) for bad in _answers(columns.take("rejected"), "rejected")]
+    messages = messages_of(columns.take("messages"), "messages")
+    *prompt, last = messages or [turn("user", "")]
+    if last["role"] != "assistant" or not prompt:
+        raise RowError("'messages' does not end with the answer of the assistant, which is the chosen one")
+    before = _joined(read_prompt(columns, ("messages",)), prompt)
+    rejected = columns.take("rejected")
+    pairs = []
+    for bad in _answers(rejected, "rejected"):
+        dialogue = _dialogue(bad, "rejected")
+        end = [*prompt, *dialogue] if len(dialogue) == 1 else dialogue
+        pairs.append(_dialogues(before, messages, end))
+    return pairs
+
+
+def _read_ranked(columns: Columns) -> list[Example]:
+    """Several completions with scores or ranks: the best against the worst."""
+    column = next(name for name in ("completions", "answers", "responses", "candidates") if name in columns)
+    entries = columns.take(column)
+    if not isinstance(entries, list):
+        raise RowError(f"'{column}' is {kind_of(entries)}; expected a list")
+    prompt = read_prompt(columns)
+    answers = [_completion(entry) for entry in entries]
+    ranks = _scores(entries, ("rank",), column)
+    best = _extremes(answers, [-rank for rank in ranks]) if ranks else _by_scores(entries, answers, column)
+    if isinstance(best[0], str) and isinstance(best[1], str):
+        if not prompt:
+            raise RowError(f"no prompt; expected one of {', '.join(PROMPTS)}")
+        return [_pair(prompt, best[0].strip(), best[1].strip())]
+    return [_dialogues(prompt, _dialogue(best[0], column), _dialogue(best[1], column))]
+
+
+def _by_scores(entries: list[Any], answers: list[Any], column: str) -> tuple[Any, Any]:
+    """The best and the worst answer by score, where a row's two kinds of score do not contradict each other."""
+    overall = _scores(entries, ("overall_score",), column)
+    fine = _scores(entries, ("fine-grained_score", "fine_grained_score"), column)
+    scores = fine or overall or _scores(entries, SCORES, column)
+    if not scores:
+        raise RowError(f"a completion has no score; expected a number in one of rank, {', '.join(SCORES)}")
+    best, worst = _positions(scores)
+    if fine and overall and overall[best] <= overall[worst]:
+        raise RowError("'overall_score' and 'fine-grained_score' contradict each other")
+    return answers[best], answers[worst]
+
+
+def _extremes(answers: list[Any], scores: list[float]) -> tuple[Any, Any]:
+    best, worst = _positions(scores)
+    return answers[best], answers[worst]
+
+
+def _positions(scores: list[float]) -> tuple[int, int]:
+    """Where the best and the worst stand; the first of equals."""
+    if len(scores) < 2 or len(set(scores)) < 2:
         raise RowError("'completions' need at least two different scores")
-    return max(scored, key=lambda pair: pair[0])[1], min(scored, key=lambda pair: pair[0])[1]
+    indices = range(len(scores))
+    return max(indices, key=lambda i: scores[i]), min(indices, key=lambda i: scores[i])
 
 
-def _completion(entry: JsonObject) -> str:
-    text: str | None = next((entry[key] for key in ANSWERS if isinstance(entry.get(key), str)), None)
-    if text is None:
-        raise RowError(f"a completion has no text; expected one of {', '.join(ANSWERS)}")
-    return str(text)
+def _scores(entries: list[Any], names: Iterable[str], column: str) -> list[float]:
+    """The score of every entry; empty if one has none."""
+    values = []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise RowError(f"'{column}' holds {kind_of(entry)}; expected objects")
+        value = next((entry[name] for name in names if entry.get(name) is not None), None)
+        if value is None:
+            return []
+        values.append(_number(value))
+    return values
 
 
-def _score(entry: Any) -> float:
-    if not isinstance(entry, dict):
-        raise RowError(f"'completions' holds {_kind(entry)}; expected objects")
-    value = next((entry[key] for key in SCORES if entry.get(key) is not None), None)
+def _number(value: Any) -> float:
     try:
-        if isinstance(value, bool):
-            raise ValueError
-        score = float(value)  # type: ignore[arg-type]
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError) as error:
-        raise RowError(f"a completion has no score; expected a number in one of {', '.join(SCORES)}") from error
-    if not math.isfinite(score):
+        raise RowError("a completion's score is no number") from error
+    if not math.isfinite(number):
         raise RowError("a completion's score is not finite")
-    return score
+    return number
+
+
+def _completion(entry: Any) -> Any:
+    """The answer of a completion: a text, or messages."""
+    if not isinstance(entry, dict):
+        raise RowError(f"the completions hold {kind_of(entry)}; expected objects")
+    for key in ANSWERS:
+        value = entry.get(key)
+        if isinstance(value, str):
+            return value
+        if isinstance(value, list | dict) and value:
+            return value if isinstance(value, list) else [value]
+    raise RowError(f"a completion has no text; expected one of {', '.join(ANSWERS)}")
+
+
+def _read_two(columns: Columns, names: tuple[str, str], better: int | None) -> list[Example]:
+    """Two answers, and which one is better: 0, 1, or None for a tie."""
+    answers = [columns.take(name) for name in names]
+    prompt = read_prompt(columns)
+    if better is None:
+        raise RowError("a tie: neither answer is preferred")
+    good, bad = answers[better], answers[1 - better]
+    if isinstance(good, str) and isinstance(bad, str):
+        return [_texts(prompt, good, bad, False)]
+    return [_dialogues(prompt, _dialogue(good, names[better]), _dialogue(bad, names[1 - better]))]
+
+
+def _read_helpsteer(columns: Columns) -> list[Example]:
+    """HelpSteer3: -3 to 3, negative for the first response."""
+    preference = _number(columns.take("overall_preference"))
+    better = None if preference == 0 else int(preference > 0)
+    return _read_two(columns, ("response1", "response2"), better)
+
+
+def _read_safe(columns: Columns) -> list[Example]:
+    """PKU-SafeRLHF: the number of the better response."""
+    better = columns.take("better_response_id")
+    if better not in (0, 1) or isinstance(better, bool):
+        raise RowError("'better_response_id' is neither 0 nor 1")
+    for key in ("safer_response_id", "is_response_0_safe", "is_response_1_safe"):
+        columns.take_if(key)
+    return _read_two(columns, ("response_0", "response_1"), int(better))
+
+
+def _read_shp(columns: Columns) -> list[Example]:
+    """Stanford Human Preferences: a post, two comments, and 1 where the first is preferred."""
+    label = columns.take("labels")
+    if label not in (0, 1) or isinstance(label, bool):
+        raise RowError("'labels' is neither 0 nor 1")
+    post = columns.text("history").strip()
+    answers = columns.text("human_ref_a"), columns.text("human_ref_b")
+    return [_pair([turn("user", post)], answers[1 - label].strip(), answers[label].strip())]
+
+
+def _read_arena(columns: Columns) -> list[Example]:
+    """Chatbot Arena: two conversations and the winner."""
+    winner = str(columns.take("winner")).strip().lower()
+    places = {"model_a": 0, "a": 0, "conversation_a": 0, "model_b": 1, "b": 1, "conversation_b": 1}
+    if winner not in places and winner not in TIES:
+        raise RowError("'winner' is none of model_a, model_b, tie")
+    return _read_two(columns, ("conversation_a", "conversation_b"), places.get(winner))
+
+
+def _read_list(columns: Columns) -> list[Example]:
+    """LLaMA-Factory's ranking lists: answers from the best to the worst."""
+    name = "output" if "output" in columns else "response"
+    answers = columns.take(name)
+    if len(answers) < 2 or any(not isinstance(answer, str) for answer in answers):
+        raise RowError(f"'{columns.name(name)}' is expected to be two texts or more, the best one first")
+    return [_texts(read_prompt(columns), answers[0], answers[-1], False)]
+
+
+def _read_unpaired(columns: Columns) -> list[Example]:
+    """An answer with a thumb up or down."""
+    raise RowError("unpaired feedback (an answer with a label) cannot be trained on yet; pairs can")
+
+
+def _read_instruction(columns: Columns) -> list[Example]:
+    """A prompt and the answer to learn."""
+    name = next(name for name in ("response", "output") if name in columns)
+    answer = columns.take(name)
+    if isinstance(answer, list) and answer and isinstance(answer[0], dict) or isinstance(answer, dict):
+        messages = messages_of(answer if isinstance(answer, list) else [answer], columns.name(name))
+        if len(messages) != 1 or messages[0]["role"] != "assistant":
+            raise RowError(f"'{columns.name(name)}' is not one message of the assistant")
+        answer = messages[0]["content"]
+    if not isinstance(answer, str):
+        raise RowError(f"'{columns.name(name)}' is {kind_of(answer)}; expected text")
+    rendered = _was_rendered(columns)
+    prompt = read_prompt(columns)
+    if not prompt:
+        raise RowError(f"no prompt; expected one of {', '.join(PROMPTS)}")
+    return [Example(prompt, (strip_ending(answer) if rendered else answer.strip(),))]
+
+
+def _read_conversation(columns: Columns) -> list[Example]:
+    """A conversation that ends with the answer to learn."""
+    name = next(name for name in ("messages", "conversations", "text") if name in columns)
+    if name == "text":
+        messages = parse_rendered(columns.text(name)) or []
+        if not messages:
+            raise RowError("'text' is no conversation that a known template has rendered")
+        before = read_prompt(columns)
+    else:
+        before = read_prompt(columns, (name,))
+        messages = conversation_of(columns.take(name), columns.name(name))
+    *prompt, last = messages
+    if last["role"] != "assistant" or not prompt:
+        raise RowError(f"'{columns.name(name)}' does not end with an answer of the assistant")
+    return [Example(_joined(before, prompt), (last["content"],))]
+
+
+def _is_list(columns: Columns, name: str) -> bool:
+    return isinstance(columns.peek(name), list)
+
+
+def _has(*names: str) -> Callable[[Columns], bool]:
+    return lambda columns: all(name in columns for name in names)
+
+
+def _is_labelled(columns: Columns) -> bool:
+    label = next((columns.peek(name) for name in ("label", "kto_tag", "thumbs_up") if name in columns), None)
+    answered = any(name in columns for name in ("response", "messages", "conversations", "output"))
+    return isinstance(label, bool | int | str) and answered and "rejected" not in columns
+
+
+_Q, _G, _B = "Is rain wet?", "Yes, it is.", "No."
+
+
+def _said(*texts: str, keys: tuple[str, str] = ("role", "content"), names: tuple[str, str] = ("user", "assistant")) -> Any:
+    return [{keys[0]: names[i % 2], keys[1]: text} for i, text in enumerate(texts)]
+
+
+FORMATS: dict[str, Format] = {
+    "kubealign": Format(
+        "preferences",
+        lambda columns: _has("chosen", "rejected")(columns) and _is_list(columns, "prompt"),
+        _read_pair,
+        "this project, TRL (conversational), OpenRLHF, distilabel",
+        {"prompt": _said(_Q), "chosen": _G, "rejected": _B},
+    ),
+    "alpaca": Format(
+        "preferences",
+        _has("chosen", "rejected", "instruction"),
+        _read_pair,
+        "LLaMA-Factory (alpaca), MedicalGPT, argilla, comparison_gpt4 in Chinese",
+        {"system": "Be brief.", "history": [["Hi", "Hello"]], "instruction": _Q, "input": "", "chosen": _G, "rejected": _B},
+    ),
+    "sharegpt": Format(
+        "preferences",
+        _has("chosen", "rejected", "conversations"),
+        _read_pair,
+        "LLaMA-Factory (sharegpt)",
+        {
+            "conversations": _said(_Q, keys=("from", "value"), names=("human", "gpt")),
+            "chosen": {"from": "gpt", "value": _G},
+            "rejected": {"from": "gpt", "value": _B},
+        },
+    ),
+    "openai": Format(
+        "preferences",
+        lambda columns: _has("chosen", "rejected", "messages")(columns),
+        _read_pair,
+        "LLaMA-Factory (openai), axolotl (chat_template.default), H4's UltraFeedback",
+        {
+            "messages": _said(_Q),
+            "chosen": {"role": "assistant", "content": _G},
+            "rejected": {"role": "assistant", "content": _B},
+        },
+    ),
+    "orca": Format(
+        "preferences",
+        lambda columns: _has("chosen", "rejected")(columns)
+        and any(name in columns for name in ("question", "query", "input")),
+        _read_pair,
+        "Orca pairs, axolotl (chatml.intel, chatml.icr), MedicalGPT; Chinese names of columns as well",
+        {"system": "Be brief.", "question": _Q, "chosen": _G, "rejected": _B},
+    ),
+    "trl": Format(
+        "preferences",
+        _has("chosen", "rejected"),
+        _read_pair,
+        "TRL, HH, axolotl (prompt_pairs, ultra, argilla_chat), OpenRLHF, RLHFlow",
+        {"prompt": _Q, "chosen": _G, "rejected": _B},
+    ),
+    "swift": Format(
+        "preferences",
+        lambda columns: "rejected" in columns and ("messages" in columns or "response" in columns),
+        _read_swift,
+        "ms-swift (`rejected_response`, `rejected_messages`)",
+        {"messages": _said(_Q, _G), "rejected_response": _B},
+    ),
+    "ranked": Format(
+        "preferences",
+        lambda columns: any(_is_list(columns, name) for name in ("completions", "answers", "responses", "candidates")),
+        _read_ranked,
+        "UltraFeedback, NeMo-RL (rank 0 is the best), Nectar (rank 1 is)",
+        {
+            "instruction": _Q,
+            "completions": [{"response": _G, "overall_score": 9}, {"response": _B, "overall_score": 2}],
+        },
+    ),
+    "helpsteer": Format(
+        "preferences",
+        _has("response1", "response2", "overall_preference"),
+        _read_helpsteer,
+        "HelpSteer3",
+        {"context": _said(_Q), "response1": _B, "response2": _G, "overall_preference": 2},
+    ),
+    "safe_rlhf": Format(
+        "preferences",
+        _has("response_0", "response_1", "better_response_id"),
+        _read_safe,
+        "PKU-SafeRLHF",
+        {"prompt": _Q, "response_0": _G, "response_1": _B, "better_response_id": 0},
+    ),
+    "arena": Format(
+        "preferences",
+        _has("conversation_a", "conversation_b", "winner"),
+        _read_arena,
+        "Chatbot Arena",
+        {"conversation_a": _said(_Q, _G), "conversation_b": _said(_Q, _B), "winner": "model_a"},
+    ),
+    "shp": Format(
+        "preferences",
+        _has("history", "human_ref_a", "human_ref_b", "labels"),
+        _read_shp,
+        "Stanford Human Preferences",
+        {"history": _Q, "human_ref_A": _B, "human_ref_B": _G, "labels": 0},
+    ),
+    "list": Format(
+        "preferences",
+        lambda columns: any(_is_list(columns, name) and _strings(columns.peek(name)) for name in ("output", "response")),
+        _read_list,
+        "LLaMA-Factory (ranking lists)",
+        {"instruction": _Q, "input": "", "output": [_G, _B]},
+    ),
+    "unpaired": Format(
+        "unpaired",
+        _is_labelled,
+        _read_unpaired,
+        "TRL, LLaMA-Factory and ms-swift (KTO)",
+        {"prompt": _Q, "completion": _G, "label": True},
+    ),
+    "instruction": Format(
+        "instructions",
+        lambda columns: any(name in columns for name in ("response", "output"))
+        and any(name in columns for name in PROMPTS),
+        _read_instruction,
+        "Alpaca, TRL (prompt-completion), ms-swift, OpenRLHF, OpenOrca",
+        {"instruction": _Q, "input": "", "output": _G},
+    ),
+    "conversation": Format(
+        "instructions",
+        lambda columns: any(name in columns for name in ("messages", "conversations", "text")),
+        _read_conversation,
+        "ShareGPT, OpenAI, TRL (conversational), ms-swift; `text` in a known template",
+        {"messages": _said(_Q, _G)},
+    ),
+}
+"""The formats in the order in which they are tried."""
+
+
+def _strings(value: Any) -> bool:
+    return all(isinstance(entry, str) for entry in value)

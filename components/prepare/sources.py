@@ -5,7 +5,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,7 +15,8 @@ from components.common.files import replacing, sha256_file, write_text
 
 ADDED = "added"
 """Folder below data/ and section of the lock file for sources added by `kubealign data add`."""
-PAIRS = "pairs.jsonl"
+ROWS_FILES = {"preferences": "pairs.jsonl", "instructions": "instructions.jsonl"}
+"""The file of an added source, by the kind of its rows."""
 Hash = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -40,13 +41,14 @@ class Member(BaseModel):
 
 
 class Added(BaseModel):
-    """The team's own pairs below data/added, converted by `kubealign data add` and stored by DVC; all are used."""
+    """The team's own rows below data/added, converted by `kubealign data add` and stored by DVC; all are used."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     sha256: str = Hash
     rows: int
     files: dict[str, str]
     """Original files, with the sha256 of each."""
+    kind: Literal["preferences", "instructions"] = "preferences"
 
 
 class Sources(BaseModel):
@@ -81,18 +83,18 @@ def read_sources(path: Path) -> Sources:
 def record_added(path: Path, name: str, added: Added) -> None:
     """Record an added source in the lock file atomically; the text of the other sections is kept."""
     sources = read_sources(path)
-    section = {key: value.model_dump() for key, value in sorted((sources.added | {name: added}).items())}
+    section = {key: value.model_dump(exclude_defaults=True) for key, value in sorted((sources.added | {name: added}).items())}
     before = path.read_text(encoding="utf-8").partition(f"\n{ADDED}:")[0].rstrip("\n")
     write_text(path, f"{before}\n\n{yaml.safe_dump({ADDED: section}, sort_keys=False, allow_unicode=True)}")
 
 
-def added_pairs(data: Path, name: str, added: Added) -> Path:
-    """The pairs file of an added source, restored from the DVC cache or remote if it is missing.
+def added_rows(data: Path, name: str, added: Added) -> Path:
+    """The file of an added source's rows, restored from the DVC cache or remote if it is missing.
 
     Raises:
         InputError: it cannot be found, or differs from the lock file.
     """
-    path = data / ADDED / name / PAIRS
+    path = data / ADDED / name / ROWS_FILES[added.kind]
     if not path.exists():
         _restore(path, data.resolve().parent)
     actual = sha256_file(path)

@@ -25,7 +25,7 @@ from components.dataset.records import SPLITS, content_id, iter_lines, line_of
 from components.dataset.similarity import Sketches, join_sketches, prompt_key, prompt_text, sketch
 from components.prepare.config import PrepareConfig
 from components.prepare.formats import convert
-from components.prepare.sources import Member, Sources, added_pairs, read_sources, unpack
+from components.prepare.sources import Member, Sources, added_rows, read_sources, unpack
 from components.prepare.split import Assignment, assign_prompts, read_splits, write_splits
 from components.tracking import store
 
@@ -47,8 +47,9 @@ def prepare_data(config: PrepareConfig, data: Path) -> None:
     """
     sources = read_sources(data / "sources.lock")
     packaged = _rows(sources, "preferences", config.preferences) + _rows(sources, "instructions", config.instructions)
-    added = [added_pairs(data, name, entry) for name, entry in sources.added.items()]
-    if not any("chosen" in row for row in packaged) and not added:
+    added = [added_rows(data, name, entry) for name, entry in sources.added.items()]
+    own_pairs = any(entry.kind == "preferences" for entry in sources.added.values())
+    if not any("chosen" in row for row in packaged) and not own_pairs:
         raise InputError(
             "no preference pairs; name some in prepare.preferences, or bring your own: `kubealign data add`"
         )
@@ -188,13 +189,14 @@ def _rows(sources: Sources, kind: str, names: list[str]) -> list[JsonObject]:
 
 
 def _pair(entry: JsonObject) -> JsonObject:
-    prompt, chosen, rejected = convert(entry, "sharegpt")[0]
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    example = convert(entry, "sharegpt")[0]
+    chosen, rejected = example.answers
+    return {"prompt": example.prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _instruction(entry: JsonObject) -> JsonObject:
-    text = "\n\n".join(part for part in (entry["instruction"], entry["input"]) if part)
-    return {"prompt": [{"role": "user", "content": text}], "response": entry["output"]}
+    example = convert(entry, "instruction")[0]
+    return {"prompt": example.prompt, "response": example.answers[0]}
 
 
 def prepare_base_model(data: Path) -> None:

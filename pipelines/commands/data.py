@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from components.common.documents import JsonObject
 from components.common.errors import InputError
 from components.config.data import DataConfig
 from components.config.params import PARAMS, load_config
@@ -25,18 +26,30 @@ console = Console()
 RECORDS = ("sources.lock", "splits.lock", "statistics.json", "quarantine.jsonl")
 SHOWN = 5
 """Quarantine reasons shown."""
+SHOWN_CHARACTERS = 240
+"""Of a text in the preview."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 
 
 @app.command()
 def add(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="JSON lines or a JSON array; gzip or not.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE…", help="JSON lines, JSON, CSV or Parquet; gzip, zstd, bzip2 or xz.")
+    ],
+    instructions: Annotated[
+        bool, typer.Option("--instructions", help="The rows are prompts with one answer each, for SFT alone.")
+    ] = False,
     format_name: Annotated[
-        str,
-        typer.Option("--format", help="kubealign, trl, sharegpt, alpaca, hh, ultrafeedback; detected by default."),
+        str, typer.Option("--format", help="A format of components/prepare/README.md; detected by default.")
     ] = "",
-    language: Annotated[str, typer.Option(help="en, zh or auto (by script), for rows without a language.")] = "auto",
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="A column that is no part of the conversation; repeatable.")
+    ] = None,
+    group: Annotated[
+        str, typer.Option(metavar="COLUMN", help="Rows with the same value there stay on one side of the split.")
+    ] = "",
+    language: Annotated[str, typer.Option(help="en, zh or auto (by script), for rows that name neither.")] = "auto",
     licence: Annotated[str, typer.Option("--licence", "--license", help="Licence of rows that do not name one.")] = "",
     source: Annotated[str, typer.Option(help="Source name; by default the file name without extension.")] = "",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
@@ -45,7 +58,7 @@ def add(
     """Add your own pairs to the data: convert, check and version them; shows the changes and asks first."""
     from components.dataset.records import LANGUAGES
     from components.prepare.convert import AUTO, RowDefaults
-    from components.prepare.formats import FORMATS
+    from components.prepare.formats import FORMATS, Kind
     from pipelines.data.add import add as add_files
 
     if format_name and format_name not in FORMATS:
@@ -64,7 +77,12 @@ def add(
             raise InputError("confirmation needed and there is no terminal; pass --yes")
         return typer.confirm("write this?")
 
-    defaults = RowDefaults(format_name, language, licence.strip(), source)
+    kind: Kind = "instructions" if instructions else "preferences"
+    if format_name and FORMATS[format_name].kind != kind:
+        named = FORMATS[format_name].kind
+        raise InputError(f"--format {format_name}: its rows are {named}; {'add' if named == 'instructions' else 'drop'} --instructions")
+    ignored = (*(ignore or ()), *([group] if group else []))
+    defaults = RowDefaults(format_name, language, licence.strip(), source, kind, ignored, group)
     written = add_files(root, load_config(root / PARAMS), [path.absolute() for path in files], defaults, confirm)
     if written is None:
         console.print("nothing was written")
@@ -136,17 +154,35 @@ def _data(project: Path | None) -> DataConfig:
 
 
 def _show(preview: "Preview") -> None:
-    table = Table("source", "file", "format", "pairs", "quarantined")
+    table = Table("source", "file", "format", "rows", "quarantined")
     for name, converted in preview.converted.items():
         for index, (path, format_name) in enumerate(converted.formats.items()):
-            counts = (str(converted.pairs), str(converted.quarantined)) if index == 0 else ("", "")
+            counts = (str(converted.rows), str(converted.quarantined)) if index == 0 else ("", "")
             table.add_row(name if index == 0 else "", Path(path).name, format_name, *counts)
     console.print(table)
     for converted in preview.converted.values():
         for reason, count in converted.reasons.most_common(SHOWN):
             console.print(f"quarantined: {count} because {reason}, first at {converted.first[reason]}", soft_wrap=True)
+        for note, count in converted.notes.items():
+            console.print(f"warning: {count} rows: {note}; first at {converted.first[note]}", soft_wrap=True)
+        for number, row in enumerate(converted.samples, start=1):
+            console.print(f"row {number} as it will be trained:")
+            for speaker, text in _turns(row):
+                console.print(f"  {speaker:>9}: {_short(text)}", soft_wrap=True, markup=False, highlight=False)
     _show_findings(preview)
     console.print(_table(preview.difference) if preview.difference else "no rows change")
+
+
+def _turns(row: JsonObject) -> list[tuple[str, str]]:
+    """Who says what in a row, in order; its answers last."""
+    turns = [(message["role"], message["content"]) for message in row["prompt"]]
+    return turns + [(name, row[name]) for name in ("chosen", "rejected", "response") if name in row]
+
+
+def _short(text: str) -> str:
+    """A text on one line, without control characters, its middle cut out where it is long."""
+    line = "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text)
+    return line if len(line) <= SHOWN_CHARACTERS else f"{line[: SHOWN_CHARACTERS * 2 // 3]} … {line[-SHOWN_CHARACTERS // 3 :]}"
 
 
 def _show_findings(preview: "Preview") -> None:

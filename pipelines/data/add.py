@@ -29,7 +29,7 @@ from components.common.files import replacing, replacing_folder
 from components.config.params import Config
 from components.dataset.records import SPLITS
 from components.prepare.convert import Converted, RowDefaults, convert_files
-from components.prepare.sources import ADDED, Sources, added_pairs, read_sources, record_added
+from components.prepare.sources import ADDED, Sources, added_rows, read_sources, record_added
 from components.prepare.stage import prepare_data
 from components.sources.base_model import EMBEDDED
 from components.sources.data import DATA_SETS
@@ -112,7 +112,7 @@ def _stage(data: Path, staged: Path, config: Config, files: list[Path], defaults
             shutil.copyfile(data / file, staged / file)
     for name, added in sources.added.items():
         if name not in files_by_source:
-            (staged / ADDED / name).symlink_to(added_pairs(data, name, added).resolve().parent)
+            (staged / ADDED / name).symlink_to(added_rows(data, name, added).resolve().parent)
     converted = {}
     for name, paths in files_by_source.items():
         (staged / ADDED / name).mkdir()
@@ -181,12 +181,12 @@ def _files_by_source(files: list[Path], defaults: RowDefaults, sources: Sources)
 
 
 def _check_quarantined(name: str, converted: Converted, max_quarantined: float) -> None:
-    share = converted.quarantined / (converted.pairs + converted.quarantined)
+    share = converted.quarantined / (converted.rows + converted.quarantined)
     if share > max_quarantined:
         reason, count = converted.reasons.most_common(1)[0]
         raise InputError(
-            f"{name}: {converted.quarantined} of {converted.pairs + converted.quarantined} rows cannot be converted to"
-            f" pairs ({share:.1%}; validate.max_quarantined allows {max_quarantined:.1%}); most common reason"
+            f"{name}: {converted.quarantined} of {converted.rows + converted.quarantined} rows cannot be converted to"
+            f" {'pairs' if converted.kind == 'preferences' else 'instructions'} ({share:.1%}; validate.max_quarantined allows {max_quarantined:.1%}); most common reason"
             f" ({count} rows): {reason}, first at {converted.first[reason]}"
         )
 

@@ -1,6 +1,10 @@
-"""Rows in the schemas of trainers become ours; worked out by hand, in both languages."""
+"""Rows in the schemas of trainers and public data sets become ours; worked out by hand, in both languages."""
 
+import bz2
+import csv
+import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +14,13 @@ from components.common.errors import InputError, RowError
 from components.dataset.language import guess_language
 from components.dataset.records import read_lines
 from components.prepare.convert import RowDefaults, convert_files
-from components.prepare.formats import convert, detect
+from components.prepare.formats import FORMATS, convert, detect
 
-USER = {"role": "user", "content": "法国的首都是哪里？"}
-PAIR = ([USER], "巴黎。", "里昂。")
-TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-TURNS += [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Who?"}]
-DIALOGUE = (TURNS, "A model.", "Nobody.")
+Q, G, B = "What is the capital of France?", "It is Paris.", "Lyon, I think."
+"""A question, a good and a bad answer."""
 
 
-def said(role: str, content: str) -> dict[str, str]:
+def said(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
@@ -27,128 +28,351 @@ def human(who: str, value: str) -> dict[str, str]:
     return {"from": who, "value": value}
 
 
-ROWS: dict[str, tuple[str, dict[str, Any], list[Any]]] = {
-    "ours": ("kubealign", {"prompt": [USER], "chosen": "巴黎。", "rejected": "里昂。"}, [PAIR]),
-    "trl, text": ("trl", {"prompt": "法国的首都是哪里？", "chosen": " 巴黎。", "rejected": " 里昂。"}, [PAIR]),
-    "trl, messages": (
-        "trl",
-        {"prompt": TURNS, "chosen": [said("assistant", "A model.")], "rejected": [said("assistant", "Nobody.")]},
-        [DIALOGUE],
+def system(content: str) -> dict[str, str]:
+    return said("system", content)
+
+
+def user(content: str) -> dict[str, str]:
+    return said("user", content)
+
+
+def assistant(content: str) -> dict[str, str]:
+    return said("assistant", content)
+
+
+TURNS = [system("Be brief."), user("Hi"), assistant("Hello"), user(Q)]
+HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Who?\n\nAssistant:"
+HH_TURNS = [user("Hi"), assistant("Hello"), user("Who?")]
+ANSWERS = {"chosen": G, "rejected": B}
+PROMPT = [user(Q)]
+BRIEF = [system("Be brief."), user(Q)]
+
+SCHEMAS: dict[str, tuple[dict[str, Any], list[Any]]] = {
+    "ours": ({"prompt": [user("法国的首都是哪里？")], "chosen": "巴黎。", "rejected": "里昂。"}, [user("法国的首都是哪里？")]),
+    "trl: explicit prompt": ({"prompt": Q} | ANSWERS, PROMPT),
+    "trl: conversational": ({"prompt": TURNS, "chosen": [assistant(G)], "rejected": [assistant(B)]}, TURNS),
+    "trl: conversational, implicit": ({"chosen": [*TURNS, assistant(G)], "rejected": [*TURNS, assistant(B)]}, TURNS),
+    "trl: prompt in both places": (
+        {"prompt": PROMPT, "chosen": [*BRIEF, assistant(G)], "rejected": [system("Be brief."), user(Q + " "), assistant(B)]},
+        BRIEF,
     ),
-    "trl, prompt inside the messages": (
-        "trl",
-        {"chosen": [*TURNS, said("assistant", "A model.")], "rejected": [*TURNS, said("assistant", "Nobody.")]},
-        [DIALOGUE],
+    "h4: text, dialogues, and the chosen one again": (
+        {
+            "prompt": Q,
+            "prompt_id": "0a",
+            "chosen": [user(Q), assistant(G)],
+            "rejected": [user(Q), assistant(B)],
+            "messages": [user(Q), assistant(G)],
+            "score_chosen": 8.0,
+            "score_rejected": 3.5,
+        },
+        PROMPT,
     ),
-    "trl, prompt inside the text": (
-        "trl",
-        {"chosen": "The sky is blue.", "rejected": "The sky is green."},
-        [([said("user", "The sky is")], "blue.", "green.")],
+    "llama-factory: alpaca": (
+        {"instruction": "Translate.", "input": "Rain", "system": "", "history": [["Hi", "Hello"]]} | ANSWERS,
+        [user("Hi"), assistant("Hello"), user("Translate.\n\nRain")],
     ),
-    "sharegpt": (
-        "sharegpt",
+    "llama-factory: sharegpt": (
         {
             "system": "Be brief.",
-            "conversations": [human("human", "Hi"), human("gpt", "Hello"), human("human", "Who?")],
-            "chosen": human("gpt", "A model."),
-            "rejected": human("gpt", "Nobody."),
+            "conversations": [human("human", "Hi"), human("gpt", "Hello"), human("human", Q)],
+            "chosen": human("gpt", G),
+            "rejected": human("gpt", B),
+            "tools": "",
         },
-        [DIALOGUE],
+        TURNS,
     ),
-    "alpaca": (
-        "alpaca",
-        {
-            "system": "Be brief.",
-            "history": [["Hi", "Hello"]],
-            "instruction": "Who?",
-            "input": "",
-            "chosen": "A model.",
-            "rejected": "Nobody.",
-        },
-        [DIALOGUE],
+    "llama-factory: openai": ({"messages": BRIEF, "chosen": assistant(G), "rejected": assistant(B)}, BRIEF),
+    "llama-factory: ranking list": ({"instruction": Q, "input": "", "output": [G, B]}, PROMPT),
+    "axolotl: chatml.intel": ({"system": "Be brief.", "question": Q} | ANSWERS, BRIEF),
+    "axolotl: chatml.icr": ({"system": "Be brief.", "input": Q} | ANSWERS, BRIEF),
+    "axolotl: prompt_pairs": ({"system": "Be brief.", "prompt": Q} | ANSWERS, BRIEF),
+    "axolotl: argilla": ({"instruction": Q, "chosen_response": G, "rejected_response": B}, PROMPT),
+    "axolotl: ultra": (
+        {"system": "Be brief.", "prompt": Q, "chosen": [user(Q), assistant(G)], "rejected": [user(Q), assistant(B)]},
+        BRIEF,
     ),
-    "hh": (
-        "hh",
-        {
-            "chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Who?\n\nAssistant: A model.",
-            "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Who?\n\nAssistant: Nobody.",
-        },
-        [(TURNS[1:], "A model.", "Nobody.")],
+    "axolotl: messages beside texts": ({"messages": BRIEF} | ANSWERS, BRIEF),
+    "ms-swift: rejected_response": ({"messages": [*BRIEF, assistant(G)], "rejected_response": B}, BRIEF),
+    "ms-swift: rejected_messages": (
+        {"messages": [*BRIEF, assistant(G)], "rejected_messages": [*BRIEF, assistant(B)]},
+        BRIEF,
     ),
-    "ultrafeedback, scores": (
-        "ultrafeedback",
+    "ms-swift: query and response": (
+        {"system": "Be brief.", "history": [["Hi", "Hello"]], "query": Q, "response": G, "rejected_response": B},
+        TURNS,
+    ),
+    "openrlhf": ({"context_messages": PROMPT, "chosen": [assistant(G)], "rejected": [assistant(B)]}, PROMPT),
+    "nemo-rl: ranks from 0": (
         {
-            "instruction": "法国的首都是哪里？",
+            "context": BRIEF,
             "completions": [
-                {"response": "马赛。", "overall_score": 3},
-                {"response": "巴黎。", "overall_score": 9.5},
-                {"response": "里昂。", "overall_score": "2"},
+                {"rank": 1, "completion": [assistant(B)]},
+                {"rank": 0, "completion": [assistant(G)]},
             ],
+            "task_name": "x",
         },
-        [PAIR],
+        BRIEF,
     ),
-    "ultrafeedback, dialogues": (
-        "ultrafeedback",
+    "helpsteer3": (
         {
-            "prompt": "法国的首都是哪里？",
-            "chosen": [USER, said("assistant", "巴黎。")],
-            "rejected": [USER, said("assistant", "里昂。")],
+            "domain": "general",
+            "language": "english",
+            "context": BRIEF,
+            "response1": B,
+            "response2": G,
+            "overall_preference": 2,
+            "individual_preference": [{"score": 2, "reasoning": "better"}],
         },
-        [PAIR],
+        BRIEF,
     ),
-    "ultrafeedback, lists": (
-        "ultrafeedback",
-        {"instruction": "Who?", "chosen": ["A model."], "rejected": ["Nobody.", "You."]},
-        [([said("user", "Who?")], "A model.", "Nobody."), ([said("user", "Who?")], "A model.", "You.")],
+    "ultrafeedback": (
+        {
+            "source": "evol_instruct",
+            "instruction": Q,
+            "models": ["a", "b", "c"],
+            "completions": [
+                {"response": "Rome.", "overall_score": 3, "fine-grained_score": 2.5, "annotations": {}},
+                {"response": G, "overall_score": 9.5, "fine-grained_score": 4.75, "custom_system_prompt": "x"},
+                {"response": B, "overall_score": "2", "fine-grained_score": 1},
+            ],
+            "correct_answers": ["None"],
+        },
+        PROMPT,
+    ),
+    "nectar: ranks from 1": (
+        {
+            "prompt": f"\n\nHuman: {Q}\n\nAssistant: ",
+            "answers": [{"answer": B, "model": "a", "rank": 7.0}, {"answer": G, "model": "b", "rank": 1.0}],
+            "turns": 1,
+            "num_responses": 7,
+            "source": ["lmsys"],
+            "good_natured": True,
+        },
+        PROMPT,
+    ),
+    "hh": ({"chosen": f"{HH} {G}", "rejected": f"{HH} {B}"}, HH_TURNS),
+    "hh with a prompt": ({"prompt": HH, "chosen": f" {G}", "rejected": f" {B}"}, HH_TURNS),
+    "hh with a prompt and whole dialogues": ({"prompt": HH, "chosen": f"{HH} {G}", "rejected": f"{HH} {B}"}, HH_TURNS),
+    "orca in Chinese": ({"系统": "Be brief.", "问题": Q, "好的回答": G, "差的回答": B}, BRIEF),
+    "medicalgpt": (
+        {"system": "", "history": [], "question": Q, "response_chosen": G, "response_rejected": B},
+        PROMPT,
+    ),
+    "pku-saferlhf": (
+        {"prompt": Q, "response_0": B, "response_1": G, "better_response_id": 1, "is_response_0_safe": True},
+        PROMPT,
+    ),
+    "arena": (
+        {"conversation_a": [user(Q), assistant(B)], "conversation_b": [user(Q), assistant(G)], "winner": "model_b"},
+        PROMPT,
+    ),
+    "shp": ({"post_id": "x", "domain": "y", "history": Q, "human_ref_A": G, "human_ref_B": B, "labels": 1}, PROMPT),
+    "stack exchange": ({"question": Q, "response_j": G, "response_k": B, "qid": 7}, PROMPT),
+    "roles in capitals": (
+        {"prompt": [said("Human", Q)], "chosen": [said("Assistant", G)], "rejected": [said("ASSISTANT", B)]},
+        PROMPT,
+    ),
+    "developer and parts of text": (
+        {"prompt": [said("developer", "Be brief."), said("user", [{"type": "text", "text": Q}])]} | ANSWERS,
+        BRIEF,
+    ),
+    "an empty system message": ({"prompt": [system(""), user(Q)]} | ANSWERS, PROMPT),
+    "an empty system column": ({"system": " ", "prompt": Q, "history": []} | ANSWERS, PROMPT),
+    "columns that say nothing to the model": (
+        {"prompt": Q, "id": 7, "category": "geo", "chosen_model": "a", "margin": 1.5, "tools": None, "meta": {"a": 1}} | ANSWERS,
+        PROMPT,
     ),
 }
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_a_row_is_recognised_and_converted(name: str) -> None:
-    format_name, row, expected = ROWS[name]
-    assert detect(row) == format_name
-    assert convert(row, format_name) == expected
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_schema_is_recognised_and_read_whole(name: str) -> None:
+    row, prompt = SCHEMAS[name]
+    format_name = detect(row)
+    assert format_name is not None and FORMATS[format_name].kind == "preferences"
+    answers = ("巴黎。", "里昂。") if name == "ours" else (G, B)
+    assert [(found.prompt, found.answers) for found in convert(row, format_name)] == [(prompt, answers)]
+
+
+def test_several_answers_make_a_pair_each() -> None:
+    row = {"instruction": Q, "chosen": [G], "rejected": [B, "Rome."]}
+    assert [found.answers for found in convert(row, str(detect(row)))] == [(G, B), (G, "Rome.")]
+
+
+IMPLICIT = "the prompt is what both answers begin with, up to a whole word"
+RENDERED: dict[str, tuple[dict[str, Any], list[Any]]] = {
+    "ChatML": (
+        {
+            "prompt": f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n",
+            "chosen": f"{G}<|im_end|>",
+            "rejected": f"{B}<|im_end|>\n",
+        },
+        BRIEF,
+    ),
+    "Llama 2": (
+        {"prompt": f"<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n{Q} [/INST]", "chosen": f" {G} </s>", "rejected": f"{B}</s>"},
+        BRIEF,
+    ),
+    "Llama 2, two turns": (
+        {"prompt": f"<s>[INST] Hi [/INST] Hello </s><s>[INST] {Q} [/INST]"} | ANSWERS,
+        [user("Hi"), assistant("Hello"), user(Q)],
+    ),
+    "Llama 3": (
+        {
+            "prompt": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+            f"<|start_header_id|>user<|end_header_id|>\n\n{Q}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            "chosen": f"{G}<|eot_id|>",
+            "rejected": B,
+        },
+        BRIEF,
+    ),
+    "Gemma": (
+        {"prompt": f"<bos><start_of_turn>user\n{Q}<end_of_turn>\n<start_of_turn>model\n", "chosen": f"{G}<end_of_turn>", "rejected": B},
+        PROMPT,
+    ),
+    "Zephyr": ({"prompt": f"<|system|>\nBe brief.</s>\n<|user|>\n{Q}</s>\n<|assistant|>\n"} | ANSWERS, BRIEF),
+    "DeepSeek": (
+        {"prompt": f"<｜begin▁of▁sentence｜><｜User｜>{Q}<｜Assistant｜>", "chosen": f"{G}<｜end▁of▁sentence｜>", "rejected": B},
+        PROMPT,
+    ),
+    "Vicuna": (
+        {"prompt": f"A chat between a curious user and an assistant. USER: Hi ASSISTANT: Hello</s>USER: {Q} ASSISTANT:"} | ANSWERS,
+        [system("A chat between a curious user and an assistant."), user("Hi"), assistant("Hello"), user(Q)],
+    ),
+    "Alpaca": (
+        {
+            "prompt": "Below is an instruction that describes a task. Write a response.\n\n### Instruction:\nTranslate.\n\n"
+            "### Input:\nRain\n\n### Response:\n"
+        }
+        | ANSWERS,
+        [system("Below is an instruction that describes a task. Write a response."), user("Translate.\n\nRain")],
+    ),
+    "Guanaco": ({"chosen": f"### Human: {Q}### Assistant: {G}", "rejected": f"### Human: {Q}### Assistant: {B}"}, PROMPT),
+    "JSON": ({"prompt": json.dumps(BRIEF)} | ANSWERS, BRIEF),
+    "JSON as Python writes it": ({"prompt": str(BRIEF)} | ANSWERS, BRIEF),
+}
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_a_rendered_conversation_is_taken_apart(name: str) -> None:
+    row, prompt = RENDERED[name]
+    (found,) = convert(row, str(detect(row)))
+    assert (found.prompt, found.answers, found.note) == (prompt, (G, B), "")
 
 
 @pytest.mark.parametrize(
-    ("format_name", "row", "reason"),
+    ("chosen", "rejected", "prompt", "answers"),
     [
-        ("trl", {"prompt": "a", "chosen": "b"}, "no 'rejected'"),
-        ("trl", {"prompt": "a", "chosen": 7, "rejected": "c"}, "'chosen' is a number; expected text"),
-        ("trl", {"prompt": {"a": 1}, "chosen": "b", "rejected": "c"}, "'prompt' is an object; expected text"),
-        ("trl", {"chosen": "yes", "rejected": "no"}, "do not begin with the same text"),
-        ("trl", {"prompt": [], "chosen": [1], "rejected": []}, "'chosen' holds a number; expected messages"),
-        (
-            "trl",
-            {
-                "chosen": [USER, said("assistant", "a"), said("user", "b"), said("assistant", "c")],
-                "rejected": [USER, said("assistant", "x")],
-            },
-            "more than one",
-        ),
-        ("sharegpt", {"conversations": [human("tool", "x")]}, "a message whose role is none of system, human"),
-        (
-            "sharegpt",
-            {"conversations": [human("human", "x")], "chosen": human("human", "a"), "rejected": "b"},
-            "'chosen' .* by the user; expected the assistant",
-        ),
-        ("alpaca", {"instruction": "x", "history": ["x"]}, "'history' is expected to be a list"),
-        ("hh", {"chosen": "no marker", "rejected": "x"}, "'chosen' does not begin with `Human:`"),
-        ("ultrafeedback", {"instruction": "x", "completions": 3}, "'completions' is a number; expected a list"),
-        (
-            "ultrafeedback",
-            {"instruction": "x", "completions": [{"response": "a", "score": 1}, {"response": "b", "score": 1}]},
-            "need at least two different scores",
-        ),
-        ("ultrafeedback", {"instruction": "x", "completions": [{"response": "a", "score": "N/A"}]}, "has no score"),
-        ("ultrafeedback", {"instruction": "x", "completions": [{"response": "a", "score": "nan"}]}, "not finite"),
-        ("ultrafeedback", {"instruction": "x", "chosen": [], "rejected": ["a"]}, "non-empty lists"),
+        ("The sky is blue.", "The sky is green.", "The sky is", ("blue.", "green.")),
+        ("Question 4: Q Answer: blue.", "Question 4: Q Answer: black.", "Question 4: Q Answer:", ("blue.", "black.")),
+        ("问题：天空？答案：蓝色。", "问题：天空？答案：蓝绿色。", "问题：天空？答案：", ("蓝色。", "蓝绿色。")),
     ],
 )
-def test_a_row_that_cannot_be_a_pair_says_why(format_name: str, row: dict[str, Any], reason: str) -> None:
+def test_a_prompt_that_both_answers_begin_with_ends_at_a_word_and_is_noted(
+    chosen: str, rejected: str, prompt: str, answers: tuple[str, str]
+) -> None:
+    row = {"chosen": chosen, "rejected": rejected}
+    (found,) = convert(row, str(detect(row)))
+    assert (found.prompt, found.answers, found.note) == ([user(prompt)], answers, IMPLICIT)
+
+
+DIALOGUES = {"chosen": [user(Q), assistant(G)], "rejected": [user(Q), assistant(B)]}
+TOOL = {"role": "assistant", "content": G, "tool_calls": [{"id": 1}]}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no answer": ({"prompt": Q, "chosen": G}, "no 'rejected'"),
+    "a number": ({"prompt": Q, "chosen": 7, "rejected": B}, "'chosen' is a number; expected text"),
+    "an object": ({"prompt": {"a": 1}} | ANSWERS, "'prompt' holds a message whose role is none of system"),
+    "no common beginning": ({"chosen": "yes", "rejected": "no"}, "do not begin with the same whole words"),
+    "a half word": ({"chosen": "天空是蓝色的", "rejected": "天空是绿色的"}, "do not begin with the same whole words"),
+    "a beginning": ({"chosen": "The sky", "rejected": "The sky is blue"}, "one answer is the beginning of the other"),
+    "two turns": (
+        {"chosen": [user(Q), assistant(G), user("a"), assistant("b")], "rejected": [user(Q), assistant(B)]},
+        "more than one",
+    ),
+    "images": ({"prompt": Q, "images": ["0.png"]} | ANSWERS, "'images' is not read .*--ignore images"),
+    "tools": ({"prompt": Q, "tools": "[{}]"} | ANSWERS, "'tools' is not read"),
+    "documents": ({"prompt": Q, "documents": ["x"]} | ANSWERS, "'documents' is not read"),
+    "a context of text": ({"question": Q, "context": "Paris is …"} | ANSWERS, "'context' is not read"),
+    "a persona": ({"prompt": Q, "Persona": "a pirate"} | ANSWERS, "'Persona' is not read"),
+    "two prompts": ({"prompt": Q, "question": "Who?"} | ANSWERS, "'question' holds another prompt besides"),
+    "two systems": ({"system": "Be long.", "prompt": BRIEF} | ANSWERS, "two different system messages"),
+    "another prompt in the dialogues": ({"prompt": "Who?"} | DIALOGUES, "hold different prompts"),
+    "a tool call": ({"prompt": PROMPT, "chosen": [TOOL], "rejected": [assistant(B)]}, "'tool_calls', which is not supported"),
+    "a function's turn": (
+        {"conversations": [human("human", Q), human("function_call", "x")], "chosen": human("gpt", G), "rejected": B},
+        "a message whose role is none of system",
+    ),
+    "the user's answer": (
+        {"conversations": [human("human", Q)], "chosen": human("human", G), "rejected": human("gpt", B)},
+        "differ in more than one final message",
+    ),
+    "a picture": ({"prompt": [said("user", [{"type": "image_url"}])]} | ANSWERS, "a part of type image_url"),
+    "a history of texts": ({"instruction": Q, "history": ["x"]} | ANSWERS, "'history' is expected to be a list"),
+    "a tie": (DIALOGUES | {"score_chosen": 7.5, "score_rejected": 7.5}, "a tie: 'score_chosen' and 'score_rejected'"),
+    "inverted scores": (DIALOGUES | {"chosen-rating": 3, "rejected-rating": 4}, "rejected answer has the better score"),
+    "a tie in HelpSteer": ({"context": PROMPT, "response1": G, "response2": B, "overall_preference": 0}, "a tie"),
+    "a tie in the arena": (
+        {"conversation_a": [user(Q), assistant(G)], "conversation_b": [user(Q), assistant(B)], "winner": "tie"},
+        "a tie",
+    ),
+    "completions that are none": ({"instruction": Q, "completions": [3]}, "'completions' holds a number|hold a number"),
+    "equal scores": (
+        {"instruction": Q, "completions": [{"response": "a", "score": 1}, {"response": "b", "score": 1}]},
+        "need at least two different scores",
+    ),
+    "no score": ({"instruction": Q, "completions": [{"response": "a"}, {"response": "b"}]}, "has no score"),
+    "a score of N/A": ({"instruction": Q, "completions": [{"response": "a", "score": "N/A"}]}, "is no number"),
+    "a score of nan": ({"instruction": Q, "completions": [{"response": "a", "score": "nan"}]}, "not finite"),
+    "contradicting scores": (
+        {
+            "instruction": Q,
+            "completions": [
+                {"response": G, "overall_score": 10, "fine-grained_score": 1.5},
+                {"response": B, "overall_score": 6, "fine-grained_score": 4.0},
+            ],
+        },
+        "contradict each other",
+    ),
+    "unpaired": ({"prompt": Q, "completion": G, "label": False}, "unpaired feedback"),
+    "unpaired messages": ({"messages": [user(Q), assistant(G)], "label": True}, "unpaired feedback"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_row_that_cannot_be_a_pair_says_why(name: str) -> None:
+    row, reason = REFUSED[name]
     with pytest.raises(RowError, match=reason):
-        convert(row, format_name)
+        convert(row, detect(row) or "trl")
+
+
+INSTRUCTIONS: dict[str, tuple[dict[str, Any], list[Any]]] = {
+    "alpaca": ({"instruction": "Translate.", "input": "Rain", "output": G}, [user("Translate.\n\nRain")]),
+    "sharegpt": ({"conversations": [human("human", Q), human("gpt", G)], "system": "Be brief."}, BRIEF),
+    "messages": ({"messages": [*TURNS, assistant(G)]}, TURNS),
+    "trl: prompt and completion": ({"prompt": Q, "completion": G}, PROMPT),
+    "trl: conversational": ({"prompt": PROMPT, "completion": [assistant(G)]}, PROMPT),
+    "openorca": ({"id": "niv.1", "system_prompt": "Be brief.", "question": Q, "response": G}, BRIEF),
+    "swift": ({"query": Q, "response": G, "history": []}, PROMPT),
+    "a rendered text": ({"text": f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n{G}<|im_end|>\n"}, PROMPT),
+    "guanaco": ({"text": f"### Human: {Q}### Assistant: {G}"}, PROMPT),
+    "in Chinese": ({"指令": Q, "输入": "", "输出": G}, PROMPT),
+}
+
+
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_an_instruction_is_recognised_and_read_whole(name: str) -> None:
+    row, prompt = INSTRUCTIONS[name]
+    format_name = detect(row, "instructions")
+    assert format_name is not None
+    assert [(found.prompt, found.answers) for found in convert(row, format_name)] == [(prompt, (G,))]
+
+
+def test_every_format_reads_its_own_example() -> None:
+    for name, entry in FORMATS.items():
+        assert detect(entry.example) == name
+        if entry.kind != "unpaired":
+            assert convert(entry.example, name)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +380,7 @@ def test_a_row_that_cannot_be_a_pair_says_why(format_name: str, row: dict[str, A
     [("法国的首都是哪里？巴黎。", "zh"), ("What is 巴黎?", "en"), ("用 Python 写一个函数，打印列表", "zh"), ("", "en")],
 )
 def test_the_script_tells_the_language(text: str, lang: str) -> None:
-    assert guess_language(text) == lang
+    assert guess_language([text]) == lang
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -164,11 +388,11 @@ def write(path: Path, *rows: Any) -> Path:
     return path
 
 
-def facts(**changes: str) -> RowDefaults:
+def facts(**changes: Any) -> RowDefaults:
     return RowDefaults(**{"format": "", "language": "auto", "licence": "MIT", "source": "team"} | changes)
 
 
-def converted(tmp_path: Path, *files: Path, **changes: str) -> Any:
+def converted(tmp_path: Path, *files: Path, **changes: Any) -> Any:
     out = tmp_path / "out"
     out.mkdir(exist_ok=True)
     return convert_files(list(files), facts(**changes), out, print)
@@ -183,9 +407,9 @@ def test_every_row_is_either_a_pair_or_set_aside_with_where_and_why(tmp_path: Pa
     done, added = converted(tmp_path, file)
     pairs = read_lines(tmp_path / "out" / "pairs.jsonl")
     aside = read_lines(tmp_path / "out" / "quarantine.jsonl")
-    assert (done.pairs, done.quarantined) == (len(pairs), len(aside)) == (2, 3) and added.rows == 2
+    assert (done.rows, done.quarantined) == (len(pairs), len(aside)) == (2, 3) and added.rows == 2
     assert [entry["where"].rpartition(":")[2] for entry in aside] == ["2", "3", "4"]
-    assert "no 'chosen'" in aside[1]["reason"] and aside[2]["reason"] == "its language is none of en, zh"
+    assert "no 'chosen'" in aside[1]["reason"] and "its column 'lang' says 'fr'; expected en or zh" in aside[2]["reason"]
     assert [entry["row"] for entry in aside] == rows[1:4]
     assert [pair["lang"] for pair in pairs] == ["en", "zh"]
     assert {(pair["source"], pair["license"]) for pair in pairs} == {("team", "MIT")}
@@ -202,22 +426,131 @@ def test_what_a_row_says_of_itself_is_kept(tmp_path: Path) -> None:
     }
 
 
-def test_a_json_array_and_gzip_give_the_same_pairs_as_lines(tmp_path: Path) -> None:
-    import gzip
+def test_every_kind_of_file_gives_the_same_pairs(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
 
-    lines = write(tmp_path / "a.jsonl", GOOD, GOOD | {"chosen": "Me."})
-    array = tmp_path / "b.json"
-    array.write_text(json.dumps(read_lines(lines), indent=1))
-    packed = tmp_path / "c.jsonl.gz"
-    packed.write_bytes(gzip.compress(lines.read_bytes()))
-    hashes = {converted(tmp_path, file)[1].sha256 for file in (lines, array, packed)}
-    assert len(hashes) == 1
+    rows = [GOOD, GOOD | {"chosen": "我，\"模型\"。\n第二行"}, GOOD | {"prompt": [user("Who?")]}]
+    lines = write(tmp_path / "a.jsonl", *rows[:2])
+    content = lines.read_bytes()
+    table = pa.table({name: [row[name] for row in rows[:2]] for name in GOOD})
+    for name, data in {
+        "array.json": json.dumps(rows[:2], indent=1).encode(),
+        "mark.jsonl": b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"),
+        "a.jsonl.gz": gzip.compress(content),
+        "a.jsonl.bz2": bz2.compress(content),
+        "a.jsonl.xz": lzma.compress(content),
+        "array.json.gz": gzip.compress(json.dumps(rows[:2]).encode()),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+    with pa.output_stream(str(tmp_path / "a.jsonl.zst"), compression="zstd") as stream:
+        stream.write(content)
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
+        with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(GOOD), delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows[:2])
+    files = [path for path in sorted(tmp_path.iterdir()) if path.is_file()]
+    assert len(files) == 11
+    assert len({converted(tmp_path, file)[1].sha256 for file in files}) == 1
+
+
+def test_a_list_of_messages_in_a_table_is_read_as_messages(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    dialogue = [user("Who?"), assistant("A model.")]
+    other = [user("Who?"), assistant("Nobody.")]
+    pa.parquet.write_table(pa.Table.from_pylist([{"chosen": dialogue, "rejected": other}]), tmp_path / "a.parquet")
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["chosen", "rejected"], [json.dumps(dialogue), str(other)]])
+    for name in ("a.parquet", "a.csv"):
+        converted(tmp_path, tmp_path / name)
+        (pair,) = read_lines(tmp_path / "out" / "pairs.jsonl")
+        assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ([user("Who?")], "A model.", "Nobody.")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+BOMB = json.dumps({"prompt": "Who?", "chosen": "0" * 1024, "rejected": "1"}).encode() + b"\n"
+FOREIGN = {
+    "a.jsonl": (LFS, "a Git LFS pointer, not the data itself: `git lfs pull`"),
+    "b.jsonl": (b"PK\x03\x04" + b"\0" * 30, "a zip archive"),
+    "c.jsonl": (b"<!DOCTYPE html>\n<html></html>", "an HTML page"),
+    "d.jsonl": (b"\x80\x04\x95", "a Python pickle, which is never loaded"),
+    "e.jsonl": (json.dumps(GOOD).encode("utf-16"), "text in UTF-16: save it as UTF-8"),
+    "f.json": (json.dumps({"version": "1", "data": [GOOD, GOOD]}).encode(), r"list 'data' holds the rows; `jq -c '.data\[\]'`"),
+    "g.json": (json.dumps(GOOD, indent=2).encode() + b"\n" + json.dumps(GOOD, indent=2).encode(), "over several lines"),
+    "h.parquet": (b"PAR1" + b"\0" * 40, "the Parquet file is damaged or truncated"),
+    "i.csv": (b"prompt,chosen,rejected\na,b\n", "another number of fields than the header has"),
+    "j.jsonl.gz": (gzip.compress(BOMB * (80 << 10)), "more than 250 times as large unpacked as packed"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_that_holds_something_else_is_named(tmp_path: Path, name: str) -> None:
+    content, message = FOREIGN[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        converted(tmp_path, tmp_path / name)
+
+
+def test_a_number_that_json_cannot_hold_is_nothing_and_a_long_one_is_kept(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", GOOD)
+    with file.open("a") as lines:
+        lines.write('{"prompt": "Who?", "chosen": "A.", "rejected": "B.", "score": NaN}\n')
+        lines.write('{"prompt": "Who?", "id": 123456789012345678901234567890}\n')
+    done, _ = converted(tmp_path, file)
+    assert (done.rows, done.quarantined) == (2, 1)
+    assert '"id": 123456789012345678901234567890' in (tmp_path / "out" / "quarantine.jsonl").read_text()
+
+
+def test_a_language_of_something_else_is_named_and_can_be_given(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", GOOD, GOOD | {"language": "python"})
+    done, _ = converted(tmp_path, file)
+    assert next(iter(done.reasons)) == "its column 'language' says 'python'; expected en or zh, or --language for such rows"
+    done, _ = converted(tmp_path, file, language="en")
+    assert done.rows == 2
+
+
+def test_the_language_is_that_of_question_and_answer(tmp_path: Path) -> None:
+    long = "You are the assistant of a company that sells umbrellas, and you answer every question with patience. " * 4
+    row = {"system": long, "prompt": "下雨天怎么办？", "chosen": "带伞。", "rejected": "不知道。"}
+    converted(tmp_path, write(tmp_path / "a.jsonl", row))
+    assert read_lines(tmp_path / "out" / "pairs.jsonl")[0]["lang"] == "zh"
+
+
+def test_a_column_can_be_ignored_or_name_the_group(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", GOOD | {"persona": "x", "thread": 7}, GOOD | {"persona": "y", "thread": None})
+    done, _ = converted(tmp_path, file, ignored=("persona", "thread"), group="thread")
+    assert (done.rows, list(done.reasons)) == (1, ["no value in the column 'thread' that names its group"])
+    assert read_lines(tmp_path / "out" / "pairs.jsonl")[0]["together"] == "team/7"
+
+
+def test_the_first_rows_are_kept_as_they_will_be_trained_and_assumptions_are_counted(tmp_path: Path) -> None:
+    rows = [{"chosen": f"Item {n} is good.", "rejected": f"Item {n} is bad."} for n in range(5)]
+    done, _ = converted(tmp_path, write(tmp_path / "a.jsonl", *rows))
+    assert done.notes == {IMPLICIT: 5} and done.first[IMPLICIT].endswith("a.jsonl:1")
+    assert done.samples == read_lines(tmp_path / "out" / "pairs.jsonl")[:3]
+
+
+def test_instructions_are_a_kind_of_their_own(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", {"instruction": "Who?", "input": "", "output": "A model."})
+    with pytest.raises(InputError, match="instructions rather than pairs; add them for SFT: --instructions"):
+        converted(tmp_path, file)
+    done, added = converted(tmp_path, file, kind="instructions")
+    assert (done.rows, added.kind) == (1, "instructions")
+    assert read_lines(tmp_path / "out" / "instructions.jsonl")[0]["response"] == "A model."
+    with pytest.raises(InputError, match="its rows are preference pairs"):
+        converted(tmp_path, write(tmp_path / "b.jsonl", GOOD), kind="instructions")
+    with pytest.raises(InputError, match="unpaired feedback"):
+        converted(tmp_path, write(tmp_path / "c.jsonl", {"prompt": "Who?", "completion": "I.", "label": True}))
 
 
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
     [
-        ([{"question": "x", "answer": "y"}], {}, r"a.jsonl:1: unknown format \(columns: answer, question\)"),
+        ([{"left": "x", "right": "y"}], {}, r"a.jsonl:1: unknown format \(columns: left, right\)"),
         (
             [GOOD, {"instruction": "x", "chosen": "a", "rejected": "b"}],
             {},

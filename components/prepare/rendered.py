@@ -1,0 +1,194 @@
+"""Conversations that a chat template has rendered to text, taken apart into messages where that is certain.
+
+It is certain when the text begins with a template's own opening of a turn and nothing of the markers is left in the
+messages. Everything else stays text; `validate` finds the markers in it (check `template_text`).
+"""
+
+import ast
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+Message = dict[str, str]
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "instruction": "user",
+    "assistant": "assistant",
+    "model": "assistant",
+    "response": "assistant",
+    "gpt": "assistant",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of template.
+
+    Args:
+        opening: begins a turn; its group is the role.
+        endings: markers that end a turn.
+        starts: what may stand before the first turn.
+        preamble: a system text without a role that may stand before the first turn.
+    """
+
+    opening: re.Pattern[str]
+    endings: tuple[str, ...] = ()
+    starts: tuple[str, ...] = ()
+    preamble: re.Pattern[str] | None = None
+
+
+FAMILIES = {
+    "chatml": Family(
+        re.compile(r"<\|im_start\|>(system|user|assistant)[ \t]*\n?"), ("<|im_end|>",), ("<s>", "<|endoftext|>")
+    ),
+    "llama3": Family(
+        re.compile(r"<\|start_header_id\|>(system|user|assistant)<\|end_header_id\|>\s{0,2}"),
+        ("<|eot_id|>", "<|end_of_text|>"),
+        ("<|begin_of_text|>",),
+    ),
+    "gemma": Family(re.compile(r"<start_of_turn>(user|model)\n?"), ("<end_of_turn>", "<eos>"), ("<bos>",)),
+    "zephyr": Family(
+        re.compile(r"<\|(system|user|assistant)\|>\n?"), ("</s>", "<|end|>", "<|endoftext|>"), ("<s>", "<|endoftext|>")
+    ),
+    "deepseek": Family(
+        re.compile(r"<[｜|](User|Assistant)[｜|]>"), ("<｜end▁of▁sentence｜>",), ("<｜begin▁of▁sentence｜>",)
+    ),
+    "hh": Family(re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")),
+    "guanaco": Family(re.compile(r"(?:\A\s*|\s*)###[ \t]*(Human|Assistant):"), ("</s>",), ("<s>",)),
+    "alpaca": Family(
+        re.compile(r"(?:\A\s*|\n\s*)###[ \t]*(Instruction|Response):[ \t]*\n?"),
+        ("</s>",),
+        ("<s>",),
+        re.compile(r"Below is an instruction that describes a task.*?\s*(?=###)", re.DOTALL),
+    ),
+    "vicuna": Family(
+        re.compile(r"(?:\A\s*|\s+|(?<=</s>))(USER|ASSISTANT):"),
+        ("</s>",),
+        ("<s>",),
+        re.compile(r"A chat between a curious (?:user|human).*?(?=\s(?:USER|ASSISTANT):)", re.DOTALL),
+    ),
+}
+LLAMA2 = re.compile(r"\s*(?:<s>)?\s*\[INST\]\s*(?:<<SYS>>\s*(.*?)\s*<</SYS>>)?\s*(.*?)\s*\[/INST\]", re.DOTALL)
+ALPACA_INPUT = re.compile(r"\n\s*###[ \t]*Input:[ \t]*\n")
+MARKERS = re.compile(
+    r"<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|<\|(?:eot_id|begin_of_text|end_of_text|endoftext)\|>"
+    r"|<(?:start|end)_of_turn>|<\|(?:system|user|assistant|end)\|>|<[｜|](?:User|Assistant)[｜|]>"
+    r"|\A\s*\[\s*\{\s*['\"](?:role|from|content|value)['\"]\s*:"
+    r"|<｜(?:begin|end)▁of▁sentence｜>|\[/?INST\]|<</?SYS>>|\A\s*<s>|</s>\s*\Z"
+    r"|(?m:^[ \t]*###[ \t]*(?:Instruction|Response|Human|Assistant):)"
+    r"|(?:\A\s*|\n\n)(?:Human|Assistant):|\b(?:USER|ASSISTANT):\s"
+)
+"""What a template writes and a person hardly does."""
+
+
+def parse_rendered(text: str) -> list[Message] | None:
+    """The messages of a rendered conversation, without an assistant's turn that is only opened; None if it is none.
+
+    Args:
+        text: a prompt or a whole dialogue.
+    """
+    stripped = text.strip()
+    if stripped.startswith("["):
+        return _parse_json(stripped) or _parse_llama2(stripped)
+    if stripped.startswith("<s>") and stripped[3:].lstrip().startswith("[INST]"):
+        return _parse_llama2(stripped)
+    if not MARKERS.search(stripped[:4096]):
+        return None
+    for family in FAMILIES.values():
+        messages = _parse_family(text, family)
+        if messages:
+            return messages
+    return None
+
+
+def strip_ending(answer: str) -> str:
+    """An answer without the marker with which a template ends it; for answers to a rendered prompt."""
+    stripped = answer.strip()
+    endings = {ending for family in FAMILIES.values() for ending in family.endings} | {"</s>"}
+    changed = True
+    while changed:
+        changed = False
+        for ending in endings:
+            if stripped.endswith(ending):
+                stripped, changed = stripped.removesuffix(ending).rstrip(), True
+    return stripped
+
+
+def has_markers(text: str) -> bool:
+    """Whether a text has a marker of a template in it."""
+    return MARKERS.search(text) is not None
+
+
+def _parse_family(text: str, family: Family) -> list[Message] | None:
+    rest = text.strip("\n") if family.opening.pattern.startswith("(?:") else text.strip()
+    for start in family.starts:
+        rest = rest.lstrip().removeprefix(start) if rest.lstrip().startswith(start) else rest
+    system = []
+    if family.preamble and (found := family.preamble.match(rest)):
+        system = [{"role": "system", "content": found.group().strip()}]
+        rest = rest[found.end() :]
+        rest = rest.lstrip() if family.opening.match(rest.lstrip()) else rest
+    before, *pieces = family.opening.split(rest)
+    if before.strip() or not pieces:
+        return None
+    messages = list(system)
+    for role, content in zip(pieces[::2], pieces[1::2], strict=True):
+        content = content.strip()
+        for ending in family.endings:
+            content = content.removesuffix(ending).rstrip()
+        content = "\n\n".join(part.strip() for part in ALPACA_INPUT.split(content)) if "###" in content else content
+        messages.append({"role": ROLES[role.lower()], "content": content})
+    return _checked(messages)
+
+
+def _parse_llama2(text: str) -> list[Message] | None:
+    messages: list[Message] = []
+    position = 0
+    while match := LLAMA2.match(text, position):
+        system, question = match.groups()
+        if system:
+            if messages:
+                return None
+            messages.append({"role": "system", "content": system})
+        messages.append({"role": "user", "content": question})
+        following = re.compile(r"(?:</s>)?\s*(?:<s>)?\s*\[INST\]").search(text, match.end())
+        end = following.start() if following else len(text)
+        answer = text[match.end() : end].strip().removesuffix("</s>").strip()
+        messages.append({"role": "assistant", "content": answer})
+        position = end + len("</s>") if text.startswith("</s>", end) else end
+    return _checked(messages) if messages and position >= len(text) else None
+
+
+def _parse_json(text: str) -> list[Message] | None:
+    """Messages written as JSON, or as Python shows them."""
+    value: Any = None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text)
+            break
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    messages = []
+    for entry in value if isinstance(value, list) else []:
+        if not isinstance(entry, dict):
+            return None
+        role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
+        known = ROLES.get(role.lower()) if isinstance(role, str) else None
+        if known is None or not isinstance(content, str):
+            return None
+        messages.append({"role": known, "content": content})
+    return messages or None
+
+
+def _checked(messages: list[Message]) -> list[Message] | None:
+    """The messages, if the template left nothing of itself in them."""
+    if messages and messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
+        messages = messages[:-1]
+    messages = [message for message in messages if message["role"] != "system" or message["content"]]
+    if not messages or any(not message["content"] or has_markers(message["content"]) for message in messages):
+        return None
+    return messages
