@@ -1,13 +1,24 @@
-"""Near-duplicate detection: MinHash-LSH over word or character shingles, vectorized, the same on every machine.
+"""Which prompts ask the same: near-duplicates, a question inside a longer prompt, a conversation and its beginning.
 
-Candidates come from MinHash signatures cut into bands (Broder 1997; Indyk and Motwani 1998); the exact Jaccard
-similarity of the shingle sets decides. At a similarity of 0.8 a pair becomes a candidate with probability
-1 - (1 - 0.8 ** ROWS) ** BANDS = 0.992. In numpy, on whole chunks of texts, it takes 18 microseconds and 230 bytes for a
-prompt of 40 shingles, so a million prompts fit in memory; an index of Python objects does not: on 21,000 prompts
+Compared are the user's turns, as units: every Chinese character and every word in other scripts is one, so languages
+meet. Unicode forms, case, invisible characters and traditional or simplified characters make no difference. What many
+prompts share (a product's instructions, few-shot examples, the frame around a retrieved text) does not count.
+
+Two prompts ask the same if
+- the Jaccard similarity of their sets of three consecutive units reaches a threshold. Candidates come from MinHash
+  signatures cut into bands (Broder 1997; Indyk and Motwani 1998), the exact similarity decides. At 0.8 a pair becomes a
+  candidate with probability 1 - (1 - 0.8 ** ROWS) ** BANDS = 0.992;
+- the longer one contains the other: `CONTAINED` of the n-grams (8 words or 20 Chinese characters) of the shorter one;
+- one conversation begins with the other;
+- the data name one group for them.
+
+In numpy, on whole chunks of prompts, so a million fit in memory; an index of Python objects does not: on 21,000 prompts
 datasketch 2.0 with the same bands found the same 1,000 variants in 440 microseconds and 9.8 kB a prompt.
 """
 
 import hashlib
+import math
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,39 +29,111 @@ import numpy as np
 from numpy.typing import NDArray
 
 Texts = Sequence[str]
+Conversation = Sequence[Mapping[str, Any]]
 U32 = NDArray[np.uint32]
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
+Labels = Sequence[str]
 
 SHINGLE = 3
+WORDS, CHARACTERS = 8, 20
+"""Units of an n-gram that begins with a word, or with a Chinese character."""
+CONTAINED = 0.8
+"""Share of a prompt's n-grams from which another one contains it."""
+FRAMES = "frames.json"
+"""File beside the rows with what many prompts share, so that `validate` sees the same groups as `prepare`."""
+FRAME_ROWS = 20
+"""Prompts, or the square root of their number if that is more, that may share an n-gram that still counts."""
+LEAST = 2
+"""Shingles or n-grams that a prompt must keep; one that is nothing but frame is compared whole."""
 BANDS = 16
 ROWS = 6
 WINDOW = 16
 """Neighbours in a bucket that a text is compared with; larger groups of near-duplicates are linked by chains."""
 CHUNK = 4096
 VERIFY_CHUNK = 100_000
-CHARACTER_LANGUAGES = ("zh",)
+INVISIBLE = re.compile("[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]")
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths: [n values] and [rows + 1] offsets."""
+
+    values: NDArray[Any]
+    offsets: I64
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def sizes(self) -> I64:
+        """The length of every row."""
+        return np.diff(self.offsets)
+
+    def take(self, rows: NDArray[Any]) -> "Ragged":
+        """Some rows, in the order given."""
+        return Ragged(self.values[self._positions(rows)], _offsets(self.sizes[rows]))
+
+    def where(self, kept: NDArray[np.bool_]) -> "Ragged":
+        """The rows with some of their values."""
+        sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept)])
+        return Ragged(self.values[kept], sums[self.offsets])
+
+    def owners(self) -> I64:
+        """The row of every value."""
+        return np.repeat(np.arange(len(self)), self.sizes)
+
+    def _positions(self, rows: NDArray[Any]) -> I64:
+        sizes = self.sizes[rows]
+        ends = np.cumsum(sizes)
+        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - sizes, sizes)
+        return np.repeat(self.offsets[:-1][rows], sizes) + within
+
+
+def join_ragged(parts: Sequence[Ragged]) -> Ragged:
+    """Concatenate rows."""
+    return Ragged(np.concatenate([part.values for part in parts]), _offsets(np.concatenate([part.sizes for part in parts])))
 
 
 @dataclass(frozen=True)
 class Sketches:
-    """Sketches of texts: each text's sorted set of 32-bit shingle hashes, and its LSH bands."""
+    """Prompts as hashes.
 
-    shingles: U32
-    offsets: I64
-    bands: U32
+    Args:
+        shingles: each prompt's sorted set of three consecutive units, 32 bits.
+        grams: each prompt's sorted set of n-grams, 32 bits; none if it is shorter.
+        beginnings: for each of the user's turns the conversation up to it, 64 bits; the last one is the whole prompt.
+    """
+
+    shingles: Ragged
+    grams: Ragged
+    beginnings: Ragged
 
     def __len__(self) -> int:
-        return len(self.bands)
+        return len(self.shingles)
+
+    def take(self, rows: NDArray[Any]) -> "Sketches":
+        """Some prompts, in the order given."""
+        return Sketches(self.shingles.take(rows), self.grams.take(rows), self.beginnings.take(rows))
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Shingles and n-grams that so many prompts share that they do not count, each sorted."""
+
+    shingles: U32
+    grams: U32
 
 
 def normalize_text(text: str) -> str:
-    """Unicode NFKC with single spaces, so that invisible differences do not count."""
-    return " ".join((text if text.isascii() else unicodedata.normalize("NFKC", text)).split())
+    """Unicode NFKC without invisible characters and with single spaces, so that invisible differences do not count."""
+    if not text.isascii():
+        text = INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
+    return " ".join(text.split())
 
 
-def prompt_text(messages: Sequence[Mapping[str, Any]]) -> str:
-    """A conversation as text for comparison: normalized, in lower case."""
+def prompt_text(messages: Conversation) -> str:
+    """A conversation as text for its key: normalized, in lower case. Never to be changed, as keys are remembered."""
     joined = "\n".join([str(message["content"]) for message in messages])
     return " ".join((joined if joined.isascii() else unicodedata.normalize("NFKC", joined)).lower().split())
 
@@ -60,58 +143,68 @@ def prompt_key(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def sketch(texts: Texts, langs: Sequence[str]) -> Sketches:
-    """Sketches of normalized texts: shingles of three words, or of three characters in Chinese.
-
-    A shorter text is one shingle.
-    """
-    parts = [_sketch_chunk(texts[i : i + CHUNK], langs[i : i + CHUNK]) for i in range(0, len(texts), CHUNK)]
+def sketch(conversations: Sequence[Conversation]) -> Sketches:
+    """Sketches of prompts, each a list of messages with role and content; a text shorter than a shingle is one."""
+    parts = [_sketch_chunk(conversations[i : i + CHUNK]) for i in range(0, len(conversations), CHUNK)]
     return join_sketches(parts)
 
 
 def join_sketches(parts: Sequence[Sketches]) -> Sketches:
     """Concatenate sketches."""
     if not parts:
-        return Sketches(np.empty(0, np.uint32), np.zeros(1, np.int64), np.empty((0, BANDS), np.uint32))
-    counts = np.concatenate([np.diff(part.offsets) for part in parts])
+        empty = Ragged(np.empty(0, np.uint32), np.zeros(1, np.int64))
+        return Sketches(empty, empty, Ragged(np.empty(0, np.uint64), np.zeros(1, np.int64)))
     return Sketches(
-        np.concatenate([part.shingles for part in parts]),
-        np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
-        np.concatenate([part.bands for part in parts]),
+        join_ragged([part.shingles for part in parts]),
+        join_ragged([part.grams for part in parts]),
+        join_ragged([part.beginnings for part in parts]),
     )
 
 
-def select_sketches(sketches: Sketches, selected: NDArray[np.bool_]) -> Sketches:
-    """The sketches of selected texts, in order."""
-    sizes = np.diff(sketches.offsets)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[selected])])
-    return Sketches(sketches.shingles[np.repeat(selected, sizes)], offsets, sketches.bands[selected])
+def find_frames(sketches: Sketches) -> Frames:
+    """What more prompts share than `FRAME_ROWS` allows."""
+    limit = max(FRAME_ROWS, math.isqrt(len(sketches)))
+    return Frames(_frequent(sketches.shingles.values, limit), _frequent(sketches.grams.values, limit))
 
 
-def reorder_sketches(sketches: Sketches, order: NDArray[np.intp]) -> Sketches:
-    """The sketches of texts in another order."""
-    parts = []
-    for start in range(0, len(order), VERIFY_CHUNK):
-        items = order[start : start + VERIFY_CHUNK]
-        values = (_keyed(sketches, items) & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-        counts = np.diff(sketches.offsets)[items]
-        parts.append(Sketches(values, np.concatenate([[0], np.cumsum(counts)]), sketches.bands[items]))
-    return join_sketches(parts)
-
-
-def near_groups(sketches: Sketches, threshold: float) -> I64:
-    """For each text the index of the first text of its group; groups are connected components of similar texts.
+def same_prompts(near: I64, sketches: Sketches, frames: Frames, named: Labels | None = None) -> I64:
+    """For each prompt the index of the first one of its group; groups are connected components.
 
     Args:
-        sketches: sketches of n texts.
-        threshold: Jaccard similarity from which two texts are similar.
+        near: [n], from `near_groups`.
+        sketches: sketches of n prompts.
+        frames: what does not count.
+        named: for each prompt the group that the data name, or an empty text.
 
     Returns:
         [n]
     """
+    parent = near.copy()
+    _unite(parent, *_contained_pairs(sketches.grams, frames.grams))
+    _unite(parent, *_beginning_pairs(sketches.beginnings))
+    if named is not None:
+        first: dict[str, int] = {}
+        pairs = [(first.setdefault(name, row), row) for row, name in enumerate(named) if name]
+        _unite(parent, *np.array(pairs, np.int64).reshape(-1, 2).T)
+    return parent
+
+
+def near_groups(sketches: Sketches, threshold: float, frames: Frames) -> I64:
+    """For each prompt the index of the first one of its group of near-duplicates.
+
+    Args:
+        sketches: sketches of n prompts.
+        threshold: Jaccard similarity from which two prompts are near-duplicates.
+        frames: what does not count.
+
+    Returns:
+        [n]
+    """
+    shingles = _without(sketches.shingles, frames.shingles)
     parent = np.arange(len(sketches), dtype=np.int64)
-    for band in range(BANDS if len(sketches) > 1 else 0):
-        column = np.ascontiguousarray(sketches.bands[:, band])
+    if len(sketches) < 2:
+        return parent
+    for column in _bands(shingles):
         order = np.argsort(column, kind="stable")
         column = column[order]
         candidates = []
@@ -124,8 +217,65 @@ def near_groups(sketches: Sketches, threshold: float) -> I64:
             continue
         first, second = np.concatenate(candidates, axis=1)
         unknown = parent[first] != parent[second]
-        _unite(parent, *_verified(sketches, first[unknown], second[unknown], threshold))
+        _unite(parent, *_verified(shingles, first[unknown], second[unknown], threshold))
     return parent
+
+
+def contains_any(sketches: Sketches, listed: Sketches, share: float) -> NDArray[np.bool_]:
+    """Whether a prompt contains this share of the n-grams of one of the listed prompts.
+
+    Returns:
+        [len(sketches)]
+    """
+    found = np.zeros(len(sketches), bool)
+    if not len(listed.grams.values):
+        return found
+    wanted = np.unique(listed.grams.values)
+    near = sketches.grams.where(_is_in(sketches.grams.values, wanted))
+    rows = np.flatnonzero(near.sizes)
+    sets = [set(listed.grams.values[start:stop].tolist()) for start, stop in _spans(listed.grams)]
+    by_gram: dict[int, list[int]] = {}
+    for number, grams in enumerate(sets):
+        for gram in grams:
+            by_gram.setdefault(gram, []).append(number)
+    for row in rows.tolist():
+        grams = near.values[near.offsets[row] : near.offsets[row + 1]].tolist()
+        counts: dict[int, int] = {}
+        for gram in grams:
+            for number in by_gram[gram]:
+                counts[number] = counts.get(number, 0) + 1
+        found[row] = any(count >= share * len(sets[number]) for number, count in counts.items())
+    return found
+
+
+def _spans(rows: Ragged) -> list[tuple[int, int]]:
+    return list(zip(rows.offsets[:-1].tolist(), rows.offsets[1:].tolist(), strict=True))
+
+
+def _offsets(sizes: NDArray[Any]) -> I64:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+
+
+def _frequent(values: U32, limit: int) -> U32:
+    """The values that occur more often than the limit; each occurs once in a row."""
+    ordered = np.sort(values)
+    often = ordered[limit:] == ordered[: len(ordered) - limit] if len(ordered) > limit else np.empty(0, bool)
+    return np.unique(ordered[limit:][often])
+
+
+def _is_in(values: U32, wanted: U32) -> NDArray[np.bool_]:
+    """Whether each value is one of some sorted ones."""
+    if not len(wanted):
+        return np.zeros(len(values), bool)
+    return wanted[np.minimum(np.searchsorted(wanted, values), len(wanted) - 1)] == values
+
+
+def _without(rows: Ragged, frequent: U32) -> Ragged:
+    """The rows without frequent values; those that would keep fewer than `LEAST` keep all."""
+    kept = ~_is_in(rows.values, frequent)
+    counts = np.add.reduceat(np.append(kept, False), rows.offsets[:-1]) if len(rows) else np.empty(0, np.int64)
+    bare = (counts < LEAST) & (rows.sizes > 0)
+    return rows.where(kept | np.repeat(bare, rows.sizes))
 
 
 def _unite(parent: I64, first: I64, second: I64) -> None:
@@ -143,114 +293,237 @@ def _unite(parent: I64, first: I64, second: I64) -> None:
         parent[:] = parent[parent]
 
 
-def _verified(sketches: Sketches, first: I64, second: I64, threshold: float) -> tuple[I64, I64]:
-    sizes = np.diff(sketches.offsets)
+def _verified(shingles: Ragged, first: I64, second: I64, threshold: float) -> tuple[I64, I64]:
+    """The pairs whose Jaccard similarity reaches the threshold."""
+    sizes = shingles.sizes
     low, high = np.minimum(sizes[first], sizes[second]), np.maximum(sizes[first], sizes[second])
     possible = low >= threshold * high
     first, second = first[possible], second[possible]
     good = np.zeros(len(first), bool)
     for start in range(0, len(first), VERIFY_CHUNK):
         left, right = first[start : start + VERIFY_CHUNK], second[start : start + VERIFY_CHUNK]
-        keys = np.sort(np.concatenate([_keyed(sketches, left), _keyed(sketches, right)]))
-        shared = (keys[1:][keys[1:] == keys[:-1]] >> np.uint64(32)).astype(np.int64)
-        common = np.bincount(shared, minlength=len(left))
+        common = _common(shingles, left, right)
         good[start : start + VERIFY_CHUNK] = common >= threshold * (sizes[left] + sizes[right] - common)
     return first[good], second[good]
 
 
-def _keyed(sketches: Sketches, items: I64) -> U64:
-    """The concatenated shingles of texts, each with the position of its text in the upper 32 bits."""
-    sizes = np.diff(sketches.offsets)[items]
-    ends = np.cumsum(sizes)
-    within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - sizes, sizes)
-    values = sketches.shingles[np.repeat(sketches.offsets[items], sizes) + within]
-    keys: U64 = np.repeat(np.arange(len(items), dtype=np.uint64), sizes) << np.uint64(32) | values
+def _common(rows: Ragged, left: I64, right: I64) -> I64:
+    """The number of values that the rows of each pair share."""
+    keys = np.sort(np.concatenate([_keyed(rows.take(left)), _keyed(rows.take(right))]))
+    shared = (keys[1:][keys[1:] == keys[:-1]] >> np.uint64(32)).astype(np.int64)
+    return np.bincount(shared, minlength=len(left))
+
+
+def _keyed(rows: Ragged) -> U64:
+    """Every value with its row in the upper 32 bits."""
+    keys: U64 = rows.owners().astype(np.uint64) << np.uint64(32) | rows.values
     return keys
 
 
-def _sketch_chunk(texts: Texts, langs: Sequence[str]) -> Sketches:
-    by_character = np.array([lang in CHARACTER_LANGUAGES for lang in langs], bool)
-    keys = []
-    for characters in (False, True):
-        where = np.flatnonzero(by_character == characters)
-        if len(where):
-            owners, hashes = _shingles([texts[i] for i in where.tolist()], characters)
-            keys.append(where[owners].astype(np.uint64) << np.uint64(32) | hashes)
-    keys_sorted = np.sort(np.concatenate(keys))
-    keys_sorted = keys_sorted[np.concatenate([[True], keys_sorted[1:] != keys_sorted[:-1]])]
-    counts = np.bincount((keys_sorted >> np.uint64(32)).astype(np.int64), minlength=len(texts))
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    shingles = (keys_sorted & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-    return Sketches(shingles, offsets, _bands(shingles, offsets[:-1]))
+def _contained_pairs(grams: Ragged, frequent: U32) -> tuple[I64, I64]:
+    """Pairs of a prompt and one that contains `CONTAINED` of its n-grams, frames apart."""
+    rows = _without(grams, frequent)
+    by_gram = rows.values.astype(np.uint64) << np.uint64(32) | rows.owners().astype(np.uint64)
+    by_gram.sort()
+    values = (by_gram >> np.uint64(32)).astype(np.uint32)
+    owners = (by_gram & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    del by_gram
+    starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]])) if len(values) else np.empty(0, np.int64)
+    counts = np.diff(np.append(starts, len(values)))
+    per_value = np.repeat(counts, counts)
+    shared = np.bincount(owners[per_value > 1], minlength=len(rows))
+    inner = np.flatnonzero((shared >= CONTAINED * rows.sizes) & (rows.sizes > 0))
+    if not len(inner):
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    # Each such prompt is looked for by its rarest shared n-gram alone.
+    is_inner = np.zeros(len(rows), bool)
+    is_inner[inner] = True
+    places = np.flatnonzero(is_inner[owners] & (per_value > 1))
+    order = np.lexsort((per_value[places], owners[places]))
+    places = places[order]
+    firsts = places[np.concatenate([[True], owners[places][1:] != owners[places][:-1]])]
+    begin = np.searchsorted(starts, firsts, side="right") - 1
+    sizes = counts[begin]
+    ends = np.cumsum(sizes)
+    within = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
+    small = np.repeat(owners[firsts], sizes)
+    large = owners[np.repeat(starts[begin], sizes) + within]
+    different = small != large
+    small, large = small[different], large[different]
+    good = np.zeros(len(small), bool)
+    for start in range(0, len(small), VERIFY_CHUNK):
+        left, right = small[start : start + VERIFY_CHUNK], large[start : start + VERIFY_CHUNK]
+        good[start : start + VERIFY_CHUNK] = _common(rows, left, right) >= CONTAINED * rows.sizes[left]
+    return small[good], large[good]
 
 
-def _bands(shingles: U32, starts: I64) -> U32:
+def _beginning_pairs(beginnings: Ragged) -> tuple[I64, I64]:
+    """Pairs of a conversation and one that begins with it."""
+    if not len(beginnings.values):
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    has_turns = np.flatnonzero(beginnings.sizes)
+    whole = beginnings.values[beginnings.offsets[1:][has_turns] - 1]
+    order = np.argsort(whole, kind="stable")
+    ordered = whole[order]
+    position = np.searchsorted(ordered, beginnings.values)
+    found = ordered[np.minimum(position, len(ordered) - 1)] == beginnings.values
+    shorter = has_turns[order[position[found]]]
+    longer = beginnings.owners()[found]
+    different = shorter != longer
+    return shorter[different], longer[different]
+
+
+def _sketch_chunk(conversations: Sequence[Conversation]) -> Sketches:
+    spoken = [_spoken(messages) for messages in conversations]
+    texts = [_asked(turns) for turns in spoken]
+    units, characters, counts = _units(texts)
+    ends = np.cumsum(counts)
+    owners = np.repeat(np.arange(len(texts)), counts)
+    last = np.repeat(ends, counts)
+    position = np.arange(len(units))
+    powers = [units]  # hashes of 1, 2, 4, 8, 16 units from each position
+    for step in (1, 2, 4, 8):
+        powers.append(_joined(powers[-1], powers[-1], step))
+    triples = _joined(powers[1], powers[0], 2)
+    inside = np.flatnonzero(position + SHINGLE <= last)
+    short = np.flatnonzero(counts < SHINGLE)
+    whole = np.array([int(prompt_key(texts[i])[:8], 16) for i in short.tolist()], np.uint32)
+    shingles = _sets(np.concatenate([owners[inside], short]), np.concatenate([triples[inside], whole]), len(texts))
+    long = _joined(powers[4], powers[2], 16)
+    length = np.where(characters, CHARACTERS, WORDS)
+    inside = np.flatnonzero(position + length <= last)
+    grams = _sets(owners[inside], np.where(characters, long, powers[3])[inside], len(texts))
+    beginnings = [_beginnings(turns) for turns in spoken]
+    sizes = np.array([len(hashes) for hashes in beginnings], np.int64)
+    flat = np.array([value for hashes in beginnings for value in hashes], np.uint64)
+    return Sketches(shingles, grams, Ragged(flat, _offsets(sizes)))
+
+
+def _joined(first: U32, second: U32, step: int) -> U32:
+    """At each position the hash of what begins there and what begins some steps later."""
+    later = np.zeros_like(second)
+    later[: max(len(second) - step, 0)] = second[step:]
+    return _mix(_mix(first * np.uint32(0x9E3779B1) + np.uint32(step)) + later)
+
+
+def _sets(owners: I64, values: U32, rows: int) -> Ragged:
+    """Each row's sorted set of values."""
+    keys = np.sort(owners.astype(np.uint64) << np.uint64(32) | values)
+    if len(keys):
+        keys = keys[np.concatenate([[True], keys[1:] != keys[:-1]])]
+    counts = np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=rows)
+    return Ragged((keys & np.uint64(0xFFFFFFFF)).astype(np.uint32), _offsets(counts))
+
+
+def _spoken(messages: Conversation) -> list[tuple[str, str]]:
+    """Who says what, system messages apart, as it is compared."""
+    return [
+        (str(message.get("role")), normalize_text(str(message["content"])).lower())
+        for message in messages
+        if message.get("role") != "system"
+    ]
+
+
+def _asked(turns: Sequence[tuple[str, str]]) -> str:
+    """The user's turns; all of them where no user speaks."""
+    asked = [content for role, content in turns if role == "user"]
+    return " ".join(asked or [content for _, content in turns])
+
+
+def _beginnings(turns: Sequence[tuple[str, str]]) -> list[int]:
+    """A hash of the conversation up to each of the user's turns."""
+    digest = hashlib.blake2b(digest_size=8)
+    hashes = []
+    for role, content in turns:
+        digest.update(f"{role}\0{content}\0".encode("utf-8", "surrogatepass"))
+        if role == "user":
+            hashes.append(int.from_bytes(digest.digest(), "little"))
+    return hashes
+
+
+def _bands(shingles: Ragged) -> NDArray[np.uint32]:
+    """[bands, rows]; rows without a value have bands of their own."""
     multipliers, increments = _permutations()
-    bands = np.empty((len(starts), BANDS), np.uint32)
-    for band in range(BANDS):
-        joint = np.zeros(len(starts), np.uint32)
-        for row in range(band * ROWS, (band + 1) * ROWS):
-            hashed = shingles * multipliers[row] + increments[row]
-            hashed ^= hashed >> np.uint32(15)
-            hashed *= np.uint32(0x2C1B3C6D)
-            joint = _mix(joint * np.uint32(31) + np.minimum.reduceat(hashed, starts))
-        bands[:, band] = joint
+    bands = np.empty((BANDS, len(shingles)), np.uint32)
+    for start in range(0, len(shingles), CHUNK):
+        stop = min(start + CHUNK, len(shingles))
+        offsets = shingles.offsets[start : stop + 1]
+        values = shingles.values[offsets[0] : offsets[-1]]
+        starts = offsets[:-1] - offsets[0]
+        for band in range(BANDS):
+            joint = np.zeros(stop - start, np.uint32)
+            for row in range(band * ROWS, (band + 1) * ROWS):
+                hashed = values * multipliers[row] + increments[row]
+                hashed ^= hashed >> np.uint32(15)
+                hashed *= np.uint32(0x2C1B3C6D)
+                joint = _mix(joint * np.uint32(31) + np.minimum.reduceat(hashed, starts))
+            bands[band, start:stop] = joint
     return bands
 
 
 @cache
 def _permutations() -> tuple[U32, U32]:
-    """An odd multiplier and an increment per row of the signature; never to be changed, as groups are remembered."""
+    """An odd multiplier and an increment per row of the signature."""
     numbers = np.frombuffer(hashlib.shake_256(b"kubealign").digest(8 * BANDS * ROWS), "<u4").astype(np.uint32)
     multipliers, increments = numbers.reshape(2, -1)
     return multipliers | np.uint32(1), increments
 
 
-def _shingles(texts: Texts, characters: bool) -> tuple[I64, U64]:
-    """For every shingle, including repeats, the index of its text and its 32-bit hash."""
-    if characters:
-        texts = [text.replace(" ", "") for text in texts]
-        units = _mix(_code_points("".join(texts)))
-        counts = np.array([len(text) for text in texts], np.int64)
-    else:
-        units, counts = _words(texts)
-    ends = np.cumsum(counts)
-    owners = np.repeat(np.arange(len(texts)), counts)
-    last = np.repeat(ends, counts)
-    inside = np.flatnonzero(np.arange(len(units)) + SHINGLE <= last)
-    joint = units[inside]
-    for offset in range(1, SHINGLE):
-        joint = _mix(joint * np.uint32(0x9E3779B1) + units[inside + offset])
-    short = np.flatnonzero(counts < SHINGLE)
-    whole = [int(prompt_key(texts[i])[:8], 16) for i in short.tolist()]
-    return np.concatenate([owners[inside], short]), np.concatenate([joint, np.array(whole, np.uint32)]).astype(
-        np.uint64
-    )
+def _units(texts: Texts) -> tuple[U32, NDArray[np.bool_], I64]:
+    """A hash of every unit, whether it is a Chinese character, and the number of units of each text.
 
-
-def _words(texts: Texts) -> tuple[U32, I64]:
-    """A hash of every word (a run of letters, digits and underscores), and the number of words of each text."""
-    points = _code_points("\n".join(texts) + "\n")
-    table = _word_characters()
-    inside = table[np.minimum(points, len(table) - 1)]
-    starts = np.flatnonzero(inside & ~np.concatenate([[False], inside[:-1]]))
+    A unit is a Chinese character, or a run of other letters, digits and underscores.
+    """
+    points = _simplified(_code_points("\n".join(texts) + "\n"))
+    kinds = _kinds()[np.minimum(points, len(_kinds()) - 1)]
+    begins = np.concatenate([[True], kinds[:-1] != WORD]) & (kinds == WORD) | (kinds == CHARACTER)
+    starts = np.flatnonzero(begins)
     lengths = np.array([len(text) + 1 for text in texts], np.int64)
-    counts = np.diff(np.searchsorted(starts, np.concatenate([[0], np.cumsum(lengths)])))
+    counts = np.diff(np.searchsorted(starts, _offsets(lengths)))
     if not len(starts):
-        return np.empty(0, np.uint32), counts
+        return np.empty(0, np.uint32), np.empty(0, bool), counts
     position = np.arange(len(points), dtype=np.uint32)
     anchor = np.zeros(len(points), np.uint32)
     anchor[starts] = starts
     np.maximum.accumulate(anchor, out=anchor)
     parts = _mix(points + (position - anchor) * np.uint32(0x85EBCA77))
-    parts[~inside] = 0
-    return _mix(np.add.reduceat(parts, starts, dtype=np.uint32)), counts
+    parts[kinds == 0] = 0
+    return _mix(np.add.reduceat(parts, starts, dtype=np.uint32)), kinds[starts] == CHARACTER, counts
+
+
+WORD, CHARACTER = 1, 2
 
 
 @cache
-def _word_characters() -> NDArray[np.bool_]:
-    """For each code point whether it belongs to a word; the last entry covers all rare planes."""
-    return np.array([chr(point).isalnum() or point == ord("_") for point in range(0x30000)] + [True])
+def _kinds() -> NDArray[np.uint8]:
+    """For each code point whether it belongs to a word or is a Chinese character; the last entry covers rare planes."""
+    kinds = np.array([chr(point).isalnum() or point == ord("_") for point in range(0x30000)] + [True]).astype(np.uint8)
+    for first, last in ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2FFFF), (0x3040, 0x30FF)):
+        kinds[first : last + 1] *= CHARACTER
+    return kinds
+
+
+@cache
+def _simplified_table() -> U32:
+    """For each code point of the first Chinese plane the simplified character."""
+    from opencc import OpenCC
+
+    table = np.arange(0x10000, dtype=np.uint32)
+    characters = [chr(point) for point in range(0x3400, 0xA000)]
+    converted = OpenCC("t2s").convert("\n".join(characters)).split("\n")
+    for character, simple in zip(characters, converted, strict=True):
+        if len(simple) == 1:
+            table[ord(character)] = ord(simple)
+    return table
+
+
+def _simplified(points: U32) -> U32:
+    if len(points) and points.max() >= 0x3400:
+        table = _simplified_table()
+        inside = points < len(table)
+        points = points.copy()
+        points[inside] = table[points[inside]]
+    return points
 
 
 def _code_points(text: str) -> U32:

@@ -25,7 +25,7 @@ from components.prepare.columns import (
     read_prompt,
     turn,
 )
-from components.prepare.rendered import parse_rendered, strip_ending
+from components.prepare.rendered import opens_rendered, parse_rendered, strip_ending
 
 Kind = Literal["preferences", "instructions", "unpaired"]
 SCORES = ("fine-grained_score", "fine_grained_score", "overall_score", "score", "rating", "reward")
@@ -222,6 +222,8 @@ def _implicit(columns: Columns, chosen: str, rejected: str) -> Example:
     if dialogues[0] and dialogues[1]:
         system = read_prompt(columns)
         return _dialogues(system, dialogues[0], dialogues[1])
+    if opens_rendered(chosen) or opens_rendered(rejected):
+        raise RowError("'chosen' or 'rejected' begins like a rendered conversation but cannot be taken apart")
     length = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     if length is None:
         raise RowError(f"no prompt, and one answer is the beginning of the other; expected one of {', '.join(PROMPTS)}")

@@ -39,6 +39,8 @@ class Family:
     endings: tuple[str, ...] = ()
     starts: tuple[str, ...] = ()
     preamble: re.Pattern[str] | None = None
+    plain: bool = False
+    """Whether the markers are plain words, which people write as well: they may then stand in a message."""
 
 
 FAMILIES = {
@@ -57,7 +59,7 @@ FAMILIES = {
     "deepseek": Family(
         re.compile(r"<[｜|](User|Assistant)[｜|]>"), ("<｜end▁of▁sentence｜>",), ("<｜begin▁of▁sentence｜>",)
     ),
-    "hh": Family(re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")),
+    "hh": Family(re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):"), plain=True),
     "guanaco": Family(re.compile(r"(?:\A\s*|\s*)###[ \t]*(Human|Assistant):"), ("</s>",), ("<s>",)),
     "alpaca": Family(
         re.compile(r"(?:\A\s*|\n\s*)###[ \t]*(Instruction|Response):[ \t]*\n?"),
@@ -105,6 +107,17 @@ def parse_rendered(text: str) -> list[Message] | None:
     return None
 
 
+def opens_rendered(text: str) -> bool:
+    """Whether a text begins as a rendered conversation does."""
+    start = text.lstrip()[:4096]
+    for family in FAMILIES.values():
+        for before in family.starts:
+            start = start.removeprefix(before).lstrip()
+        if family.opening.match(start):
+            return True
+    return LLAMA2.match(start) is not None
+
+
 def strip_ending(answer: str) -> str:
     """An answer without the marker with which a template ends it; for answers to a rendered prompt."""
     stripped = answer.strip()
@@ -142,7 +155,7 @@ def _parse_family(text: str, family: Family) -> list[Message] | None:
             content = content.removesuffix(ending).rstrip()
         content = "\n\n".join(part.strip() for part in ALPACA_INPUT.split(content)) if "###" in content else content
         messages.append({"role": ROLES[role.lower()], "content": content})
-    return _checked(messages)
+    return _checked(messages, family.plain)
 
 
 def _parse_llama2(text: str) -> list[Message] | None:
@@ -184,11 +197,13 @@ def _parse_json(text: str) -> list[Message] | None:
     return messages or None
 
 
-def _checked(messages: list[Message]) -> list[Message] | None:
+def _checked(messages: list[Message], plain: bool = False) -> list[Message] | None:
     """The messages, if the template left nothing of itself in them."""
     if messages and messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
         messages = messages[:-1]
     messages = [message for message in messages if message["role"] != "system" or message["content"]]
-    if not messages or any(not message["content"] or has_markers(message["content"]) for message in messages):
+    if not messages or any(not message["content"] for message in messages):
+        return None
+    if not plain and any(has_markers(message["content"]) for message in messages):
         return None
     return messages

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -22,8 +23,9 @@ from components.common.errors import InputError, RowError
 from components.common.files import folder_digest, replacing, replacing_folder, write_json
 from components.dataset.distribution import PREVIOUS, STATISTICS, Distribution, remember
 from components.dataset.records import SPLITS, content_id, iter_lines, line_of
-from components.dataset.similarity import Sketches, join_sketches, prompt_key, prompt_text, sketch
+from components.dataset.similarity import FRAMES, Sketches, find_frames, join_sketches, prompt_key, prompt_text, sketch
 from components.prepare.config import PrepareConfig
+from components.prepare.convert import GROUP
 from components.prepare.formats import convert
 from components.prepare.sources import Member, Sources, added_rows, read_sources, unpack
 from components.prepare.split import Assignment, assign_prompts, read_splits, write_splits
@@ -61,10 +63,15 @@ def prepare_data(config: PrepareConfig, data: Path) -> None:
             for _, row in iter_lines(path):
                 yield row
 
-    keys, unique, sketches = _sketched(rows())
+    prompts = _sketched(rows())
     known = read_splits(data / "splits.lock")
-    assignments, bridges = assign_prompts(unique, sketches, known, config.split.model_dump(), config.near_duplicate)
-    del unique, sketches
+    frames = find_frames(prompts.sketches)
+    shares, threshold = config.split.model_dump(), config.near_duplicate
+    assignments, bridges = assign_prompts(
+        prompts.unique, prompts.sketches, frames, known, shares, threshold, prompts.named
+    )
+    keys = prompts.keys
+    del prompts
     distribution = Distribution()
     with (
         replacing_folder(data / "preferences") as preferences,
@@ -78,6 +85,7 @@ def prepare_data(config: PrepareConfig, data: Path) -> None:
                 if name in bridges:
                     writer.quarantine_row(row, bridges[name])
                 else:
+                    row.pop(GROUP, None)
                     writer.write(row, assignments[name])
                     if "chosen" in row:
                         distribution.add(row)
@@ -88,36 +96,49 @@ def prepare_data(config: PrepareConfig, data: Path) -> None:
         before = remember(data / STATISTICS, folder_digest(preferences), distribution)
         if before is not None:
             write_json(preferences / PREVIOUS, before.model_dump())
+        write_json(preferences / FRAMES, {"shingles": frames.shingles.tolist(), "grams": frames.grams.tolist()})
     write_splits(data / "splits.lock", known | assignments)
     counts = ", ".join(f"{split} {writer.pairs[split]}" for split in SPLITS)
     print(f"preference pairs: {counts}; quarantined {writer.quarantined}", flush=True)
+    if disputed := len(bridges.keys() & known.keys()):
+        print(f"splits.lock had {disputed} prompts on two sides of the split: the test side keeps them", flush=True)
 
 
-def _sketched(rows: Iterable[JsonObject]) -> tuple[NDArray[np.uint64], list[str], Sketches]:
-    """The key of every row's prompt; and the unique keys, with the sketches of their prompts.
+@dataclass(frozen=True)
+class _Prompts:
+    """The key of every row's prompt; the unique keys, with the sketches of their prompts; and the groups that rows
+    name, by key."""
 
-    A second thread computes the sketches: numpy releases the GIL.
-    """
+    keys: NDArray[np.uint64]
+    unique: list[str]
+    sketches: Sketches
+    named: dict[str, str]
+
+
+def _sketched(rows: Iterable[JsonObject]) -> _Prompts:
+    """Read all prompts; a second thread computes the sketches: numpy releases the GIL."""
     keys = array("Q")
     unique: dict[int, None] = {}
-    texts, langs = [], []
+    named: dict[str, str] = {}
+    waiting: list[list[dict[str, str]]] = []
     futures = []
     with ThreadPoolExecutor(1) as thread:
         for number, row in enumerate(rows, start=1):
             text = prompt_text(row["prompt"])
             key = int(prompt_key(text), 16)
             keys.append(key)
+            if GROUP in row:
+                named[f"{key:016x}"] = row[GROUP]
             if key not in unique:
                 unique[key] = None
-                texts.append(text)
-                langs.append(str(row["lang"]))
-            if len(texts) == SKETCH_CHUNK:
-                futures.append(thread.submit(sketch, texts, langs))
-                texts, langs = [], []
+                waiting.append(row["prompt"])
+            if len(waiting) == SKETCH_CHUNK:
+                futures.append(thread.submit(sketch, waiting))
+                waiting = []
             if number % LOG_EVERY == 0:
                 print(f"{number} rows read", flush=True)
-        parts = [future.result() for future in futures] + ([sketch(texts, langs)] if texts else [])
-    return np.array(keys, np.uint64), [f"{key:016x}" for key in unique], join_sketches(parts)
+        parts = [future.result() for future in futures] + ([sketch(waiting)] if waiting else [])
+    return _Prompts(np.array(keys, np.uint64), [f"{key:016x}" for key in unique], join_sketches(parts), named)
 
 
 class _Writer:

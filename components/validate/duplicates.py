@@ -8,15 +8,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from components.common.errors import InputError
-from components.dataset.language import HAN
+from components.common.files import read_json
 from components.dataset.records import SPLITS, Preference, Row, iter_lines
 from components.dataset.similarity import (
+    FRAMES,
+    Frames,
     Sketches,
+    contains_any,
+    find_frames,
     join_sketches,
     near_groups,
     normalize_text,
     prompt_key,
-    select_sketches,
+    same_prompts,
     sketch,
 )
 from components.validate.scan import RowTable
@@ -24,6 +28,8 @@ from components.validate.scan import RowTable
 Flag = NDArray[np.uint8]
 TEST = SPLITS.index("test")
 TEXT_FIELDS = ("prompt", "question", "instruction", "text")
+CONTAMINATED = 0.5
+"""Share of a listed prompt's n-grams (8 words or 20 characters) from which a row's prompt holds it."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,17 @@ def read_decontamination_list(path: Path) -> DecontaminationList:
         if not isinstance(value, str):
             raise InputError(f"{path}:{number}: no prompt; expected a string in one of {', '.join(TEXT_FIELDS)}")
         texts.append(normalize_text(value).lower())
-    langs = ["zh" if HAN.search(text) else "en" for text in texts]
-    return DecontaminationList(np.array([int(prompt_key(text), 16) for text in texts], np.uint64), sketch(texts, langs))
+    keys = np.array([int(prompt_key(text), 16) for text in texts], np.uint64)
+    return DecontaminationList(keys, sketch([[{"role": "user", "content": text}] for text in texts]))
+
+
+def read_frames(folder: Path) -> Frames | None:
+    """What `prepare` found many prompts to share; None if the rows came without it."""
+    path = folder / FRAMES
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    return Frames(np.array(found["shingles"], np.uint32), np.array(found["grams"], np.uint32))
 
 
 def mark_rows(kind: type[Row], table: RowTable) -> dict[str, Flag]:
@@ -72,6 +87,7 @@ def mark_prompts(
     split_codes: dict[str, NDArray[np.uint8]],
     decontamination: DecontaminationList | None,
     threshold: float,
+    frames: Frames | None = None,
 ) -> dict[str, dict[str, Flag]]:
     """Flags that compare prompts across all data sets: near_duplicate, split_leak, contaminated.
 
@@ -80,6 +96,7 @@ def mark_prompts(
         split_codes: each row's split, as an index into SPLITS.
         decontamination: prompts that must not appear.
         threshold: Jaccard similarity from which two prompts are near-duplicates.
+        frames: what many prompts share, from `prepare`; found here if there is none.
 
     Returns:
         the flags of each data set. An exact repeat of a prompt is not a near-duplicate; of the rows of a leak, those
@@ -96,13 +113,19 @@ def mark_prompts(
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     is_first = np.zeros(len(keys), bool)
     is_first[first] = True
-    near = near_groups(_sketches_of(sets, is_first, decontamination), threshold)
+    sketches = _sketches_of(sets, is_first)
+    frames = frames or find_frames(sketches)
+    both = join_sketches([sketches, decontamination.sketches]) if decontamination else sketches
+    near = near_groups(both, threshold, frames)
+    own = near_groups(sketches, threshold, frames) if decontamination else near
+    same = same_prompts(own, sketches, frames)
     # Sketches are in the order of their first rows, not of their keys.
-    label = near[(np.cumsum(is_first) - 1)[first][inverse]]
-    leak = _in_two_splits(label, split_code) | _in_two_splits(groups, split_code)
+    row_of = (np.cumsum(is_first) - 1)[first][inverse]
+    label = near[row_of]
+    leak = _in_two_splits(same[row_of], split_code) | _in_two_splits(groups, split_code)
     contaminated = np.zeros(len(keys), bool)
     if decontamination:
-        contaminated = np.isin(label, near[len(first) :]) | np.isin(keys, decontamination.keys)
+        contaminated = _is_listed(keys, np.isin(label, near[len(first) :]), sketches, row_of, decontamination)
     ends = np.cumsum([len(table.columns["key"]) for table in sets.values()])
     parts = {
         name: slice(end - len(table.columns["key"]), end) for (name, table), end in zip(sets.items(), ends, strict=True)
@@ -117,15 +140,26 @@ def mark_prompts(
     }
 
 
-def _sketches_of(
-    sets: dict[str, RowTable], selected: NDArray[np.bool_], decontamination: DecontaminationList | None
-) -> Sketches:
+def _is_listed(
+    keys: NDArray[np.uint64],
+    is_near: NDArray[np.bool_],
+    sketches: Sketches,
+    row_of: NDArray[np.int64],
+    decontamination: DecontaminationList,
+) -> NDArray[np.bool_]:
+    """Rows whose prompt is on the list, nearly is, or holds one that is."""
+    holds = contains_any(sketches, decontamination.sketches, CONTAMINATED)
+    listed: NDArray[np.bool_] = np.isin(keys, decontamination.keys) | is_near | holds[row_of]
+    return listed
+
+
+def _sketches_of(sets: dict[str, RowTable], selected: NDArray[np.bool_]) -> Sketches:
     start = 0
     parts = []
     for table in sets.values():
-        parts.append(select_sketches(table.sketches, selected[start : start + len(table.sketches)]))
+        parts.append(table.sketches.take(np.flatnonzero(selected[start : start + len(table.sketches)])))
         start += len(table.sketches)
-    return join_sketches([*parts, decontamination.sketches] if decontamination else parts)
+    return join_sketches(parts)
 
 
 def _in_two_splits(label: NDArray[Any], split_code: NDArray[np.uint8]) -> NDArray[np.bool_]:

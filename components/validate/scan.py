@@ -177,7 +177,7 @@ class _Chunk:
         self.flags = {name: np.zeros(n, np.uint8) for name in FLAGS}
         self.numbers: Columns = {name: np.zeros(n, kind) for name, kind in NUMBERS.items()}
         names: dict[str, list[str]] = {name: [] for name in NAMES}
-        prompts, answers, texts = [], [], []
+        prompts, answers = [], []
         for row, (number, line) in enumerate(lines):
             value = parse_line(path, number, line)
             self.numbers["line"][row] = number
@@ -186,7 +186,7 @@ class _Chunk:
             prompt, answer = self._texts(row, value)
             prompts.append(prompt)
             answers.append(answer)
-            texts.append(self._fill_row(row, value, prompt, answer))
+            self._fill_row(row, value, prompt, answer)
         # A row that is not a valid conversation gets no token count; a template may do anything with it.
         countable = np.flatnonzero((self.flags["schema"] | self.flags["turns"]) == 0)
         tokens, same = self.counter.count([prompts[row] for row in countable], [answers[row] for row in countable])
@@ -194,7 +194,7 @@ class _Chunk:
         self.flags["same_tokens"][countable] = same & (1 - self.flags["same_answer"][countable])
         codes = {name: {value: i for i, value in enumerate(sorted(set(names[name])))} for name in NAMES}
         named = {name: np.array([codes[name][value] for value in names[name]], np.int16) for name in NAMES}
-        sketches = sketch(texts, names["lang"])
+        sketches = sketch(prompts)
         size = sum(len(line) for _, line in lines)
         return RowTable(self.flags | self.numbers | named, {name: list(codes[name]) for name in NAMES}, sketches, size)
 
@@ -208,8 +208,8 @@ class _Chunk:
             return prompt, tuple([str(value.get(name) or "") for name in self.answers])
         return value["prompt"], tuple([value[name] for name in self.answers])
 
-    def _fill_row(self, row: int, value: JsonObject, prompt: list[dict[str, str]], answers: tuple[str, ...]) -> str:
-        """Fill in the row's flags and numbers; returns the normalized prompt in lower case, for comparison."""
+    def _fill_row(self, row: int, value: JsonObject, prompt: list[dict[str, str]], answers: tuple[str, ...]) -> None:
+        """Fill in the row's flags and numbers."""
         flags, numbers = self.flags, self.numbers
         roles = " ".join([turn["role"] for turn in prompt])
         prompt_text = normalize_text("\n".join([turn["content"] for turn in prompt]))
@@ -241,7 +241,6 @@ class _Chunk:
             flags["same_answer"][row] = is_same(chosen, rejected)
             flags["truncated_answer"][row] = chosen != rejected and is_truncated(*sorted(answer_texts, key=len))
             numbers["swapped"][row] = _hash("\0".join([roles, prompt_text, rejected, chosen]))
-        return lowered
 
 
 def fits(kind: type[Row], value: JsonObject) -> bool:

@@ -33,7 +33,13 @@ from components.tracking.run import StageRun, stage_run
 from components.validate.bias import ALL, Bias, Measure, find_bias, measures
 from components.validate.checks import KINDS, TOO_LONG, Check, row_checks, statistic_checks, with_severities
 from components.validate.config import ValidateConfig
-from components.validate.duplicates import DecontaminationList, mark_prompts, mark_rows, read_decontamination_list
+from components.validate.duplicates import (
+    DecontaminationList,
+    mark_prompts,
+    mark_rows,
+    read_decontamination_list,
+    read_frames,
+)
 from components.validate.report_page import html_page, markdown_page
 from components.validate.scan import RowTable, Scan, join_tables, processes_for, scan_file
 from components.validate.suite import Suite
@@ -136,7 +142,8 @@ def check_rows(config: ValidateConfig, max_length: int, dataset: Path, base_mode
     decontamination = _decontamination_list(config, dataset)
     sets, split_codes = _scan(config, max_length, dataset, base_model, run)
     suite = Suite()
-    flags = mark_prompts(sets, split_codes, decontamination, config.near_duplicate)
+    frames = read_frames(dataset / "preferences")
+    flags = mark_prompts(sets, split_codes, decontamination, config.near_duplicate, frames)
     failed = {
         name: suite.failing(table.columns | flags[name] | mark_rows(KINDS[name], table), checks[name])
         for name, table in sets.items()
