@@ -1,8 +1,15 @@
-"""Tokenization of messages with the model's chat template; the only place where text becomes token ids."""
+"""Tokenization of messages with the model's chat template; the only place where text becomes token ids.
 
+Special tokens come from the template alone. Where the text of a message has the name of one in it, such as `<|im_end|>`,
+the name is encoded as the characters it consists of: it can neither end a turn nor begin another one.
+"""
+
+import copy
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 
@@ -94,10 +101,14 @@ def encode_many(
     Raises:
         InputError: as `encode`.
     """
+    shield = _shield(tokenizer)
+    prompts = [[turn | {"content": shield.hide(turn["content"])} for turn in prompt] for prompt in prompts]
     befores = _render_many(tokenizer, prompts, True)
     good = [row for row, before in enumerate(befores) if before is not None]
     owners = [row for row in good for _ in answers[row]]
-    asked = [[*prompts[row], {"role": "assistant", "content": answer}] for row in good for answer in answers[row]]
+    asked = [
+        [*prompts[row], {"role": "assistant", "content": shield.hide(answer)}] for row in good for answer in answers[row]
+    ]
     wholes = _render_many(tokenizer, asked, False)
     refused = {row for row, whole in zip(owners, wholes, strict=True) if whole is None}
     texts = [befores[row] or "" for row in good]
@@ -108,7 +119,7 @@ def encode_many(
         texts.append("" if whole is None else whole[len(before) :])
     if not texts:
         return [None] * len(prompts)
-    ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    ids = _many_ids(tokenizer, texts)
     encoded: list[tuple[list[int], list[list[int]]] | None] = [None] * len(prompts)
     for row, before in zip(good, ids, strict=False):
         encoded[row] = None if row in refused else (before, [])
@@ -150,7 +161,10 @@ def encode_conversation(
         return before, completion, []
     if not tokenizer.is_fast:
         raise InputError("this tokenizer has no offset mapping; set sft.train_on_turns=last")
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    if "\ue000" in text:
+        offsets = [(first, last) for _, first, last in _shield(tokenizer).encode([text])[0]]
+    else:
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     ranges = []
     for start, stop in spans:
         inside = [index for index, (first, last) in enumerate(offsets) if first >= start and last <= stop > first]
@@ -158,16 +172,93 @@ def encode_conversation(
     return before, completion, ranges
 
 
+def special_names(tokenizer: Any) -> re.Pattern[str]:
+    """What finds the name of a special token in a text."""
+    return _shield(tokenizer).names
+
+
+class _Shield:
+    """Keeps the names of special tokens in messages from becoming such tokens.
+
+    In the messages a placeholder stands for each name while the template is rendered. A second tokenizer knows the
+    placeholders as tokens of its own, which then become the ids of the name's characters; what stands around them is
+    tokenized as it is around a special token.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        added = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.words = sorted({*added, *tokenizer.all_special_tokens}, key=lambda word: (-len(word), word))
+        self.names = re.compile("|".join(map(re.escape, self.words)) or r"(?!)")
+        self._numbers = {word: number for number, word in enumerate(self.words)}
+        self._tokenizer = tokenizer
+        self._copy: Any = None
+        self._ids: dict[int, list[int]] = {}
+
+    def hide(self, content: str) -> str:
+        """A message's text with placeholders for the names in it."""
+        return self.names.sub(lambda found: f"\ue000{self._numbers[found[0]]}\ue001", content)
+
+    def encode(self, texts: list[str]) -> list[list[tuple[int, int, int]]]:
+        """Token ids of rendered texts, each with the characters [start, stop) that it stands for."""
+        if self._copy is None:
+            self._copy = copy.deepcopy(self._tokenizer)
+            places = [f"\ue000{number}\ue001" for number in range(len(self.words))]
+            self._copy.add_tokens(places, special_tokens=True)
+            ids = self._copy.convert_tokens_to_ids(places)
+            self._ids = {place: self._plain(word) for place, word in zip(ids, self.words, strict=True)}
+        found = self._copy(texts, add_special_tokens=False, return_offsets_mapping=self._copy.is_fast)
+        tokens = []
+        for row, ids in enumerate(found["input_ids"]):
+            spans = found["offset_mapping"][row] if self._copy.is_fast else [(0, 0)] * len(ids)
+            tokens.append([(part, *span) for id_, span in zip(ids, spans, strict=True) for part in self._ids.get(id_, [id_])])
+        return tokens
+
+    def _plain(self, word: str) -> list[int]:
+        """Ids of a special token's name as text, such as it has in the middle of a line.
+
+        Raises:
+            InputError: the tokenizer has no other way to encode it.
+        """
+        special = set(self._tokenizer.convert_tokens_to_ids(self.words))
+        line = self._tokenizer("\n", add_special_tokens=False)["input_ids"]
+        for pieces in ([word], list(word)):
+            ids: list[int] = []
+            for piece in pieces:
+                encoded = self._tokenizer("\n" + piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                ids += encoded[len(line) :] if encoded[: len(line)] == line else encoded
+            if not special & set(ids):
+                return ids
+        unknown = self._tokenizer.unk_token_id
+        return [id_ for id_ in ids if id_ not in special or id_ == unknown]
+
+
+_shields: WeakKeyDictionary[Any, _Shield] = WeakKeyDictionary()
+
+
+def _shield(tokenizer: Any) -> _Shield:
+    if tokenizer not in _shields:
+        _shields[tokenizer] = _Shield(tokenizer)
+    return _shields[tokenizer]
+
+
 def _render(tokenizer: Any, prompt: Sequence[Message], answer: str | None) -> str:
-    messages = [message.model_dump() for message in prompt]
+    shield = _shield(tokenizer)
+    messages = [{"role": message.role, "content": shield.hide(message.content)} for message in prompt]
     if answer is not None:
-        messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "assistant", "content": shield.hide(answer)})
     text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
     return text
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _many_ids(tokenizer, [text])[0]
+
+
+def _many_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    hidden = [row for row, text in enumerate(texts) if "\ue000" in text]
+    for row, tokens in zip(hidden, _shield(tokenizer).encode([texts[row] for row in hidden]) if hidden else (), strict=True):
+        ids[row] = [id_ for id_, _, _ in tokens]
     return ids
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from components.common.documents import JsonObject
 from components.common.errors import RowError
 from components.dataset.records import shown
-from components.prepare.rendered import parse_rendered
+from components.dataset.rendered import parse_rendered
 
 Message = dict[str, str]
 

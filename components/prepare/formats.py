@@ -25,7 +25,7 @@ from components.prepare.columns import (
     read_prompt,
     turn,
 )
-from components.prepare.rendered import opens_rendered, parse_rendered, strip_ending
+from components.dataset.rendered import opens_rendered, parse_rendered, strip_ending
 
 Kind = Literal["preferences", "instructions", "unpaired"]
 SCORES = ("fine-grained_score", "fine_grained_score", "overall_score", "score", "rating", "reward")

@@ -39,6 +39,24 @@ IPV6 = re.compile(r"(?<![0-9A-Za-z:])[0-9A-Fa-f]{1,4}:(?:[0-9A-Fa-f]{0,4}:){1,6}
 NUMBER = re.compile(r"[0-9][0-9 .()-]{5,}[0-9]")
 """A run that every phone number, card number and IPv4 address contains and few texts do: a cheap pre-filter."""
 TOKEN = re.compile(r"(?<![\w+/=.:-])[\w+/=.:-]{20}", re.ASCII)
+KEYS = re.compile(
+    r"(?<![\w-])(?:"
+    r"hf_[A-Za-z]{34}|hf_[A-Za-z0-9]{30,}"  # Hugging Face
+    r"|sk-(?:proj|svcacct|admin|None)-[\w-]{20,}|sk-ant-(?:api|admin|sid)[0-9]{2}-[\w-]{20,}"  # OpenAI, Anthropic
+    r"|sk-or-v1-[0-9a-f]{32,}|sk-[A-Za-z0-9]{32,}"  # OpenRouter; OpenAI, DeepSeek, DashScope, Moonshot, SiliconFlow
+    r"|github_pat_[A-Za-z0-9_]{22,}|gh[pousr]_[A-Za-z0-9]{30,}|gl(?:pat|dt|rt|cbt|ptt|soat)-[\w-]{20,}"  # GitHub, GitLab
+    r"|AIza[\w-]{30,}|ya29\.[\w-]{30,}|GOCSPX-[\w-]{20,}"  # Google
+    r"|A(?:KIA|SIA|BIA|CCA)[A-Z0-9]{16}"  # AWS
+    r"|LTAI[A-Za-z0-9]{12,30}|AKID[A-Za-z0-9]{13,}|AKLT[A-Za-z0-9_-]{20,}|ALTAK-?[A-Za-z0-9]{10,}"  # Chinese clouds
+    r"|bce-v3/[\w/-]{20,}"
+    r"|xai-[A-Za-z0-9]{40,}|gsk_[A-Za-z0-9]{30,}|r8_[A-Za-z0-9]{30,}|pplx-[A-Za-z0-9]{30,}|nvapi-[\w-]{40,}"  # models
+    r"|dop_v1_[0-9a-f]{60,}|dckr_pat_[\w-]{20,}|shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}|hv[sbr]\.[\w-]{24,}"
+    r"|(?:sk|rk)_(?:live|test)_[A-Za-z0-9]{20,}|sbp_[0-9a-f]{40}|ntn_[A-Za-z0-9]{40,}|figd_[\w-]{30,}"
+    r"|lin_api_[A-Za-z0-9]{30,}|tskey-[a-z]+-[\w-]{20,}|AGE-SECRET-KEY-1[A-Z0-9]{50,}|pypi-AgE[\w-]{50,}"
+    r"|npm_[A-Za-z0-9]{36}|xapp-[0-9]-[\w-]{20,}|[0-9a-f]{32}\.[A-Za-z0-9]{16}(?![\w-])"  # the last one is Zhipu's
+    r")"
+)
+"""Keys of today's providers that detect-secrets does not know, by their prefixes."""
 MARKS = ("PRIVATE KEY", "PuTTY-", "://", "xox", "XOX", "eyJ")
 """Every credential that the plugins know contains one of these marks or a TOKEN: a cheap pre-filter."""
 PLUGINS = (
@@ -115,6 +133,8 @@ def _is_public_address(text: str) -> bool:
 
 
 def _has_credential(text: str) -> bool:
+    if KEYS.search(text):
+        return True
     pieces = [text[start : start + PIECE + OVERLAP] for start in range(0, len(text), PIECE)]
     return any(True for piece in pieces for plugin in _plugins() for _ in plugin.analyze_string(piece))
 

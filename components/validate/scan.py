@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from components.common.documents import JsonObject
-from components.dataset.chat import load_tokenizer
+from components.dataset.chat import load_tokenizer, special_names
 from components.dataset.language import REFUSAL_SAMPLE, is_refusal
 from components.dataset.records import LANGUAGES, Preference, Row, parse_line, raw_lines
+from components.dataset.rendered import has_markers
 from components.dataset.similarity import Sketches, join_sketches, normalize_text, prompt_key, sketch
+from components.validate.encoding import is_mojibake
 from components.validate.language import is_in_another_language
 from components.validate.privacy import KINDS, kinds_in
 from components.validate.tokens import TokenCounter
@@ -34,7 +36,12 @@ CHUNK = 2048
 LARGE = 64 << 20
 """Bytes from which starting worker processes (three seconds each) pays off."""
 MAX_PROCESSES = 4
-BROKEN = ("\ufffd", "\x00")
+BROKEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ufdd0-\ufdef\ufffe\uffff]")
+"""Control characters, the mark of a lost character, and code points that are none."""
+PLACEHOLDERS = frozenset(
+    ("nan", "null", "#n/a", "<na>", "[deleted]", "[removed]", "[object object]", "lorem ipsum")
+)
+"""Texts that stand for a missing one, in lower case: what tables and web pages leave in their place."""
 ROLES = re.compile(r"(system )?user( assistant user)*")
 NON_BLANK = re.compile(r"\S")
 SENTENCE_END = tuple(".!?…。！？\"'”’)）]】}`*:：;；>|")
@@ -45,6 +52,9 @@ FLAGS = (
     "schema",
     "turns",
     "characters",
+    "template_text",
+    "special_tokens",
+    "placeholder",
     "language",
     "license",
     "same_answer",
@@ -170,6 +180,7 @@ class _Chunk:
     def __init__(self, scan: Scan, counter: TokenCounter) -> None:
         self.scan = scan
         self.counter = counter
+        self.special = special_names(counter.tokenizer)
         self.answers = ("chosen", "rejected") if scan.kind is Preference else ("response",)
 
     def read(self, path: Path, lines: list[tuple[int, bytes]]) -> RowTable:
@@ -219,7 +230,11 @@ class _Chunk:
         openings = [answer[:REFUSAL_SAMPLE].lower() for answer in answer_texts]
         lang = str(value.get("lang"))
         flags["turns"][row] = ROLES.fullmatch(roles) is None
-        flags["characters"][row] = any(mark in full_text for mark in BROKEN)
+        raw = [turn["content"] for turn in prompt] + list(answers)
+        flags["characters"][row] = any(BROKEN.search(text) is not None or is_mojibake(text) for text in raw)
+        flags["template_text"][row] = any(has_markers(text) for text in raw)
+        flags["special_tokens"][row] = any(self.special.search(text) is not None for text in raw)
+        flags["placeholder"][row] = any(text.strip().lower() in PLACEHOLDERS for text in raw if len(text) < 20)
         flags["language"][row] = lang not in LANGUAGES
         flags["license"][row] = NON_BLANK.search(str(value.get("license") or "")) is None
         for kind in kinds_in(full_text):

@@ -56,6 +56,9 @@ DEFECTS: dict[str, list[Row]] = {
     "turns": [pair("x", prompt=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])],
     "characters": [pair("broken", chosen="caf\ufffd")],
     "language": [pair("which language", lang="fr")],
+    "template_text": [pair("which markers", chosen="<|im_start|>assistant\nThese.<|im_end|>")],
+    "special_tokens": [pair("which token", chosen="It ends with <|endoftext|> and goes on")],
+    "placeholder": [pair("what is missing", chosen="NaN")],
     "license": [pair("no licence", license=" ")],
     "repeated": [GOOD[0]],
     "repeated_id": [pair("two things, one id", id=GOOD[0]["id"])],
@@ -87,7 +90,10 @@ NOTHING: Callable[..., bool] = lambda *given: False  # noqa: E731
 OFF: dict[str, tuple[str, Any]] = {
     "schema": ("scan.fits", lambda kind, value: True),
     "turns": ("scan.ROLES", re.compile(".*")),
-    "characters": ("scan.BROKEN", ()),
+    "characters": ("scan.BROKEN", NEVER),
+    "template_text": ("scan.has_markers", NOTHING),
+    "special_tokens": ("scan.special_names", lambda tokenizer: NEVER),
+    "placeholder": ("scan.PLACEHOLDERS", frozenset()),
     "language": ("scan.LANGUAGES", ("en", "zh", "fr")),
     "license": ("scan.NON_BLANK", re.compile("")),
     "repeated": ("duplicates._seen_before", lambda values: np.zeros(len(values), np.uint8)),
@@ -103,7 +109,7 @@ OFF: dict[str, tuple[str, Any]] = {
     "ip_address": ("privacy._is_public_address", NOTHING),
     "identity_card": ("privacy.is_identity_card", NOTHING),
     "payment_card": ("privacy.is_payment_card", NOTHING),
-    "credential": ("privacy._plugins", list),
+    "credential": ("privacy._has_credential", NOTHING),
     "contaminated": ("duplicates._is_listed", lambda *given: np.zeros(len(given[0]), bool)),
     "too_long": ("tokens.TokenCounter.count", lambda self, asked, said: np.zeros((2, len(asked)), np.int32)),
 }
@@ -555,8 +561,8 @@ def test_the_report_on_the_embedded_data_shows_what_is_wrong_with_it(embedded: t
     summary, page = embedded
     pairs = summary["preferences"]
     failed = {check["name"]: check["failed"] for check in pairs["checks"]}
-    assert (pairs["rows"], pairs["clean"], pairs["quarantined"]) == (600, 267, 333)
-    assert failed["repeated"] == 16 and failed["characters"] == 6 and failed["email"] >= 1
+    assert (pairs["rows"], pairs["clean"], pairs["quarantined"]) == (600, 266, 334)
+    assert failed["repeated"] == 16 and failed["characters"] == 8 and failed["email"] >= 1
     parts = {part["lang"]: part for part in pairs["bias"]}
     assert 0.43 < parts["en"]["longer_wins"]["share"] < 0.45 and parts["en"]["longer_wins"]["n"] == 299
     assert 0.61 < parts["zh"]["longer_wins"]["share"] < 0.63 and parts["zh"]["longer_wins"]["low"] > 0.5
@@ -572,3 +578,70 @@ def test_the_readme_names_every_check_with_its_severity() -> None:
     every = [check for kind in KINDS.values() for check in row_checks(kind, LIMIT)] + checks_module.statistic_checks()
     missing = [check.name for check in every if f"| `{check.name}` | {check.severity} |" not in text]
     assert not missing
+
+
+# ---- what the detectors know: public formats of today, and texts that they must leave alone
+
+KEYS = {
+    "Hugging Face": "hf_" + "aBcDeFgHiJkLmNoPqRsTuVwXyZaBcDeFgH",
+    "OpenAI project": "sk-proj-" + "a1B2c3D4_e5F6-" * 6,
+    "OpenAI": "sk-" + "a1B2c3D4" * 6,
+    "Anthropic": "sk-ant-api03-" + "a1B2c3-D4_" * 9,
+    "OpenRouter": "sk-or-v1-" + "0123456789abcdef" * 4,
+    "GitHub": "github_pat_" + "11ABCDEFG0" * 8,
+    "GitHub classic": "ghp_" + "a1B2c3D4e5F6" * 3,
+    "GitLab": "glpat-" + "a1B2c3D4e5F6g7H8i9J0",
+    "Google": "AIza" + "SyA1b2C3d4E5f6G7h8I9j0K1l2M3n4O5p6Q",
+    "Aliyun": "LTAI" + "5tAbCdEfGhIjKlMnOpQr",
+    "Tencent": "AKID" + "z8krbsJ5yKBZQpn74WFkmLPx3EXAMPLEKEY",
+    "DeepSeek": "sk-" + "0123456789abcdef" * 2,
+    "Zhipu": "0123456789abcdef" * 2 + "." + "AbCdEfGhIjKlMnOp",
+    "Volcengine": "AKLT" + "YTNjNGI5ZDQtMTIzNC00",
+    "Baidu": "bce-v3/ALTAK-" + "AbCdEfGhIjKlMn/0123456789abcdef",
+    "xAI": "xai-" + "a1B2c3D4e5" * 8,
+    "Groq": "gsk_" + "a1B2c3D4e5" * 5,
+    "Replicate": "r8_" + "a1B2c3D4e5" * 4,
+    "NVIDIA": "nvapi-" + "a1B2c3-D4_" * 6,
+    "Stripe": "sk_live_" + "a1B2c3D4e5F6g7H8i9J0k1L2",
+}
+NO_KEYS = (
+    "scikit-learn and sk-image are packages; the id is 123e4567-e89b-12d3-a456-426614174000",
+    "the commit is 0123456789abcdef0123456789abcdef01234567, see https://example.org/0123456789abcdef",
+    "AKIDO is a name, LTAI an abbreviation, and hf_hub_download a function",
+)
+
+
+@pytest.mark.parametrize("provider", KEYS)
+def test_todays_keys_are_credentials(provider: str) -> None:
+    assert "credential" in privacy.kinds_in(f"Use the key {KEYS[provider]} for it.")
+    assert "credential" in privacy.kinds_in(f'api_key="{KEYS[provider]}"')
+
+
+def test_what_only_looks_like_a_key_is_none() -> None:
+    for text in NO_KEYS:
+        assert privacy.kinds_in(text) == [], text
+
+
+GARBLED = ("Où est le café", "it’s “fine” – really", "中文的内容在这里，你好", "El niño comió piñón")
+ENCODINGS = (("utf-8", "latin-1"), ("utf-8", "cp1252"), ("utf-8", "gb18030"))
+
+
+def test_text_of_another_encoding_is_found_and_real_text_is_not() -> None:
+    from components.validate.encoding import is_mojibake
+
+    for text in GARBLED:
+        assert not is_mojibake(text)
+        for written, read in ENCODINGS:
+            garbled = text.encode(written).decode(read, errors="replace")
+            chinese = any(character > "\u2fff" for character in text)
+            if read != "gb18030" or chinese:
+                assert is_mojibake(garbled) or "\ufffd" in garbled, (text, read, garbled)
+    assert is_mojibake("手持两把锟斤拷") and is_mojibake("烫烫烫烫")
+    for text in ("Ça va? Ângela, São Paulo, Åse, Żółć, Ärger, ÆØÅ", "锐利的镜片；银行的铁门；涓涓细流", "日本語の文章、カタカナ", "≤ ≥ … — “ ” ‘ ’ € £"):
+        assert not is_mojibake(text), text
+
+
+def test_control_characters_are_found() -> None:
+    for character in "\x00\x08\x1b\x7f\x85\ufffe":
+        assert scan.BROKEN.search(f"a{character}b")
+    assert not scan.BROKEN.search("tab\tline\r\nspace\u3000\u00a0\u2028")

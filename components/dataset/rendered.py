@@ -85,6 +85,11 @@ MARKERS = re.compile(
     r"|(?:\A\s*|\n\n)(?:Human|Assistant):|\b(?:USER|ASSISTANT):\s"
 )
 """What a template writes and a person hardly does."""
+HINTS = (
+    *("<|", "<｜", "_of_turn>", "INST]", "SYS>>", "###", "Human:", "Assistant:", "USER:", "ASSISTANT:", "<s>", "</s>"),
+    *(f"{quote}{key}{quote}" for quote in "'\"" for key in ("role", "from", "content", "value")),
+)
+"""Every marker has one of these in it: a cheap pre-filter."""
 
 
 def parse_rendered(text: str) -> list[Message] | None:
@@ -133,7 +138,7 @@ def strip_ending(answer: str) -> str:
 
 def has_markers(text: str) -> bool:
     """Whether a text has a marker of a template in it."""
-    return MARKERS.search(text) is not None
+    return any(hint in text for hint in HINTS) and MARKERS.search(text) is not None
 
 
 def _parse_family(text: str, family: Family) -> list[Message] | None:
