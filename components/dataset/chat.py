@@ -1,7 +1,7 @@
 """Tokenization of messages with the model's chat template; the only place where text becomes token ids.
 
-Special tokens come from the template alone. Where the text of a message has the name of one in it, such as `<|im_end|>`,
-the name is encoded as the characters it consists of: it can neither end a turn nor begin another one.
+Special tokens come from the template alone. Where the text of a message has the name of one in it, such as
+`<|im_end|>`, the name is encoded as the characters it consists of: it can neither end a turn nor begin another one.
 """
 
 import copy
@@ -107,7 +107,9 @@ def encode_many(
     good = [row for row, before in enumerate(befores) if before is not None]
     owners = [row for row in good for _ in answers[row]]
     asked = [
-        [*prompts[row], {"role": "assistant", "content": shield.hide(answer)}] for row in good for answer in answers[row]
+        [*prompts[row], {"role": "assistant", "content": shield.hide(answer)}]
+        for row in good
+        for answer in answers[row]
     ]
     wholes = _render_many(tokenizer, asked, False)
     refused = {row for row, whole in zip(owners, wholes, strict=True) if whole is None}
@@ -121,8 +123,8 @@ def encode_many(
         return [None] * len(prompts)
     ids = _many_ids(tokenizer, texts)
     encoded: list[tuple[list[int], list[list[int]]] | None] = [None] * len(prompts)
-    for row, before in zip(good, ids, strict=False):
-        encoded[row] = None if row in refused else (before, [])
+    for row, prompt_ids in zip(good, ids, strict=False):
+        encoded[row] = None if row in refused else (prompt_ids, [])
     for row, completion in zip(owners, ids[len(good) :], strict=True):
         entry = encoded[row]
         if entry is not None:
@@ -210,7 +212,9 @@ class _Shield:
         tokens = []
         for row, ids in enumerate(found["input_ids"]):
             spans = found["offset_mapping"][row] if self._copy.is_fast else [(0, 0)] * len(ids)
-            tokens.append([(part, *span) for id_, span in zip(ids, spans, strict=True) for part in self._ids.get(id_, [id_])])
+            tokens.append(
+                [(part, *span) for id_, span in zip(ids, spans, strict=True) for part in self._ids.get(id_, [id_])]
+            )
         return tokens
 
     def _plain(self, word: str) -> list[int]:
@@ -224,7 +228,9 @@ class _Shield:
         for pieces in ([word], list(word)):
             ids: list[int] = []
             for piece in pieces:
-                encoded = self._tokenizer("\n" + piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                encoded = self._tokenizer("\n" + piece, add_special_tokens=False, split_special_tokens=True)[
+                    "input_ids"
+                ]
                 ids += encoded[len(line) :] if encoded[: len(line)] == line else encoded
             if not special & set(ids):
                 return ids
@@ -257,7 +263,9 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def _many_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     hidden = [row for row, text in enumerate(texts) if "\ue000" in text]
-    for row, tokens in zip(hidden, _shield(tokenizer).encode([texts[row] for row in hidden]) if hidden else (), strict=True):
+    for row, tokens in zip(
+        hidden, _shield(tokenizer).encode([texts[row] for row in hidden]) if hidden else (), strict=True
+    ):
         ids[row] = [id_ for id_, _, _ in tokens]
     return ids
 

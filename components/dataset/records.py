@@ -124,7 +124,7 @@ def lines_of(path: Path, readline: Callable[[int], bytes]) -> Iterator[tuple[int
             line = line.removeprefix(codecs.BOM_UTF8)
         if len(line) > MAX_LINE_BYTES:
             raise InputError(
-                f"{path}:{number}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; expected one JSON object per line"
+                f"{path}:{number}: the line is longer than {MAX_LINE_BYTES >> 20} MiB; expected one JSON object a line"
             )
         if line.strip():
             yield number, line

@@ -155,11 +155,11 @@ def _parse_family(text: str, family: Family) -> list[Message] | None:
         return None
     messages = list(system)
     for role, content in zip(pieces[::2], pieces[1::2], strict=True):
-        content = content.strip()
+        text = content.strip()
         for ending in family.endings:
-            content = content.removesuffix(ending).rstrip()
-        content = "\n\n".join(part.strip() for part in ALPACA_INPUT.split(content)) if "###" in content else content
-        messages.append({"role": ROLES[role.lower()], "content": content})
+            text = text.removesuffix(ending).rstrip()
+        parts = ALPACA_INPUT.split(text) if "###" in text else [text]
+        messages.append({"role": ROLES[role.lower()], "content": "\n\n".join(part.strip() for part in parts)})
     return _checked(messages, family.plain)
 
 

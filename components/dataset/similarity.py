@@ -52,7 +52,9 @@ WINDOW = 16
 """Neighbours in a bucket that a text is compared with; larger groups of near-duplicates are linked by chains."""
 CHUNK = 4096
 VERIFY_CHUNK = 100_000
-INVISIBLE = re.compile("[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]")
+INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
+)
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,15 @@ class Ragged:
         sizes = self.sizes[rows]
         ends = np.cumsum(sizes)
         within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - sizes, sizes)
-        return np.repeat(self.offsets[:-1][rows], sizes) + within
+        positions: I64 = np.repeat(self.offsets[:-1][rows], sizes) + within
+        return positions
 
 
 def join_ragged(parts: Sequence[Ragged]) -> Ragged:
     """Concatenate rows."""
-    return Ragged(np.concatenate([part.values for part in parts]), _offsets(np.concatenate([part.sizes for part in parts])))
+    return Ragged(
+        np.concatenate([part.values for part in parts]), _offsets(np.concatenate([part.sizes for part in parts]))
+    )
 
 
 @dataclass(frozen=True)
@@ -204,9 +209,9 @@ def near_groups(sketches: Sketches, threshold: float, frames: Frames) -> I64:
     parent = np.arange(len(sketches), dtype=np.int64)
     if len(sketches) < 2:
         return parent
-    for column in _bands(shingles):
-        order = np.argsort(column, kind="stable")
-        column = column[order]
+    for band in _bands(shingles):
+        order = np.argsort(band, kind="stable")
+        column = band[order]
         candidates = []
         for distance in range(1, min(WINDOW, len(order) - 1) + 1):
             same = np.flatnonzero(column[distance:] == column[:-distance])
@@ -267,7 +272,8 @@ def _is_in(values: U32, wanted: U32) -> NDArray[np.bool_]:
     """Whether each value is one of some sorted ones."""
     if not len(wanted):
         return np.zeros(len(values), bool)
-    return wanted[np.minimum(np.searchsorted(wanted, values), len(wanted) - 1)] == values
+    found: NDArray[np.bool_] = wanted[np.minimum(np.searchsorted(wanted, values), len(wanted) - 1)] == values
+    return found
 
 
 def _without(rows: Ragged, frequent: U32) -> Ragged:
@@ -328,7 +334,9 @@ def _contained_pairs(grams: Ragged, frequent: U32) -> tuple[I64, I64]:
     values = (by_gram >> np.uint64(32)).astype(np.uint32)
     owners = (by_gram & np.uint64(0xFFFFFFFF)).astype(np.int64)
     del by_gram
-    starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]])) if len(values) else np.empty(0, np.int64)
+    starts = (
+        np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]])) if len(values) else np.empty(0, np.int64)
+    )
     counts = np.diff(np.append(starts, len(values)))
     per_value = np.repeat(counts, counts)
     shared = np.bincount(owners[per_value > 1], minlength=len(rows))

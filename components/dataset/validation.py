@@ -20,11 +20,14 @@ class CheckResult(TypedDict):
 
 
 class SourceSummary(TypedDict):
-    """The clean rows of a source."""
+    """The rows of a source."""
 
     license: str
     """All licences of its rows."""
     rows: int
+    """Clean rows."""
+    bad: int
+    """Rows quarantined for more than their length."""
 
 
 class DataSetSummary(TypedDict):

@@ -95,15 +95,101 @@ ALIASES = {
 PROMPTS = ("prompt", "question", "query", "instruction", "input", "messages", "conversations", "context")
 """Columns that hold the prompt, as text or as messages."""
 HARMLESS = frozenset(
-    """annotations annotator annotators author batch category categories chosen_policy comment comments confidence
-    correct created created_at critique dataset dataset_name date difficulty domain domains dpo_type evaluator
-    feedback feedbacks file filename generations generator group hash index individual_preference
-    instruction_source intent judge kind label_source labeller labelling_model labelling_prompt level license
-    meta metadata model models name order origin original_chosen original_rejected preference_strength principle
-    prompt_source quality rationale raw_labelling_response ratings reason rejected_policy revision
-    sampled_policy score_reason sha256 skill skills source split status subset subtask tag tags task task_name
-    task_type time timestamp title topic topics type updated updated_at url urls user user_name uuid version
-    correct_answers incorrect_answers""".split()
+    [
+        "annotations",
+        "annotator",
+        "annotators",
+        "author",
+        "batch",
+        "category",
+        "categories",
+        "chosen_policy",
+        "comment",
+        "comments",
+        "confidence",
+        "correct",
+        "created",
+        "created_at",
+        "critique",
+        "dataset",
+        "dataset_name",
+        "date",
+        "difficulty",
+        "domain",
+        "domains",
+        "dpo_type",
+        "evaluator",
+        "feedback",
+        "feedbacks",
+        "file",
+        "filename",
+        "generations",
+        "generator",
+        "group",
+        "hash",
+        "index",
+        "individual_preference",
+        "instruction_source",
+        "intent",
+        "judge",
+        "kind",
+        "label_source",
+        "labeller",
+        "labelling_model",
+        "labelling_prompt",
+        "level",
+        "license",
+        "meta",
+        "metadata",
+        "model",
+        "models",
+        "name",
+        "order",
+        "origin",
+        "original_chosen",
+        "original_rejected",
+        "preference_strength",
+        "principle",
+        "prompt_source",
+        "quality",
+        "rationale",
+        "raw_labelling_response",
+        "ratings",
+        "reason",
+        "rejected_policy",
+        "revision",
+        "sampled_policy",
+        "score_reason",
+        "sha256",
+        "skill",
+        "skills",
+        "source",
+        "split",
+        "status",
+        "subset",
+        "subtask",
+        "tag",
+        "tags",
+        "task",
+        "task_name",
+        "task_type",
+        "time",
+        "timestamp",
+        "title",
+        "topic",
+        "topics",
+        "type",
+        "updated",
+        "updated_at",
+        "url",
+        "urls",
+        "user",
+        "user_name",
+        "uuid",
+        "version",
+        "correct_answers",
+        "incorrect_answers",
+    ]
 )
 """Columns that say something of the row, not to the model. Other text that a reader does not take is an error."""
 HARMLESS_NAMES = re.compile(
@@ -229,7 +315,9 @@ def message_of(value: Any, column: str) -> Message:
         RowError: no message, an unknown role, or content other than text.
     """
     if not isinstance(value, dict):
-        raise RowError(f"'{column}' holds {kind_of(value)}; expected messages with role and content (or from and value)")
+        raise RowError(
+            f"'{column}' holds {kind_of(value)}; expected messages with role and content (or from and value)"
+        )
     role = next((value[key] for key in ROLE_KEYS if key in value), None)
     content = next((value[key] for key in CONTENT_KEYS if key in value), None)
     known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
@@ -237,7 +325,9 @@ def message_of(value: Any, column: str) -> Message:
         raise RowError(f"'{column}' holds a message whose role is none of {', '.join(ROLES)}")
     for key, other in value.items():
         if key not in MESSAGE_KEYS and other is not False and not is_empty(other):
-            raise RowError(f"'{column}' holds a message with '{shown(str(key))}', which is not supported; text alone is")
+            raise RowError(
+                f"'{column}' holds a message with '{shown(str(key))}', which is not supported; text alone is"
+            )
     return turn(known, _content(content, column))
 
 

@@ -16,8 +16,8 @@ from components.common.files import replacing, sha256_file
 from components.dataset.language import guess_language
 from components.dataset.records import LANGUAGES, Instruction, Preference, line_of, schema_problem, shown
 from components.prepare.files import Located, read_rows
-from components.prepare.formats import FORMATS, Example, Kind, convert, detect, language_of
-from components.prepare.sources import ROWS_FILES, Added
+from components.prepare.formats import FORMATS, Example, convert, detect, language_of
+from components.prepare.sources import ROWS_FILES, Added, SourceKind
 
 QUARANTINE = "quarantine.jsonl"
 DETECTION_ROWS = 20
@@ -50,7 +50,7 @@ class RowDefaults:
     language: str
     licence: str
     source: str
-    kind: Kind = "preferences"
+    kind: SourceKind = "preferences"
     ignored: tuple[str, ...] = ()
     group: str = ""
 
@@ -64,7 +64,7 @@ class Converted:
     trained.
     """
 
-    kind: Kind = "preferences"
+    kind: SourceKind = "preferences"
     formats: dict[str, str] = field(default_factory=dict)
     sources: set[str] = field(default_factory=set)
     rows: int = 0
@@ -96,7 +96,9 @@ def convert_files(
         rows, quarantine = (stack.enter_context(to.open("wb", buffering=1 << 20)) for to in (good, bad))
         for file in files:
             for entry in _converted(file, defaults, done, log):
-                (rows if isinstance(entry, dict) else quarantine).write(line_of(entry) if isinstance(entry, dict) else entry)
+                (rows if isinstance(entry, dict) else quarantine).write(
+                    line_of(entry) if isinstance(entry, dict) else entry
+                )
     if not done.rows:
         why = f"; the first row is not usable: {next(iter(done.reasons))}" if done.reasons else ""
         what = "preference pair" if defaults.kind == "preferences" else "instruction"
@@ -185,7 +187,8 @@ def _language(example: Example, row: JsonObject, defaults: RowDefaults) -> str:
         return guess_language([*asked[-1:], example.answers[0]])
     column = next(name for name in ("lang", "language") if name in row)
     raise RowError(
-        f"its column '{column}' says {shown(repr(named))}; expected {' or '.join(LANGUAGES)}, or --language for such rows"
+        f"its column '{column}' says {shown(repr(named))}; expected {' or '.join(LANGUAGES)}, or --language for such"
+        " rows"
     )
 
 
@@ -195,12 +198,12 @@ def _first_text(row: JsonObject, *keys: str) -> str:
 
 OTHER_KIND = {
     "instructions": "instructions rather than pairs; add them for SFT: --instructions",
-    "preferences": "preference pairs; without --instructions they are added as such, and their chosen answers to SFT too",
+    "preferences": "preference pairs; without --instructions they are added as such, their chosen answers to SFT too",
     "unpaired": "unpaired feedback (an answer with a label), which cannot be trained on yet; bring pairs",
 }
 
 
-def _format(path: Path, start: list[Located], kind: Kind) -> str:
+def _format(path: Path, start: list[Located], kind: SourceKind) -> str:
     """The common format of a file's first rows."""
     first_rows = {detect(row, kind): where for where, row, _ in reversed(start)}
     names = [name for name in first_rows if name]

@@ -1,4 +1,4 @@
-"""The rows of somebody else's files: JSON lines, JSON, CSV, TSV, Parquet; plain or compressed by gzip, zstd, bzip2 or xz.
+"""The rows of somebody else's files: JSON lines, JSON, CSV, TSV, Parquet; plain or packed by gzip, zstd, bzip2 or xz.
 
 What a file is, its first bytes say; its name only tells CSV from TSV. Everything else is refused by name.
 """
@@ -9,6 +9,7 @@ import codecs
 import gzip
 import json
 import lzma
+import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -104,7 +105,7 @@ class _Unpacked:
         elif start.startswith(BZIP2):
             self.kind, self._file = "bzip2", cast(IO[bytes], bz2.BZ2File(self._raw))
         elif start.startswith(XZ):
-            self.kind, self._file = "xz", cast(IO[bytes], lzma.LZMAFile(self._raw))
+            self.kind, self._file = "xz", cast(IO[bytes], lzma.LZMAFile(self._raw))  # noqa: SIM115
         elif start.startswith(ZSTD):
             import io
 
@@ -190,11 +191,17 @@ def _lines(path: Path, unpacked: _Unpacked, head: bytes) -> Iterator[Located]:
 def _is_spread(head: bytes) -> bool:
     """Whether a file that begins with `{` goes on, on the next lines, as an indented object does."""
     lines = head.splitlines()
-    return len(lines) > 1 and lines[0].strip() in (b"{", b"[{") or re.match(rb'\s*\{\s*"[^"]*"\s*:\s*[\[{]?\s*\n', head) is not None
+    return (len(lines) > 1 and lines[0].strip() in (b"{", b"[{")) or re.match(
+        rb'\s*\{\s*"[^"]*"\s*:\s*[\[{]?\s*\n', head
+    ) is not None
 
 
 def _is_rows(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 1 and all(isinstance(entry, dict) and len(entry) > 2 for entry in value[:3])
+    return (
+        isinstance(value, list)
+        and len(value) > 1
+        and all(isinstance(entry, dict) and len(entry) > 2 for entry in value[:3])
+    )
 
 
 def _parse(line: bytes) -> Any:
@@ -298,7 +305,9 @@ def _parquet(path: Path) -> Iterator[Located]:
                     number += 1
                     yield f"{path}: row {number}", _plain(row), b""
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: the Parquet file is damaged or truncated ({str(error)[:120]}); copy it again") from error
+        raise InputError(
+            f"{path}: the Parquet file is damaged or truncated ({str(error)[:120]}); copy it again"
+        ) from error
 
 
 def _plain(value: Any) -> Any:
@@ -310,5 +319,5 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
+        return value if math.isfinite(value) else None
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

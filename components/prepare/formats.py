@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from components.common.documents import JsonObject
 from components.common.errors import RowError
+from components.dataset.rendered import opens_rendered, parse_rendered, strip_ending
 from components.prepare.columns import (
     PROMPTS,
     Columns,
@@ -25,7 +26,6 @@ from components.prepare.columns import (
     read_prompt,
     turn,
 )
-from components.dataset.rendered import opens_rendered, parse_rendered, strip_ending
 
 Kind = Literal["preferences", "instructions", "unpaired"]
 SCORES = ("fine-grained_score", "fine_grained_score", "overall_score", "score", "rating", "reward")
@@ -414,7 +414,7 @@ def _read_instruction(columns: Columns) -> list[Example]:
     """A prompt and the answer to learn."""
     name = next(name for name in ("response", "output") if name in columns)
     answer = columns.take(name)
-    if isinstance(answer, list) and answer and isinstance(answer[0], dict) or isinstance(answer, dict):
+    if (isinstance(answer, list) and answer and isinstance(answer[0], dict)) or isinstance(answer, dict):
         messages = messages_of(answer if isinstance(answer, list) else [answer], columns.name(name))
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             raise RowError(f"'{columns.name(name)}' is not one message of the assistant")
@@ -462,7 +462,9 @@ def _is_labelled(columns: Columns) -> bool:
 _Q, _G, _B = "Is rain wet?", "Yes, it is.", "No."
 
 
-def _said(*texts: str, keys: tuple[str, str] = ("role", "content"), names: tuple[str, str] = ("user", "assistant")) -> Any:
+def _said(
+    *texts: str, keys: tuple[str, str] = ("role", "content"), names: tuple[str, str] = ("user", "assistant")
+) -> Any:
     return [{keys[0]: names[i % 2], keys[1]: text} for i, text in enumerate(texts)]
 
 
@@ -479,7 +481,14 @@ FORMATS: dict[str, Format] = {
         _has("chosen", "rejected", "instruction"),
         _read_pair,
         "LLaMA-Factory (alpaca), MedicalGPT, argilla, comparison_gpt4 in Chinese",
-        {"system": "Be brief.", "history": [["Hi", "Hello"]], "instruction": _Q, "input": "", "chosen": _G, "rejected": _B},
+        {
+            "system": "Be brief.",
+            "history": [["Hi", "Hello"]],
+            "instruction": _Q,
+            "input": "",
+            "chosen": _G,
+            "rejected": _B,
+        },
     ),
     "sharegpt": Format(
         "preferences",
@@ -494,7 +503,7 @@ FORMATS: dict[str, Format] = {
     ),
     "openai": Format(
         "preferences",
-        lambda columns: _has("chosen", "rejected", "messages")(columns),
+        _has("chosen", "rejected", "messages"),
         _read_pair,
         "LLaMA-Factory (openai), axolotl (chat_template.default), H4's UltraFeedback",
         {
@@ -505,8 +514,9 @@ FORMATS: dict[str, Format] = {
     ),
     "orca": Format(
         "preferences",
-        lambda columns: _has("chosen", "rejected")(columns)
-        and any(name in columns for name in ("question", "query", "input")),
+        lambda columns: (
+            _has("chosen", "rejected")(columns) and any(name in columns for name in ("question", "query", "input"))
+        ),
         _read_pair,
         "Orca pairs, axolotl (chatml.intel, chatml.icr), MedicalGPT; Chinese names of columns as well",
         {"system": "Be brief.", "question": _Q, "chosen": _G, "rejected": _B},
@@ -565,7 +575,9 @@ FORMATS: dict[str, Format] = {
     ),
     "list": Format(
         "preferences",
-        lambda columns: any(_is_list(columns, name) and _strings(columns.peek(name)) for name in ("output", "response")),
+        lambda columns: any(
+            _is_list(columns, name) and _strings(columns.peek(name)) for name in ("output", "response")
+        ),
         _read_list,
         "LLaMA-Factory (ranking lists)",
         {"instruction": _Q, "input": "", "output": [_G, _B]},
@@ -579,8 +591,9 @@ FORMATS: dict[str, Format] = {
     ),
     "instruction": Format(
         "instructions",
-        lambda columns: any(name in columns for name in ("response", "output"))
-        and any(name in columns for name in PROMPTS),
+        lambda columns: (
+            any(name in columns for name in ("response", "output")) and any(name in columns for name in PROMPTS)
+        ),
         _read_instruction,
         "Alpaca, TRL (prompt-completion), ms-swift, OpenRLHF, OpenOrca",
         {"instruction": _Q, "input": "", "output": _G},

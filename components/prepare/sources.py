@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,8 @@ from components.common.files import replacing, sha256_file, write_text
 
 ADDED = "added"
 """Folder below data/ and section of the lock file for sources added by `kubealign data add`."""
-ROWS_FILES = {"preferences": "pairs.jsonl", "instructions": "instructions.jsonl"}
+SourceKind = Literal["preferences", "instructions"]
+ROWS_FILES: dict[SourceKind, str] = {"preferences": "pairs.jsonl", "instructions": "instructions.jsonl"}
 """The file of an added source, by the kind of its rows."""
 Hash = Field(pattern=r"^[0-9a-f]{64}$")
 
@@ -48,7 +50,7 @@ class Added(BaseModel):
     rows: int
     files: dict[str, str]
     """Original files, with the sha256 of each."""
-    kind: Literal["preferences", "instructions"] = "preferences"
+    kind: SourceKind = "preferences"
 
 
 class Sources(BaseModel):
@@ -80,10 +82,10 @@ def read_sources(path: Path) -> Sources:
         raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
-def record_added(path: Path, name: str, added: Added) -> None:
-    """Record an added source in the lock file atomically; the text of the other sections is kept."""
-    sources = read_sources(path)
-    section = {key: value.model_dump(exclude_defaults=True) for key, value in sorted((sources.added | {name: added}).items())}
+def record_added(path: Path, added: Mapping[str, Added | None]) -> None:
+    """Record added sources in the lock file atomically, or take out those that are None; its other text is kept."""
+    merged: dict[str, Added | None] = {**read_sources(path).added, **added}
+    section = {name: entry.model_dump(exclude_defaults=True) for name, entry in sorted(merged.items()) if entry}
     before = path.read_text(encoding="utf-8").partition(f"\n{ADDED}:")[0].rstrip("\n")
     write_text(path, f"{before}\n\n{yaml.safe_dump({ADDED: section}, sort_keys=False, allow_unicode=True)}")
 

@@ -122,8 +122,8 @@ def read_splits(path: Path) -> dict[str, Assignment]:
             continue
         if line.startswith(("<<<<<<<", "=======", ">>>>>>>", "|||||||")):
             raise InputError(
-                f"{path}:{number}: a conflict of a merge; keep the lines of both sides and remove the markers: which side"
-                " of the split a prompt keeps is settled by `dvc repro`"
+                f"{path}:{number}: a conflict of a merge; keep the lines of both sides without the markers: `dvc repro`"
+                " settles which side of the split a prompt keeps"
             )
         fields = line.split("\t")
         if len(fields) != 3 or fields[2] not in SPLITS:

@@ -63,7 +63,14 @@ def _head(name: str, facts: dict[str, str], evaluation: Evaluation, validation: 
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["dpo", "preference-alignment", "kubealign"],
-        datasets=sorted({source for summary in data_sets(validation).values() for source in summary["sources"]}),
+        datasets=sorted(
+            {
+                name
+                for summary in data_sets(validation).values()
+                for name, part in summary["sources"].items()
+                if part["rows"]
+            }
+        ),
         model_name=name,
         eval_results=[
             EvalResult(

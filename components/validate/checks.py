@@ -47,7 +47,11 @@ def row_checks(kind: type[Row], max_length: int) -> list[Check]:
     checks = [
         none("schema", "error", "give the row the fields and types of data/README.md; no text may be empty"),
         none("turns", "error", "make the turns alternate and end with the user; a system message comes first"),
-        none("characters", "error", "control characters, or text decoded with the wrong encoding; extract it from its source again"),
+        none(
+            "characters",
+            "error",
+            "control characters, or text decoded with the wrong encoding; extract it from its source again",
+        ),
         none(
             "template_text",
             "error",
@@ -57,7 +61,7 @@ def row_checks(kind: type[Row], max_length: int) -> list[Check]:
         none(
             "special_tokens",
             "warn",
-            "a text has the name of one of the tokenizer's special tokens in it; it is encoded as text and has no effect",
+            "a text has the name of a special token of the tokenizer in it; it is encoded as text and has no effect",
         ),
         none("placeholder", "error", "a text such as `nan` or `null` stands where one is missing: remove the row"),
         none("language", "error", f"set lang to one of {', '.join(LANGUAGES)}"),

@@ -11,7 +11,9 @@ LATIN = re.compile(
 FIRSTS = "\u00c2\u00c3\u00e2\u00e4\u00e5\u00e6\u00e7\u00e8\u00e9"
 REMAINS = ("\u951f\u65a4\u62f7", "\u70eb\u70eb\u70eb", "\u5c6f\u5c6f\u5c6f")
 """What is left of lost bytes read as GBK."""
-GBK = re.compile("[\u9428\u951b\u9286\u6d93\u93c4\u9366\u6d5c\u9225\u6d63\u7ecb\u9359\u93b4\u934f\u7487\u7eef\u7f01\u9418\u93c8]")
+GBK = re.compile(
+    "[\u9428\u951b\u9286\u6d93\u93c4\u9366\u6d5c\u9225\u6d63\u7ecb\u9359\u93b4\u934f\u7487\u7eef\u7f01\u9418\u93c8]"
+)
 """First characters that frequent Chinese characters and punctuation become when their UTF-8 is read as GBK."""
 RUN = re.compile("[\u3400-\u9fff\ue000-\uf8ff\u20ac\u3000-\u303f\uff00-\uffef]{4,}")
 LEAST = 3

@@ -44,7 +44,7 @@ KEYS = re.compile(
     r"hf_[A-Za-z]{34}|hf_[A-Za-z0-9]{30,}"  # Hugging Face
     r"|sk-(?:proj|svcacct|admin|None)-[\w-]{20,}|sk-ant-(?:api|admin|sid)[0-9]{2}-[\w-]{20,}"  # OpenAI, Anthropic
     r"|sk-or-v1-[0-9a-f]{32,}|sk-[A-Za-z0-9]{32,}"  # OpenRouter; OpenAI, DeepSeek, DashScope, Moonshot, SiliconFlow
-    r"|github_pat_[A-Za-z0-9_]{22,}|gh[pousr]_[A-Za-z0-9]{30,}|gl(?:pat|dt|rt|cbt|ptt|soat)-[\w-]{20,}"  # GitHub, GitLab
+    r"|github_pat_[A-Za-z0-9_]{22,}|gh[pousr]_[A-Za-z0-9]{30,}|gl(?:pat|dt|rt|ptt)-[\w-]{20,}"  # GitHub, GitLab
     r"|AIza[\w-]{30,}|ya29\.[\w-]{30,}|GOCSPX-[\w-]{20,}"  # Google
     r"|A(?:KIA|SIA|BIA|CCA)[A-Z0-9]{16}"  # AWS
     r"|LTAI[A-Za-z0-9]{12,30}|AKID[A-Za-z0-9]{13,}|AKLT[A-Za-z0-9_-]{20,}|ALTAK-?[A-Za-z0-9]{10,}"  # Chinese clouds

@@ -38,9 +38,7 @@ LARGE = 64 << 20
 MAX_PROCESSES = 4
 BROKEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ufdd0-\ufdef\ufffe\uffff]")
 """Control characters, the mark of a lost character, and code points that are none."""
-PLACEHOLDERS = frozenset(
-    ("nan", "null", "#n/a", "<na>", "[deleted]", "[removed]", "[object object]", "lorem ipsum")
-)
+PLACEHOLDERS = frozenset(("nan", "null", "#n/a", "<na>", "[deleted]", "[removed]", "[object object]", "lorem ipsum"))
 """Texts that stand for a missing one, in lower case: what tables and web pages leave in their place."""
 ROLES = re.compile(r"(system )?user( assistant user)*")
 NON_BLANK = re.compile(r"\S")

@@ -3,7 +3,7 @@
 Every row is read twice: once for its features (scan.py), once to be copied to the clean rows or the quarantine.
 """
 
-from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from components.common.documents import JsonObject
-from components.common.errors import DataValidationError, InputError
+from components.common.errors import DataValidationError, InputError, KubealignError
 from components.common.files import read_json, replacing_folder, write_json, write_manifest, write_text
 from components.dataset.distribution import MEASURES, PREVIOUS, Distribution, distance, length_bucket
 from components.dataset.records import SPLITS, parse_line, raw_lines, schema_problem
@@ -25,7 +25,6 @@ from components.dataset.validation import (
     Statistic,
     Statistics,
     ValidationSummary,
-    all_checks,
     data_sets,
 )
 from components.tracking.result import StageResult
@@ -45,6 +44,8 @@ from components.validate.scan import RowTable, Scan, join_tables, processes_for,
 from components.validate.suite import Suite
 
 Failed = dict[str, NDArray[np.int64]]
+LEAST_BAD = 5
+"""Bad rows of a source from which their share can stop a run; rows may name sources of their own, such as URLs."""
 MAX_LISTED_ROWS = 20
 """Rows that the report lists per check; quarantine.jsonl has all."""
 
@@ -90,10 +91,7 @@ def run_validate(
         statistics = _statistics(measured, checked.suite, overall, drift is not None, checked.decontamination)
         quarantined = {name: _reasons(checks[name], failed[name], ("stop", "error")) for name in sets}
         warned = {name: _reasons(checks[name], failed[name], ("warn",)) for name in sets}
-        by_set = {
-            name: _summary(checks[name], failed[name], quarantined[name], sets[name], split_codes[name])
-            for name in sets
-        }
+        by_set = summarize(checked)
         summary: ValidationSummary = {
             "preferences": {
                 **by_set["preferences"],
@@ -115,7 +113,8 @@ def run_validate(
         write_text(markdown_out, markdown_page(summary))
         for path in (clean_out / "validation.json", html_out):
             run.log_artifact(path)
-        _stop_when_bad(config, summary)
+        for refusal in refusals(config, data_sets(summary), statistics["checks"]):
+            raise refusal
         return StageResult(run.run_id, metrics)
 
 
@@ -149,6 +148,52 @@ def check_rows(config: ValidateConfig, max_length: int, dataset: Path, base_mode
         for name, table in sets.items()
     }
     return Checked(sets, split_codes, checks, failed, decontamination, suite)
+
+
+def summarize(checked: Checked) -> dict[str, DataSetSummary]:
+    """What the checks found in each data set."""
+    summaries = {}
+    for name, table in checked.sets.items():
+        checks, failed = checked.checks[name], checked.failed[name]
+        quarantined = _reasons(checks, failed, ("stop", "error"))
+        summaries[name] = _summary(checks, failed, quarantined, table, checked.split_codes[name])
+    return summaries
+
+
+def refusals(
+    config: ValidateConfig, summaries: Mapping[str, DataSetSummary], statistics: Sequence[CheckResult] = ()
+) -> Iterator[KubealignError]:
+    """Why a run with these data stops, an error a reason: DataValidationError, or InputError for too few rows."""
+    for name, data_set in summaries.items():
+        for check in (*data_set["checks"], *(statistics if name == "preferences" else ())):
+            if check["severity"] == "stop" and check["failed"]:
+                yield DataValidationError(
+                    f"{name}: {check['failed']} fail `{check['name']}`: {check['advice']}; see the validation report"
+                )
+    for name, data_set in summaries.items():
+        errors = [c for c in data_set["checks"] if c["severity"] == "error" and c["name"] != TOO_LONG]
+        worst = max(errors, key=lambda c: c["failed"])
+        most = f"most fail `{worst['name']}` ({worst['failed']}): {worst['advice']}; see the validation report"
+        bad = data_set["quarantined"] - data_set["too_long"]
+        allowed = f"validate.max_quarantined allows {config.max_quarantined:.1%}"
+        if bad > config.max_quarantined * data_set["rows"]:
+            share = bad / data_set["rows"]
+            yield DataValidationError(
+                f"{name}: {bad} of {data_set['rows']} rows are bad ({share:.1%}; {allowed}); {most}"
+            )
+        for source, part in data_set["sources"].items():
+            total = part["rows"] + part["bad"]
+            if part["bad"] >= LEAST_BAD and part["bad"] > config.max_quarantined * total:
+                share = part["bad"] / total
+                yield DataValidationError(
+                    f"{name}: {part['bad']} of {total} rows of source {source} are bad ({share:.1%}; {allowed}); {most}"
+                )
+        for split, languages in data_set["splits"].items():
+            if sum(languages.values()) < config.min_rows:
+                yield InputError(
+                    f"{name}: {sum(languages.values())} usable rows in {split}; validate.min_rows requires"
+                    f" {config.min_rows}; add data or raise model.max_length"
+                )
 
 
 def _decontamination_list(config: ValidateConfig, dataset: Path) -> DecontaminationList | None:
@@ -273,8 +318,9 @@ def _summary(
     split_code: NDArray[np.uint8],
 ) -> DataSetSummary:
     rows = len(split_code)
-    clean = np.ones(rows, bool)
+    clean, bad = np.ones(rows, bool), np.zeros(rows, bool)
     clean[list(quarantined)] = False
+    bad[[row for row, reasons in quarantined.items() if reasons != [TOO_LONG]]] = True
     langs = table.columns["lang"]
     counts = {
         split: {
@@ -289,7 +335,7 @@ def _summary(
         "quarantined": len(quarantined),
         "too_long": sum(reasons == [TOO_LONG] for reasons in quarantined.values()),
         "splits": {split: {name: n for name, n in by_lang.items() if n} for split, by_lang in counts.items()},
-        "sources": _sources(table, clean),
+        "sources": _sources(table, clean, bad),
         "checks": [
             _check_result(
                 check,
@@ -304,17 +350,20 @@ def _summary(
     }
 
 
-def _sources(table: RowTable, clean: NDArray[np.bool_]) -> dict[str, SourceSummary]:
-    """Licence and number of clean rows of every source; a source with several licences lists them all."""
-    pairs = np.stack([table.columns["source"], table.columns["terms"]], axis=1)[clean]
-    combinations, counts = np.unique(pairs, axis=0, return_counts=True)
-    licences: dict[str, list[str]] = {}
-    rows: Counter[str] = Counter()
-    for (source, license_), n in zip(combinations.tolist(), counts.tolist(), strict=True):
-        name = table.names["source"][source]
-        licences.setdefault(name, []).append(table.names["terms"][license_])
-        rows[name] += n
-    return {name: {"license": ", ".join(sorted(terms)), "rows": rows[name]} for name, terms in licences.items()}
+def _sources(table: RowTable, clean: NDArray[np.bool_], bad: NDArray[np.bool_]) -> dict[str, SourceSummary]:
+    """Licences and numbers of rows of every source; a source with several licences lists them all."""
+    licences: dict[str, set[str]] = {}
+    pairs = np.unique(np.stack([table.columns["source"], table.columns["terms"]], axis=1), axis=0)
+    for source, license_ in pairs.tolist():
+        licences.setdefault(table.names["source"][source], set()).add(table.names["terms"][license_])
+    names = table.names["source"]
+    good_rows = np.bincount(table.columns["source"][clean], minlength=len(names))
+    bad_rows = np.bincount(table.columns["source"][bad], minlength=len(names))
+    return {
+        name: {"license": ", ".join(sorted(licences[name])), "rows": good, "bad": poor}
+        for name, good, poor in zip(names, good_rows.tolist(), bad_rows.tolist(), strict=True)
+        if good or poor
+    }
 
 
 def _write_rows(dataset: Path, out: Path, quarantined: dict[str, dict[int, list[str]]]) -> None:
@@ -382,29 +431,3 @@ def _counts(summary: DataSetSummary, max_length: int) -> str:
         f"{summary['clean']} clean + {summary['quarantined']} quarantined"
         f" ({summary['too_long']} of them only because they are longer than {max_length} tokens)"
     )
-
-
-def _stop_when_bad(config: ValidateConfig, summary: ValidationSummary) -> None:
-    for name, checks in all_checks(summary).items():
-        for check in checks:
-            if check["severity"] == "stop" and check["failed"]:
-                raise DataValidationError(
-                    f"{name}: {check['failed']} fail `{check['name']}`: {check['advice']}; see the validation report"
-                )
-    for name, data_set in data_sets(summary).items():
-        bad = data_set["quarantined"] - data_set["too_long"]
-        share = bad / data_set["rows"]
-        if share > config.max_quarantined:
-            errors = [c for c in data_set["checks"] if c["severity"] == "error" and c["name"] != TOO_LONG]
-            worst = max(errors, key=lambda c: c["failed"])
-            raise DataValidationError(
-                f"{name}: {bad} of {data_set['rows']} rows are bad ({share:.1%}; validate"
-                f".max_quarantined allows {config.max_quarantined:.1%}); most fail `{worst['name']}`"
-                f" ({worst['failed']}): {worst['advice']}; see the validation report"
-            )
-        for split, languages in data_set["splits"].items():
-            if sum(languages.values()) < config.min_rows:
-                raise InputError(
-                    f"{name}: {sum(languages.values())} usable rows in {split}; validate.min_rows requires"
-                    f" {config.min_rows}; add data or raise model.max_length"
-                )

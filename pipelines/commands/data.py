@@ -19,16 +19,18 @@ from pipelines.commands.options import Project
 from pipelines.project import project_folder
 
 if TYPE_CHECKING:  # imports pandas indirectly, for which the other commands need not wait
+    from collections.abc import Callable
+
     from pipelines.data.add import Preview
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 console = Console()
-RECORDS = ("sources.lock", "splits.lock", "statistics.json", "quarantine.jsonl")
 SHOWN = 5
 """Quarantine reasons shown."""
 SHOWN_CHARACTERS = 240
 """Of a text in the preview."""
 
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")]
 Json = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 
 
@@ -44,7 +46,8 @@ def add(
         str, typer.Option("--format", help="A format of components/prepare/README.md; detected by default.")
     ] = "",
     ignore: Annotated[
-        list[str] | None, typer.Option(metavar="COLUMN", help="A column that is no part of the conversation; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="A column that is no part of the conversation; repeatable."),
     ] = None,
     group: Annotated[
         str, typer.Option(metavar="COLUMN", help="Rows with the same value there stay on one side of the split.")
@@ -52,13 +55,14 @@ def add(
     language: Annotated[str, typer.Option(help="en, zh or auto (by script), for rows that name neither.")] = "auto",
     licence: Annotated[str, typer.Option("--licence", "--license", help="Licence of rows that do not name one.")] = "",
     source: Annotated[str, typer.Option(help="Source name; by default the file name without extension.")] = "",
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
+    yes: Yes = False,
     project: Project = None,
 ) -> None:
     """Add your own pairs to the data: convert, check and version them; shows the changes and asks first."""
     from components.dataset.records import LANGUAGES
     from components.prepare.convert import AUTO, RowDefaults
-    from components.prepare.formats import FORMATS, Kind
+    from components.prepare.formats import FORMATS
+    from components.prepare.sources import SourceKind
     from pipelines.data.add import add as add_files
 
     if format_name and format_name not in FORMATS:
@@ -66,7 +70,49 @@ def add(
     if language not in (*LANGUAGES, AUTO):
         raise InputError(f"--language {language}: expected {', '.join(LANGUAGES)} or {AUTO}")
     root = project_folder(project)
+    kind: SourceKind = "instructions" if instructions else "preferences"
+    if format_name and FORMATS[format_name].kind != kind:
+        named = FORMATS[format_name].kind
+        raise InputError(
+            f"--format {format_name}: its rows are {named}; {'drop' if instructions else 'add'} --instructions"
+        )
+    ignored = (*(ignore or ()), *([group] if group else []))
+    defaults = RowDefaults(format_name, language, licence.strip(), source, kind, ignored, group)
+    config = load_config(root / PARAMS)
+    _tell(add_files(root, config, [path.absolute() for path in files], defaults, _confirm(yes)))
 
+
+@app.command()
+def remove(
+    name: Annotated[str, typer.Argument(help="The source, as `kubealign data log` names it.")],
+    yes: Yes = False,
+    project: Project = None,
+) -> None:
+    """Take a source that you added out of the data, with its rows; shows the changes and asks first.
+
+    Its rows stay in earlier versions, in git and in the DVC cache and remote: `dvc gc` says how to delete them there.
+    """
+    from pipelines.data.add import remove as remove_source
+
+    root = project_folder(project)
+    _tell(remove_source(root, load_config(root / PARAMS), name, _confirm(yes)))
+
+
+@app.command()
+def rename(
+    name: Annotated[str, typer.Argument(help="The source, as `kubealign data log` names it.")],
+    new: Annotated[str, typer.Argument(help="Its new name.")],
+    yes: Yes = False,
+    project: Project = None,
+) -> None:
+    """Give a source that you added another name, also in its rows; shows the changes and asks first."""
+    from pipelines.data.add import rename as rename_source
+
+    root = project_folder(project)
+    _tell(rename_source(root, load_config(root / PARAMS), name, new, _confirm(yes)))
+
+
+def _confirm(yes: bool) -> "Callable[[Preview], bool]":
     def confirm(preview: "Preview") -> bool:
         _show(preview)
         if preview.known and not preview.difference:
@@ -77,20 +123,14 @@ def add(
             raise InputError("confirmation needed and there is no terminal; pass --yes")
         return typer.confirm("write this?")
 
-    kind: Kind = "instructions" if instructions else "preferences"
-    if format_name and FORMATS[format_name].kind != kind:
-        named = FORMATS[format_name].kind
-        raise InputError(f"--format {format_name}: its rows are {named}; {'add' if named == 'instructions' else 'drop'} --instructions")
-    ignored = (*(ignore or ()), *([group] if group else []))
-    defaults = RowDefaults(format_name, language, licence.strip(), source, kind, ignored, group)
-    written = add_files(root, load_config(root / PARAMS), [path.absolute() for path in files], defaults, confirm)
+    return confirm
+
+
+def _tell(written: dict[str, Path] | None) -> None:
     if written is None:
         console.print("nothing was written")
-        return
-    tracked = [f"{folder.relative_to(root)}.dvc" for folder in written.values()]
-    changed = [*tracked, "data/added/.gitignore", *(f"data/{name}" for name in RECORDS), "dvc.lock"]
-    console.print(f"the data is ready; to keep this version:\n  git add {' '.join(changed)}", soft_wrap=True)
-    console.print("  git commit && dvc push")
+    else:
+        console.print("the data is ready; to keep this version:\n  git add data dvc.lock\n  git commit && dvc push")
 
 
 @app.command()
@@ -159,7 +199,11 @@ def _show(preview: "Preview") -> None:
         for index, (path, format_name) in enumerate(converted.formats.items()):
             counts = (str(converted.rows), str(converted.quarantined)) if index == 0 else ("", "")
             table.add_row(name if index == 0 else "", Path(path).name, format_name, *counts)
-    console.print(table)
+    if preview.converted:
+        console.print(table)
+    for name, rows in preview.removed.items():
+        what = "replaces" if name in preview.converted else "removes"
+        console.print(f"{what} the source {name} of now ({rows} rows)", soft_wrap=True)
     for converted in preview.converted.values():
         for reason, count in converted.reasons.most_common(SHOWN):
             console.print(f"quarantined: {count} because {reason}, first at {converted.first[reason]}", soft_wrap=True)
@@ -169,7 +213,12 @@ def _show(preview: "Preview") -> None:
             console.print(f"row {number} as it will be trained:")
             for speaker, text in _turns(row):
                 console.print(f"  {speaker:>9}: {_short(text)}", soft_wrap=True, markup=False, highlight=False)
-    _show_findings(preview)
+    if preview.converted:
+        _show_findings(preview)
+    for refusal in preview.refusals:
+        console.print(f"warning: a run with these data would stop: {refusal}", soft_wrap=True)
+    sides = ", ".join(f"{pairs} in {split}" for split, pairs in preview.sides.items())
+    console.print(f"preference pairs afterwards: {sides}")
     console.print(_table(preview.difference) if preview.difference else "no rows change")
 
 
@@ -182,14 +231,18 @@ def _turns(row: JsonObject) -> list[tuple[str, str]]:
 def _short(text: str) -> str:
     """A text on one line, without control characters, its middle cut out where it is long."""
     line = "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text)
-    return line if len(line) <= SHOWN_CHARACTERS else f"{line[: SHOWN_CHARACTERS * 2 // 3]} … {line[-SHOWN_CHARACTERS // 3 :]}"
+    return (
+        line
+        if len(line) <= SHOWN_CHARACTERS
+        else f"{line[: SHOWN_CHARACTERS * 2 // 3]} … {line[-SHOWN_CHARACTERS // 3 :]}"
+    )
 
 
 def _show_findings(preview: "Preview") -> None:
     if preview.findings is None:
         console.print("validation checks the pairs in the next run: there is no tokenizer here, or a split is empty")
         return
-    table = Table("check", "severity", "rows", "what to do")
+    table = Table("check", "severity", "new rows", "what to do")
     for finding in preview.findings:
         table.add_row(finding.check, finding.severity, str(finding.rows), finding.advice)
     console.print(table if preview.findings else "the new pairs pass every validation check")

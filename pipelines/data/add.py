@@ -1,11 +1,12 @@
-"""`kubealign data add`: add a team's own pairs as a source of the data, with a preview before anything is written.
+"""`kubealign data add`, `remove` and `rename`: a team's own sources, with a preview before anything is written.
 
-Everything is first staged in a scratch folder with the layout of data/: the converted pairs, the lock file that names
-them, and the output of `prepare`; this is compared with the current data. After confirmation the pairs move to
-data/added, DVC tracks them, sources.lock names them, and `dvc repro` prepares the data. Every one of these steps is
-idempotent, so running an interrupted command again completes it.
+Everything is first staged in a scratch folder with the layout of data/: the converted rows, the lock file that names
+them, and the output of `prepare`; this is compared with the current data. After confirmation, and if the data are still
+those that were compared, the rows move to data/added, DVC tracks them, sources.lock names them, and `dvc repro`
+prepares the data. Every one of these steps is idempotent, so running an interrupted command again completes it.
 """
 
+import fcntl
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,11 +27,11 @@ from typing import NoReturn
 import numpy as np
 
 from components.common.errors import InputError, InterruptedRunError, KubealignError
-from components.common.files import replacing, replacing_folder
+from components.common.files import replacing, replacing_folder, sha256_file, write_text
 from components.config.params import Config
-from components.dataset.records import SPLITS
-from components.prepare.convert import Converted, RowDefaults, convert_files
-from components.prepare.sources import ADDED, Sources, added_rows, read_sources, record_added
+from components.dataset.records import SPLITS, iter_lines, write_lines
+from components.prepare.convert import QUARANTINE, Converted, RowDefaults, convert_files
+from components.prepare.sources import ADDED, ROWS_FILES, Added, Sources, added_rows, read_sources, record_added
 from components.prepare.stage import prepare_data
 from components.sources.base_model import EMBEDDED
 from components.sources.data import DATA_SETS
@@ -45,6 +47,10 @@ BUSY = re.compile(r"acquire lock|is busy, it is being blocked")
 WAIT_S = 600
 RETRY_EVERY_S = 2
 NAME = re.compile(r"\w[\w.-]*")
+ENDINGS = re.compile(r"(?:\.(?:jsonl?|ndjson|csv|tsv|parquet|txt|gz|zst|bz2|xz))+$", re.IGNORECASE)
+"""Of a file's name, which are no part of the source's name."""
+IGNORED = "*\n!.gitignore\n!*.dvc\n"
+"""data/added/.gitignore."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,25 @@ class PairFinding:
 
 @dataclass(frozen=True)
 class Preview:
-    """The effect that adding would have: each source's converted files, and the rows that differ."""
+    """The effect that a change of the sources would have."""
 
     converted: dict[str, Converted]
+    """The converted files of each added source."""
+    removed: dict[str, int]
+    """Sources that go, and those that are replaced, with their rows."""
+    sides: dict[str, int]
+    """Preference pairs in each split."""
     difference: dict[SliceKey, Counter[str]]
     findings: list[PairFinding] | None
-    """The checks of `validate` that the new pairs fail; None if they could not be run here."""
+    """The checks of `validate` that the new rows fail; None if they could not be run here."""
+    refusals: list[str]
+    """Why a run with these data would stop."""
     known: bool
-    """Whether the lock file already names exactly these pairs."""
+    """Whether the lock file already names exactly these rows."""
+
+
+Stage = Callable[[Sources, Path], dict[str, Converted]]
+"""Fills a staged data folder; returns what it converted."""
 
 
 def add(
@@ -76,10 +93,10 @@ def add(
 
     Args:
         root: the project's folder; its data is in root/data.
-        config: the settings of `prepare`, and the accepted share of bad rows.
+        config: the settings of `prepare` and `validate`.
         files: the team's files.
         defaults: values for rows that lack them; an empty source is taken from each file's name.
-        confirm: called with the preview; returns whether to write.
+        confirm: called with the preview; returns whether to write. Called again if the data changed meanwhile.
 
     Returns:
         the folder of each added source, or None if not confirmed.
@@ -88,78 +105,207 @@ def add(
         InputError: a file is unusable; nothing is written.
         InterruptedRunError: SIGINT or SIGTERM arrived.
     """
+
+    def stage(sources: Sources, staged: Path) -> dict[str, Converted]:
+        converted = {}
+        for name, paths in _files_by_source(files, defaults, sources).items():
+            folder = staged / ADDED / name
+            _empty(folder)
+            converted[name], added = convert_files(paths, replace(defaults, source=name), folder, _print)
+            _check_quarantined(name, converted[name], config.validate_.max_quarantined)
+            record_added(staged / "sources.lock", {name: added})
+        return converted
+
+    return _change(root, config, stage, confirm)
+
+
+def remove(root: Path, config: Config, name: str, confirm: Callable[[Preview], bool]) -> dict[str, Path] | None:
+    """Take an added source out of the data, with its rows.
+
+    Raises:
+        InputError: there is no such source.
+        InterruptedRunError: SIGINT or SIGTERM arrived.
+    """
+
+    def stage(sources: Sources, staged: Path) -> dict[str, Converted]:
+        if name in sources.added or not _is_left(root, name):
+            _expect_added(sources, name)
+            record_added(staged / "sources.lock", {name: None})
+        return {}
+
+    return _change(root, config, stage, confirm)
+
+
+def rename(
+    root: Path, config: Config, name: str, new: str, confirm: Callable[[Preview], bool]
+) -> dict[str, Path] | None:
+    """Give an added source another name, also in its rows.
+
+    Raises:
+        InputError: there is no such source, or the new name cannot be one or is taken.
+        InterruptedRunError: SIGINT or SIGTERM arrived.
+    """
+
+    def stage(sources: Sources, staged: Path) -> dict[str, Converted]:
+        if new in sources.added and name not in sources.added and _is_left(root, name):
+            return {}
+        entry = _expect_added(sources, name)
+        _expect_name(new, f"the source {name}", sources)
+        if new in sources.added:
+            raise InputError(f"data/sources.lock already has a source named {new}; choose another name")
+        before, folder = staged / ADDED / name, staged / ADDED / new
+        _empty(folder)
+        rows_file = ROWS_FILES[entry.kind]
+        write_lines(
+            folder / rows_file,
+            (row | {"source": new} if row["source"] == name else row for _, row in iter_lines(before / rows_file)),
+        )
+        if (before / QUARANTINE).exists():
+            shutil.copyfile(before / QUARANTINE, folder / QUARANTINE)
+        renamed = entry.model_copy(update={"sha256": sha256_file(folder / rows_file)})
+        record_added(staged / "sources.lock", {name: None, new: renamed})
+        return {new: Converted(entry.kind, rows=entry.rows, sources={new})}
+
+    return _change(root, config, stage, confirm)
+
+
+def _change(root: Path, config: Config, stage: Stage, confirm: Callable[[Preview], bool]) -> dict[str, Path] | None:
+    """Stage, ask, and write if the data are still those that were asked about; else stage and ask again."""
     data = root / "data"
     scratch = store.home() / "workspace"
     scratch.mkdir(parents=True, exist_ok=True)
-    with _interruptible(), tempfile.TemporaryDirectory(prefix="add-", dir=scratch) as temporary:
-        staged = Path(temporary) / "data"
-        preview = _stage(data, staged, config, files, defaults)
-        if not confirm(preview):
-            return None
-        return _write(root, staged, list(preview.converted))
+    with _interruptible():
+        while True:
+            with tempfile.TemporaryDirectory(prefix="add-", dir=scratch) as temporary:
+                staged = Path(temporary) / "data"
+                seen = _fingerprint(data)
+                preview = _stage(data, staged, config, stage)
+                if not confirm(preview):
+                    return None
+                with _only_writer(root):
+                    if _fingerprint(data) == seen:
+                        return _write(root, staged, list(preview.converted))
+                _print("somebody changed the data meanwhile: they are looked at again")
 
 
-def _stage(data: Path, staged: Path, config: Config, files: list[Path], defaults: RowDefaults) -> Preview:
-    """Convert and prepare the data with the new files in the folder `staged`."""
+def _fingerprint(data: Path) -> list[str]:
+    """The state of the files that `prepare` reads."""
+    return [sha256_file(data / file) if (data / file).exists() else "" for file in KNOWN]
+
+
+@contextmanager
+def _only_writer(root: Path) -> Iterator[None]:
+    """Let one command of a project write at a time."""
+    lock = root / ".dvc" / "tmp" / "kubealign-data.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _stage(data: Path, staged: Path, config: Config, stage: Stage) -> Preview:
+    """Prepare the changed data in the folder `staged`."""
     sources = read_sources(data / "sources.lock")
-    files_by_source = _files_by_source(files, defaults, sources)
-    no_other_source = not config.prepare.preferences and sources.added.keys() <= files_by_source.keys()
-    if not no_other_source and not (data / "preferences").is_dir():
-        raise InputError(f"{data}/preferences: not found; `make data` (dvc repro) makes it, `dvc pull` fetches it")
     (staged / ADDED).mkdir(parents=True)
     for file in KNOWN:
         if (data / file).exists():
             shutil.copyfile(data / file, staged / file)
     for name, added in sources.added.items():
-        if name not in files_by_source:
-            (staged / ADDED / name).symlink_to(added_rows(data, name, added).resolve().parent)
-    converted = {}
-    for name, paths in files_by_source.items():
-        (staged / ADDED / name).mkdir()
-        converted[name], added = convert_files(paths, replace(defaults, source=name), staged / ADDED / name, _print)
-        _check_quarantined(name, converted[name], config.validate_.max_quarantined)
-        record_added(staged / "sources.lock", name, added)
+        (staged / ADDED / name).symlink_to(added_rows(data, name, added).resolve().parent)
+    converted = stage(sources, staged)
+    changed = read_sources(staged / "sources.lock")
+    no_other_source = not config.prepare.preferences and sources.added.keys() <= converted.keys()
+    if not no_other_source and not (data / "preferences").is_dir():
+        raise InputError(f"{data}/preferences: not found; `make data` (dvc repro) makes it, `dvc pull` fetches it")
     prepare_data(config.prepare, staged)
-    known = read_sources(staged / "sources.lock") == sources
+    sides = {split: _count_lines(staged / "preferences" / f"{split}.jsonl") for split in SPLITS}
+    if empty := [split for split, pairs in sides.items() if not pairs]:
+        raise InputError(
+            f"{', '.join(f'{pairs} pairs in {split}' for split, pairs in sides.items())}: nothing would be left for"
+            f" {' and '.join(empty)}; add more pairs at once, or change prepare.split"
+        )
     new_sources = set().union(*(result.sources for result in converted.values()))
-    return Preview(converted, compare(data, staged), _findings(data, staged, config, new_sources), known)
+    removed = {name: entry.rows for name, entry in sources.added.items() if changed.added.get(name) != entry}
+    findings, refused = _findings(data, staged, config, new_sources)
+    return Preview(converted, removed, sides, compare(data, staged), findings, refused, changed == sources)
 
 
-def _findings(data: Path, staged: Path, config: Config, sources: set[str]) -> list[PairFinding] | None:
-    """The checks of `validate` that these sources' pairs fail; None without a tokenizer here or rows in every split."""
-    from components.validate.stage import check_rows
+def _findings(
+    data: Path, staged: Path, config: Config, sources: set[str]
+) -> tuple[list[PairFinding] | None, list[str]]:
+    """The checks of `validate` that these sources' rows fail, and why it would stop a run.
+
+    The first is None without a tokenizer here or rows in every split.
+    """
+    from components.validate.stage import check_rows, refusals, summarize
 
     base = data / "base_model" if config.model.base == EMBEDDED else Path(config.model.base).expanduser()
     split_files = [staged / name / f"{split}.jsonl" for name in DATA_SETS for split in SPLITS]
     if not base.is_dir() or not all(path.stat().st_size for path in split_files):
-        return None
+        return None, []
     checked = check_rows(config.validate_, config.model.max_length, staged, base, NoOpRun("validate"))
-    preferences = checked.sets["preferences"]
-    new_source_indices = [index for index, name in enumerate(preferences.names["source"]) if name in sources]
-    is_new = np.isin(preferences.columns["source"], new_source_indices)
-    counts = {name: int(is_new[rows].sum()) for name, rows in checked.failed["preferences"].items()}
-    return [
-        PairFinding(check.name, check.severity, counts[check.name], check.advice)
-        for check in checked.checks["preferences"]
-        if counts[check.name]
+    rows: Counter[str] = Counter()
+    checks = {}
+    for name, table in checked.sets.items():
+        is_new = np.isin(
+            table.columns["source"], [index for index, source in enumerate(table.names["source"]) if source in sources]
+        )
+        for check in checked.checks[name]:
+            # The chosen answers of the pairs are instructions as well: counted once.
+            found = int(is_new[checked.failed[name][check.name]].sum())
+            rows[check.name] = max(rows[check.name], found)
+            checks[check.name] = check
+    findings = [
+        PairFinding(name, check.severity, rows[name], check.advice) for name, check in checks.items() if rows[name]
     ]
+    return findings, [str(error) for error in refusals(config.validate_, summarize(checked))]
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+
+
+def _empty(folder: Path) -> None:
+    """An empty folder in the place of the link to the source of that name, if there is one."""
+    folder.unlink(missing_ok=True)
+    folder.mkdir()
+
+
+def _is_left(root: Path, name: str) -> bool:
+    """Whether an interrupted command took a source out of the lock file but not yet its rows."""
+    return (root / "data" / ADDED / f"{name}.dvc").exists()
+
+
+def _expect_added(sources: Sources, name: str) -> Added:
+    if name not in sources.added:
+        known = ", ".join(sources.added) or "none"
+        raise InputError(f"data/sources.lock has no added source named {name}; expected one of: {known}")
+    return sources.added[name]
 
 
 def _write(root: Path, staged: Path, names: list[str]) -> dict[str, Path]:
-    """Move the staged sources into the data, have DVC track them, and prepare the data."""
+    """Move the staged sources into the data, have DVC track them, drop those that are gone, and prepare the data."""
     data = root / "data"
     written = {name: data / ADDED / name for name in names}
     (data / ADDED).mkdir(exist_ok=True)
+    write_text(data / ADDED / ".gitignore", IGNORED)  # the rows themselves are DVC's from the first moment
     for partial_folder in (data / ADDED).glob(".*/"):
         shutil.rmtree(partial_folder)  # of a command that was killed while it wrote
     for name, folder in written.items():
         with replacing_folder(folder) as staging:
             for path in sorted((staged / ADDED / name).iterdir()):
                 shutil.move(path, staging / path.name)
-    _dvc(root, "add", *(folder.relative_to(root).as_posix() for folder in written.values()))
+    if written:
+        _dvc(root, "add", *(folder.relative_to(root).as_posix() for folder in written.values()))
+    left = read_sources(staged / "sources.lock").added
     with replacing(data / "sources.lock") as staging:
         shutil.copyfile(staged / "sources.lock", staging)
     _dvc(root, "repro", "prepare")
+    for tracked in (data / ADDED).glob("*.dvc"):
+        if tracked.stem not in left:
+            tracked.unlink()
+            shutil.rmtree(data / ADDED / tracked.stem, ignore_errors=True)
     return written
 
 
@@ -167,27 +313,32 @@ def _files_by_source(files: list[Path], defaults: RowDefaults, sources: Sources)
     """The files of each source."""
     by_source: dict[str, list[Path]] = {}
     for path in files:
-        name = defaults.source or path.name.partition(".")[0]
-        if not NAME.fullmatch(name):
-            raise InputError(
-                f"{path}: {name!r} cannot be a source name; set one with --source, made of letters, digits and . _ -"
-            )
-        if name in sources.preferences | sources.instructions:
-            raise InputError(f"data/sources.lock already has a source named {name}; choose another name with --source")
+        name = defaults.source or unicodedata.normalize("NFC", ENDINGS.sub("", path.name))
+        _expect_name(name, str(path), sources)
         if by_source.get(name) and not defaults.source:
             raise InputError(f"{by_source[name][0]} and {path} would both be source {name}; name it with --source")
         by_source.setdefault(name, []).append(path)
     return by_source
 
 
+def _expect_name(name: str, what: str, sources: Sources) -> None:
+    if not NAME.fullmatch(name):
+        raise InputError(
+            f"{what}: {name!r} cannot be a source name; set one with --source, made of letters, digits and . _ -"
+        )
+    if name in sources.preferences | sources.instructions:
+        raise InputError(f"data/sources.lock already has a source named {name}; choose another name with --source")
+
+
 def _check_quarantined(name: str, converted: Converted, max_quarantined: float) -> None:
     share = converted.quarantined / (converted.rows + converted.quarantined)
     if share > max_quarantined:
         reason, count = converted.reasons.most_common(1)[0]
+        what = "pairs" if converted.kind == "preferences" else "instructions"
         raise InputError(
             f"{name}: {converted.quarantined} of {converted.rows + converted.quarantined} rows cannot be converted to"
-            f" {'pairs' if converted.kind == 'preferences' else 'instructions'} ({share:.1%}; validate.max_quarantined allows {max_quarantined:.1%}); most common reason"
-            f" ({count} rows): {reason}, first at {converted.first[reason]}"
+            f" {what} ({share:.1%}; validate.max_quarantined allows {max_quarantined:.1%}); most common reason ({count}"
+            f" rows): {reason}, first at {converted.first[reason]}"
         )
 
 

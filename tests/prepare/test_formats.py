@@ -48,12 +48,19 @@ PROMPT = [user(Q)]
 BRIEF = [system("Be brief."), user(Q)]
 
 SCHEMAS: dict[str, tuple[dict[str, Any], list[Any]]] = {
-    "ours": ({"prompt": [user("法国的首都是哪里？")], "chosen": "巴黎。", "rejected": "里昂。"}, [user("法国的首都是哪里？")]),
+    "ours": (
+        {"prompt": [user("法国的首都是哪里？")], "chosen": "巴黎。", "rejected": "里昂。"},
+        [user("法国的首都是哪里？")],
+    ),
     "trl: explicit prompt": ({"prompt": Q} | ANSWERS, PROMPT),
     "trl: conversational": ({"prompt": TURNS, "chosen": [assistant(G)], "rejected": [assistant(B)]}, TURNS),
     "trl: conversational, implicit": ({"chosen": [*TURNS, assistant(G)], "rejected": [*TURNS, assistant(B)]}, TURNS),
     "trl: prompt in both places": (
-        {"prompt": PROMPT, "chosen": [*BRIEF, assistant(G)], "rejected": [system("Be brief."), user(Q + " "), assistant(B)]},
+        {
+            "prompt": PROMPT,
+            "chosen": [*BRIEF, assistant(G)],
+            "rejected": [system("Be brief."), user(Q + " "), assistant(B)],
+        },
         BRIEF,
     ),
     "h4: text, dialogues, and the chosen one again": (
@@ -180,7 +187,8 @@ SCHEMAS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "an empty system message": ({"prompt": [system(""), user(Q)]} | ANSWERS, PROMPT),
     "an empty system column": ({"system": " ", "prompt": Q, "history": []} | ANSWERS, PROMPT),
     "columns that say nothing to the model": (
-        {"prompt": Q, "id": 7, "category": "geo", "chosen_model": "a", "margin": 1.5, "tools": None, "meta": {"a": 1}} | ANSWERS,
+        {"prompt": Q, "id": 7, "category": "geo", "chosen_model": "a", "margin": 1.5, "tools": None, "meta": {"a": 1}}
+        | ANSWERS,
         PROMPT,
     ),
 }
@@ -204,14 +212,19 @@ IMPLICIT = "the prompt is what both answers begin with, up to a whole word"
 RENDERED: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "ChatML": (
         {
-            "prompt": f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n",
+            "prompt": "<|im_start|>system\nBe brief.<|im_end|>\n"
+            f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n",
             "chosen": f"{G}<|im_end|>",
             "rejected": f"{B}<|im_end|>\n",
         },
         BRIEF,
     ),
     "Llama 2": (
-        {"prompt": f"<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n{Q} [/INST]", "chosen": f" {G} </s>", "rejected": f"{B}</s>"},
+        {
+            "prompt": f"<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n{Q} [/INST]",
+            "chosen": f" {G} </s>",
+            "rejected": f"{B}</s>",
+        },
         BRIEF,
     ),
     "Llama 2, two turns": (
@@ -221,34 +234,47 @@ RENDERED: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "Llama 3": (
         {
             "prompt": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-            f"<|start_header_id|>user<|end_header_id|>\n\n{Q}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            f"<|start_header_id|>user<|end_header_id|>\n\n{Q}<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
             "chosen": f"{G}<|eot_id|>",
             "rejected": B,
         },
         BRIEF,
     ),
     "Gemma": (
-        {"prompt": f"<bos><start_of_turn>user\n{Q}<end_of_turn>\n<start_of_turn>model\n", "chosen": f"{G}<end_of_turn>", "rejected": B},
+        {
+            "prompt": f"<bos><start_of_turn>user\n{Q}<end_of_turn>\n<start_of_turn>model\n",
+            "chosen": f"{G}<end_of_turn>",
+            "rejected": B,
+        },
         PROMPT,
     ),
     "Zephyr": ({"prompt": f"<|system|>\nBe brief.</s>\n<|user|>\n{Q}</s>\n<|assistant|>\n"} | ANSWERS, BRIEF),
     "DeepSeek": (
-        {"prompt": f"<｜begin▁of▁sentence｜><｜User｜>{Q}<｜Assistant｜>", "chosen": f"{G}<｜end▁of▁sentence｜>", "rejected": B},
+        {
+            "prompt": f"<｜begin▁of▁sentence｜><｜User｜>{Q}<｜Assistant｜>",
+            "chosen": f"{G}<｜end▁of▁sentence｜>",
+            "rejected": B,
+        },
         PROMPT,
     ),
     "Vicuna": (
-        {"prompt": f"A chat between a curious user and an assistant. USER: Hi ASSISTANT: Hello</s>USER: {Q} ASSISTANT:"} | ANSWERS,
+        {"prompt": f"A chat between a curious user and an assistant. USER: Hi ASSISTANT: Hello</s>USER: {Q} ASSISTANT:"}
+        | ANSWERS,
         [system("A chat between a curious user and an assistant."), user("Hi"), assistant("Hello"), user(Q)],
     ),
     "Alpaca": (
         {
-            "prompt": "Below is an instruction that describes a task. Write a response.\n\n### Instruction:\nTranslate.\n\n"
-            "### Input:\nRain\n\n### Response:\n"
+            "prompt": "Below is an instruction that describes a task. Write a response.\n\n"
+            "### Instruction:\nTranslate.\n\n### Input:\nRain\n\n### Response:\n"
         }
         | ANSWERS,
         [system("Below is an instruction that describes a task. Write a response."), user("Translate.\n\nRain")],
     ),
-    "Guanaco": ({"chosen": f"### Human: {Q}### Assistant: {G}", "rejected": f"### Human: {Q}### Assistant: {B}"}, PROMPT),
+    "Guanaco": (
+        {"chosen": f"### Human: {Q}### Assistant: {G}", "rejected": f"### Human: {Q}### Assistant: {B}"},
+        PROMPT,
+    ),
     "JSON": ({"prompt": json.dumps(BRIEF)} | ANSWERS, BRIEF),
     "JSON as Python writes it": ({"prompt": str(BRIEF)} | ANSWERS, BRIEF),
 }
@@ -298,7 +324,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two prompts": ({"prompt": Q, "question": "Who?"} | ANSWERS, "'question' holds another prompt besides"),
     "two systems": ({"system": "Be long.", "prompt": BRIEF} | ANSWERS, "two different system messages"),
     "another prompt in the dialogues": ({"prompt": "Who?"} | DIALOGUES, "hold different prompts"),
-    "a tool call": ({"prompt": PROMPT, "chosen": [TOOL], "rejected": [assistant(B)]}, "'tool_calls', which is not supported"),
+    "a tool call": (
+        {"prompt": PROMPT, "chosen": [TOOL], "rejected": [assistant(B)]},
+        "'tool_calls', which is not supported",
+    ),
     "a function's turn": (
         {"conversations": [human("human", Q), human("function_call", "x")], "chosen": human("gpt", G), "rejected": B},
         "a message whose role is none of system",
@@ -409,7 +438,9 @@ def test_every_row_is_either_a_pair_or_set_aside_with_where_and_why(tmp_path: Pa
     aside = read_lines(tmp_path / "out" / "quarantine.jsonl")
     assert (done.rows, done.quarantined) == (len(pairs), len(aside)) == (2, 3) and added.rows == 2
     assert [entry["where"].rpartition(":")[2] for entry in aside] == ["2", "3", "4"]
-    assert "no 'chosen'" in aside[1]["reason"] and "its column 'lang' says 'fr'; expected en or zh" in aside[2]["reason"]
+    assert (
+        "no 'chosen'" in aside[1]["reason"] and "its column 'lang' says 'fr'; expected en or zh" in aside[2]["reason"]
+    )
     assert [entry["row"] for entry in aside] == rows[1:4]
     assert [pair["lang"] for pair in pairs] == ["en", "zh"]
     assert {(pair["source"], pair["license"]) for pair in pairs} == {("team", "MIT")}
@@ -430,7 +461,7 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet
 
-    rows = [GOOD, GOOD | {"chosen": "我，\"模型\"。\n第二行"}, GOOD | {"prompt": [user("Who?")]}]
+    rows = [GOOD, GOOD | {"chosen": '我，"模型"。\n第二行'}, GOOD | {"prompt": [user("Who?")]}]
     lines = write(tmp_path / "a.jsonl", *rows[:2])
     content = lines.read_bytes()
     table = pa.table({name: [row[name] for row in rows[:2]] for name in GOOD})
@@ -479,7 +510,10 @@ FOREIGN = {
     "c.jsonl": (b"<!DOCTYPE html>\n<html></html>", "an HTML page"),
     "d.jsonl": (b"\x80\x04\x95", "a Python pickle, which is never loaded"),
     "e.jsonl": (json.dumps(GOOD).encode("utf-16"), "text in UTF-16: save it as UTF-8"),
-    "f.json": (json.dumps({"version": "1", "data": [GOOD, GOOD]}).encode(), r"list 'data' holds the rows; `jq -c '.data\[\]'`"),
+    "f.json": (
+        json.dumps({"version": "1", "data": [GOOD, GOOD]}).encode(),
+        r"list 'data' holds the rows; `jq -c '.data\[\]'`",
+    ),
     "g.json": (json.dumps(GOOD, indent=2).encode() + b"\n" + json.dumps(GOOD, indent=2).encode(), "over several lines"),
     "h.parquet": (b"PAR1" + b"\0" * 40, "the Parquet file is damaged or truncated"),
     "i.csv": (b"prompt,chosen,rejected\na,b\n", "another number of fields than the header has"),
@@ -508,7 +542,10 @@ def test_a_number_that_json_cannot_hold_is_nothing_and_a_long_one_is_kept(tmp_pa
 def test_a_language_of_something_else_is_named_and_can_be_given(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", GOOD, GOOD | {"language": "python"})
     done, _ = converted(tmp_path, file)
-    assert next(iter(done.reasons)) == "its column 'language' says 'python'; expected en or zh, or --language for such rows"
+    assert (
+        next(iter(done.reasons))
+        == "its column 'language' says 'python'; expected en or zh, or --language for such rows"
+    )
     done, _ = converted(tmp_path, file, language="en")
     assert done.rows == 2
 

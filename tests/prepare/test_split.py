@@ -73,9 +73,18 @@ SAME: dict[str, tuple[Prompt, Prompt]] = {
     "invisible characters in Chinese": (ZH, "\u200d".join(ZH) + "\ufeff"),
     "decomposed letters": (FRENCH, unicodedata.normalize("NFD", FRENCH)),
     "traditional characters": (ZH, "請寫一篇關於燈塔看守人在北方海岸發現瓶中信的短篇小說並描述他的心情"),
-    "inside a longer prompt": (LONG, f"You are a tutor for children. Here is the problem: {LONG}? Explain each step of it."),
-    "inside a longer prompt in Chinese": (ZH, f"你是一位耐心的老师。下面是学生提出的问题：{ZH}？记得解释每一个步骤，不要着急。"),
-    "inside a prompt of another language": (ZH, f"You are a tutor. Here is the problem: {ZH} Answer in English, please."),
+    "inside a longer prompt": (
+        LONG,
+        f"You are a tutor for children. Here is the problem: {LONG}? Explain each step of it.",
+    ),
+    "inside a longer prompt in Chinese": (
+        ZH,
+        f"你是一位耐心的老师。下面是学生提出的问题：{ZH}？记得解释每一个步骤，不要着急。",
+    ),
+    "inside a prompt of another language": (
+        ZH,
+        f"You are a tutor. Here is the problem: {ZH} Answer in English, please.",
+    ),
     "a conversation and its beginning": (said("Hi"), said("Hi", "Hello", "who wrote this long book")),
     "with and without a system message": (said(LONG), said(LONG, system="You are a pirate.")),
     "two system messages": (said(LONG, system="Be brief."), said(LONG, system=some_words(80))),

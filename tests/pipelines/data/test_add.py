@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from typer.testing import CliRunner
 from components.common.errors import InputError, KubealignError
 from components.config.params import load_config
 from components.dataset.records import read_lines
+from components.dataset.similarity import prompt_key, prompt_text
 from components.prepare.convert import RowDefaults
-from components.prepare.sources import Added, added_pairs, read_sources, record_added
+from components.prepare.sources import Added, added_rows, read_sources, record_added
 from components.prepare.split import read_splits
 from components.prepare.stage import prepare_data
 from pipelines.cli import app
@@ -167,7 +169,7 @@ def test_an_interrupted_add_is_finished_by_the_same_command(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     """The commands of DVC are stubs that count, as it is the order of our own steps that is tried here."""
-    team = write(tmp_path / "team.jsonl", rows(*range(8)))
+    team = write(tmp_path / "team.jsonl", rows(*range(24)))
     calls: list[str] = []
     crash = {"moved": "add", "recorded": "repro"}.get(at)
 
@@ -194,7 +196,7 @@ def test_an_interrupted_add_is_finished_by_the_same_command(
     after = state(project)
     assert calls[-2:] == ["add", "repro"] and not list((project / "data" / "added").glob(".team*"))
     added = read_sources(project / "data" / "sources.lock").added["team"]
-    assert added.rows == 8 and added_pairs(project / "data", "team", added).is_file()
+    assert added.rows == 24 and added_rows(project / "data", "team", added).is_file()
     seen: list[Preview] = []
     add(project, load_config(project / "params.yaml"), [team], TEAM, lambda preview: bool(seen.append(preview)))
     assert seen[0].known and not seen[0].difference and state(project) == after, "the third time changes nothing"
@@ -205,7 +207,7 @@ def test_a_killed_add_goes_on_with_dvc_and_all(project: Path, tmp_path: Path, nu
     """The signal comes as soon as the lock file names the new source, which is before `dvc repro` has made the data:
     SIGKILL to every process, SIGTERM to the command alone, which ends the others.
     """
-    team = write(tmp_path / "team.jsonl", rows(*range(8)))
+    team = write(tmp_path / "team.jsonl", rows(*range(24)))
     words = [sys.executable, "-P", "-m", "pipelines.cli", "data", "add", str(team), "--licence", "MIT", "--yes"]
     child = subprocess.Popen(
         words, cwd=project, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -225,7 +227,7 @@ def test_a_killed_add_goes_on_with_dvc_and_all(project: Path, tmp_path: Path, nu
     )
     assert "prepare" not in status.stdout and "team" not in status.stdout, status.stdout
     pairs = [row for side in SPLITS for row in _rows(project / "data" / "preferences" / f"{side}.jsonl")]
-    assert len(pairs) == 8
+    assert len(pairs) == 24
 
 
 def _rows(path: Path) -> list[Any]:
@@ -243,7 +245,7 @@ def _rows(path: Path) -> list[Any]:
             TEAM,
             r"4 of 8 rows .* \(50.0%; .* allows 10.0%\); .*\(4 rows\): no 'chosen'",
         ),
-        (["."], TEAM, "a folder; expected a JSON-lines file"),
+        (["."], TEAM, "a folder; expected a file of rows"),
         (["none.jsonl"], TEAM, "none.jsonl: not found"),
     ],
 )
@@ -288,7 +290,7 @@ def put(data: Path, name: str, texts: list[str]) -> None:
     prompt = [[{"role": "user", "content": text}] for text in texts]
     facts = {"chosen": "yes", "rejected": "no", "lang": "en", "source": name, "license": "MIT"}
     write(file, [{"prompt": turns, **facts} for turns in prompt])  # type: ignore[misc]
-    record_added(data / "sources.lock", name, Added(sha256=sha256_file(file), rows=len(texts), files={}))
+    record_added(data / "sources.lock", {name: Added(sha256=sha256_file(file), rows=len(texts), files={})})
 
 
 def sides_after(data: Path, *adds: tuple[str, list[str]]) -> dict[str, tuple[str, str]]:
@@ -311,29 +313,120 @@ def test_adding_in_another_order_gives_the_same_sides(tmp_path: Path) -> None:
 
 
 def test_a_row_that_bridges_two_sides_stands_in_the_quarantine_with_its_reason(tmp_path: Path) -> None:
-    words = LONG.split()
+    others = [question(number) for number in range(60)]
     for number in range(40):
-        between = [*words[:10], str(number), *words[10:]]
-        left, right = " ".join(between[:-2]), " ".join(between[2:])  # near to `between`, and not to one another
+        left = f"{LONG} {number}"
+        right = f"the weather in the town of {number} was bad on the day that we came home from it"
         data = tmp_path / str(number)
-        sides = sides_after(data, ("ends", [left, right]))
-        if len({side for _, side in sides.values()}) == 2:
+        sides = sides_after(data, ("ends", [left, right, *others]))
+        if sides[key_of(left)][1] != sides[key_of(right)][1]:
             break
-    bridge = " ".join(between)
+    bridge = f"{left}. {right}"
     put(data, "bridge", [bridge])
     prepare_data(load_config(ROOT / "params.yaml", ["prepare.preferences=[]"]).prepare, data)
     (entry,) = read_lines(data / "quarantine.jsonl")
-    assert entry["reason"].startswith("bridge: its prompt nearly equals prompts in both the ")
+    assert entry["reason"].startswith("bridge: its prompt asks the same as prompts in both the ")
     assert entry["row"]["prompt"][0]["content"] == bridge
     after = {key: (assignment.group, assignment.split) for key, assignment in read_splits(data / "splits.lock").items()}
     assert after == sides, "and what was there stays where it was"
+
+
+def key_of(text: str) -> str:
+    return prompt_key(prompt_text([{"role": "user", "content": text}]))
+
+
+# ---- names, removal, two people
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("prefs.part1.jsonl", "prefs.part1"),
+        ("prefs.jsonl.gz", "prefs"),
+        ("Team-B.parquet", "Team-B"),
+        ("偏好.json", "偏好"),
+        (unicodedata.normalize("NFD", "préférences.csv"), "préférences"),
+    ],
+)
+def test_a_source_has_the_whole_stem_of_its_file(file: str, name: str) -> None:
+    sources = read_sources(ROOT / "data" / "sources.lock")
+    assert list(data_add._files_by_source([Path(file)], TEAM, sources)) == [name]
+
+
+def names_of(root: Path) -> set[str]:
+    return {row["source"] for side in SPLITS for row in _rows(root / "data" / "preferences" / f"{side}.jsonl")}
+
+
+def test_a_source_is_replaced_renamed_and_removed_and_each_says_so(project: Path, tmp_path: Path) -> None:
+    for name, first in (("one", 0), ("two", 40)):
+        file = write(tmp_path / f"{name}.jsonl", rows(*range(first, first + 30)))
+        done = kubealign(project, "add", str(file), "--licence", "MIT", "--yes")
+        assert done.returncode == 0, done.stderr
+    git(project, "add", "-A")
+    assert "pairs.jsonl" not in git(project, "ls-files", "data"), "git never sees the rows"
+    write(tmp_path / "two.jsonl", rows(*range(40, 66)))
+    again = kubealign(project, "add", str(tmp_path / "two.jsonl"), "--licence", "MIT", "--yes")
+    assert "replaces the source two of now (30 rows)" in again.stdout
+    assert "preference pairs afterwards: " in again.stdout
+    renamed = kubealign(project, "rename", "two", "three", "--yes")
+    assert renamed.returncode == 0 and names_of(project) == {"one", "three"}, renamed.stderr
+    assert not (project / "data/added/two.dvc").exists() and not (project / "data/added/two").exists()
+    assert kubealign(project, "rename", "one", "three", "--yes").returncode == 2
+    gone = kubealign(project, "remove", "three", "--yes")
+    assert "removes the source three of now (26 rows)" in gone.stdout and names_of(project) == {"one"}
+    assert not (project / "data/added/three.dvc").exists()
+    nobody = kubealign(project, "remove", "three", "--yes")
+    assert nobody.returncode == 2 and "no added source named three; expected one of: one" in nobody.stderr
+
+
+def test_what_came_while_somebody_was_asked_is_not_lost(project: Path, tmp_path: Path) -> None:
+    one, two = (write(tmp_path / f"{name}.jsonl", rows(*range(n, n + 30))) for name, n in (("one", 0), ("two", 40)))
+    config = load_config(project / "params.yaml")
+    seen: list[set[str]] = []
+
+    def confirm(preview: Preview) -> bool:
+        seen.append(set(preview.converted))
+        if len(seen) == 1:
+            assert add(project, config, [two], TEAM, lambda _: True)
+        return True
+
+    assert add(project, config, [one], TEAM, confirm)
+    assert seen == [{"one"}, {"one"}], "asked again, since the data changed meanwhile"
+    assert names_of(project) == {"one", "two"}
+
+
+def test_a_file_that_leaves_a_side_empty_is_refused(project: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing would be left for"):
+        run(project, write(tmp_path / "few.jsonl", rows(1, 2)))
+
+
+def test_the_preview_says_what_a_run_would_refuse(project: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """Half of the rows of one source are repeated: few among all rows, too many of the source."""
+    config = load_config(project / "params.yaml", [f"model.base={tiny_model}", "validate.min_rows=1"])
+    run(project, write(tmp_path / "many.jsonl", rows(*range(300))))
+    seen: list[Preview] = []
+    few = write(tmp_path / "few.jsonl", rows(*range(400, 412)) * 2)
+    assert add(project, config, [few], TEAM, lambda preview: bool(seen.append(preview))) is None
+    assert any("rows of source few are bad (50.0%" in refusal for refusal in seen[0].refusals), seen[0].refusals
+
+
+def test_instructions_of_ones_own_are_trained_in_sft_alone(project: Path, tmp_path: Path) -> None:
+    run(project, write(tmp_path / "pairs.jsonl", rows(*range(30))))
+    taught = [{"instruction": question(n), "input": "", "output": f"taught {n}"} for n in range(50, 80)]
+    file = write(tmp_path / "sft.jsonl", taught)
+    done = kubealign(project, "add", str(file), "--instructions", "--licence", "MIT", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert names_of(project) == {"pairs"}
+    found = [row for side in SPLITS for row in _rows(project / "data" / "instructions" / f"{side}.jsonl")]
+    assert sum(row["source"] == "sft" for row in found) == 30 and len(found) == 60
+    assert "response: taught" in " ".join(done.stdout.split()), "the preview shows a row as it will be trained"
 
 
 # ---- from the cache and the remote
 
 
 def test_a_fresh_clone_makes_the_data_from_the_remote_and_from_nothing_else(project: Path, tmp_path: Path) -> None:
-    team = write(tmp_path / "team.jsonl", rows(*range(8)))
+    team = write(tmp_path / "team.jsonl", rows(*range(24)))
     run(project, team)
     dvc(project, "push", "-q")
     git(project, "add", "-A")
