@@ -128,7 +128,8 @@ def _is_committed(root: Path, digests: dict[str, str]) -> bool:
 
     try:
         with Repo.discover(str(root)) as repo:
-            recorded = _recorded(repo, repo[repo.head()], tuple(digests))
+            project = root.resolve().relative_to(Path(repo.path).resolve()).as_posix()
+            recorded = _recorded(repo, repo[repo.head()], tuple(digests), "" if project == "." else project)
     except (NotGitRepository, KeyError):
         return False
     return all(recorded.get(folder, {}).get("md5") == md5 for folder, md5 in digests.items())
@@ -186,37 +187,71 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
                 f"data.repo={self.repo}, data.revision={self.revision}: {without_credentials(reason)};"
                 " expected a git repository with DVC data and a branch, tag or commit of it"
             ) from error
+        top = Path(self.fs.repo.scm.root_dir).resolve()
+        if not is_url(self.repo) and Path(self.repo).resolve() != top:
+            raise InputError(
+                f"data.repo={self.repo}: a folder of the git repository {top}; a revision is read of a project that is"
+                " the whole repository, of any other only data.revision=workspace"
+            )
         return self.fs
 
     def __exit__(self, *exception: object) -> None:
         self.fs.close()
 
 
-def history(root: Path, commit: str, folders: Folders) -> Iterator[tuple[Any, Outs]]:
-    """The commits that changed DVC's records, from `commit` back, each with its records of the folders."""
+def history(root: Path, commit: str, folders: Folders, project: str = "") -> Iterator[tuple[Any, Outs]]:
+    """The commits that changed DVC's records, from `commit` back, each with its records of the folders.
+
+    Args:
+        root: top folder of the git repository.
+        commit: where to start.
+        folders: relative to the project.
+        project: the DVC project's folder in the repository.
+
+    Raises:
+        InputError: the clone is shallow and ends before the history does.
+    """
     from dulwich.repo import Repo
 
-    files = [LOCK, *(f"{folder}.dvc" for folder in folders)]
+    files = [_joined(project, file) for file in (LOCK, *(f"{folder}.dvc" for folder in folders))]
     with Repo(str(root)) as repo:
-        for entry in repo.get_walker(include=[commit.encode()], paths=[file.encode() for file in files]):
-            yield entry.commit, _recorded(repo, entry.commit, folders)
+        ends = repo.get_shallow()
+        walker = repo.get_walker(
+            include=[commit.encode()],
+            paths=[file.encode() for file in files],
+        )
+        for entry in walker:
+            if entry.commit.id in ends and entry.commit.parents:
+                raise InputError(
+                    f"{root}: a shallow clone, whose history ends before the data's does; `git fetch --unshallow` gets the"
+                    " rest (in GitHub Actions: fetch-depth: 0)"
+                )
+            yield entry.commit, _recorded(repo, entry.commit, folders, project)
 
 
-def commit_of(root: Path, commit: str, digests: dict[str, str]) -> str:
-    """The oldest commit of the unbroken line back from `commit` that records these digests of the folders."""
+def commit_of(root: Path, commit: str, digests: dict[str, str], project: str = "") -> str:
+    """The oldest commit of the unbroken line back from `commit` that records these digests of the folders.
+
+    Raises:
+        InputError: as `history`.
+    """
     oldest = commit
-    for ancestor, outs in history(root, commit, tuple(digests)):
+    for ancestor, outs in history(root, commit, tuple(digests), project):
         if any(outs.get(folder, {}).get("md5") != md5 for folder, md5 in digests.items()):
             break
         oldest = ancestor.id.decode()
     return oldest
 
 
-def _recorded(repo: Any, commit: Any, folders: Folders) -> Outs:
-    stages = (_yaml_at(repo, commit, LOCK).get("stages") or {}).values()
+def _joined(project: str, path: str) -> str:
+    return f"{project}/{path}" if project else path
+
+
+def _recorded(repo: Any, commit: Any, folders: Folders, project: str = "") -> Outs:
+    stages = (_yaml_at(repo, commit, _joined(project, LOCK)).get("stages") or {}).values()
     outs = {out["path"]: out for stage in stages for out in stage.get("outs", [])}
     for folder in folders:
-        for out in _yaml_at(repo, commit, f"{folder}.dvc").get("outs", []):
+        for out in _yaml_at(repo, commit, _joined(project, f"{folder}.dvc")).get("outs", []):
             outs[folder] = out
     return {folder: outs[folder] for folder in folders if "md5" in outs.get(folder, {})}
 

@@ -79,7 +79,7 @@ class Revision:
 
     def data_commit(self, digests: dict[str, str]) -> str:
         """The commit that `resolve` would record as the version of the data."""
-        return commit_of(self.repo, self.sha, digests)
+        return commit_of(self.repo, self.sha, digests, self.folder)
 
     def below(self, folder: str) -> dict[str, str]:
         """The git hash of every file in a folder; for a file, its own."""

@@ -15,6 +15,8 @@ from components.dataset.language import guess_language
 from components.dataset.records import read_lines
 from components.prepare.convert import RowDefaults, convert_files
 from components.prepare.formats import FORMATS, convert, detect
+from tests.conftest import ROOT
+from tests.tools.component_readmes import FORMATS_START, formats, renewed
 
 Q, G, B = "What is the capital of France?", "It is Paris.", "Lyon, I think."
 """A question, a good and a bad answer."""
@@ -395,6 +397,11 @@ def test_an_instruction_is_recognised_and_read_whole(name: str) -> None:
     format_name = detect(row, "instructions")
     assert format_name is not None
     assert [(found.prompt, found.answers) for found in convert(row, format_name)] == [(prompt, (G,))]
+
+
+def test_the_readme_shows_every_format() -> None:
+    text = (ROOT / "components" / "prepare" / "README.md").read_text(encoding="utf-8")
+    assert text == renewed(text, formats(), FORMATS_START), "run `make readmes`"
 
 
 def test_every_format_reads_its_own_example() -> None:

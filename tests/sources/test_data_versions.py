@@ -72,3 +72,38 @@ def test_data_that_is_not_there_is_a_clear_error(data_repo: Path, tmp_path: Path
     shutil.rmtree(data_repo / "data" / "preferences")
     with pytest.raises(InputError, match=r"data/preferences: not found or empty; `make data`"):
         resolve_data(str(data_repo), "workspace", DATA)
+
+
+def test_a_shallow_clone_says_so_rather_than_naming_another_commit(data_repo: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "shallow"
+    git(tmp_path, "clone", "-q", "--depth", "1", f"file://{data_repo}", str(clone))
+    shutil.copytree(data_repo / ".dvc" / "cache", clone / ".dvc" / "cache")
+    with pytest.raises(InputError, match="a shallow clone, whose history ends before the data's does; `git fetch"):
+        resolve_data(str(clone), "HEAD", DATA)
+    git(clone, "fetch", "-q", "--unshallow")
+    assert resolve_data(str(clone), "HEAD", DATA) == resolve_data(str(data_repo), "HEAD", DATA)
+
+
+def test_a_worktree_and_a_project_in_a_folder_are_read_like_any_other(data_repo: Path, tmp_path: Path) -> None:
+    git(data_repo, "worktree", "add", "-q", str(tmp_path / "tree"), "v1")
+    shutil.copytree(data_repo / ".dvc" / "cache", tmp_path / "tree" / ".dvc" / "cache")
+    assert resolve_data(str(tmp_path / "tree"), "HEAD", DATA).commit == git(data_repo, "rev-parse", "v1")
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    git(outer, "init", "-q")
+    shutil.copytree(data_repo, outer / "inner", ignore=shutil.ignore_patterns(".git"))
+    dvc(outer / "inner", "config", "core.no_scm", "false")
+    git(outer, "add", "-A")
+    git(outer, "commit", "-qm", "all")
+    assert resolve_data(str(outer / "inner"), "workspace", DATA).clean
+    with pytest.raises(InputError, match="a folder of the git repository .*only data.revision=workspace"):
+        resolve_data(str(outer / "inner"), "HEAD", DATA)
+
+
+def test_a_repository_without_a_commit_is_a_clear_error(data_repo: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    shutil.copytree(data_repo, empty, ignore=shutil.ignore_patterns(".git"))
+    git(empty, "init", "-q")
+    assert not resolve_data(str(empty), "workspace", DATA).clean
+    with pytest.raises(InputError, match="data.revision=HEAD: .*expected a git repository with DVC data and a branch"):
+        resolve_data(str(empty), "HEAD", DATA)

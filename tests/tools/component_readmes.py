@@ -1,10 +1,11 @@
-"""The generated section of every component's README, from its signature, its Google docstring and its metadata.yaml.
+"""The generated sections of READMEs: a component's from its signature, docstring and metadata.yaml; the formats' table.
 
-Run after a change to a component: `make readmes`.
+Run after a change to a component or a format: `make readmes`.
 """
 
 import importlib
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -12,10 +13,12 @@ from typing import Any, get_args
 import docstring_parser
 import yaml
 
+from components.prepare.formats import FORMATS, convert
 from components.stages import STAGE_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 START, END = "<!-- generated: component -->", "<!-- /generated -->"
+FORMATS_START = "<!-- generated: formats -->"
 
 Row = tuple[str, str, str]
 """Name, type and meaning of an input or output."""
@@ -68,15 +71,31 @@ def interface(component: Any) -> tuple[list[Row], list[Row]]:
     return inputs, outputs
 
 
-def renewed(text: str, generated: str) -> str:
+def formats() -> str:
+    """What `kubealign data add` reads: each format with a row and what it becomes, from the readers themselves."""
+    lines = ["| format | written by | a row | becomes |", "|---|---|---|---|"]
+    for name, entry in FORMATS.items():
+        row = json.dumps(entry.example, ensure_ascii=False).replace("|", "\\|")
+        if entry.kind == "unpaired":
+            result = "recognised, not trained on yet"
+        else:
+            (found,) = convert(entry.example, name)
+            turns = "; ".join(f"{turn['role']}: {turn['content']}" for turn in found.prompt)
+            what = " against ".join(found.answers) if entry.kind == "preferences" else found.answers[0]
+            result = f"{turns} → {what}"
+        lines.append(f"| `{name}` | {entry.about} | `{row}` | {result} |")
+    return "\n\n".join([FORMATS_START, "\n".join(lines), END])
+
+
+def renewed(text: str, generated: str, start: str = START) -> str:
     """A README with its generated section replaced.
 
     Raises:
         ValueError: the README has no such section.
     """
-    found, count = re.subn(f"{START}.*{END}", lambda _: generated, text, flags=re.DOTALL)
+    found, count = re.subn(f"{start}.*?{END}", lambda _: generated, text, flags=re.DOTALL)
     if count != 1:
-        raise ValueError(f"expected one section between {START} and {END}, found {count}")
+        raise ValueError(f"expected one section between {start} and {END}, found {count}")
     return found
 
 
@@ -97,3 +116,5 @@ if __name__ == "__main__":
     for stage in STAGE_NAMES:
         folder = ROOT / "components" / stage
         (folder / "README.md").write_text(expected(folder), encoding="utf-8")
+    prepare = ROOT / "components" / "prepare" / "README.md"
+    prepare.write_text(renewed(prepare.read_text(encoding="utf-8"), formats(), FORMATS_START), encoding="utf-8")
