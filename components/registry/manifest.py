@@ -1,6 +1,7 @@
 """Manifest of a registered version: the hash of each file, to verify downloads against."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,15 @@ def manifest_mismatch(version: Any, folder: Path) -> str:
     """The first difference between a version's downloaded files and its manifest, such as `python_model.pkl is not in
     the manifest`; empty if there is none.
 
+    Compiled Python is removed first: whoever loads a model from a folder leaves it, and nothing says what is in it.
+
     Raises:
         KubealignError: the version was not registered by this project.
     """
     if MANIFEST_TAG not in version.tags:
         raise KubealignError(f"{version.name} version {version.version} has no manifest; kubealign did not register it")
+    for compiled in folder.rglob("__pycache__"):
+        shutil.rmtree(compiled, ignore_errors=True)
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in MLFLOWS_OWN]
     actual = {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
     return difference(json.loads(version.tags[MANIFEST_TAG]), actual)

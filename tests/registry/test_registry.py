@@ -211,6 +211,13 @@ def test_verify_recomputes_hashes_and_logits_and_notices_a_changed_byte(shop: Sh
     done = cli("verify", "models:/m@champion")
     assert done.exit_code == 0, (done.output, done.exception)
     assert done.output.count("pass") == 4
+    compiled = (
+        next(store.home().glob("mlartifacts/**/artifacts/chat_model.py")).parent / "__pycache__" / "chat_model.pyc"
+    )
+    compiled.parent.mkdir(exist_ok=True)
+    compiled.write_bytes(b"left by whoever loaded the model from this folder, or anything else")
+    assert cli("verify", "models:/m@champion").exit_code == 0
+    assert not list(download_incumbent("models:/m/1").rglob("__pycache__"))
     version = client.get_model_version("m", "1")
     client.delete_run(version.run_id)
     assert "marked deleted" in " ".join(cli("verify", "models:/m@champion").output.split())
