@@ -28,6 +28,7 @@ class SourceSummary(TypedDict):
     """Clean rows."""
     bad: int
     """Rows quarantined for more than their length."""
+    total: int
 
 
 class DataSetSummary(TypedDict):

@@ -259,6 +259,17 @@ class Columns:
         """A column's value; None if it is missing or empty."""
         return self.take(key) if key in self else None
 
+    def first(self, *keys: str) -> str:
+        """The first of these columns that is there.
+
+        Raises:
+            RowError: none is.
+        """
+        for key in keys:
+            if key in self:
+                return key
+        raise RowError(f"no {' or '.join(repr(key) for key in keys)}")
+
     def text(self, key: str) -> str:
         """A column's text.
 

@@ -44,6 +44,8 @@ FOREIGN = (
     (codecs.BOM_UTF16_LE, "text in UTF-16: save it as UTF-8 (`iconv -f UTF-16 -t UTF-8`)"),
     (codecs.BOM_UTF16_BE, "text in UTF-16: save it as UTF-8 (`iconv -f UTF-16 -t UTF-8`)"),
 )
+WRAPPERS = ("data", "rows", "train", "examples", "instances", "items", "records")
+"""Names under which one object holds the rows of a whole file."""
 HTML = re.compile(rb"\s*<(?:!doctype\s+html|html|head|\?xml)", re.IGNORECASE)
 PARQUET = b"PAR1"
 ZSTD, BZIP2, XZ, GZIP = b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\x00", b"\x1f\x8b"
@@ -182,9 +184,9 @@ def _lines(path: Path, unpacked: _Unpacked, head: bytes) -> Iterator[Located]:
             raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
         if is_too_deep(row):
             raise InputError(f"{path}:{number}: nested too deep; a row is a flat object")
-        nested = [key for key, value in row.items() if _is_rows(value)] if number == 1 else []
-        if nested and not any(name in row for name in ("prompt", "chosen", "messages", "conversations", "completions")):
-            raise InputError(f"{path}:1: one object whose list '{nested[0]}' holds the rows; `jq -c '.{nested[0]}[]'`")
+        nested = next((name for name in WRAPPERS if number == 1 and _is_rows(row.get(name))), None)
+        if nested:
+            raise InputError(f"{path}:1: one object whose list '{nested}' holds the rows; `jq -c '.{nested}[]'`")
         yield f"{path}:{number}", row, line.strip()
 
 
@@ -197,11 +199,7 @@ def _is_spread(head: bytes) -> bool:
 
 
 def _is_rows(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 1
-        and all(isinstance(entry, dict) and len(entry) > 2 for entry in value[:3])
-    )
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(entry, dict) for entry in value)
 
 
 def _parse(line: bytes) -> Any:

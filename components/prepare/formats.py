@@ -271,7 +271,7 @@ def _read_swift(columns: Columns) -> list[Example]:
 
 def _read_ranked(columns: Columns) -> list[Example]:
     """Several completions with scores or ranks: the best against the worst."""
-    column = next(name for name in ("completions", "answers", "responses", "candidates") if name in columns)
+    column = columns.first("completions", "answers", "responses", "candidates")
     entries = columns.take(column)
     if not isinstance(entries, list):
         raise RowError(f"'{column}' is {kind_of(entries)}; expected a list")
@@ -400,7 +400,7 @@ def _read_list(columns: Columns) -> list[Example]:
     """LLaMA-Factory's ranking lists: answers from the best to the worst."""
     name = "output" if "output" in columns else "response"
     answers = columns.take(name)
-    if len(answers) < 2 or any(not isinstance(answer, str) for answer in answers):
+    if not isinstance(answers, list) or len(answers) < 2 or any(not isinstance(answer, str) for answer in answers):
         raise RowError(f"'{columns.name(name)}' is expected to be two texts or more, the best one first")
     return [_texts(read_prompt(columns), answers[0], answers[-1], False)]
 
@@ -412,7 +412,7 @@ def _read_unpaired(columns: Columns) -> list[Example]:
 
 def _read_instruction(columns: Columns) -> list[Example]:
     """A prompt and the answer to learn."""
-    name = next(name for name in ("response", "output") if name in columns)
+    name = columns.first("response", "output")
     answer = columns.take(name)
     if (isinstance(answer, list) and answer and isinstance(answer[0], dict)) or isinstance(answer, dict):
         messages = messages_of(answer if isinstance(answer, list) else [answer], columns.name(name))
@@ -430,7 +430,7 @@ def _read_instruction(columns: Columns) -> list[Example]:
 
 def _read_conversation(columns: Columns) -> list[Example]:
     """A conversation that ends with the answer to learn."""
-    name = next(name for name in ("messages", "conversations", "text") if name in columns)
+    name = columns.first("messages", "conversations", "text")
     if name == "text":
         messages = parse_rendered(columns.text(name)) or []
         if not messages:
@@ -439,7 +439,7 @@ def _read_conversation(columns: Columns) -> list[Example]:
     else:
         before = read_prompt(columns, (name,))
         messages = conversation_of(columns.take(name), columns.name(name))
-    *prompt, last = messages
+    *prompt, last = messages or [turn("user", "")]
     if last["role"] != "assistant" or not prompt:
         raise RowError(f"'{columns.name(name)}' does not end with an answer of the assistant")
     return [Example(_joined(before, prompt), (last["content"],))]

@@ -223,8 +223,8 @@ def history(root: Path, commit: str, folders: Folders, project: str = "") -> Ite
         for entry in walker:
             if entry.commit.id in ends and entry.commit.parents:
                 raise InputError(
-                    f"{root}: a shallow clone, whose history ends before the data's does; `git fetch --unshallow` gets the"
-                    " rest (in GitHub Actions: fetch-depth: 0)"
+                    f"{root}: a shallow clone, whose history ends before the data's does; `git fetch --unshallow` gets"
+                    " the rest (in GitHub Actions: fetch-depth: 0)"
                 )
             yield entry.commit, _recorded(repo, entry.commit, folders, project)
 

@@ -182,9 +182,8 @@ def refusals(
                 f"{name}: {bad} of {data_set['rows']} rows are bad ({share:.1%}; {allowed}); {most}"
             )
         for source, part in data_set["sources"].items():
-            total = part["rows"] + part["bad"]
-            if part["bad"] >= LEAST_BAD and part["bad"] > config.max_quarantined * total:
-                share = part["bad"] / total
+            total, share = part["total"], part["bad"] / part["total"]
+            if part["bad"] >= LEAST_BAD and share > config.max_quarantined:
                 yield DataValidationError(
                     f"{name}: {part['bad']} of {total} rows of source {source} are bad ({share:.1%}; {allowed}); {most}"
                 )
@@ -357,12 +356,13 @@ def _sources(table: RowTable, clean: NDArray[np.bool_], bad: NDArray[np.bool_]) 
     for source, license_ in pairs.tolist():
         licences.setdefault(table.names["source"][source], set()).add(table.names["terms"][license_])
     names = table.names["source"]
-    good_rows = np.bincount(table.columns["source"][clean], minlength=len(names))
-    bad_rows = np.bincount(table.columns["source"][bad], minlength=len(names))
+    counts = [
+        np.bincount(codes, minlength=len(names)).tolist()
+        for codes in (table.columns["source"][clean], table.columns["source"][bad], table.columns["source"])
+    ]
     return {
-        name: {"license": ", ".join(sorted(licences[name])), "rows": good, "bad": poor}
-        for name, good, poor in zip(names, good_rows.tolist(), bad_rows.tolist(), strict=True)
-        if good or poor
+        name: {"license": ", ".join(sorted(licences[name])), "rows": good, "bad": poor, "total": total}
+        for name, good, poor, total in zip(names, *counts, strict=True)
     }
 
 

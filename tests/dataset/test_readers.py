@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from components.common.errors import InputError
 from components.dataset.records import MAX_LINE_BYTES, iter_lines, read_lines, write_lines
 from components.prepare.convert import RowDefaults, convert_files
+from components.prepare.formats import FORMATS
+from components.prepare.sources import ROWS_FILES
 from tests.conftest import ROOT
 from tests.tools.fuzz_readers import read_everything
 
@@ -151,18 +153,21 @@ def test_any_bytes_end_in_rows_or_in_one_clear_error(tmp_path: Path, content: by
 @quick
 @given(found=st.lists(rows, min_size=1, max_size=5))
 def test_every_row_of_any_shape_is_a_pair_or_set_aside(tmp_path: Path, found: list[dict[str, Any]]) -> None:
-    """By every format; a list of answers makes more than one pair of a row, so only the rows set aside are counted."""
+    """By every format; a list of answers makes more than one pair of a row."""
     (tmp_path / "rows").write_text("".join(json.dumps(row) + "\n" for row in found))
-    for format_name in ("kubealign", "trl", "sharegpt", "alpaca", "hh"):
+    for format_name, entry in FORMATS.items():
+        if entry.kind == "unpaired":
+            continue
         out = tmp_path / "out"
         out.mkdir(exist_ok=True)
+        defaults = RowDefaults(format_name, "auto", "MIT", "x", entry.kind)
         try:
-            done, _ = convert_files([tmp_path / "rows"], RowDefaults(format_name, "auto", "MIT", "x"), out, print)
+            done, _ = convert_files([tmp_path / "rows"], defaults, out, print)
         except InputError as error:
-            assert "no preference pair" in str(error)
+            assert "contains no " in str(error)
             continue
-        assert done.pairs + done.quarantined == len(found)
-        assert len(read_lines(out / "pairs.jsonl")) == done.pairs
+        assert done.quarantined == len(read_lines(out / "quarantine.jsonl")) if done.quarantined else True
+        assert len(read_lines(out / ROWS_FILES[entry.kind])) == done.rows
 
 
 @pytest.mark.long

@@ -8,6 +8,7 @@ from components.common.errors import InputError
 from components.dataset.records import Preference, read_lines, read_rows
 from components.prepare.convert import RowDefaults, convert_files
 from components.prepare.formats import FORMATS
+from components.prepare.sources import ROWS_FILES, SourceKind
 
 
 def read_everything(content: bytes, folder: Path) -> None:
@@ -21,10 +22,12 @@ def read_everything(content: bytes, folder: Path) -> None:
             _assert_readable(error)
     out = folder / "out"
     out.mkdir(exist_ok=True)
-    for format_name in ("", *FORMATS):
+    kinds: list[tuple[str, SourceKind]] = [("", "preferences"), ("", "instructions")]
+    kinds += [(name, entry.kind) for name, entry in FORMATS.items() if entry.kind != "unpaired"]
+    for format_name, kind in kinds:
         try:
-            done, added = convert_files([path], RowDefaults(format_name, "auto", "MIT", "fuzzed"), out, print)
-            assert added.rows == done.pairs == len(read_lines(out / "pairs.jsonl"))
+            done, added = convert_files([path], RowDefaults(format_name, "auto", "MIT", "fuzzed", kind), out, print)
+            assert added.rows == done.rows == len(read_lines(out / ROWS_FILES[kind]))
         except InputError as error:
             _assert_readable(error)
 
