@@ -36,8 +36,8 @@ I64 = NDArray[np.int64]
 Labels = Sequence[str]
 
 SHINGLE = 3
-WORDS, CHARACTERS = 8, 20
-"""Units of an n-gram that begins with a word, or with a Chinese character."""
+WORD_WEIGHT, CHARACTER_WEIGHT, GRAM_WEIGHT = 5, 2, 40
+"""An n-gram is 8 words, 20 Chinese characters, or as many of both as weigh the same."""
 CONTAINED = 0.8
 """Share of a prompt's n-grams from which another one contains it."""
 FRAMES = "frames.json"
@@ -389,18 +389,15 @@ def _sketch_chunk(conversations: Sequence[Conversation]) -> Sketches:
     owners = np.repeat(np.arange(len(texts)), counts)
     last = np.repeat(ends, counts)
     position = np.arange(len(units))
-    powers = [units]  # hashes of 1, 2, 4, 8, 16 units from each position
-    for step in (1, 2, 4, 8):
-        powers.append(_joined(powers[-1], powers[-1], step))
-    triples = _joined(powers[1], powers[0], 2)
+    triples = _joined(_joined(units, units, 1), units, 2)
     inside = np.flatnonzero(position + SHINGLE <= last)
     short = np.flatnonzero(counts < SHINGLE)
     whole = np.array([int(prompt_key(texts[i])[:8], 16) for i in short.tolist()], np.uint32)
     shingles = _sets(np.concatenate([owners[inside], short]), np.concatenate([triples[inside], whole]), len(texts))
-    long = _joined(powers[4], powers[2], 16)
-    length = np.where(characters, CHARACTERS, WORDS)
-    inside = np.flatnonzero(position + length <= last)
-    grams = _sets(owners[inside], np.where(characters, long, powers[3])[inside], len(texts))
+    weights = _offsets(np.where(characters, CHARACTER_WEIGHT, WORD_WEIGHT))
+    stop = np.searchsorted(weights, weights[:-1] + GRAM_WEIGHT)
+    inside = np.flatnonzero(stop <= last)
+    grams = _sets(owners[inside], _windows(units, inside, stop[inside]), len(texts))
     beginnings = [_beginnings(turns) for turns in spoken]
     sizes = np.array([len(hashes) for hashes in beginnings], np.int64)
     flat = np.array([value for hashes in beginnings for value in hashes], np.uint64)
@@ -412,6 +409,16 @@ def _joined(first: U32, second: U32, step: int) -> U32:
     later = np.zeros_like(second)
     later[: max(len(second) - step, 0)] = second[step:]
     return _mix(_mix(first * np.uint32(0x9E3779B1) + np.uint32(step)) + later)
+
+
+def _windows(units: U32, start: I64, stop: I64) -> U32:
+    """The hash of the units in each window [start, stop), by a polynomial modulo 2 ** 64."""
+    base = np.uint64(0x9E3779B97F4A7C15)
+    powers = np.cumprod(np.full(len(units) + 1, base, np.uint64))
+    inverse = np.cumprod(np.full(len(units) + 1, pow(int(base), -1, 1 << 64), np.uint64))
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum((units.astype(np.uint64) + np.uint64(1)) * powers[:-1])])
+    hashes = (sums[stop] - sums[start]) * inverse[start] * np.uint64(0xD6E8FEB86659FD93)
+    return _mix((hashes >> np.uint64(32)).astype(np.uint32))
 
 
 def _sets(owners: I64, values: U32, rows: int) -> Ragged:

@@ -101,7 +101,11 @@ def prepare_data(config: PrepareConfig, data: Path) -> None:
     counts = ", ".join(f"{split} {writer.pairs[split]}" for split in SPLITS)
     print(f"preference pairs: {counts}; quarantined {writer.quarantined}", flush=True)
     if disputed := len(bridges.keys() & known.keys()):
-        print(f"splits.lock had {disputed} prompts on two sides of the split: the test side keeps them", flush=True)
+        print(
+            f"splits.lock has {disputed} prompts that ask the same as one nearer to the test, which keeps its side;"
+            " their rows are in data/quarantine.jsonl",
+            flush=True,
+        )
 
 
 @dataclass(frozen=True)

@@ -226,3 +226,13 @@ def test_sft_on_every_answer_and_dpo_train_it(chinese_llama: Path, tmp_path: Pat
         written = load_tokenizer(tmp_path / "dpo" / "model")
         expected = encode_conversation(load_tokenizer(base), CONVERSATION, LAST)
         assert encode_conversation(written, CONVERSATION, LAST) == expected
+
+
+def test_the_names_of_special_tokens_in_a_message_stay_text(tokenizer: Any) -> None:
+    special = set(tokenizer.all_special_ids)
+    plain = [sum(id_ in special for id_ in ids) for ids in encode(tokenizer, [SYSTEM, FIRST], "x")]
+    for name in ("<s>", "</s>", "<unk>"):
+        for text in (name, f"a {name} b", f"{name}{name}", f"中文{name}中文"):
+            ids = encode(tokenizer, [Message(role="user", content=text)], text)
+            assert [sum(id_ in special for id_ in part) for part in ids] == plain, (name, text)
+            assert text in tokenizer.decode(ids[0]) and text in tokenizer.decode(ids[1])

@@ -20,7 +20,7 @@ from components.dataset.records import read_lines
 from components.dataset.similarity import prompt_key, prompt_text
 from components.prepare.convert import RowDefaults
 from components.prepare.sources import Added, added_rows, read_sources, record_added
-from components.prepare.split import read_splits
+from components.prepare.split import assign_split, read_splits
 from components.prepare.stage import prepare_data
 from pipelines.cli import app
 from pipelines.data import add as data_add
@@ -393,6 +393,49 @@ def test_what_came_while_somebody_was_asked_is_not_lost(project: Path, tmp_path:
     assert add(project, config, [one], TEAM, confirm)
     assert seen == [{"one"}, {"one"}], "asked again, since the data changed meanwhile"
     assert names_of(project) == {"one", "two"}
+
+
+def page_commands(theirs: str) -> str:
+    """The commands of docs/data.md for two people, with the other branch's name in them."""
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("## Two people add data")[2]
+    return page.partition("```sh\n")[2].partition("```")[0].replace("git merge theirs", f"git merge {theirs}")
+
+
+def test_two_people_who_add_data_merge_as_the_page_says(project: Path, tmp_path: Path) -> None:
+    """Ann's prompt and Bob's ask the same, and each branch remembers another side for it."""
+    shares = load_config(project / "params.yaml").prepare.split.model_dump()
+    for number in range(200):
+        asked = {"ann": f"{LONG} {number}", "bob": f"{LONG} {number} today"}
+        sides = {name: assign_split(key_of(text), shares) for name, text in asked.items()}
+        if sides == {"ann": "train", "bob": "test"}:
+            break
+    shutil.copy(ROOT / ".gitattributes", project)
+    run(project, write(tmp_path / "one.jsonl", rows(*range(30))))
+    git(project, "add", "-A")
+    git(project, "commit", "-qm", "one")
+    git(project, "branch", "bob")
+    for name, first in (("ann", 40), ("bob", 80)):
+        git(project, "checkout", "-q", *(["-b"] if name == "ann" else []), name)
+        dvc(project, "checkout", "-q")
+        own = {"prompt": asked[name], "chosen": "yes", "rejected": "no"}
+        run(project, write(tmp_path / f"{name}.jsonl", [*rows(*range(first, first + 30)), own]))
+        git(project, "add", "-A")
+        git(project, "commit", "-qm", name)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    script = f"set -e\n{page_commands('ann')}"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=project,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "splits.lock has 1 prompts that ask the same as one nearer to the test" in done.stdout
+    assert names_of(project) == {"one", "ann", "bob"} and not git(project, "status", "--porcelain")
+    (entry,) = _rows(project / "data" / "quarantine.jsonl")
+    assert entry["row"]["prompt"][0]["content"] == asked["ann"] and "the test split, which keeps it" in entry["reason"]
 
 
 def test_a_file_that_leaves_a_side_empty_is_refused(project: Path, tmp_path: Path) -> None:
