@@ -416,7 +416,6 @@ def test_two_people_who_add_data_merge_as_the_page_says(project: Path, tmp_path:
     git(project, "branch", "bob")
     for name, first in (("ann", 40), ("bob", 80)):
         git(project, "checkout", "-q", *(["-b"] if name == "ann" else []), name)
-        dvc(project, "checkout", "-q")
         own = {"prompt": asked[name], "chosen": "yes", "rejected": "no"}
         run(project, write(tmp_path / f"{name}.jsonl", [*rows(*range(first, first + 30)), own]))
         git(project, "add", "-A")
