@@ -141,6 +141,16 @@ def has_markers(text: str) -> bool:
     return any(hint in text for hint in HINTS) and MARKERS.search(text) is not None
 
 
+def parse_literal(text: str) -> Any:
+    """A list or an object written as JSON, or as Python shows it; None for any other text."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return None
+
+
 def _parse_family(text: str, family: Family) -> list[Message] | None:
     rest = text.strip("\n") if family.opening.pattern.startswith("(?:") else text.strip()
     for start in family.starts:
@@ -183,13 +193,7 @@ def _parse_llama2(text: str) -> list[Message] | None:
 
 def _parse_json(text: str) -> list[Message] | None:
     """Messages written as JSON, or as Python shows them."""
-    value: Any = None
-    for read in (json.loads, ast.literal_eval):
-        try:
-            value = read(text)
-            break
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
+    value = parse_literal(text)
     messages = []
     for entry in value if isinstance(value, list) else []:
         if not isinstance(entry, dict):

@@ -305,19 +305,20 @@ def _verified(shingles: Ragged, first: I64, second: I64, threshold: float) -> tu
     low, high = np.minimum(sizes[first], sizes[second]), np.maximum(sizes[first], sizes[second])
     possible = low >= threshold * high
     first, second = first[possible], second[possible]
-    good = np.zeros(len(first), bool)
-    for start in range(0, len(first), VERIFY_CHUNK):
-        left, right = first[start : start + VERIFY_CHUNK], second[start : start + VERIFY_CHUNK]
-        common = _common(shingles, left, right)
-        good[start : start + VERIFY_CHUNK] = common >= threshold * (sizes[left] + sizes[right] - common)
+    common = _common(shingles, first, second)
+    good = common >= threshold * (sizes[first] + sizes[second] - common)
     return first[good], second[good]
 
 
 def _common(rows: Ragged, left: I64, right: I64) -> I64:
     """The number of values that the rows of each pair share."""
-    keys = np.sort(np.concatenate([_keyed(rows.take(left)), _keyed(rows.take(right))]))
-    shared = (keys[1:][keys[1:] == keys[:-1]] >> np.uint64(32)).astype(np.int64)
-    return np.bincount(shared, minlength=len(left))
+    common = np.zeros(len(left), np.int64)
+    for start in range(0, len(left), VERIFY_CHUNK):
+        part = slice(start, start + VERIFY_CHUNK)
+        keys = np.sort(np.concatenate([_keyed(rows.take(left[part])), _keyed(rows.take(right[part]))]))
+        shared = (keys[1:][keys[1:] == keys[:-1]] >> np.uint64(32)).astype(np.int64)
+        common[part] = np.bincount(shared, minlength=len(left[part]))
+    return common
 
 
 def _keyed(rows: Ragged) -> U64:
@@ -351,17 +352,11 @@ def _contained_pairs(grams: Ragged, frequent: U32) -> tuple[I64, I64]:
     places = places[order]
     firsts = places[np.concatenate([[True], owners[places][1:] != owners[places][:-1]])]
     begin = np.searchsorted(starts, firsts, side="right") - 1
-    sizes = counts[begin]
-    ends = np.cumsum(sizes)
-    within = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
-    small = np.repeat(owners[firsts], sizes)
-    large = owners[np.repeat(starts[begin], sizes) + within]
+    small = np.repeat(owners[firsts], counts[begin])
+    large = Ragged(owners, np.append(starts, len(owners))).take(begin).values
     different = small != large
     small, large = small[different], large[different]
-    good = np.zeros(len(small), bool)
-    for start in range(0, len(small), VERIFY_CHUNK):
-        left, right = small[start : start + VERIFY_CHUNK], large[start : start + VERIFY_CHUNK]
-        good[start : start + VERIFY_CHUNK] = _common(rows, left, right) >= CONTAINED * rows.sizes[left]
+    good = _common(rows, small, large) >= CONTAINED * rows.sizes[small]
     return small[good], large[good]
 
 

@@ -3,7 +3,6 @@
 What a file is, its first bytes say; its name only tells CSV from TSV. Everything else is refused by name.
 """
 
-import ast
 import bz2
 import codecs
 import gzip
@@ -21,6 +20,7 @@ import orjson
 from components.common.documents import JsonObject
 from components.common.errors import InputError
 from components.dataset.records import MAX_LINE_BYTES, is_too_deep, json_problem, lines_of
+from components.dataset.rendered import parse_literal
 
 Located = tuple[str, JsonObject, bytes]
 """Where a row stands, the row, and its own bytes (empty where a file has no such, as Parquet)."""
@@ -281,14 +281,9 @@ def _cell(value: str) -> Any:
     start = value.lstrip()[:1]
     if start not in ("[", "{"):
         return value
-    for read in (json.loads, ast.literal_eval):
-        try:
-            found = read(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        if isinstance(found, dict) or (isinstance(found, list) and found and isinstance(found[0], dict | list)):
-            return found
-    return value
+    found = parse_literal(value)
+    is_rows = isinstance(found, list) and found and isinstance(found[0], dict | list)
+    return found if isinstance(found, dict) or is_rows else value
 
 
 def _parquet(path: Path) -> Iterator[Located]:

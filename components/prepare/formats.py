@@ -129,9 +129,8 @@ def _read_pair(columns: Columns) -> list[Example]:
     has_prompt = any(name in columns for name in PROMPTS if name not in repeated)
     if isinstance(chosen, str) and isinstance(rejected, str) and not has_prompt:
         return [_implicit(columns, chosen, rejected)]
-    text_prompt = any(isinstance(columns.peek(name), str) for name in PROMPTS)
     prompt = read_prompt(columns, repeated)
-    rendered = text_prompt and len(prompt) > 0 and _was_rendered(columns)
+    rendered = _was_rendered(columns)
     pairs = []
     for good, bad in product(_answers(chosen, "chosen"), _answers(rejected, "rejected")):
         if isinstance(good, str) and isinstance(bad, str):
@@ -278,16 +277,17 @@ def _read_ranked(columns: Columns) -> list[Example]:
     prompt = read_prompt(columns)
     answers = [_completion(entry) for entry in entries]
     ranks = _scores(entries, ("rank",), column)
-    best = _extremes(answers, [-rank for rank in ranks]) if ranks else _by_scores(entries, answers, column)
-    if isinstance(best[0], str) and isinstance(best[1], str):
+    best, worst = _positions([-rank for rank in ranks]) if ranks else _by_scores(entries, column)
+    good, bad = answers[best], answers[worst]
+    if isinstance(good, str) and isinstance(bad, str):
         if not prompt:
             raise RowError(f"no prompt; expected one of {', '.join(PROMPTS)}")
-        return [_pair(prompt, best[0].strip(), best[1].strip())]
-    return [_dialogues(prompt, _dialogue(best[0], column), _dialogue(best[1], column))]
+        return [_pair(prompt, good.strip(), bad.strip())]
+    return [_dialogues(prompt, _dialogue(good, column), _dialogue(bad, column))]
 
 
-def _by_scores(entries: list[Any], answers: list[Any], column: str) -> tuple[Any, Any]:
-    """The best and the worst answer by score, where a row's two kinds of score do not contradict each other."""
+def _by_scores(entries: list[Any], column: str) -> tuple[int, int]:
+    """Where the best and the worst completion stand by score, unless the two kinds of score contradict each other."""
     overall = _scores(entries, ("overall_score",), column)
     fine = _scores(entries, ("fine-grained_score", "fine_grained_score"), column)
     scores = fine or overall or _scores(entries, SCORES, column)
@@ -296,12 +296,7 @@ def _by_scores(entries: list[Any], answers: list[Any], column: str) -> tuple[Any
     best, worst = _positions(scores)
     if fine and overall and overall[best] <= overall[worst]:
         raise RowError("'overall_score' and 'fine-grained_score' contradict each other")
-    return answers[best], answers[worst]
-
-
-def _extremes(answers: list[Any], scores: list[float]) -> tuple[Any, Any]:
-    best, worst = _positions(scores)
-    return answers[best], answers[worst]
+    return best, worst
 
 
 def _positions(scores: list[float]) -> tuple[int, int]:
