@@ -125,13 +125,15 @@ def evaluate(
     params: Params = Path(PARAMS),
 ) -> None:
     """Judge a policy on the held-out pairs; OUT gets the numbers, the verdict and the report."""
+    from components.common.provenance import code_digest
     from components.evaluate.candidates import Inputs
     from components.evaluate.stage import run_evaluate
 
     config = load_config(params)
-    inputs = Inputs(dataset, base, sft_model, policy, incumbent, decision_index, data_clean)
-    reports = (out / "report.html", out / "report.md")
-    run_evaluate(config.evaluate, config.gate, config.model, inputs, {"base_model": config.model.base}, out, *reports)
+    inputs = Inputs(dataset, base, sft_model, policy, incumbent, decision_index, data_clean, test_set="")
+    facts, reports = {"base_model": config.model.base}, (out / "report.html", out / "report.md")
+    code = code_digest("evaluate")
+    run_evaluate(config.evaluate, config.gate, config.model, inputs, facts, code, out, *reports)
 
 
 def _write_result(result: str, done: StageResult) -> None:

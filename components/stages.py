@@ -18,6 +18,7 @@ class Stage:
         trains: whether it makes weights.
         several_nodes: whether `cluster.nodes` above 1 makes it a TrainJob; the step then only starts and follows one.
         cached: whether a result is served again for the same order.
+        keys: which keys of cluster.signing_secret it gets on Kubeflow.
     """
 
     name: str
@@ -28,10 +29,11 @@ class Stage:
     trains: bool = False
     several_nodes: bool = False
     cached: bool = True
+    keys: tuple[str, ...] = ()
 
 
 STAGES = (
-    Stage("resolve", "data", cached=False),
+    Stage("resolve", "data", cached=False, keys=("public_keys",)),
     Stage(
         "fetch",
         "data",
@@ -39,14 +41,15 @@ STAGES = (
         origin=("data_repo", "data_path", "data_commit", "base_reference", "template"),
     ),
     Stage("validate", "data", sections=("validate", "model.max_length")),
-    Stage("sft", "train", sections=("sft", "model"), trains=True, several_nodes=True),
-    Stage("dpo", "train", sections=("dpo", "model"), trains=True, several_nodes=True),
+    Stage("sft", "train", sections=("sft", "model"), trains=True, several_nodes=True, keys=("cache_key",)),
+    Stage("dpo", "train", sections=("dpo", "model"), trains=True, several_nodes=True, keys=("cache_key",)),
     Stage(
         "evaluate",
         "train",
         sections=("evaluate", "gate", "model"),
-        facts=("data_clean", "incumbent", "decision_index"),
+        facts=("data_clean", "incumbent", "decision_index", "test_set"),
         origin=("data_commit", "preferences_digest", "base_reference", "base_digest", "lineage"),
+        keys=("cache_key", "public_keys"),
     ),
     Stage(
         "register",
@@ -58,6 +61,7 @@ STAGES = (
         ),
         origin=("data_commit", "git_commit", "base_reference", "lineage", "config", "decision"),
         cached=False,
+        keys=("signing_key", "cache_key", "public_keys"),
     ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}

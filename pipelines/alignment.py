@@ -48,7 +48,7 @@ def build_pipeline(config: Config, target: str = "local", caching: bool = True) 
     def alignment(*inputs: Any) -> None:
         for task in _connect(dict(zip(FORM, inputs, strict=True))):
             if in_cluster:
-                platform.configure(task, config.cluster)
+                platform.configure(task, config.cluster, config.register_.public_keys)
             if not caching or not BY_NAME[task.name].cached:
                 task.set_caching_options(enable_caching=False)
 

@@ -2,6 +2,7 @@
 kfp-kubernetes. Nothing here changes a result.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from kfp import dsl, kubernetes
@@ -11,10 +12,17 @@ from components.common.images import DATA_IMAGE, TRAIN_IMAGE
 from components.config.cluster import ClusterConfig
 from components.config.params import Config
 from components.stages import BY_NAME
+from components.tracking.keys import CACHE_KEY_VARIABLE, PUBLIC_KEYS_VARIABLE, SIGNING_KEY_VARIABLE
 from components.training.train_job import HOME, MLFLOW_KEYS, S3_KEYS, VARIABLE, labels
 
 RUN_LABEL = "metadata.labels['pipeline/runid']"
 """Kubeflow's label with the run's id; kfp-kubernetes' README documents its use as an environment variable."""
+SIGNING_KEYS = {
+    "signing_key": SIGNING_KEY_VARIABLE,
+    "cache_key": CACHE_KEY_VARIABLE,
+    "public_keys": PUBLIC_KEYS_VARIABLE,
+}
+"""Keys of cluster.signing_secret, and the environment variable that each becomes in the tasks that get it."""
 GIT_KEYS = {"username": "GIT_USERNAME", "password": "GIT_PASSWORD"}
 
 
@@ -28,6 +36,11 @@ def check(config: Config) -> None:
         raise InputError(
             "cluster.mlflow_uri is empty: pods cannot share a SQLite file; name your MLflow server, such as"
             " http://mlflow:5000"
+        )
+    if not config.cluster.signing_secret:
+        raise InputError(
+            "cluster.signing_secret is empty: register has nothing to sign versions with, so none would be trusted;"
+            " `kubealign keys --secret` prints a secret"
         )
     if config.cluster.nodes > 1 and not config.cluster.state:
         raise InputError(
@@ -66,8 +79,14 @@ def pipeline_config(cluster: ClusterConfig) -> dsl.PipelineConfig:
     return dsl.PipelineConfig(ttl_seconds_after_finished=cluster.ttl_s or None)
 
 
-def configure(task: Any, cluster: ClusterConfig) -> None:
-    """Give a task its image, environment, resources, volumes and retries."""
+def configure(task: Any, cluster: ClusterConfig, public_keys: Sequence[str] = ()) -> None:
+    """Give a task its image, environment, resources, volumes and retries.
+
+    Args:
+        task: the task.
+        cluster: the section.
+        public_keys: the keys it trusts; none for those in the signing secret.
+    """
     stage = BY_NAME[task.name]
     launches_train_job = cluster.nodes > 1 and stage.several_nodes
     trains = stage.image == "train" and not launches_train_job
@@ -76,6 +95,7 @@ def configure(task: Any, cluster: ClusterConfig) -> None:
     if cluster.pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(cluster.pull_secrets))
     _environment(task, cluster)
+    _keys(task, cluster, public_keys)
     if launches_train_job:
         task.set_env_variable(VARIABLE, cluster.model_dump_json())
     _resources(task, cluster, trains)
@@ -117,6 +137,16 @@ def _environment(task: Any, cluster: ClusterConfig) -> None:
         task.set_env_variable("KUBEALIGN_HOME", HOME)
     elif kind == "s3":
         task.set_env_variable("KUBEALIGN_STATE", cluster.state)
+
+
+def _keys(task: Any, cluster: ClusterConfig, public_keys: Sequence[str]) -> None:
+    """Give a task the keys that it needs, and no others."""
+    keys = {key: SIGNING_KEYS[key] for key in BY_NAME[task.name].keys}
+    if public_keys and "public_keys" in keys:
+        del keys["public_keys"]
+        task.set_env_variable(PUBLIC_KEYS_VARIABLE, " ".join(public_keys))
+    if keys:
+        kubernetes.use_secret_as_env(task, cluster.signing_secret, keys)
 
 
 def _resources(task: Any, cluster: ClusterConfig, trains: bool) -> None:

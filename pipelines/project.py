@@ -1,11 +1,15 @@
 """The project a command works on: its folder, and the configuration of a run of it."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
+
+import yaml
 
 from components.common.errors import InputError
 from components.config.params import PARAMS, Config, load_config
 from components.tracking import store
+from components.tracking.keys import PUBLIC_KEYS_VARIABLE
 
 
 def project_folder(project: Path | None) -> Path:
@@ -19,8 +23,17 @@ def project_folder(project: Path | None) -> Path:
     for folder in folders:
         if (folder / PARAMS).is_file():
             os.environ.setdefault(store.HOME_VARIABLE, str(folder / ".kubealign"))
+            _trust(folder / PARAMS)
             return folder
     raise InputError(f"{folders[0]}: no {PARAMS} here or above; go to the project's folder or name it with --project")
+
+
+def _trust(params: Path) -> None:
+    """Trust the keys that the project lists, unless the environment says whom to trust."""
+    with suppress(yaml.YAMLError, OSError, AttributeError, TypeError):  # whoever reads the settings says what is wrong
+        listed = (yaml.safe_load(params.read_text(encoding="utf-8")).get("register") or {}).get("public_keys")
+        if listed:
+            os.environ.setdefault(PUBLIC_KEYS_VARIABLE, " ".join(listed))
 
 
 def run_config(root: Path, overrides: list[str]) -> Config:

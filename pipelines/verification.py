@@ -1,5 +1,8 @@
-"""Verification of a registered version's files and logits, and its provenance, from which to reproduce it."""
+"""Verification of a registered version: its statement, files, verdict and logits; and its provenance, from which to
+reproduce it.
+"""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,13 +12,20 @@ from typing import Any, Literal
 import yaml
 
 from components.common.documents import JsonObject, parse_document, read_document
-from components.common.errors import InputError, KubealignError
-from components.common.files import write_text
+from components.common.errors import EvidenceError, InputError, KubealignError
+from components.common.files import difference, sha256_file, write_text
 from components.common.provenance import environment
+from components.config.gate import GateConfig
 from components.config.model import ExecutionConfig
 from components.config.params import PARAMS
+from components.gate.rejudge import judge_again
+from components.gate.results import Evaluation
+from components.gate.rules import GateContext
+from components.gate.verdict import Verdict
+from components.register.package import CODE, check_loader
 from components.registry.audit import Audit
-from components.registry.manifest import manifest_mismatch
+from components.registry.base import BaseReference
+from components.registry.evidence import SCORES, CheckedVersion, check_version, forced
 from components.training.documents import DpoTraining
 from pipelines import git
 
@@ -32,38 +42,74 @@ class VersionCheck:
     sentence: str
 
 
+def accept(client: Any, name: str, version: str, scratch: Path) -> tuple[CheckedVersion, Verdict]:
+    """A version as evidence: downloaded, its statement, files and place in the history checked, and judged again from
+    the scores that the statement binds. Nothing of it is run.
+
+    Args:
+        client: MLflow client.
+        name: the registered model.
+        version: its version.
+        scratch: gets the download.
+
+    Raises:
+        EvidenceError: something does not fit; the message says what.
+    """
+    import mlflow
+
+    uri = f"models:/{name}/{version}"
+    folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(scratch)))
+    checked = check_version(client, name, version, folder)
+    return checked, _judge_again(checked)
+
+
+def _judge_again(checked: CheckedVersion) -> Verdict:
+    where = f"{checked.name} version {checked.version}"
+    stated = checked.evidence.judgement
+    evaluation = read_document(checked.folder / SCORES, Evaluation)
+    context = GateContext(stated["incumbent"]["version"], stated["decision_index"], bool(stated["data"]["clean"]))
+    verdict = judge_again(evaluation, context, GateConfig.model_validate(stated["gate"]), f"{where}: {SCORES}")
+    if (verdict["verdict"], verdict["passed"]) != (stated["verdict"], stated["passed"]):
+        raise EvidenceError(
+            f"{where}: its scores and rules give {verdict['verdict']!r}, its statement says {stated['verdict']!r}"
+        )
+    return verdict
+
+
 def verify(client: Any, name: str, version: Any) -> list[VersionCheck]:
-    """Check a version against what was recorded when it was registered.
+    """Check a version against the statement that was signed when it was registered.
 
     Args:
         client: MLflow client.
         name: the registered model.
         version: MLflow's `ModelVersion`.
-
-    Raises:
-        KubealignError: the version was not registered by this project, or cannot be downloaded.
     """
-    import mlflow
-
-    checks = [_check_run(client, version), _check_audit(client, name)]
+    checks = [_check_run(client, version)]
     with tempfile.TemporaryDirectory() as scratch:
-        uri = f"models:/{name}/{version.version}"
-        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch))
-        files = _check_files(version, folder)
-        checks.append(files)
-        # A model whose hash is wrong is never loaded.
-        if files.outcome == "pass":
-            checks.append(_check_logits(folder))
+        try:
+            checked, verdict = accept(client, name, str(version.version), Path(scratch))
+            check_loader(checked.folder / "MLmodel", f"{name} version {version.version}")
+        except KubealignError as error:
+            return [*checks, VersionCheck("evidence", "fail", str(error))]
+        sizes = [path.stat().st_size for path in checked.folder.rglob("*") if path.is_file()]
+        signer = checked.evidence.judgement["signed_by"][:12]
+        sentence = f"signed by {signer}; {len(sizes)} files, {sum(sizes) / 1e6:.0f} MB, are those of the statement"
+        checks.append(VersionCheck("evidence", "pass", sentence))
+        checks.append(_check_code(checked.folder))
+        checks.append(_check_verdict(client, checked, verdict))
+        checks.append(_check_logits(checked.folder / "artifacts"))
     return checks
 
 
 def _check_run(client: Any, version: Any) -> VersionCheck:
     from mlflow.exceptions import MlflowException
 
+    if not version.run_id:
+        return VersionCheck("run", "warn", "no run made it")
     try:
         stage = client.get_run(version.run_id).info.lifecycle_stage
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         return VersionCheck("run", "warn", f"the run {version.run_id} that made it no longer exists")
     if stage != "active":
@@ -76,30 +122,34 @@ def _check_run(client: Any, version: Any) -> VersionCheck:
     return VersionCheck("run", "pass", f"run {version.run_id} exists")
 
 
-def _check_audit(client: Any, name: str) -> VersionCheck:
-    try:
-        audit = Audit.find(client, name)
-        champions = audit.champions() if audit else []
-    except KubealignError as error:
-        return VersionCheck("history", "warn", str(error))
-    return VersionCheck("history", "pass", f"{len(champions)} champions so far")
+def _check_code(folder: Path) -> VersionCheck:
+    if sha256_file(folder / CODE.name) == sha256_file(CODE):
+        return VersionCheck("code", "pass", f"{CODE.name} is that of this kubealign")
+    return VersionCheck("code", "warn", f"{CODE.name} is that of another kubealign, signed like the rest")
 
 
-def _check_files(version: Any, folder: Path) -> VersionCheck:
-    if mismatch := manifest_mismatch(version, folder):
-        return VersionCheck("files", "fail", f"{mismatch}: not what was registered")
-    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    return VersionCheck("files", "pass", f"{len(sizes)} files, {sum(sizes) / 1e6:.0f} MB, have the registered sha256")
+def _check_verdict(client: Any, checked: CheckedVersion, verdict: Verdict) -> VersionCheck:
+    """The verdict, judged again, and how the version became champion if that was by force."""
+    audit = Audit.find(client, checked.name)
+    champions = audit.champions() if audit else []
+    last = champions[-1] if champions else None
+    sentence = f"judged again from its scores: {verdict['sentence']}"
+    by_force = forced(champions, checked.evidence.digest)
+    if by_force:
+        why = f"promoted by force, at {by_force.at} by {by_force.by}: {by_force.reason}"
+        return VersionCheck("verdict", "warn", f"{why}; {sentence}")
+    if last and last.version == checked.version and not verdict["passed"] and not checked.copied_from:
+        return VersionCheck("verdict", "fail", f"it is champion without having passed; {sentence}")
+    return VersionCheck("verdict", "pass", sentence)
 
 
-def _check_logits(folder: Path) -> VersionCheck:
-    import mlflow
+def _check_logits(artifacts: Path) -> VersionCheck:
     import torch
 
     from components.engine.models import Fingerprint
 
-    stored = read_document(folder / "artifacts" / "fingerprint.json", Fingerprint)
-    model = mlflow.pyfunc.load_model(str(folder)).unwrap_python_model().model
+    stored = read_document(artifacts / "fingerprint.json", Fingerprint)
+    model = _load(artifacts)
     with torch.no_grad():
         logits_V = model(input_ids=torch.tensor([stored["tokens"]]), use_cache=False).logits[0, -1].float()
     sample = torch.linspace(0, len(logits_V) - 1, len(stored["logits"])).long()
@@ -108,6 +158,33 @@ def _check_logits(folder: Path) -> VersionCheck:
     return VersionCheck(
         "logits", outcome, f"loaded; they differ by at most {difference:.1e} from those recorded at registration"
     )
+
+
+def _load(artifacts: Path) -> Any:
+    """The model of a version, by transformers and peft alone; the version's own code is not run."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    merged = (artifacts / "model").is_dir()
+    folder = artifacts / "model" if merged else _base(read_document(artifacts / "base.json", BaseReference))
+    options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    if merged:
+        return model
+    return PeftModel.from_pretrained(model, artifacts / "adapter", local_files_only=True).eval()
+
+
+def _base(recorded: BaseReference) -> Path:
+    """The base model of an adapter, its files checked; KUBEALIGN_BASE may name a folder that holds it."""
+    import mlflow
+
+    named = os.environ.get("KUBEALIGN_BASE")
+    folder = Path(named or mlflow.artifacts.download_artifacts(artifact_uri=recorded["reference"]))
+    actual = {name: sha256_file(folder / name) for name in recorded["files"] if (folder / name).is_file()}
+    if mismatch := difference(recorded["files"], actual):
+        raise EvidenceError(f"{recorded['reference']} in {folder}: {mismatch}: not the base model of the adapter")
+    return folder
 
 
 def reproduce(version: Any, project: Path, out: Path | None) -> Iterator[str]:

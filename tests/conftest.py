@@ -4,11 +4,19 @@ import os
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from components.tracking.keys import PUBLIC_KEYS_VARIABLE, SIGNING_KEY_VARIABLE
 from pipelines.quiet import QUIET
 
 for name, value in QUIET.items():
     os.environ.setdefault(name, value)
+# One key for all homes of a session, as fixtures of the session make what tests with a home of their own register.
+os.environ.setdefault(
+    SIGNING_KEY_VARIABLE,
+    ec.generate_private_key(ec.SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode(),
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,7 +65,14 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return move_home(tmp_path / "home", monkeypatch)
 
 
-OF_A_HOME = ("KUBEALIGN_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID", "KUBEALIGN_PARENT_RUN")
+OF_A_HOME = (
+    PUBLIC_KEYS_VARIABLE,
+    "KUBEALIGN_HOME",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_REGISTRY_URI",
+    "MLFLOW_RUN_ID",
+    "KUBEALIGN_PARENT_RUN",
+)
 """Environment variables that lead to a home; MLflow sets some of them by itself."""
 
 
@@ -68,7 +83,7 @@ def environment_without_home() -> dict[str, str]:
 
 def move_home(home: Path, patch: pytest.MonkeyPatch) -> Path:
     """Let MLflow, checkpoints and caches be in a folder, whatever the environment says or MLflow put into it."""
-    for name in OF_A_HOME:
+    for name in (*OF_A_HOME, PUBLIC_KEYS_VARIABLE):
         patch.delenv(name, raising=False)
     patch.setenv("KUBEALIGN_HOME", str(home))
     return home

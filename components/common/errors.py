@@ -6,6 +6,7 @@ Exception
     │   └── RowError               why a row cannot be a preference pair
     ├── DataValidationError        the data is too bad to train on
     ├── TrainingError              a non-finite loss, a wrong reference, out of memory
+    ├── EvidenceError              a statement, history or cache that proves nothing
     ├── ChampionChangedError       another model became champion in the meantime
     ├── StepFailedError            a step of a local run failed; carries the step's exit code
     ├── InterruptedRunError        SIGINT or SIGTERM; exit code 128 + signal            (retryable)
@@ -44,6 +45,10 @@ class DataValidationError(KubealignError):
 
 class TrainingError(KubealignError):
     """Training cannot continue: a non-finite loss, a wrong reference model, or out of memory."""
+
+
+class EvidenceError(KubealignError):
+    """A signed statement, history or result is missing, foreign or changed, so nothing may rest on it."""
 
 
 class ChampionChangedError(KubealignError):

@@ -80,6 +80,11 @@ class ClusterConfig(Section):
     git_secret: str = Field(
         default="", description="secret with keys `username` and `password` (a token) for data.repo; or empty"
     )
+    signing_secret: str = Field(
+        default="kubealign-signing",
+        description="secret with keys `signing_key`, `cache_key` and `public_keys`, as `kubealign keys --secret` prints"
+        " it; only register gets the first",
+    )
     state: str = Field(
         default="pvc:kubealign-state",
         pattern=r"^(pvc:[a-z0-9][a-z0-9.-]*|s3://\S+)?$",

@@ -24,9 +24,10 @@ from components.dataset.chat import encode_prompt
 from components.dataset.language import count_han, count_latin_words, is_refusal
 from components.dataset.records import LANGUAGES, Preference
 from components.engine.models import PackedModel, plain_attention
-from components.evaluate.statistics import Floats, GroupBootstrap
 from components.gate.results import Estimate, Generation, Metrics
+from components.gate.statistics import Floats, GroupBootstrap
 from components.tracking import store
+from components.tracking.keys import is_sealed, seal
 from components.tracking.run import StageRun
 
 BATCH_PROMPTS = 8
@@ -51,9 +52,9 @@ class Answers:
 
 
 class _CachedAnswers(TypedDict):
-    """A cache file: the answers, and a digest to detect damage."""
+    """A cache file: the answers, and this pipeline's seal over them and their key."""
 
-    sha256: str
+    seal: str
     answers: Answers
 
 
@@ -112,18 +113,22 @@ def answer(
         for position, index in enumerate(batch):
             both[index], both[len(rows) + index] = texts[position], texts[len(batch) + position]
     answers = Answers(both[: len(rows)], both[len(rows) :])
-    write_json(path, {"sha256": digest(asdict(answers)), "answers": asdict(answers)})
+    write_json(path, {"seal": seal(path.name, _bytes(answers)), "answers": asdict(answers)})
     return answers
 
 
 def _load(path: Path, n: int) -> Answers | None:
-    """Cached answers to `n` prompts; None if there are none, or the file is damaged."""
+    """Cached answers to `n` prompts; None if there are none, or the file is damaged or not ours."""
     try:
         cached = read_document(path, _CachedAnswers)
     except InputError:
         return None
     answers = cached["answers"]
-    return answers if cached["sha256"] == digest(asdict(answers)) and len(answers.greedy) == n else None
+    return answers if is_sealed(path.name, _bytes(answers), cached["seal"]) and len(answers.greedy) == n else None
+
+
+def _bytes(answers: Answers) -> bytes:
+    return digest(asdict(answers)).encode()
 
 
 class _FirstRowsGreedy(LogitsProcessor):  # type: ignore[misc]

@@ -17,7 +17,8 @@ from components.common.files import digest, read_json, sha256_file, verify_manif
 from components.config.model import ExecutionConfig
 from components.dataset.chat import load_tokenizer
 from components.engine.models import PackedModel, keep_first_ranks
-from components.registry.manifest import BaseReference, manifest_mismatch
+from components.registry.base import BaseReference
+from components.registry.evidence import check_version
 from components.tracking import store
 from components.tracking.run import StageRun
 from components.training.documents import read_dpo_training
@@ -42,6 +43,8 @@ class Inputs:
     """Number of this decision among those on the same test set, from 1."""
     data_clean: bool
     """Whether a commit records exactly this data."""
+    test_set: str
+    """md5 of the test side's pairs."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,9 @@ class Candidate:
     loss: str = ""
 
 
-def find_candidates(run: StageRun, model: ExecutionConfig, inputs: Inputs) -> list[Candidate]:
-    """All candidates, each before its reference, so a model's samples exist when its reference is opened.
+def find_candidates(run: StageRun, model: ExecutionConfig, inputs: Inputs) -> tuple[list[Candidate], str]:
+    """All candidates, each before its reference, so a model's samples exist when its reference is opened; and the
+    sha256 of the incumbent's statement, empty without one.
 
     Raises:
         InputError: a file changed since it was written, or the incumbent cannot be loaded.
@@ -87,15 +91,15 @@ def find_candidates(run: StageRun, model: ExecutionConfig, inputs: Inputs) -> li
     opens = partial(open_model, run, inputs.base_model, model, trains=False)
     base = Candidate("base", base_digest, tokenizer, opens)
     if not inputs.incumbent:
-        return [policy, sft, base]
-    return [*_incumbent(run, model, inputs, base_digest, sft_digest), policy, sft, base]
+        return [policy, sft, base], ""
+    folder, statement = download_incumbent(inputs.incumbent)
+    return [*_incumbent(run, model, inputs, folder, base_digest, sft_digest), policy, sft, base], statement
 
 
 def _incumbent(
-    run: StageRun, model: ExecutionConfig, inputs: Inputs, base_digest: str, sft_digest: str
+    run: StageRun, model: ExecutionConfig, inputs: Inputs, folder: Path, base_digest: str, sft_digest: str
 ) -> list[Candidate]:
     """The incumbent, and its reference if that is not the SFT model."""
-    folder = download_incumbent(inputs.incumbent)
     training = read_dpo_training(folder)
     beta, loss = training["beta"], training["loss"]
     same_sft = training["sft_digest"] == sft_digest and training["base_digest"] == base_digest
@@ -121,20 +125,17 @@ def _incumbent(
     return [incumbent, Candidate(reference, digest([content, "first ranks", rank]), tokenizer, open_reference)]
 
 
-def download_incumbent(uri: str) -> Path:
-    """Download the artifacts of a registered version and verify them against its manifest.
+def download_incumbent(uri: str) -> tuple[Path, str]:
+    """The artifacts of a registered version, and the sha256 of the signed statement that they are what was judged.
 
     Raises:
-        InputError: it cannot be downloaded, or its files differ from those that were registered.
+        InputError: it cannot be downloaded.
+        EvidenceError: nothing proves that it is what was registered.
     """
     name, number = uri.removeprefix("models:/").rsplit("/", 1)
     download = _fetch(uri, f"incumbent {uri}")
-    if mismatch := manifest_mismatch(store.client().get_model_version(name, number), download):
-        raise InputError(f"incumbent {uri}: {mismatch}: not what was registered; `kubealign rollback` restores another")
-    folder = download / "artifacts"
-    if not (folder / "model" / "config.json").is_file() and not (folder / "adapter").is_dir():
-        raise InputError(f"incumbent {uri} has no model that this project registered; move the champion alias")
-    return folder
+    checked = check_version(store.client(), name, number, download)
+    return download / "artifacts", checked.evidence.digest
 
 
 def _base_in_registry(incumbent: str, folder: Path) -> Path:

@@ -13,7 +13,8 @@ import numpy as np
 from components.dataset.records import LANGUAGES, Preference
 from components.engine.objectives import LOSSES
 from components.evaluate.config import EvaluateConfig
-from components.evaluate.statistics import (
+from components.gate.results import Comparison, Estimate, McNemar, Metrics, ModelResults, PairResults
+from components.gate.statistics import (
     DISTRIBUTION_POINTS,
     Floats,
     GroupBootstrap,
@@ -28,7 +29,6 @@ from components.evaluate.statistics import (
     roc,
     superiority_p,
 )
-from components.gate.results import Comparison, Estimate, McNemar, Metrics, ModelResults, PairResults
 from components.training.scoring import TokenLogps
 
 Rows = dict[str, list[Preference]]
@@ -67,6 +67,8 @@ class _ModelEvaluation:
     margins_P: Floats
     loss_P: Floats
     loss_BK: Floats
+    calibration_P: Floats
+    """Margins of the validation pairs."""
     results: ModelResults
 
 
@@ -118,6 +120,13 @@ def compare(
                 "margins": {name: float(model.margins_P[index]) for name, model in models.items()},
             }
             for index, (row, length) in enumerate(zip(test, lengths_P, strict=True))
+        ],
+        "calibration": [
+            {
+                "group": row.group,
+                "margins": {name: float(model.calibration_P[index]) for name, model in models.items()},
+            }
+            for index, row in enumerate(rows["validation"])
         ],
     }
 
@@ -179,7 +188,7 @@ def _evaluate(
         "reliability": plots,
         "generation": None,
     }
-    return _ModelEvaluation(gaps["test"], loss_P, loss_BK, results)
+    return _ModelEvaluation(gaps["test"], loss_P, loss_BK, gaps["validation"], results)
 
 
 def _of_kind(kind: str, parts: Mapping[str, T]) -> dict[str, T]:

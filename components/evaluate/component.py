@@ -59,6 +59,7 @@ def evaluate(
             validated(ExecutionConfig, given.sections["model"], "model"),
             Inputs(Path(dataset.path), Path(base.path), Path(sft_model.path), Path(policy.path), **given.facts),
             given.origin,
+            given.code,
             Path(evaluation.path),
             Path(report.path),
             Path(summary.path),

@@ -12,8 +12,8 @@ import numpy as np
 
 from components.engine.history import StepRecord
 from components.engine.objectives import LN2, LOSSES
-from components.evaluate.statistics import Floats
 from components.gate.results import Finding, PairResults
+from components.gate.statistics import Floats
 
 ERRORS = 2.0
 LOST_NATS = 0.01

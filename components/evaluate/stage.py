@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from components.common.documents import read_document
-from components.common.files import MANIFEST, digest, write_json, write_text
+from components.common.files import MANIFEST, digest, sha256_file, verify_manifest, write_json, write_text
 from components.config.gate import GateConfig
 from components.config.model import ExecutionConfig
 from components.dataset.chat import encode_prompt
@@ -25,10 +25,11 @@ from components.evaluate.comparison import EVAL_SPLITS, Rows, Scored, compare, s
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.diagnosis import diagnose
 from components.evaluate.report_page import markdown, report
-from components.evaluate.statistics import Floats, GroupBootstrap
-from components.gate.results import AnsweredPrompt, Evaluation, Generation
+from components.gate.results import SEAL, AnsweredPrompt, Evaluation, Generation, Judged
 from components.gate.rules import GateContext, apply_gate
+from components.gate.statistics import Floats, GroupBootstrap
 from components.gate.verdict import Verdict
+from components.tracking.keys import seal
 from components.tracking.result import StageResult
 from components.tracking.run import StageRun, stage_run
 from components.training.run import pair_examples, resolve_precision
@@ -44,6 +45,7 @@ def run_evaluate(
     model: ExecutionConfig,
     inputs: Inputs,
     facts: dict[str, str],
+    code: str,
     out: Path,
     html_out: Path,
     markdown_out: Path,
@@ -56,7 +58,8 @@ def run_evaluate(
         model: execution settings of the models.
         inputs: models and data, and the other inputs of the gate.
         facts: lineage to show in the report.
-        out: folder that gets evaluation.json and verdict.json.
+        code: digest of the code of this step.
+        out: folder that gets evaluation.json with its seal, and verdict.json.
         html_out: gets the report page.
         markdown_out: gets the report's summary.
 
@@ -74,13 +77,16 @@ def run_evaluate(
             split: read_rows(inputs.dataset / "preferences" / f"{split}.jsonl", Preference) for split in EVAL_SPLITS
         }
         prompt_rows = fixed_prompts(rows["test"], config.generations_per_language)
-        outputs = _run_models(run, config, model, find_candidates(run, model, inputs), rows, prompt_rows)
+        candidates, incumbent_statement = find_candidates(run, model, inputs)
+        outputs = _run_models(run, config, model, candidates, rows, prompt_rows)
         history = read_history(inputs.policy / "history.jsonl")
-        evaluation = _evaluation(config, gate, rows, outputs, prompt_rows, history, inputs, facts)
+        judged = _judged(inputs, incumbent_statement, code)
+        evaluation = _evaluation(config, gate, rows, outputs, prompt_rows, history, inputs, facts, judged)
         context = GateContext(inputs.incumbent, inputs.decision_index, inputs.data_clean)
         verdict = apply_gate(evaluation, context, gate)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "evaluation.json", evaluation)
+        write_text(out / SEAL, seal(SEAL, (out / "evaluation.json").read_bytes()))
         write_json(out / "verdict.json", verdict)
         run.log_metrics([(0, _logged_metrics(evaluation))])
         for path in (out / "evaluation.json", out / "verdict.json"):
@@ -162,6 +168,7 @@ def _evaluation(
     history: Sequence[StepRecord],
     inputs: Inputs,
     facts: dict[str, str],
+    judged: Judged,
 ) -> Evaluation:
     scored = {name: output.scored for name, output in outputs.items()}
     results = compare(config, gate.threshold(), gate.max_language_regression, rows, scored)
@@ -173,6 +180,23 @@ def _evaluation(
         "answers": _answers(outputs, prompt_rows),
         "policy_digest": digest(read_document(inputs.policy / MANIFEST, dict[str, str])),
         "facts": facts,
+        "judged": judged,
+    }
+
+
+def _judged(inputs: Inputs, incumbent_statement: str, code: str) -> Judged:
+    """What the verdict is about, from the files that were read."""
+    pairs = {split: sha256_file(inputs.dataset / "preferences" / f"{split}.jsonl") for split in EVAL_SPLITS}
+    return {
+        "test_set": inputs.test_set,
+        "test_sha256": pairs["test"],
+        "validation_sha256": pairs["validation"],
+        "base": verify_manifest(inputs.base_model),
+        "incumbent": inputs.incumbent,
+        "incumbent_statement": incumbent_statement,
+        "decision_index": inputs.decision_index,
+        "data_clean": inputs.data_clean,
+        "code": code,
     }
 
 

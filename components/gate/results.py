@@ -7,6 +7,9 @@ trained from and regularized towards: the base for SFT, its own SFT model for a 
 
 from typing_extensions import TypedDict
 
+SEAL = "evaluation.seal"
+"""File beside evaluation.json: the proof that our evaluate wrote it."""
+
 
 class Estimate(TypedDict):
     """A mean over `n` pairs, answers or prompts, with its interval."""
@@ -133,6 +136,13 @@ class HeldOutPair(TypedDict):
     margins: dict[str, float]
 
 
+class CalibrationPair(TypedDict):
+    """A validation pair, on which the scales are fitted, with the margin of every model by its name."""
+
+    group: str
+    margins: dict[str, float]
+
+
 class AnsweredPrompt(TypedDict):
     """A fixed prompt, the data's chosen answer to it, and the answers of the models by their names."""
 
@@ -161,10 +171,33 @@ class PairResults(TypedDict):
     roc: RocCurve
     """ROC curve of the policy's margin."""
     held_out: list[HeldOutPair]
+    calibration: list[CalibrationPair]
+
+
+class Judged(TypedDict):
+    """What was read to judge the policy: register compares all of it with its own inputs."""
+
+    test_set: str
+    """md5 of the test side's pairs, as resolved."""
+    test_sha256: str
+    """Of the pairs that were scored."""
+    validation_sha256: str
+    base: str
+    """Digest of the base model's files."""
+    incumbent: str
+    """models:/name/version; empty for the SFT model."""
+    incumbent_statement: str
+    """sha256 of the incumbent's signed statement."""
+    decision_index: int
+    data_clean: bool
+    code: str
+    """Digest of the code that judged."""
 
 
 class Evaluation(PairResults):
     """evaluation.json."""
+
+    judged: Judged
 
     findings: list[Finding]
     answers: list[AnsweredPrompt]

@@ -2,7 +2,6 @@
 MLflow.
 """
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,10 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from components.common.documents import read_document
+from components.common.errors import EvidenceError
 from components.common.files import MANIFEST, digest, file_hashes, sha256_file, write_json
 from components.common.provenance import versions
-from components.registry.manifest import MANIFEST_TAG, BaseReference
+from components.registry.base import BaseReference
+from components.registry.evidence import JUDGEMENT, MLFLOWS_OWN, MODEL_SIGNATURE, STATEMENT, Judgement
+from components.registry.signing import model_signature, signed, statement
+from components.tracking.keys import signing_key
 from components.tracking.run import StageRun
 from components.training.documents import read_dpo_training
 
@@ -73,12 +78,17 @@ def staged(inputs: PackageInputs, kind: str, card: str, base_reference: str) -> 
 
 
 def log_version(
-    run: StageRun, name: str, artifacts: dict[str, str], requirements: list[str], tags: dict[str, str]
-) -> str:
-    """Log the artifacts as a pyfunc model and register it; the version appears last, with all its tags.
+    run: StageRun,
+    name: str,
+    artifacts: dict[str, str],
+    requirements: list[str],
+    tags: dict[str, str],
+    judgement: Judgement,
+) -> tuple[str, str]:
+    """Log the artifacts as a pyfunc model, sign and register it; the version appears last, with all its tags.
 
     Returns:
-        the version number.
+        the version number, and the sha256 of its statement.
     """
     import mlflow
 
@@ -92,14 +102,22 @@ def log_version(
         )
     ensure_registered_model(run.client, name)
     stored = run.client.get_logged_model(logged.model_id).artifact_location
+    with tempfile.TemporaryDirectory() as scratch:
+        digest_of_statement = write_statement(Path(scratch), name, _files(stored, artifacts), judgement)
+        run.client.log_model_artifacts(logged.model_id, scratch)
     version = run.client.create_model_version(
-        name,
-        logged.model_uri,
-        run_id=run.run_id,
-        tags=tags | {MANIFEST_TAG: _manifest(stored, artifacts)},
-        model_id=logged.model_id,
+        name, logged.model_uri, run_id=run.run_id, tags=tags, model_id=logged.model_id
     )
-    return str(version.version)
+    return str(version.version), digest_of_statement
+
+
+def write_statement(folder: Path, name: str, files: dict[str, str], judgement: Judgement) -> str:
+    """Write model.sig and statement.json about a version's files, given by their sha256; returns the statement's."""
+    key = signing_key()
+    (folder / MODEL_SIGNATURE).write_bytes(model_signature(name, files, [MODEL_SIGNATURE, STATEMENT, MLFLOWS_OWN], key))
+    subject = files | {MODEL_SIGNATURE: sha256_file(folder / MODEL_SIGNATURE)}
+    (folder / STATEMENT).write_bytes(signed(statement(subject, JUDGEMENT, judgement), key))
+    return sha256_file(folder / STATEMENT)
 
 
 def register_base(run: StageRun, name: str, base: Path, base_digest: str) -> str:
@@ -107,16 +125,29 @@ def register_base(run: StageRun, name: str, base: Path, base_digest: str) -> str
 
     An adapter version refers to it, so that anyone with access to the registry can load the full model.
     """
-    registered = f"{name}-base"
-    version = find_version(run.client, registered, "kubealign.base_content", base_digest)
-    if not version:
-        run.client.log_artifacts(run.run_id, str(base), "base")
-        ensure_registered_model(run.client, registered)
-        tags = {"kubealign.base_content": base_digest}
-        source = f"runs:/{run.run_id}/base"
-        version = str(run.client.create_model_version(registered, source, run_id=run.run_id, tags=tags).version)
-        run.log(f"the base model is {registered} version {version}")
+    registered, files = f"{name}-base", file_hashes(base)
+    for version in find_versions(run.client, registered, "kubealign.base_content", base_digest):
+        if _has_files(f"models:/{registered}/{version}", files):
+            return f"models:/{registered}/{version}"
+        run.log(f"{registered} version {version} says that it is this base model, but its files are others")
+    run.client.log_artifacts(run.run_id, str(base), "base")
+    ensure_registered_model(run.client, registered)
+    tags = {"kubealign.base_content": base_digest}
+    source = f"runs:/{run.run_id}/base"
+    version = str(run.client.create_model_version(registered, source, run_id=run.run_id, tags=tags).version)
+    run.log(f"the base model is {registered} version {version}")
     return f"models:/{registered}/{version}"
+
+
+def _has_files(uri: str, files: dict[str, str]) -> bool:
+    """Whether a registered version holds these files, by their sha256: its tags may say anything."""
+    import mlflow
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch))
+        found = file_hashes(folder)
+        found.pop(MLFLOWS_OWN, None)
+    return found == files
 
 
 def ensure_registered_model(client: Any, name: str) -> None:
@@ -130,13 +161,13 @@ def ensure_registered_model(client: Any, name: str) -> None:
             raise
 
 
-def find_version(client: Any, name: str, tag: str, value: str) -> str:
-    """The newest version whose tag has this value, or an empty string."""
+def find_versions(client: Any, name: str, tag: str, value: str) -> list[str]:
+    """The versions whose tag has this value, the newest first. A tag is a hint: anyone may have written it."""
     # With authentication on, MLflow answers 403 for a model that does not exist; a search is allowed.
     if not client.search_registered_models(f"name = '{name}'"):
-        return ""
+        return []
     matches = client.search_model_versions(f"name = '{name}' AND tags.`{tag}` = '{value}'")
-    return str(max((int(version.version) for version in matches), default=""))
+    return [str(number) for number in sorted((int(version.version) for version in matches), reverse=True)]
 
 
 def requirements(policy: Path, kind: str) -> list[str]:
@@ -148,8 +179,8 @@ def requirements(policy: Path, kind: str) -> list[str]:
     return [f"{name}=={version}" for name, version in required.items()]
 
 
-def _manifest(stored: str, artifacts: dict[str, str]) -> str:
-    """sha256 of every file of the version, as JSON: our files as logged, MLflow's as stored."""
+def _files(stored: str, artifacts: dict[str, str]) -> dict[str, str]:
+    """sha256 of every file of the version: our files as logged, MLflow's as stored."""
     import mlflow
 
     hashes = {f"{CODE.name}": sha256_file(CODE)}
@@ -158,9 +189,25 @@ def _manifest(stored: str, artifacts: dict[str, str]) -> str:
         hashes |= {f"artifacts/{artifact.name}/{name}".rstrip("/"): value for name, value in files.items()}
     with tempfile.TemporaryDirectory() as scratch:
         for name in LOADED_BY_PATH:
-            path = mlflow.artifacts.download_artifacts(artifact_uri=f"{stored}/{name}", dst_path=scratch)
-            hashes[name] = sha256_file(Path(path))
-    return json.dumps(hashes, sort_keys=True)
+            path = Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{stored}/{name}", dst_path=scratch))
+            if name == "MLmodel":
+                check_loader(path, stored)
+            hashes[name] = sha256_file(path)
+    return hashes
+
+
+def check_loader(path: Path, where: str) -> None:
+    """Check that MLflow would run chat_model.py for this MLmodel, and no other code.
+
+    Raises:
+        EvidenceError: it names other code.
+    """
+    flavors = yaml.safe_load(path.read_text(encoding="utf-8")).get("flavors", {})
+    ours = flavors.get("python_function", {})
+    code = Path(str(ours.get("model_code_path"))).name
+    runs = (list(flavors), ours.get("loader_module"), code, ours.get("code"), ours.get("python_model"))
+    if runs != (["python_function"], "mlflow.pyfunc.loaders.code_model", CODE.name, None, None):
+        raise EvidenceError(f"{where}: MLmodel would load other code than {CODE.name}: {runs}")
 
 
 def _globs(endings: tuple[str, ...]) -> list[str]:

@@ -1,25 +1,31 @@
-"""Promotion and rollback: the audit run decides who is champion, the alias `champion` follows.
+"""Promotion and rollback: the signed history decides who is champion, the alias `champion` follows.
 
-A promotion claims the next `champion.<n>`, which only one caller can get, sets the alias, and checks for later claims,
-so the last alias write always reflects the latest claim. If a process dies between claim and alias, the next caller
-finishes the job.
+A promotion claims the next champion's entry, which only one caller can get, sets the alias, and checks for later
+claims, so the last alias write always reflects the latest claim. If a process dies between claim and alias, or somebody
+moves the alias, the next caller puts it right.
 """
 
-import time
+from collections.abc import Callable
 from typing import Any
 
 from components.common.errors import ChampionChangedError, InputError
 from components.registry.audit import CHAMPION, Audit, ChampionRecord
 
 ROLLED_BACK = "kubealign.rolled_back"
-"""Tag of a version that was rolled back, with the reason: only a person can make it champion again."""
-RECONCILE_AFTER_S = 1.0
+"""Tag of a version that was rolled back, with the reason, for people; the history is what counts."""
 
 
 def promote(
-    client: Any, name: str, version: str, how: str, reason: str, expected: str | None = None, run: str = ""
+    client: Any,
+    name: str,
+    version: str,
+    how: str,
+    reason: str,
+    expected: str | None = None,
+    run: str = "",
+    statement: str = "",
 ) -> ChampionRecord:
-    """Make a version the champion.
+    """Make a version the champion, whose evidence the caller has checked.
 
     Args:
         client: MLflow client.
@@ -29,11 +35,14 @@ def promote(
         reason: recorded with the promotion.
         expected: version that must be champion now, empty for no champion; None accepts any.
         run: MLflow run that made the decision.
+        statement: sha256 of the version's statement.
 
     Raises:
         ChampionChangedError: another version is champion; nothing was changed.
     """
-    audit = Audit.open(client, name)
+    audit = Audit.find(client, name)
+    if not audit:
+        raise InputError(f"{name}: no such registered model; `kubealign run` registers one")
     while True:
         last = reconcile_alias(audit)
         current = last.version if last else ""
@@ -44,15 +53,21 @@ def promote(
                 f"{name} version {version} was evaluated against {_named(expected)}, but the champion is"
                 f" {_named(current)}"
             )
-        record = audit.claim_champion((last.number if last else 0) + 1, version, how, reason, run)
+        record = audit.claim_champion((last.number if last else 0) + 1, version, how, reason, run, statement)
         if record:
             break
     follow(audit)
     return record
 
 
-def rollback(client: Any, name: str, reason: str) -> tuple[ChampionRecord, str]:
+def rollback(client: Any, name: str, reason: str, accepted: Callable[[str], str]) -> tuple[ChampionRecord, str]:
     """Restore the previous champion and tag the removed one with the reason.
+
+    Args:
+        client: MLflow client.
+        name: registered model.
+        reason: recorded with the rollback.
+        accepted: checks a version's evidence and returns the sha256 of its statement, or raises.
 
     Returns:
         the new record, and the version that was rolled back.
@@ -75,7 +90,8 @@ def rollback(client: Any, name: str, reason: str) -> tuple[ChampionRecord, str]:
         raise InputError(
             f"the previous champion, {name} version {previous}, is no longer in the registry; promote another version"
         )
-    record = audit.claim_champion(last.number + 1, previous, "rollback", reason)
+    statement = accepted(previous)
+    record = audit.claim_champion(last.number + 1, previous, "rollback", reason, "", statement, last.statement)
     if not record:
         raise ChampionChangedError(f"the champion of {name} changed in the meantime; check `kubealign history`")
     client.set_model_version_tag(name, current, ROLLED_BACK, f"{record.at} {reason}")
@@ -95,41 +111,44 @@ def rollback_path(records: list[ChampionRecord]) -> list[str]:
 
 
 def reconcile_alias(audit: Audit) -> ChampionRecord | None:
-    """Make audit run and alias agree; return the current record.
+    """Make the alias agree with the history; return the current record.
 
-    An alias that lags behind its claim is set: the promotion was interrupted. An alias that was moved by other means is
-    respected and recorded in the audit run.
+    The alias lags behind when a promotion was interrupted, and anyone who may edit the model can move it; neither
+    makes a champion. Only a champion that no longer exists is recorded as "no champion".
     """
-    checks = 0
     while True:
         records = audit.champions()
         last = records[-1] if records else None
-        if last and not last.alias_set:
+        if not last or not last.version or _exists(audit.client, audit.name, last.version):
             return follow(audit)
-        alias = champion_alias(audit.client, audit.name)
-        if alias == (last.version if last else ""):
-            return last
-        checks += 1
-        # A promotion in progress sets the alias in a moment.
-        if last and checks < 3:
-            time.sleep(RECONCILE_AFTER_S)
-            continue
-        record = audit.claim_champion(len(records) + 1, alias, "outside", "the alias was moved by other means")
-        if record:
-            audit.mark_alias_set(record.number)
+        audit.claim_champion(last.number + 1, "", "outside", f"version {last.version} was deleted")
 
 
-def follow(audit: Audit) -> ChampionRecord:
+def follow(audit: Audit) -> ChampionRecord | None:
     """Set the alias to the latest claim; repeat while later claims appear."""
     while True:
-        last = audit.champions()[-1]
-        if last.version:
-            audit.client.set_registered_model_alias(audit.name, CHAMPION, last.version)
-        elif champion_alias(audit.client, audit.name):
-            audit.client.delete_registered_model_alias(audit.name, CHAMPION)
-        if audit.champions()[-1].number == last.number:
-            audit.mark_alias_set(last.number)
+        last = current_champion(audit)
+        alias = champion_alias(audit.client, audit.name)
+        wanted = last.version if last else ""
+        if alias == wanted:
             return last
+        if wanted:
+            audit.client.set_registered_model_alias(audit.name, CHAMPION, wanted)
+        else:
+            audit.client.delete_registered_model_alias(audit.name, CHAMPION)
+        if current_champion(audit) == last:
+            return last
+
+
+def current_champion(audit: Audit) -> ChampionRecord | None:
+    """The last record of the history; None before the first champion."""
+    return next(reversed(audit.champions()), None)
+
+
+def champion_version(audit: Audit | None) -> str:
+    """The version that is champion by the history, or an empty string; without one in the registry there is none."""
+    last = current_champion(audit) if audit else None
+    return last.version if audit and last and last.version and _exists(audit.client, audit.name, last.version) else ""
 
 
 def champion_alias(client: Any, name: str) -> str:

@@ -4,7 +4,9 @@ Never cached. Later steps are cached by their orders, so that the cache cannot s
 """
 
 import importlib.util
+import tempfile
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,9 +14,11 @@ import yaml
 from components.common.errors import InputError
 from components.config.model import ModelConfig
 from components.config.params import Config
+from components.gate.rules_of_model import check_rules
 from components.orders import Order, decision_key, make_orders, with_keys
 from components.registry.audit import Audit, next_use
-from components.registry.champion import champion_alias, reconcile_alias
+from components.registry.champion import champion_version
+from components.registry.evidence import check_history, fetch_statement
 from components.sources.facts import resolve_facts
 from components.tracking import store
 from components.tracking.run import SETTINGS, StageRun, stage_run
@@ -45,9 +49,10 @@ def run_resolve(config: Config) -> tuple[dict[str, str], str]:
         config = config.model_copy(update={"model": model})
         sections = config.sections()
         facts = with_keys(sections, resolve_facts(data, model))
-        facts = replace(facts, incumbent=_incumbent(run, register.name, facts.lineage))
+        audit = _history(run, config)
+        facts = replace(facts, incumbent=_incumbent(run, register.name, audit, facts.lineage))
         decision = decision_key(make_orders(sections, facts), facts.incumbent)
-        decision_index = _decision_index(run.client, register.name, facts.test_set, decision)
+        decision_index = next_use(audit.decisions(facts.test_set), decision) if audit else 1
         facts = replace(facts, decision=decision, decision_index=decision_index)
         orders = make_orders(sections, facts)
         _record(run, config, asdict(facts), orders)
@@ -93,23 +98,32 @@ def _public(value: Any) -> Any:
     return store.without_credentials(value) if isinstance(value, str) else value
 
 
-def _incumbent(run: StageRun, name: str, lineage: str) -> str:
+def _history(run: StageRun, config: Config) -> Audit | None:
+    """The registered model's history, whose rules this run's are not looser than; None before the first version.
+
+    Raises:
+        InputError: a rule is looser.
+        EvidenceError: the history is damaged.
+    """
+    name = config.register_.name
+    audit = Audit.find(run.client, name)
+    rules = audit.rules() if audit else None
+    if audit and rules:
+        check_history(run.client, audit)
+        check_rules(rules, config.gate, config.evaluate.generations_per_language > 0, name)
+    return audit
+
+
+def _incumbent(run: StageRun, name: str, audit: Audit | None, lineage: str) -> str:
     """The version to beat, as models:/name/version; empty before the first champion.
 
     If the champion came from this lineage, the run repeats it and so has the same incumbent as before.
     """
-    audit = Audit.find(run.client, name)
-    if audit:
-        reconcile_alias(audit)
-    version = champion_alias(run.client, name)
+    version = champion_version(audit)
     if not version:
         return ""
-    tags = run.client.get_model_version(name, version).tags
-    if tags.get("kubealign.lineage") == lineage:
-        return str(tags.get("kubealign.incumbent", ""))
+    with tempfile.TemporaryDirectory() as scratch:
+        judgement = fetch_statement(name, version, Path(scratch)).judgement
+    if judgement["lineage"] == lineage:
+        return judgement["incumbent"]["version"]
     return f"models:/{name}/{version}"
-
-
-def _decision_index(client: Any, name: str, test_set: str, decision: str) -> int:
-    audit = Audit.find(client, name)
-    return next_use(audit.decisions(test_set), decision) if audit else 1

@@ -1,12 +1,12 @@
 """Log-probabilities of examples under a model, in a content-addressed cache.
 
 The key is a hash of the model's files, the token ids (hence of data, tokenizer and template), the execution settings,
-and the engine's code with its libraries; the file carries a hash of its values. A damaged file is recomputed.
+and the engine's code with its libraries; the file carries the seal of this pipeline (tracking/keys.py) over key and
+values, so that nobody else who can write to a shared volume decides a verdict. What has none is recomputed.
 
 Shapes: E examples, C completions per example, N completion tokens in total.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from components.engine.models import PackedModel
 from components.engine.packing import Example
 from components.engine.processes import processes
 from components.tracking import store
+from components.tracking.keys import is_sealed, seal
 from components.tracking.run import StageRun, is_main_process
 
 Scores = NDArray[np.float64]
@@ -126,7 +127,7 @@ def _find(run: StageRun, candidates: dict[str, Path], lengths_EC: Any, what: str
             run.log(f"log-probs of {what}: {len(lengths_EC)} examples from {name}")
             return logps
         if path.exists():
-            run.log(f"log-probs of {what}: {path.name} in {name} is damaged and passed over")
+            run.log(f"log-probs of {what}: {path.name} in {name} is damaged or not ours, and passed over")
     return None
 
 
@@ -134,18 +135,19 @@ def _write(path: Path, logps: TokenLogps) -> None:
     if not is_main_process():
         return
     with replacing(path) as staging:
-        save_file({"logps": logps.values_N}, staging, metadata={"sha256": _checksum(logps.values_N)})
+        save_file({"logps": logps.values_N}, staging, metadata={"seal": seal(path.name, _bytes(logps.values_N))})
 
 
 def _load(path: Path, lengths_EC: Any) -> TokenLogps | None:
     try:
         with safe_open(path, framework="numpy") as file:
             values = file.get_tensor("logps")
-            intact = file.metadata().get("sha256") == _checksum(values) and values.shape == (lengths_EC.sum(),)
-    except (OSError, SafetensorError, AttributeError):
+            ours = is_sealed(path.name, _bytes(values), (file.metadata() or {}).get("seal", ""))
+            intact = ours and values.dtype == np.float32 and values.shape == (lengths_EC.sum(),)
+    except (OSError, SafetensorError):
         return None
     return TokenLogps(values, lengths_EC) if intact else None
 
 
-def _checksum(values: Any) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+def _bytes(values: Any) -> bytes:
+    return np.ascontiguousarray(values).tobytes()

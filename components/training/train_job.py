@@ -27,6 +27,7 @@ from components.config.cluster import ClusterConfig
 from components.config.loading import validated
 from components.config.model import ExecutionConfig
 from components.tracking import events, storage, store
+from components.tracking.keys import CACHE_KEY_VARIABLE
 from components.tracking.result import StageResult
 from components.tracking.run import KFP_RUN_VARIABLE, parent_run
 from components.training.config import OptimizerConfig
@@ -39,6 +40,7 @@ SECRETS = "/var/run/kubealign"
 """Mount path of the secrets on the nodes: one file per secret, named as the environment variable it becomes."""
 MLFLOW_KEYS = {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"}
 S3_KEYS = {"access_key": "AWS_ACCESS_KEY_ID", "secret_key": "AWS_SECRET_ACCESS_KEY"}
+CACHE_KEYS = {"cache_key": CACHE_KEY_VARIABLE}
 PASSED_ON = ("MLFLOW_EXPERIMENT_NAME", "AWS_DEFAULT_REGION", KFP_RUN_VARIABLE)
 KEY_LABEL = "kubealign/key"
 POLL_S = 5.0
@@ -177,7 +179,7 @@ class TrainJob:
         known |= {"MLFLOW_TRACKING_URI": cluster.mlflow_uri, "KUBEALIGN_PARENT_RUN": parent_run()}
         known |= {"AWS_ENDPOINT_URL": cluster.s3_endpoint} if cluster.s3_endpoint else {}
         state = {"KUBEALIGN_HOME": HOME} if cluster.state.startswith("pvc:") else {"KUBEALIGN_STATE": cluster.state}
-        secrets = {"KUBEALIGN_SECRETS": SECRETS} if cluster.mlflow_secret or cluster.s3_secret else {}
+        secrets = {"KUBEALIGN_SECRETS": SECRETS}
         return {name: value for name, value in (known | state | secrets).items() if value}
 
     def _running(self) -> str:
@@ -276,7 +278,11 @@ def pod_patch(cluster: ClusterConfig, stage: str) -> Any:
         mount("state", HOME, {"persistentVolumeClaim": {"claimName": claim}})
     if cluster.train.shm:
         mount("shm", "/dev/shm", {"emptyDir": {"medium": "Memory", "sizeLimit": cluster.train.shm}})  # noqa: S108
-    named = ((cluster.mlflow_secret, MLFLOW_KEYS), (cluster.s3_secret, S3_KEYS))
+    named = (
+        (cluster.mlflow_secret, MLFLOW_KEYS),
+        (cluster.s3_secret, S3_KEYS),
+        (cluster.signing_secret, CACHE_KEYS),
+    )
     sources = [
         {"secret": {"name": secret, "items": [{"key": key, "path": path} for key, path in keys.items()]}}
         for secret, keys in named

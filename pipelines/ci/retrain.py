@@ -3,12 +3,11 @@
 A model that was evaluated before is not trained again: the key of data, settings and code is looked up in MLflow first.
 """
 
-import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from components.common.errors import InputError, InterruptedRunError, KubealignError, RunPendingError
+from components.common.errors import EvidenceError, InputError, InterruptedRunError, KubealignError, RunPendingError
 from components.config.params import PARAMS, load_config
 from components.tracking import store
 from components.tracking.errors import explain_mlflow_error, is_mlflow_failure
@@ -93,16 +92,27 @@ def judged_before(job: Job) -> FinishedRun | None:
     query = " AND ".join(["tags.`kubealign.stage` = 'resolve'", *(f"params.{k} = '{v}'" for k, v in facts.items())])
     order = ["attributes.start_time DESC"]
     for resolve_run in client.search_runs([store.experiment_id(client)], query, order_by=order, max_results=50):
-        parent = resolve_run.data.tags.get("mlflow.parentRunId")
-        tags = client.get_run(parent).data.tags if parent else {}
-        if not tags.get("kubealign.version", "").startswith(f"models:/{job.config.register_.name}/"):
-            continue
-        # The version was deleted, or another version of kubealign wrote the result.
-        with contextlib.suppress(KubealignError):
-            result = load_result(parent)
-            if result["decided"]["state"] != "superseded":
-                return result
+        result = _signed_result(job, resolve_run.data.tags.get("mlflow.parentRunId", ""))
+        if result and result["decided"]["state"] != "superseded":
+            return result
     return None
+
+
+def _signed_result(job: Job, run_id: str) -> FinishedRun | None:
+    """The result of a run, if it is signed and about this job: the run itself may be anyone's."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        result = load_result(run_id)
+    except KubealignError as error:  # unfinished or forged, or its version was deleted, or another kubealign wrote it
+        job.log(f"passed over: {error}")
+        return None
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
+    about = (result["lineage"], result["config"], result["model"])
+    return result if about == (job.facts.lineage, job.facts.config, job.config.register_.name) else None
 
 
 def _checked(job: Job, result: FinishedRun) -> FinishedRun:
@@ -130,6 +140,7 @@ def version_summary(root: Path, version: str) -> str:
 
     Raises:
         InputError: no run made or evaluated it.
+        EvidenceError: nobody whom we trust signed the result.
     """
     client = store.client()
     uri = f"models:/{load_config(root / PARAMS).register_.name}/{version}"
@@ -142,5 +153,9 @@ def version_summary(root: Path, version: str) -> str:
         where = store.without_credentials(store.tracking_uri())
         raise InputError(f"{uri}: no run at {where} made or evaluated it")
     result = load_result(runs[0].info.run_id)
+    if result["model_uri"] != uri:
+        raise EvidenceError(
+            f"run {result['run_id']}: tagged with {uri}, but its signed result is {result['model_uri']}"
+        )
     facts = outcome.RetrainRequest(result["git_commit"], "", result["preferences_digest"])
     return outcome.markdown(facts, result, new=True)

@@ -1,22 +1,33 @@
-"""Commands for the registry: promote, rollback, history, verify, reproduce."""
+"""Commands for the registry: promote, rollback, history, rules, keys, verify, reproduce."""
 
 import re
+import secrets
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from components.common.errors import InputError, KubealignError
-from components.config.params import PARAMS, load_config
+from components.common.errors import EvidenceError, InputError, KubealignError
+from components.config.gate import GateConfig
+from components.config.params import PARAMS, Config, load_config
+from components.gate.rules_of_model import check_rules, rules_of
+from components.gate.verdict import Verdict
+from components.registry.audit import Rules
+from components.registry.evidence import CheckedVersion
 from components.tracking import store
 from pipelines.commands.options import Project
 from pipelines.project import project_folder
+from pipelines.verification import accept
 
 app = typer.Typer()
 console = Console()
+COPIED_FROM = "kubealign.copied_from"
+"""Tag of a copy with its source, for people, and to find it again."""
 
 Version = Annotated[str, typer.Argument(help="Version number.")]
 Name = Annotated[str, typer.Option(help="Registered model; by default register.name in params.yaml.")]
@@ -36,19 +47,25 @@ def promote_(
     from components.registry.champion import promote
 
     client, name = _registry(project, name)
-    found = _version(client, name, version)
+    _version(client, name, version)
     if force and not reason.strip():
-        raise InputError("--force overrides the gate; give the reason with --reason, which is recorded on the version")
+        raise InputError("--force overrides the gate; give the reason with --reason, which is recorded and signed")
     if to:
-        console.print(_copy(client, name, version, to, force, reason), soft_wrap=True)
+        console.print(_copy(client, name, version, to, force, reason, _config(project)), soft_wrap=True)
         return
+    with tempfile.TemporaryDirectory() as scratch:
+        checked, verdict = accept(client, name, version, Path(scratch))
     if not force:
-        _check_evidence(name, version, found.tags)
-    expected = None if force else found.tags["kubealign.incumbent"].rpartition("/")[2]
-    why = reason or f"passed the gate: {found.tags['kubealign.verdict']}"
-    record = promote(client, name, version, "force" if force else "promote", why, expected)
+        _check_passed(client, checked, verdict)
+    expected = None if force else verdict["incumbent"].rpartition("/")[2]
+    why = reason or f"passed the gate: {verdict['verdict']}"
+    how = "force" if force else "promote"
+    record = promote(client, name, version, how, why, expected, statement=checked.evidence.digest)
     _note_force(client, name, version, record, force)
-    console.print(f"{name} version {record.version} is champion since {record.at}", soft_wrap=True)
+    by_force = f", by force: {record.reason}" if force else ""
+    console.print(
+        f"{name} version {record.version} is champion since {record.at}{by_force}", markup=False, soft_wrap=True
+    )
 
 
 @app.command("rollback", rich_help_panel="Registry")
@@ -63,36 +80,54 @@ def rollback_(
     if not reason.strip():
         raise InputError("--reason is empty; say why the champion is rolled back")
     client, name = _registry(project, name)
-    record, removed = rollback(client, name, reason)
+
+    def accepted(version: str) -> str:
+        with tempfile.TemporaryDirectory() as scratch:
+            return accept(client, name, version, Path(scratch))[0].evidence.digest
+
+    record, removed = rollback(client, name, reason, accepted)
     console.print(f"{name} version {record.version} is champion again, version {removed} is not", soft_wrap=True)
 
 
 @app.command(rich_help_panel="Registry")
-def history(name: Name = "", project: Project = None) -> None:
-    """Show past and current champions, and how often each test set was used."""
+def history(
+    name: Name = "",
+    begin: Annotated[
+        bool, typer.Option("--begin", help="Begin the history of a model that has versions but none; needs --reason.")
+    ] = False,
+    reason: Reason = "",
+    project: Project = None,
+) -> None:
+    """Show past and current champions, and how often each test set was used; every entry's signature is checked."""
     from components.registry.audit import Audit
     from components.registry.champion import champion_alias
+    from components.registry.evidence import check_history
 
     client, name = _registry(project, name)
+    if begin:
+        if not reason.strip():
+            raise InputError("--begin forgets every earlier champion and use of a test set; say why with --reason")
+        Audit.begin(client, name, _rules(_config(project)), reason)
     audit = Audit.find(client, name)
     if not audit:
         console.print(f"{name}: no decision yet")
         return
+    check_history(client, audit)
     records = audit.champions()
     table = Table("#", "version", "since", "until", "how", "by", "why", box=box.SIMPLE_HEAD)
-    for record, later in zip(records, [*records[1:], None], strict=True):
+    for record, later in zip(records, [*records[1:], None][: len(records)], strict=True):
         until = later.at if later else "now"
         row = (record.version or "none", record.at, until, record.how, record.by, record.reason)
         table.add_row(str(record.number), *row)
     console.print(table)
     for test_set, uses in audit.test_sets().items():
         console.print(f"test set {test_set}: {uses} decision{'s' if uses > 1 else ''}", highlight=False)
-    console.print(f"audit run {audit.run_id}", highlight=False)
+    console.print(f"audit run {audit.run_id}, {len(audit.entries())} signed entries", highlight=False)
     alias = champion_alias(client, name)
     if records and alias != records[-1].version:
         console.print(
             f"the alias champion points to version {alias or 'none'}: it was moved by other means, or a promotion was"
-            " interrupted; the next run or promotion reconciles it",
+            " interrupted; the next run or promotion sets it to the champion of this history",
             soft_wrap=True,
         )
 
@@ -102,7 +137,7 @@ def verify_(
     uri: Annotated[str, typer.Argument(help="models:/name@champion or models:/name/version.")] = "",
     project: Project = None,
 ) -> None:
-    """Check every hash of a version, load it, and compare its logits with those recorded at registration."""
+    """Check a version's signed statement and every hash, judge it again, load it, and compare its logits."""
     from pipelines.verification import verify
 
     client, name = _registry(project, "")
@@ -114,6 +149,57 @@ def verify_(
     failed = [check for check in checks if check.outcome == "fail"]
     if failed:
         raise KubealignError(f"{failed[0].name}: {failed[0].sentence}")
+
+
+@app.command("rules", rich_help_panel="Registry")
+def rules_(reason: Reason = "", name: Name = "", project: Project = None) -> None:
+    """Show the gate's rules of the registered model; with --reason, make those of params.yaml its rules."""
+    from components.registry.audit import Audit
+
+    client, name = _registry(project, name)
+    audit = Audit.find(client, name)
+    if not audit:
+        raise InputError(f"{name}: no version yet; its first run's section `gate` becomes its rules")
+    if reason.strip():
+        audit.set_rules(_rules(_config(project)), reason)
+    rules = audit.rules()
+    assert rules, "there are versions"
+    for key, value in (rules["gate"] | {"answers must be generated": rules["answers"]}).items():
+        console.print(f"{key}: {value}", markup=False, highlight=False)
+
+
+@app.command("keys", rich_help_panel="Registry")
+def keys_(
+    secret: Annotated[
+        bool, typer.Option("--secret", help="Make a new key, and print the Kubernetes secret that holds it.")
+    ] = False,
+    line: Annotated[
+        bool, typer.Option("--line", help="Print this machine's public key alone, as register.public_keys takes it.")
+    ] = False,
+    project: Project = None,
+) -> None:
+    """Show the id of this machine's key, its public line, and the keys that are trusted here."""
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    from components.tracking.keys import key_id, public_line, signing_key, trusted_keys
+
+    project_folder(project)
+    if secret:
+        made = ec.generate_private_key(ec.SECP256R1())
+        pem = made.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+        values = {"signing_key": pem, "cache_key": secrets.token_hex(32), "public_keys": public_line(made.public_key())}
+        found = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "kubealign-signing"}, "type": "Opaque"}
+        print(yaml.safe_dump(found | {"stringData": values}, sort_keys=False), end="")
+        return
+    own = signing_key().public_key()
+    if line:
+        print(public_line(own))
+        return
+    print(f"key      {key_id(own)}")
+    print(f"line     {public_line(own)}")
+    for trusted in trusted_keys():
+        print(f"trusted  {trusted}")
 
 
 @app.command("reproduce", rich_help_panel="Registry")
@@ -169,44 +255,99 @@ def _named(client: Any, uri: str) -> tuple[str, Any]:
         raise InputError(f"{uri}: no version of {name} has that alias") from error
 
 
-def _check_evidence(name: str, version: str, tags: dict[str, str]) -> None:
-    """Reject a version that did not pass the gate; the incumbent it was compared with is checked later."""
-    from components.registry.champion import ROLLED_BACK
+def _check_passed(client: Any, checked: CheckedVersion, verdict: Verdict) -> None:
+    """Reject a version that did not pass the gate by the registered model's rules, or was rolled back; the incumbent it
+    was compared with is checked later.
+    """
+    from components.registry.audit import Audit
+    from components.registry.evidence import rolled_back
 
-    what = f"{name} version {version}"
-    force = "; --force with --reason overrides that"
-    if "kubealign.passed" not in tags:
-        raise KubealignError(f"{what} has no gate verdict{force}")
-    if tags["kubealign.passed"] != "true":
-        raise KubealignError(f"{what} did not pass the gate: {tags['kubealign.verdict']}{force}")
-    if tags.get("kubealign.decided") == "superseded":
-        raise KubealignError(f"the verdict of {what} was superseded; run the pipeline again{force}")
-    if ROLLED_BACK in tags:
-        raise KubealignError(f"{what} was rolled back ({tags[ROLLED_BACK]}){force}")
+    what, force = f"{checked.name} version {checked.version}", "; --force with --reason overrides that"
+    if checked.copied_from:
+        raise KubealignError(f"{what} is a copy, judged as {checked.copied_from}; copy the champion there again{force}")
+    if not verdict["passed"]:
+        raise KubealignError(f"{what} did not pass the gate: {verdict['verdict']}{force}")
+    audit = Audit.find(client, checked.name)
+    rules = audit.rules() if audit else None
+    assert audit and rules, "it has a place in the history"
+    answers = not any(rule["name"] == "kl" and rule["outcome"] == "not applicable" for rule in verdict["rules"])
+    check_rules(rules, GateConfig.model_validate(verdict["gate"]), answers, checked.name)
+    removed = rolled_back(audit.champions(), checked.evidence.digest)
+    if removed:
+        raise KubealignError(f"{what} was rolled back ({removed.at} {removed.reason}){force}")
 
 
-def _copy(client: Any, name: str, version: str, to: str, force: bool, reason: str) -> str:
+def _copy(client: Any, name: str, version: str, to: str, force: bool, reason: str, config: Config) -> str:
     """Copy a champion to another registered model, for example from dev to prod, and make it champion there."""
-    from components.register.package import find_version
-    from components.registry.champion import champion_alias, promote
+    from components.registry.audit import Audit
+    from components.registry.champion import champion_version, promote
+    from components.registry.evidence import forced
 
     if to == name:
         raise InputError(f"--to {to}: the version is in that model already; name another registered model")
-    if not force and champion_alias(client, name) != version:
+    audit = Audit.find(client, name)
+    if not force and champion_version(audit) != version:
         raise KubealignError(
             f"{name} version {version} is not its champion; promote it there first, or use --force with --reason"
         )
-    content = client.get_model_version(name, version).tags.get("kubealign.model", "")
-    copied = find_version(client, to, "kubealign.model", content) if content else ""
-    if not copied:
-        copied = str(client.copy_model_version(f"models:/{name}/{version}", to).version)
-        client.set_model_version_tag(to, copied, "kubealign.copied_from", f"models:/{name}/{version}")
-    record = promote(client, to, copied, "copy", reason or f"from {name} version {version}, champion there")
+    with tempfile.TemporaryDirectory() as scratch:
+        checked, _ = accept(client, name, version, Path(scratch))
+    statement = checked.evidence.digest
+    by_force = forced(audit.champions() if audit else [], statement)
+    told = f" by force ({by_force.reason})" if by_force else ""
+    Audit.open(client, to, _rules(config))
+    copied = _copied(client, f"models:/{name}/{version}", to, statement)
+    why = f"{reason}; from" if reason else "from"
+    how = "force" if force or by_force else "copy"
+    record = promote(
+        client, to, copied, how, f"{why} {name} version {version}, champion there{told}", statement=statement
+    )
     _note_force(client, to, copied, record, force)
     return f"{to} version {copied}, a copy of {name} version {version}, is champion since {record.at}"
 
 
+def _copied(client: Any, source: str, to: str, statement: str) -> str:
+    """The version that is a copy of a source, with its statement and its files; made if there is none."""
+    from components.register.package import find_versions
+
+    known = find_versions(client, to, COPIED_FROM, source)
+    for version in known:
+        if _has_statement(to, version, statement):
+            return version
+    copied = str(client.copy_model_version(source, to).version)
+    client.set_model_version_tag(to, copied, COPIED_FROM, source)
+    if not _has_statement(to, copied, statement):
+        raise EvidenceError(f"{to} version {copied} is not the copy of {source} that was asked for; run this again")
+    return copied
+
+
+def _has_statement(name: str, version: str, statement: str) -> bool:
+    """Whether a version holds this very statement and the files that it names."""
+    import mlflow
+
+    from components.registry.evidence import check_files, read_statement
+
+    where, uri = f"{name} version {version}", f"models:/{name}/{version}"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch))
+        try:
+            evidence = read_statement(folder, where)
+            check_files(folder, evidence, where)
+        except EvidenceError:
+            return False
+    return evidence.digest == statement
+
+
+def _config(project: Path | None) -> Config:
+    return load_config(project_folder(project) / PARAMS)
+
+
+def _rules(config: Config) -> Rules:
+    return rules_of(config.gate, config.evaluate.generations_per_language > 0)
+
+
 def _note_force(client: Any, name: str, version: str, record: Any, force: bool) -> None:
+    """Tag a version that was promoted by force, for people; the history is what counts."""
     from components.registry.champion import ROLLED_BACK
 
     if not force:

@@ -1,14 +1,17 @@
 """Results of finished runs, read from MLflow and shown as a table."""
 
+import hashlib
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from components.common.documents import parse_document
-from components.common.errors import InputError, KubealignError
+from components.common.errors import EvidenceError, InputError, KubealignError
 from components.common.files import write_text
 from components.gate.results import Estimate
 from components.register.result import Result
+from components.registry.evidence import RESULT_SIGNATURE, check_result
 from components.tracking import store
 from pipelines.local.runner import run_folder
 
@@ -59,15 +62,18 @@ def load_result(run_id: str) -> FinishedRun:
 
     Raises:
         InputError: the result is damaged, or was written by another version of kubealign.
+        EvidenceError: nobody whom we trust signed it as the result of this run.
         KubealignError: the version is no longer in the registry.
     """
     import mlflow
 
     client = store.client()
     uri, report = f"runs:/{run_id}/result.json", run_folder(run_id) / "report.html"
-    result = parse_document(mlflow.artifacts.load_text(uri), Result, uri)
-    if not report.exists():
-        write_text(report, mlflow.artifacts.load_text(f"runs:/{run_id}/report.html"))
+    texts = {name: mlflow.artifacts.load_text(f"runs:/{run_id}/{name}") for name in ("result.json", "report.html")}
+    files = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    check_result(run_id, files, _signature(run_id))
+    result = parse_document(texts["result.json"], Result, uri)
+    write_text(report, texts["report.html"])
     parent = client.get_run(run_id)
     query = f"tags.`mlflow.parentRunId` = '{run_id}' AND tags.`kubealign.stage` = 'register'"
     for child in client.search_runs([parent.info.experiment_id], query):
@@ -82,6 +88,16 @@ def load_result(run_id: str) -> FinishedRun:
     except mlflow.exceptions.MlflowException as error:
         raise KubealignError(f"{result['model_uri']} is no longer in the registry") from error
     return {**result, "report": str(report)}
+
+
+def _signature(run_id: str) -> bytes:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(mlflow.artifacts.load_text(f"runs:/{run_id}/{RESULT_SIGNATURE}")).encode()
+    except (MlflowException, FileNotFoundError) as error:
+        raise EvidenceError(f"run {run_id}: no {RESULT_SIGNATURE}, so nothing proves how it ended") from error
 
 
 def show_result(console: Console, result: FinishedRun) -> None:

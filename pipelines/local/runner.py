@@ -23,6 +23,7 @@ from components.stages import BY_NAME
 from components.tracking import store
 from components.tracking.errors import is_mlflow_failure
 from components.tracking.events import EVENTS_VARIABLE, Event, EventReader
+from components.tracking.keys import check_own_key
 from pipelines.local.containers import containers_for_a_run
 from pipelines.local.display import Display
 from pipelines.platform import for_its_hardware
@@ -60,6 +61,7 @@ def run_pipeline(config: Config, project: Path, display: Display, runner: str, c
         StepFailedError: a step failed.
         InterruptedRunError: SIGINT or SIGTERM arrived; every child process is gone.
     """
+    check_own_key()
     if runner == "docker":
         config = for_its_hardware(config, runner)
     arguments = run_arguments(config, project)

@@ -32,7 +32,7 @@ from components.dataset.records import read_lines, write_lines
 from components.dpo.stage import run_dpo
 from components.evaluate.candidates import Inputs
 from components.evaluate.stage import run_evaluate
-from components.evaluate.statistics import compared_loss
+from components.gate.statistics import compared_loss
 from components.register.package import content_digest
 from components.register.stage import Lineage, RegisterInputs, run_register
 from components.registry.audit import Audit, next_use
@@ -82,15 +82,16 @@ class Demo:
         test_set = first["test_set"] if pairs == sha256_file(step("validate/clean") / test) else pairs[:32]
         incumbent = f"models:/{self.name}/{first['version']}"
         decision = digest([content_digest(policy, "merged"), incumbent, test_set])[:32]
-        audit = Audit.open(client, self.name)
+        audit = Audit.find(client, self.name)
+        assert audit, "there is a first run"
         told = {field.name: first[field.name] for field in fields(Lineage)}
         # As if a commit held the changed data: what is shown is what the other rules make of it.
         lineage = replace(Lineage(**told), incumbent=incumbent, test_set=test_set, decision=decision, data_clean=True)
         lineage = replace(lineage, decision_index=next_use(audit.decisions(test_set), decision), lineage=decision)
         base, sft = step("fetch/base"), step("sft/sft_model")
-        inputs = Inputs(clean, base, sft, policy, incumbent, lineage.decision_index, lineage.data_clean)
+        inputs = Inputs(clean, base, sft, policy, incumbent, lineage.decision_index, lineage.data_clean, test_set)
         reports = (out / "report.html", out / "report.md")
-        run_evaluate(config.evaluate, config.gate, config.model, inputs, {}, out / "evaluation", *reports)
+        run_evaluate(config.evaluate, config.gate, config.model, inputs, {}, "", out / "evaluation", *reports)
         judged = RegisterInputs(policy, base, out / "evaluation", clean, out / "report.html")
         runs = {name: found["run_id"] for name, found in first["stages"].items() if name != "register"}
         return run_register(config.register_, config.gate, lineage, runs, judged, out / "result.json")

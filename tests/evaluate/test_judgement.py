@@ -14,12 +14,13 @@ from components.config.params import load_config
 from components.dataset.language import is_refusal
 from components.dataset.records import Message, Preference
 from components.engine.history import StepRecord
-from components.evaluate import answers, comparison, statistics
+from components.evaluate import answers, comparison
 from components.evaluate.comparison import Scored, compare
 from components.evaluate.config import EvaluateConfig
 from components.evaluate.report_page import markdown, report
-from components.evaluate.statistics import GroupBootstrap
+from components.gate import statistics
 from components.gate.rules import GateContext, apply_gate
+from components.gate.statistics import GroupBootstrap
 from components.training.scoring import TokenLogps
 from tests.conftest import ROOT
 

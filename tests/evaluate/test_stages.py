@@ -59,7 +59,7 @@ def test_the_base_and_an_unchanged_incumbent_are_not_run_again(
     opened.clear()
     assert stages.judge("champion") == first and opened == []
     # A policy folder holds what a registered version holds.
-    monkeypatch.setattr(candidates, "download_incumbent", lambda uri: stages.folder / "champion" / "policy")
+    monkeypatch.setattr(candidates, "download_incumbent", lambda uri: (stages.folder / "champion" / "policy", "s"))
     found = stages.align("challenger", "dpo.seed=9", incumbent="models:/m/1")
     # The SFT model is, for the samples of the new policy.
     assert sorted(opened) == ["policy", "sft"]
@@ -78,7 +78,7 @@ def test_an_incumbents_own_reference_is_found_in_its_adapter(
     for file, key in (("training.json", "sft_digest"), ("adapter/adapter_config.json", "base_model_name_or_path")):
         write_json(made / file, read_json(made / file) | {key: "sha256:other"})
     write_json(made / "base.json", {"reference": "models:/m-base/1", "files": file_hashes(stages.base)})
-    monkeypatch.setattr(candidates, "download_incumbent", lambda uri: made)
+    monkeypatch.setattr(candidates, "download_incumbent", lambda uri: (made, "s"))
     monkeypatch.setattr(candidates, "_fetch", lambda uri, what: stages.base)
     opened.clear()
     found = stages.judge("older", incumbent="models:/m/1")

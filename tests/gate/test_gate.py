@@ -10,9 +10,9 @@ from components.common.errors import InputError
 from components.config.gate import GateConfig
 from components.config.loading import validated
 from components.config.params import load_config
-from components.evaluate import statistics
-from components.evaluate.statistics import GroupBootstrap, compared_loss, fit_scale, superiority_p
+from components.gate import statistics
 from components.gate.rules import GateContext, alpha_for_decision, apply_gate
+from components.gate.statistics import GroupBootstrap, compared_loss, fit_scale, superiority_p
 from tests.conftest import ROOT
 
 GATE = load_config(ROOT / "params.yaml").gate

@@ -17,7 +17,6 @@ import pytest
 from components.dataset.records import read_lines
 from components.prepare.sources import read_sources, unpack
 from components.registry.audit import Audit
-from components.registry.manifest import MANIFEST_TAG
 from components.stages import STAGE_NAMES
 from tests.conftest import ROOT
 from tests.support.project import ALL, Project, ran, started
@@ -149,30 +148,32 @@ def test_the_model_version_holds_plain_files(project: Project, first: dict[str, 
     assert (folder / "artifacts" / "model" / "chat_template.jinja").is_file()
 
 
-def test_a_new_champion_reruns_only_the_evaluation(project: Project, first: dict[str, Any]) -> None:
-    # Another version with another lineage becomes the champion behind our back.
-    client = project.client()
-    one = client.get_model_version("kubealign", "1")
-    manifest = {MANIFEST_TAG: one.tags[MANIFEST_TAG]}
-    other = client.create_model_version("kubealign", one.source, run_id=one.run_id, tags=manifest)
-    client.set_registered_model_alias("kubealign", "champion", other.version)
-    assert ran(project.run()) == since("evaluate")
-    found = project.report()
-    assert found["incumbent"] == f"models:/kubealign/{other.version}" and "incumbent" in found["metrics"]
-    assert found["comparisons"]["incumbent"]["improvement"]["value"] == 0.0
-    assert found["verdict"]["verdict"] == "no evidence" and "champion" not in found["aliases"]
-    client.delete_registered_model_alias("kubealign", "champion")
-
-
 def test_a_changed_dpo_setting_leaves_sft_cached_and_without_an_update_gives_no_evidence(
     project: Project, first: dict[str, Any]
 ) -> None:
-    done = project.run("dpo.learning_rate=1e-30", "gate.min_pairs=1")
+    done = project.run("dpo.learning_rate=1e-30", "gate.max_kl=49")
     assert ran(done) == since("dpo")
     found = project.report()
     assert abs(found["comparisons"]["sft"]["improvement"]["value"]) < 1e-4
     assert found["verdict"]["passed"] is False and found["verdict"]["verdict"] == "no evidence"
     assert "There is no evidence" in done.stdout and "champion" not in found["aliases"]
+
+
+def test_a_new_champion_reruns_only_the_evaluation(project: Project, first: dict[str, Any]) -> None:
+    """Another version with another lineage becomes the champion by force; its alias alone would not make it one."""
+    other = project.report()
+    assert other["lineage"] != first["lineage"]
+    client = project.client()
+    client.set_registered_model_alias("kubealign", "champion", other["version"])
+    assert ran(project.run()) == {"resolve", "register"}
+    assert project.report()["incumbent"] == ""
+    words = ["promote", other["version"], "--force", "--reason", "to see what happens"]
+    assert project.cli(*words).returncode == 0
+    assert ran(project.run()) == since("evaluate")
+    found = project.report()
+    assert found["incumbent"] == other["model_uri"] and "incumbent" in found["metrics"]
+    assert found["verdict"]["verdict"] == "no evidence" and "champion" not in found["aliases"]
+    assert project.cli("verify", found["model_uri"]).returncode == 0
 
 
 def test_an_edited_stage_reruns_itself_and_what_follows_and_judges_again_when_another_run_overtakes(
@@ -194,7 +195,8 @@ def test_an_edited_stage_reruns_itself_and_what_follows_and_judges_again_when_an
     for line in process.stdout:
         lines.append(line.rstrip())
         if lines[-1] == "evaluate: started" and not number:
-            audit = Audit.open(project.client(), "kubealign")
+            audit = Audit.find(project.client(), "kubealign")
+            assert audit
             (test_set,) = audit.test_sets()
             number = len(audit.decisions(test_set)) + 1
             assert audit.claim_decision(test_set, number, "another run's")

@@ -37,6 +37,7 @@ FULL = {
     "s3_endpoint": "https://s3.example.com",
     "s3_secret": "s3",
     "git_secret": "git",
+    "signing_secret": "signing",
     "state": "pvc:alignment-state",
     "data.cpu": "500m",
     "data.memory": "3Gi",
@@ -74,6 +75,7 @@ CHANGES = {
     "s3_endpoint": "''",
     "s3_secret": "''",
     "git_secret": "''",
+    "signing_secret": "other",
     "train.shm": "''",
 } | dict.fromkeys(
     ["run_as_user", "data.cpu", "train.cpu", "train.gpus", "retries", "backoff_s", "timeout_s", "ttl_s"], "2"
@@ -105,6 +107,13 @@ def of_the_section(documents: list[Any], stage: str) -> dict[str, Any]:
         "pod": platform(documents)[stage],
         "retries": documents[0]["root"]["dag"]["tasks"][stage].get("retryPolicy"),
     }
+
+
+def without_keys(documents: list[Any], stage: str) -> dict[str, Any]:
+    """What a step has from the section, but for the keys of the signing secret, of which each step has its own."""
+    found = of_the_section(documents, stage)
+    found["pod"]["secretAsEnv"] = [entry for entry in found["pod"]["secretAsEnv"] if entry["secretName"] != "signing"]
+    return found
 
 
 def comparable(documents: list[Any]) -> dict[str, Any]:
@@ -143,8 +152,8 @@ def test_the_other_steps_have_what_the_golden_ones_have(tmp_path: Path) -> None:
     documents = compiled(tmp_path, full())
     for stage in STAGE_NAMES:
         golden = DATA_STEP if BY_NAME[stage].image == "data" else TRAIN_STEP
-        text = yaml.safe_dump(of_the_section(documents, golden)).replace(f"component: {golden}", f"component: {stage}")
-        assert of_the_section(documents, stage) == yaml.safe_load(text)
+        text = yaml.safe_dump(without_keys(documents, golden)).replace(f"component: {golden}", f"component: {stage}")
+        assert without_keys(documents, stage) == yaml.safe_load(text)
 
 
 @pytest.mark.parametrize("key", FULL)
@@ -190,15 +199,36 @@ def test_secrets_are_named_never_copied(tmp_path: Path) -> None:
         "s3": {"access_key": "AWS_ACCESS_KEY_ID", "secret_key": "AWS_SECRET_ACCESS_KEY"},
         "git": {"username": "GIT_USERNAME", "password": "GIT_PASSWORD"},
     }
+    keys = {"signing_key", "cache_key", "public_keys"}
     for stage in STAGE_NAMES:
         named = {
             entry["secretName"]: {pair["secretKey"]: pair["envVar"] for pair in entry["keyToEnv"]}
             for entry in platform(documents)[stage]["secretAsEnv"]
         }
-        assert named == secret
+        given = named.pop("signing", {})
+        assert named == secret and all(variable == f"KUBEALIGN_{key.upper()}" for key, variable in given.items())
+        assert keys >= given.keys() == set(BY_NAME[stage].keys)
+        assert ("signing_key" in given) == (stage == "register"), "the one step that signs"
+        assert ("cache_key" in given) == (BY_NAME[stage].image == "train" or stage == "register")
         plain = variables(containers(documents)[stage])
         assert not {variable for keys in secret.values() for variable in keys.values()} & plain.keys()
         assert set(plain) == {"MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "KUBEALIGN_HOME", "KUBEALIGN_KFP_URL"}
+
+
+def test_the_keys_that_a_project_lists_are_those_that_its_pipeline_trusts(tmp_path: Path) -> None:
+    """Whatever a run form says: its section `register` is not where a step looks."""
+    line = "MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE"
+    documents = compiled(tmp_path, [*full(), f"register.public_keys=[{line}]"])
+    for stage in STAGE_NAMES:
+        named = [e for e in platform(documents)[stage]["secretAsEnv"] if e["secretName"] == "signing"]
+        assert not any(pair["secretKey"] == "public_keys" for entry in named for pair in entry["keyToEnv"])
+        trusts = variables(containers(documents)[stage]).get("KUBEALIGN_PUBLIC_KEYS")
+        assert trusts == (line if "public_keys" in BY_NAME[stage].keys else None)
+
+
+def test_a_pipeline_that_could_not_sign_is_not_compiled(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cluster.signing_secret is empty.*`kubealign keys --secret`"):
+        compiled(tmp_path, full(**{"signing_secret": "''"}))
 
 
 def test_state_on_a_claim_is_mounted_in_every_step(tmp_path: Path) -> None:
@@ -245,7 +275,8 @@ def test_nothing_that_is_empty_leaves_a_trace(tmp_path: Path) -> None:
     assert "pipelineConfig" not in documents[1]["platforms"]["kubernetes"]
     for stage in STAGE_NAMES:
         known = {"imagePullPolicy", "fieldPathAsEnv", "activeDeadlineSeconds", "podMetadata", "securityContext"}
-        assert set(platform(documents)[stage]) == known
+        keys = {"secretAsEnv"} if stage not in ("fetch", "validate") else set()
+        assert set(platform(documents)[stage]) == known | keys
         assert set(variables(containers(documents)[stage])) == {"MLFLOW_TRACKING_URI"}
         assert "accelerator" not in containers(documents)[stage]["resources"]
         assert "retryPolicy" not in documents[0]["root"]["dag"]["tasks"][stage]

@@ -11,21 +11,22 @@ from typing import Any
 import pytest
 
 from components.common.errors import ChampionChangedError, InputError, KubealignError
-from components.registry import champion
 from components.registry.audit import Audit, next_use
-from components.registry.champion import ROLLED_BACK, champion_alias, promote, reconcile_alias, rollback
+from components.registry.champion import (
+    ROLLED_BACK,
+    champion_alias,
+    champion_version,
+    promote,
+    reconcile_alias,
+    rollback,
+)
 from components.tracking import store
 from tests.conftest import ROOT
 from tests.support.component_kit import empty_mlflow, own_home
 from tests.support.services import mlflow_server
-from tests.support.versions import NAME, with_versions
+from tests.support.versions import NAME, RULES, with_versions
 
 __all__ = ["empty_mlflow", "own_home"]  # an MLflow with its tables made, which takes two seconds
-
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(champion, "RECONCILE_AFTER_S", 0.01)
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_a_model_that_was_judged_against_another_champion_is_not_promoted(client
 
 
 def test_a_claim_is_written_once_whoever_comes_second(client: Any) -> None:
-    one, two = Audit.open(client, NAME), Audit.open(client, NAME)
+    one, two = Audit.open(client, NAME, RULES), Audit.open(client, NAME, RULES)
     assert one.run_id == two.run_id
     assert one.claim_champion(1, "1", "gate", "") and two.claim_champion(1, "1", "gate", "") is None
     assert one.claim_decision("t", 1, "a") and one.claim_decision("t", 1, "a"), "the same decision is one"
@@ -65,7 +66,7 @@ def test_a_claim_is_written_once_whoever_comes_second(client: Any) -> None:
 
 def test_of_two_who_make_the_audit_run_at_once_both_get_the_same(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second looks before the first has made it, and makes one too."""
-    first = Audit.open(client, NAME)
+    first = Audit.open(client, "new", RULES)
     find, looked = Audit.find, []
 
     def blind_once(client: Any, name: str) -> Audit | None:
@@ -73,24 +74,31 @@ def test_of_two_who_make_the_audit_run_at_once_both_get_the_same(client: Any, mo
         return None if len(looked) == 1 else find(client, name)
 
     monkeypatch.setattr(Audit, "find", blind_once)
-    assert Audit.open(client, NAME).run_id == first.run_id
-    audits = client.search_runs([store.experiment_id(client)], "tags.`kubealign.kind` = 'audit'")
+    assert Audit.open(client, "new", RULES).run_id == first.run_id
+    query = "tags.`kubealign.kind` = 'audit' AND tags.`kubealign.registered_model` = 'new'"
+    audits = client.search_runs([store.experiment_id(client)], query)
     assert [run.info.run_id for run in audits] == [first.run_id], "the other one is deleted again"
+    assert [entry.kind for entry in first.entries()] == ["start"]
 
 
 def test_the_same_decision_keeps_its_number_and_another_gets_the_next() -> None:
     assert [next_use(["a", "b"], decision) for decision in ("a", "b", "c")] == [1, 2, 3]
 
 
+def accepted(version: str) -> str:
+    """Dummy versions have no evidence."""
+    return ""
+
+
 def test_rollback_goes_back_one_champion_at_a_time_and_says_why(client: Any) -> None:
     for version in ("1", "2", "3"):
         promote(client, NAME, version, "promote", "")
-    record, gone = rollback(client, NAME, "it insults people")
+    record, gone = rollback(client, NAME, "it insults people", accepted)
     assert (record.version, gone, champion_alias(client, NAME)) == ("2", "3", "2")
     assert "it insults people" in client.get_model_version(NAME, "3").tags[ROLLED_BACK]
-    assert rollback(client, NAME, "and this one too")[0].version == "1"
+    assert rollback(client, NAME, "and this one too", accepted)[0].version == "1"
     with pytest.raises(InputError, match="version 1 is the first champion"):
-        rollback(client, NAME, "more")
+        rollback(client, NAME, "more", accepted)
     audit = Audit.find(client, NAME)
     assert audit and [(record.version, record.how) for record in audit.champions()][-2:] == [
         ("2", "rollback"),
@@ -102,33 +110,43 @@ def test_rollback_goes_back_one_champion_at_a_time_and_says_why(client: Any) -> 
 def test_rollback_after_rollback_and_promotion_skips_what_was_taken_back(client: Any) -> None:
     for version in ("1", "2"):
         promote(client, NAME, version, "promote", "")
-    rollback(client, NAME, "2 is bad")
+    rollback(client, NAME, "2 is bad", accepted)
     promote(client, NAME, "3", "promote", "")
-    assert rollback(client, NAME, "3 is bad")[0].version == "1"
+    assert rollback(client, NAME, "3 is bad", accepted)[0].version == "1"
 
 
 def test_rollback_to_a_version_that_is_gone_or_without_history_is_refused(client: Any) -> None:
     with pytest.raises(InputError, match="nothing to roll back to"):
-        rollback(client, NAME, "x")
+        rollback(client, NAME, "x", accepted)
     promote(client, NAME, "1", "promote", "")
     promote(client, NAME, "2", "promote", "")
     client.delete_model_version(NAME, "1")
     with pytest.raises(InputError, match="version 1, is no longer in the registry"):
-        rollback(client, NAME, "x")
+        rollback(client, NAME, "x", accepted)
     assert champion_alias(client, NAME) == "2"
 
 
-def test_an_alias_moved_by_other_means_is_respected_and_recorded(client: Any) -> None:
+def test_an_alias_moved_by_other_means_makes_no_champion_and_is_put_right(client: Any) -> None:
     client.set_registered_model_alias(NAME, "champion", "1")
-    promote(client, NAME, "2", "gate", "", expected="1")
+    with pytest.raises(ChampionChangedError, match="the champion is none"):
+        promote(client, NAME, "2", "gate", "", expected="1")
+    assert champion_alias(client, NAME) == ""
+    promote(client, NAME, "2", "gate", "", expected="")
     client.set_registered_model_alias(NAME, "champion", "4")
-    with pytest.raises(ChampionChangedError):
-        promote(client, NAME, "3", "gate", "", expected="2")
-    assert versions(client) == ["1", "2", "4"] and champion_alias(client, NAME) == "4"
+    with pytest.raises(ChampionChangedError, match="the champion is version 2"):
+        promote(client, NAME, "3", "gate", "", expected="4")
+    assert versions(client) == ["2"] and champion_alias(client, NAME) == "2"
     client.delete_registered_model_alias(NAME, "champion")
+    assert promote(client, NAME, "2", "gate", "", expected="2").number == 1 and champion_alias(client, NAME) == "2"
+
+
+def test_a_champion_that_was_deleted_leaves_none_and_is_recorded(client: Any) -> None:
+    promote(client, NAME, "2", "gate", "", expected="")
+    client.delete_model_version(NAME, "2")
+    assert champion_version(Audit.find(client, NAME)) == ""
     promote(client, NAME, "3", "gate", "", expected="")
     audit = Audit.find(client, NAME)
-    assert audit and [record.how for record in audit.champions()] == ["outside", "gate", "outside", "outside", "gate"]
+    assert audit and [(r.version, r.how) for r in audit.champions()] == [("2", "gate"), ("", "outside"), ("3", "gate")]
 
 
 CRASH = """
@@ -205,7 +223,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 for version in sys.argv[1].split(","):
     while True:
-        last = reconcile_alias(Audit.open(client, "m"))  # judged against the champion of this moment ...
+        last = reconcile_alias(Audit.find(client, "m"))  # judged against the champion of this moment ...
         try:
             promote(client, "m", version, "gate", "", expected=last.version if last else "")
             break
@@ -240,7 +258,7 @@ def test_two_pipelines_that_promote_at_the_same_moment_end_in_one_champion(serve
     assert audit
     records = audit.champions()
     assert sorted(int(record.version) for record in records) == list(range(1, 2 * each + 1)), "each was champion once"
-    assert all(record.how == "gate" and record.alias_set for record in records)
+    assert all(record.how == "gate" for record in records)
     assert champion_alias(client, NAME) == records[-1].version
     for numbers in mine:
         order = [record.version for record in records if record.version in numbers]

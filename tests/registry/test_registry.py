@@ -18,81 +18,24 @@ import yaml
 from mlflow.exceptions import MlflowException
 from typer.testing import CliRunner
 
-from components.common.errors import KubealignError
-from components.common.files import digest, read_json, write_json, write_manifest
+from components.common.errors import EvidenceError, KubealignError
+from components.common.files import read_json, write_json, write_manifest
 from components.evaluate.candidates import download_incumbent
-from components.gate.rules import GateContext, apply_gate
-from components.register.stage import Lineage, RegisterInputs, run_register
+from components.register.stage import run_register
 from components.registry.audit import Audit
 from components.registry.champion import champion_alias, promote
-from components.stages import STAGE_NAMES
+from components.registry.evidence import fetch_statement
 from components.tracking import store
 from components.tracking.errors import explain_mlflow_error
-from components.tracking.run import SETTINGS, stage_run
+from components.tracking.run import stage_run
 from pipelines.cli import app
 from tests.conftest import ROOT
 from tests.support.component_kit import Chain, empty_mlflow, own_home
+from tests.support.registry import Shop, cli, named, shop
 from tests.support.services import ADMIN, faulty_proxy, mlflow_server_with_users
 from tests.support.versions import CONFIG, LENIENT, LINEAGE, with_versions
 
-__all__ = ["empty_mlflow", "own_home"]  # an MLflow with its tables made, which takes two seconds
-
-
-class Shop:
-    """Registers the chain's policy, or a copy with other weights, under a verdict of our choosing."""
-
-    def __init__(self, chain: Chain, folder: Path) -> None:
-        self.chain, self.folder = chain, folder
-        self.made_for("cpu")
-
-    def made_for(self, hardware: str) -> None:
-        """Register from now on as runs whose settings `resolve` recorded for this hardware."""
-        client = store.client()
-        run_id = client.create_run(store.experiment_id(client)).info.run_id
-        settings = (ROOT / "params.yaml").read_text(encoding="utf-8")
-        client.log_text(run_id, settings.replace("hardware: auto", f"hardware: {hardware}"), SETTINGS)
-        self.runs = dict.fromkeys(STAGE_NAMES[:-1], run_id)
-
-    def register(
-        self, p_value: float = 1e-4, name: str = "one", kind: str = "merged", **lineage: Any
-    ) -> dict[str, Any]:
-        made = replace(LINEAGE, **lineage)
-        judged = self.judged(name, p_value, made)
-        config = CONFIG.register_.model_copy(update={"name": "m", "format": kind})
-        return run_register(config, LENIENT, made, self.runs, judged, self.folder / name / "result.json")
-
-    def judged(self, name: str, p_value: float, lineage: Lineage) -> RegisterInputs:
-        """The policy as another model (its name is part of it), with its verdict."""
-        policy, evaluation = self.folder / name / "policy", self.folder / name / "evaluation"
-        if not policy.exists():
-            shutil.copytree(self.chain.policy, policy)
-            for part in ("model", "adapter"):
-                config = policy / part / ("config.json" if part == "model" else "adapter_config.json")
-                write_json(config, read_json(config) | {"made_as": name} if part == "model" else read_json(config))
-            write_manifest(policy)
-        found = read_json(self.chain.evaluation / "evaluation.json")
-        found["policy_digest"] = digest(read_json(policy / "manifest.json"))
-        rival = "incumbent" if lineage.incumbent else "sft"
-        calm = {"p_value": p_value, "regression_p": {"en": 0.9, "zh": 0.9}}
-        found["comparisons"][rival] = found["comparisons"]["sft"] | calm
-        found["models"][rival] = found["models"]["sft"]
-        context = GateContext(lineage.incumbent, lineage.decision_index, lineage.data_clean)
-        write_json(evaluation / "evaluation.json", found)
-        write_json(evaluation / "verdict.json", apply_gate(found, context, LENIENT))
-        return RegisterInputs(policy, self.chain.base, evaluation, self.chain.clean, self.chain.report)
-
-
-@pytest.fixture
-def shop(chain: Chain, tmp_path: Path) -> Shop:
-    return Shop(chain, tmp_path)
-
-
-def cli(*words: str) -> Any:
-    return CliRunner().invoke(app, [*words, "--project", str(ROOT)])
-
-
-def named(*words: str) -> Any:
-    return cli(*words, "--name", "m")
+__all__ = ["empty_mlflow", "own_home", "shop"]  # an MLflow with its tables made, which takes two seconds
 
 
 def test_a_passed_verdict_promotes_and_the_decision_is_counted_and_shown(shop: Shop) -> None:
@@ -102,14 +45,14 @@ def test_a_passed_verdict_promotes_and_the_decision_is_counted_and_shown(shop: S
     assert client.get_registered_model("m").tags["kubealign.test_uses.cc"] == "1"
     again = shop.register()
     assert again["version"] == found["version"] and again["decided"]["state"] == "already_champion"
-    second = shop.register(name="two", p_value=0.3, decision="ii", decision_index=2, incumbent="models:/m/1")
+    second = shop.register(name="two", better=False, decision="ii", decision_index=2, incumbent="models:/m/1")
     assert second["decided"]["state"] == "gate_failed" and second["aliases"] == ["challenger"]
     shown = named("history").output
     assert "test set cc: 2 decisions" in shown and "gate" in shown
 
 
 def test_a_decision_number_that_another_run_took_is_no_decision(shop: Shop) -> None:
-    shop.register(p_value=0.9)
+    shop.register(better=False)
     found = shop.register(name="two", decision="ii")
     assert found["decided"]["state"] == "superseded" and "run again" in found["decided"]["sentence"]
     assert champion_alias(store.client(), "m") == ""
@@ -123,7 +66,7 @@ def test_a_champion_that_came_meanwhile_supersedes_the_verdict(shop: Shop) -> No
 
 
 def test_an_edited_verdict_or_evaluation_or_foreign_policy_registers_nothing(shop: Shop) -> None:
-    judged = shop.judged("one", 0.9, LINEAGE)
+    judged = shop.judged("one", False, LINEAGE)
     config = CONFIG.register_.model_copy(update={"name": "m"})
     out = shop.folder / "result.json"
     verdict = read_json(judged.evaluation / "verdict.json")
@@ -131,11 +74,11 @@ def test_an_edited_verdict_or_evaluation_or_foreign_policy_registers_nothing(sho
     with pytest.raises(KubealignError, match="passed, verdict do not follow from evaluation.json"):
         run_register(config, LENIENT, LINEAGE, shop.runs, judged, out)
     write_json(judged.evaluation / "verdict.json", verdict)
-    with pytest.raises(KubealignError, match="do not follow"):
+    with pytest.raises(EvidenceError, match="judged with decision_index 1, expected 2"):
         run_register(config, LENIENT, replace(LINEAGE, decision_index=2), shop.runs, judged, out)
     with pytest.raises(KubealignError, match="do not follow"):
         run_register(config, LENIENT.model_copy(update={"alpha": 0.4}), LINEAGE, shop.runs, judged, out)
-    other = shop.judged("two", 0.9, LINEAGE)
+    other = shop.judged("two", False, LINEAGE)
     with pytest.raises(KubealignError, match="the verdict is about policy"):
         run_register(config, LENIENT, LINEAGE, shop.runs, replace(judged, policy=other.policy), out)
     assert not store.client().search_registered_models() and not out.exists()
@@ -143,7 +86,7 @@ def test_an_edited_verdict_or_evaluation_or_foreign_policy_registers_nothing(sho
 
 def test_promote_asks_for_evidence_and_force_for_a_reason_that_is_recorded(shop: Shop) -> None:
     client = store.client()
-    shop.register(p_value=0.9)
+    shop.register(better=False)
     refused = named("promote", "1")
     assert refused.exit_code and "did not pass the gate" in str(refused.exception)
     assert "give the reason with --reason" in str(named("promote", "1", "--force").exception)
@@ -170,7 +113,7 @@ def test_what_was_rolled_back_is_not_promoted_again_by_the_same_run(shop: Shop) 
 
 def test_a_champion_is_copied_to_the_next_environment_with_its_tags(shop: Shop) -> None:
     client = store.client()
-    shop.register(p_value=0.9)
+    shop.register(better=False)
     assert "is not its champion" in str(named("promote", "1", "--to", "prod").exception)
     named("promote", "1", "--force", "--reason", "x")
     done = named("promote", "1", "--to", "prod")
@@ -183,7 +126,7 @@ def test_a_champion_is_copied_to_the_next_environment_with_its_tags(shop: Shop) 
     assert cli("verify", "models:/prod@champion").exit_code == 0
 
 
-def test_the_version_carries_its_lineage_and_a_card_that_hubs_can_read(shop: Shop) -> None:
+def test_the_version_carries_its_lineage_and_a_card_that_hubs_can_read(shop: Shop, tmp_path: Path) -> None:
     import mlflow
 
     shop.register()
@@ -192,8 +135,8 @@ def test_the_version_carries_its_lineage_and_a_card_that_hubs_can_read(shop: Sho
         assert tags[f"kubealign.{key}"] == value
     assert tags["kubealign.git_dirty"] == "false" and tags["kubealign.format"] == "merged"
     assert len(tags["kubealign.environment"]) == len(tags["kubealign.verdict_digest"]) == 64
-    manifest = json.loads(tags["kubealign.manifest"])
-    assert {"MLmodel", "chat_model.py", "artifacts/README.md", "artifacts/model/model.safetensors"} <= manifest.keys()
+    files = fetch_statement("m", "1", tmp_path).files
+    assert {"MLmodel", "chat_model.py", "artifacts/README.md", "artifacts/model/model.safetensors"} <= files.keys()
     text = mlflow.artifacts.load_text("models:/m/1/artifacts/README.md")
     _, head, body = text.split("---\n", 2)
     card = yaml.safe_load(head)
@@ -207,17 +150,17 @@ def test_the_version_carries_its_lineage_and_a_card_that_hubs_can_read(shop: Sho
 def test_verify_recomputes_hashes_and_logits_and_notices_a_changed_byte(shop: Shop, kind: str) -> None:
     client = store.client()
     shop.register(kind=kind)
-    assert download_incumbent("models:/m/1").name == "artifacts"
+    assert download_incumbent("models:/m/1")[0].name == "artifacts"
     done = cli("verify", "models:/m@champion")
     assert done.exit_code == 0, (done.output, done.exception)
-    assert done.output.count("pass") == 4
+    assert done.output.count("pass") == 5
     compiled = (
         next(store.home().glob("mlartifacts/**/artifacts/chat_model.py")).parent / "__pycache__" / "chat_model.pyc"
     )
     compiled.parent.mkdir(exist_ok=True)
     compiled.write_bytes(b"left by whoever loaded the model from this folder, or anything else")
     assert cli("verify", "models:/m@champion").exit_code == 0
-    assert not list(download_incumbent("models:/m/1").rglob("__pycache__"))
+    assert not list(download_incumbent("models:/m/1")[0].rglob("__pycache__"))
     version = client.get_model_version("m", "1")
     client.delete_run(version.run_id)
     assert "marked deleted" in " ".join(cli("verify", "models:/m@champion").output.split())
@@ -228,12 +171,12 @@ def test_verify_recomputes_hashes_and_logits_and_notices_a_changed_byte(shop: Sh
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     broken = cli("verify", "models:/m@champion")
     assert broken.exit_code and f"artifacts/{part} changed" in str(broken.exception)
-    with pytest.raises(KubealignError, match=f"incumbent models:/m/1: artifacts/{part} changed"):
+    with pytest.raises(KubealignError, match=f"m version 1: artifacts/{part} changed"):
         download_incumbent("models:/m/1")
 
 
 def test_verify_notices_logits_that_are_not_those_of_registration(shop: Shop) -> None:
-    judged = shop.judged("one", 1e-4, LINEAGE)
+    judged = shop.judged("one", True, LINEAGE)
     stored = read_json(judged.policy / "fingerprint.json")
     write_json(judged.policy / "fingerprint.json", stored | {"logits": [x + 0.01 for x in stored["logits"]]})
     write_manifest(judged.policy)
@@ -285,7 +228,7 @@ def test_the_adapter_format_stores_the_base_once_and_refuses_another_one(shop: S
     import mlflow
 
     shop.register(kind="adapter")
-    shop.register(kind="adapter", name="two", p_value=0.9, decision="ii", decision_index=2, incumbent="models:/m/1")
+    shop.register(kind="adapter", name="two", better=False, decision="ii", decision_index=2, incumbent="models:/m/1")
     client = store.client()
     assert len(client.search_model_versions("name = 'm-base'")) == 1
     folder = Path(mlflow.artifacts.download_artifacts(artifact_uri="models:/m/1"))
@@ -315,14 +258,15 @@ stage.run_register(config, LENIENT, LINEAGE, order["runs"], judged, Path(order["
 
 
 def test_a_crash_after_the_version_was_made_is_completed_by_the_next_run(shop: Shop, tmp_path: Path) -> None:
-    judged = shop.judged("one", 1e-4, LINEAGE)
+    judged = shop.judged("one", True, LINEAGE)
     paths = [str(path) for path in (judged.policy, judged.base, judged.evaluation, judged.dataset, judged.report)]
     order = json.dumps({"judged": paths, "runs": shop.runs, "out": str(tmp_path / "result.json")})
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", CRASH, order], env=environment, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     client = store.client()
-    assert client.get_model_version("m", "1").aliases == [] and not Audit.find(client, "m")
+    audit = Audit.find(client, "m")
+    assert client.get_model_version("m", "1").aliases == [] and audit and not audit.decided()
     found = shop.register()
     assert found["version"] == "1" and found["decided"]["state"] == "promoted"
     assert len(client.search_model_versions("name = 'm'")) == 1
@@ -397,7 +341,7 @@ def test_a_user_without_the_right_is_told_what_it_takes(
     post(server, "users/create", username="reader", password="reads-only-things")  # noqa: S106
     log_in(monkeypatch, "reader", "reads-only-things")
     assert "gate" in cli("history", "--name", "theirs").output, "reading is allowed"
-    refused = cli("promote", "2", "--force", "--reason", "x", "--name", "theirs")
+    refused = cli("rules", "--reason", "x", "--name", "theirs")
     said = explain_mlflow_error(refused.exception)  # as `main` says it
     assert refused.exit_code and "does not let reader do this" in said and "EDIT on the experiment" in said
     with pytest.raises(MlflowException) as stop, stage_run("register", {}):
@@ -421,7 +365,7 @@ from components.tracking.run import SETTINGS, stage_run
 from components.common.memory import peak_memory_mib
 from components.register.package import log_version
 with stage_run("register", {}) as run:
-    log_version(run, "big", {"model": sys.argv[1]}, ["mlflow"], {})
+    log_version(run, "big", {"model": sys.argv[1]}, ["mlflow"], {}, {})
 print(round(peak_memory_mib()))
 """
 

@@ -128,12 +128,12 @@ def runs(own_home: Path) -> dict[str, str]:
 
 def judged_inputs(chain: Chain) -> dict[str, Any]:
     """The inputs of register that match the chain's evaluation."""
-    from tests.support.stages import SETTINGS
+    from tests.support.stages import SETTINGS, TEST_SET
 
     gate = load_config(ROOT / "params.yaml", SETTINGS).gate
     folders = {"dataset": chain.clean, "base": chain.base, "policy": chain.policy}
     folders |= {"evaluation": chain.evaluation, "report": chain.report}
-    return folders | {"order": order("register", {"gate": gate.model_dump(mode="json")})}
+    return folders | {"order": order("register", {"gate": gate.model_dump(mode="json")}, test_set=TEST_SET)}
 
 
 def call(component: Any, folder: Path, **given: Any) -> tuple[Any, dict[str, dsl.Artifact]]:

@@ -89,6 +89,12 @@ class Project:
         result: dict[str, Any] = json.loads(next(out.glob("*/register/result")).read_text())
         return result
 
+    def cli(self, *words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-m", "pipelines.cli", *words, "--project", str(self.root)]
+        return subprocess.run(
+            command, cwd=self.elsewhere, env=self.environment, capture_output=True, text=True, check=False
+        )
+
     def report(self) -> dict[str, Any]:
         command = [sys.executable, "-P", "-m", "pipelines.cli", "report", "--json", "--project", str(self.root)]
         done = subprocess.run(

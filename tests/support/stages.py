@@ -39,6 +39,7 @@ SHORT = [
     "dpo.learning_rate=1e-3",
 ]
 """Three steps each of sft and of dpo, in batches of three."""
+TEST_SET = "cc"
 COUNTS = {"train": 32, "validation": 16, "test": 40}
 
 
@@ -96,9 +97,10 @@ class Stages:
         """Evaluate the policy that was aligned under a name."""
         config = load_config(ROOT / "params.yaml", [*SETTINGS, *sets])
         out = self.folder / name
-        inputs = Inputs(self.folder / "clean", self.base, self.folder / "sft", out / "policy", incumbent, 1, True)
+        folders = (self.folder / "clean", self.base, self.folder / "sft", out / "policy")
+        inputs = Inputs(*folders, incumbent, 1, True, TEST_SET)
         reports = (out / "report.html", out / "report.md")
-        run_evaluate(config.evaluate, config.gate, config.model, inputs, {}, out / "evaluation", *reports)
+        run_evaluate(config.evaluate, config.gate, config.model, inputs, {}, "kk", out / "evaluation", *reports)
         evaluation: dict[str, Any] = read_json(out / "evaluation" / "evaluation.json")
         return evaluation | {"verdict": read_json(out / "evaluation" / "verdict.json")}
 

@@ -37,6 +37,7 @@ from tests.tools.pod_security import violations
 SECRETS = {
     "kubealign-s3": {"access_key": "pipeline", "secret_key": "a-password-for-tests"},
     "kubealign-mlflow": {"username": "pipeline", "password": "a-password-for-tests"},
+    "kubealign-signing": {"cache_key": "a-key-for-tests-that-is-long-enough"},
 }
 TRUE = [sys.executable, "-c", "print('done')"]
 

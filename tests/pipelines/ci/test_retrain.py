@@ -2,6 +2,7 @@
 MLflow database in which a stand-in for the cluster's steps records what they would.
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -13,7 +14,8 @@ import pytest
 import typer
 from rich.console import Console
 
-from components.common.errors import InputError, InterruptedRunError, KubealignError, RunPendingError
+from components.common.errors import EvidenceError, InputError, InterruptedRunError, KubealignError, RunPendingError
+from components.registry.evidence import RESULT_SIGNATURE, result_statement
 from components.tracking import store
 from pipelines import kubeflow
 from pipelines.ci import follow, notify, retrain
@@ -96,8 +98,8 @@ def make_job(clone: Clone, out: Path, *sets: str, rerun: bool = False, retry_tim
     return job_module.make_job(clone.root, list(sets), "kubeflow", rerun, out, retry_timeout_s, 60, console)
 
 
-def record(job: job_module.Job, kfp_run: str, **changes: Any) -> None:
-    """What the steps of a run record in MLflow."""
+def record(job: job_module.Job, kfp_run: str, signs: bool = True, **changes: Any) -> str:
+    """What the steps of a run record in MLflow; returns the parent run."""
     client = store.client()
     experiment = store.experiment_id(client)
     parent = client.create_run(
@@ -124,11 +126,16 @@ def record(job: job_module.Job, kfp_run: str, **changes: Any) -> None:
     result |= dict.fromkeys(texts, "") | {"aliases": [], "promote": True, "data_clean": True, "decision_index": 1}
     result |= {"languages": {}, "comparisons": {}, "policy_metrics": None}
     result |= {"preferences_digest": "p", "git_commit": job.commit} | changes
-    client.log_dict(parent, result, "result.json")
-    client.log_text(parent, "<!doctype html>", "report.html")
+    texts = {"result.json": json.dumps(result), "report.html": "<!doctype html>"}
+    files = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    if signs:
+        texts[RESULT_SIGNATURE] = result_statement(parent, files).decode()
+    for name, text in texts.items():
+        client.log_text(parent, text, name)
     for key, value in (("version", uri), ("verdict", "no evidence"), ("lineage", facts["lineage"])):
         client.set_tag(parent, f"kubealign.{key}", value)
     client.set_terminated(parent)
+    return str(parent)
 
 
 def recording(kfp: KfpServer, job: job_module.Job, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
@@ -181,6 +188,36 @@ def test_a_verdict_is_told_in_files_and_to_the_webhook_and_not_asked_for_twice(
     assert f"key       {job.key}" in said.out and "were judged before; --rerun forces" in said.out
     assert len(kfp.runs) == 1 and len(receiver.events) == 1 and not written(out)[0]["new"]
     assert "t0k3n" not in said.out + said.err + summary
+
+
+def test_a_forged_run_does_not_say_that_a_commit_was_judged(
+    clone: Clone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An EDIT user of the experiment makes parent and child runs with the parameters of a commit to come."""
+    import mlflow
+
+    job, client = make_job(clone, tmp_path), store.client()
+    passed = {"state": "promoted", "sentence": "promoted: better"}
+    record(job, "forged", signs=False, decided=passed)
+    assert retrain.judged_before(job) is None
+    assert "so nothing proves how it ended" in " ".join(capsys.readouterr().out.split())
+    other = make_job(clone, tmp_path, "dpo.beta=0.3")
+    genuine = record(other, "another commit's", decided=passed)
+    assert retrain.judged_before(other)
+    copy = record(job, "with the files of another run", signs=False)
+    for name in ("result.json", "report.html", RESULT_SIGNATURE):
+        client.log_text(copy, mlflow.artifacts.load_text(f"runs:/{genuine}/{name}"), name)
+    child = client.create_run(store.experiment_id(client), tags={"kubealign.stage": "resolve"}).info.run_id
+    client.set_tag(child, "mlflow.parentRunId", genuine)  # a child of a genuine run of another commit
+    lost = client.create_run(store.experiment_id(client), tags={"kubealign.stage": "resolve"}).info.run_id
+    client.set_tag(lost, "mlflow.parentRunId", "f" * 32)
+    for run in (child, lost):
+        for key, value in {"lineage": job.facts.lineage, "config": job.facts.config}.items():
+            client.log_param(run, key, value)
+    assert retrain.judged_before(job) is None
+    client.set_tag(genuine, "kubealign.version", "models:/kubealign/1")
+    with pytest.raises(EvidenceError, match="tagged with models:/kubealign/1, but its signed result is"):
+        retrain.version_summary(clone.root, "1")
 
 
 def test_insisting_starts_a_run_in_which_nothing_is_cached(
