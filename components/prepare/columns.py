@@ -10,34 +10,9 @@ from typing import Any
 
 from components.common.documents import JsonObject
 from components.common.errors import RowError
+from components.dataset.messages import is_empty, kind_of
 from components.dataset.records import shown
-from components.dataset.rendered import parse_rendered
 
-Message = dict[str, str]
-
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "assistant": "assistant",
-    "系统": "system",
-    "用户": "user",
-    "助手": "assistant",
-}
-"""Names of roles in lower case."""
-ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
-MESSAGE_KEYS = frozenset(
-    (*ROLE_KEYS, *CONTENT_KEYS, "name", "weight", "id", "index", "loss", "train", "masked", "model", "timestamp")
-)
-"""Keys of a message that are read, or say nothing of the conversation; any other that is not empty is an error."""
 ALIASES = {
     "系统": "system",
     "系统提示": "system",
@@ -92,8 +67,6 @@ ALIASES = {
     "language": "lang",
 }
 """Other names of columns, in lower case with underscores."""
-PROMPTS = ("prompt", "question", "query", "instruction", "input", "messages", "conversations", "context")
-"""Columns that hold the prompt, as text or as messages."""
 HARMLESS = frozenset(
     [
         "annotations",
@@ -205,11 +178,6 @@ def canonical(name: str) -> str:
     return ALIASES.get(plain, plain)
 
 
-def is_empty(value: Any) -> bool:
-    """Whether a value says nothing: null, or an empty text, list or object."""
-    return value is None or (isinstance(value, str) and not value.strip()) or value in ([], {}, [None])
-
-
 class Columns:
     """A row by canonical column names, which remembers what was taken.
 
@@ -306,143 +274,6 @@ class Columns:
                 f"'{name}' is not read and may be part of the conversation; leave the column out of the file, or say"
                 f" that it is not: --ignore {name}"
             )
-
-
-def kind_of(value: Any) -> str:
-    """A JSON value's type, for a message."""
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), "text" if isinstance(value, str) else "null")
-
-
-def turn(role: str, content: str) -> Message:
-    """A message."""
-    return {"role": role, "content": content}
-
-
-def message_of(value: Any, column: str) -> Message:
-    """A message in one of the common spellings.
-
-    Raises:
-        RowError: no message, an unknown role, or content other than text.
-    """
-    if not isinstance(value, dict):
-        raise RowError(
-            f"'{column}' holds {kind_of(value)}; expected messages with role and content (or from and value)"
-        )
-    role = next((value[key] for key in ROLE_KEYS if key in value), None)
-    content = next((value[key] for key in CONTENT_KEYS if key in value), None)
-    known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
-    if known is None:
-        raise RowError(f"'{column}' holds a message whose role is none of {', '.join(ROLES)}")
-    for key, other in value.items():
-        if key not in MESSAGE_KEYS and other is not False and not is_empty(other):
-            raise RowError(
-                f"'{column}' holds a message with '{shown(str(key))}', which is not supported; text alone is"
-            )
-    return turn(known, _content(content, column))
-
-
-def _content(content: Any, column: str) -> str:
-    """The text of a message; parts of type text are joined, as the OpenAI API writes them."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise RowError(f"'{column}' holds a message whose content is {kind_of(content)}; expected text")
-    texts = []
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) else part
-        if not isinstance(text, str):
-            found = shown(str(part.get("type"))) if isinstance(part, dict) else kind_of(part)
-            raise RowError(f"'{column}' holds a message with a part of type {found}; text alone is supported")
-        texts.append(text)
-    return "\n".join(texts)
-
-
-def messages_of(value: Any, column: str) -> list[Message]:
-    """Messages, without system messages that are empty.
-
-    Raises:
-        RowError: as `message_of`, or no list.
-    """
-    if not isinstance(value, list):
-        raise RowError(f"'{column}' is {kind_of(value)}; expected a list of messages")
-    messages = [message_of(entry, column) for entry in value]
-    return [message for message in messages if message["role"] != "system" or message["content"].strip()]
-
-
-def conversation_of(value: Any, column: str) -> list[Message]:
-    """A prompt: messages, a rendered conversation, or the text of one user turn.
-
-    Raises:
-        RowError: as `messages_of`, or a value of another type.
-    """
-    if isinstance(value, list):
-        return messages_of(value, column)
-    if isinstance(value, dict):
-        return [message_of(value, column)]
-    if not isinstance(value, str):
-        raise RowError(f"'{column}' is {kind_of(value)}; expected text or a list of messages")
-    return parse_rendered(value) or [turn("user", value.strip())]
-
-
-def read_prompt(columns: Columns, besides: Iterable[str] = ()) -> list[Message]:
-    """The conversation before the answer: system, history, and the one column of `PROMPTS` that is there.
-
-    Args:
-        columns: the row.
-        besides: columns of `PROMPTS` that the format uses for something else.
-
-    Raises:
-        RowError: two columns with different prompts, or a value that is none.
-    """
-    names = [name for name in PROMPTS if name in columns and name not in besides]
-    if {"instruction", "input"} <= set(names):  # Alpaca: the second belongs to the first
-        names.remove("input")
-        columns.take("input")
-        parts = [columns.text("instruction").strip(), columns.text("input").strip()]
-        prompt = [turn("user", "\n\n".join(part for part in parts if part))]
-        names.remove("instruction")
-    elif names:
-        first = names.pop(0)
-        if first == "context" and not isinstance(columns.peek("context"), list):
-            return []  # a document rather than a conversation; `check_left` names it
-        prompt = conversation_of(columns.take(first), columns.name(first))
-    else:
-        prompt = []
-    for name in names:
-        if name == "context" and not isinstance(columns.peek(name), list):
-            continue
-        if conversation_of(columns.take(name), columns.name(name)) != prompt:
-            raise RowError(f"'{columns.name(name)}' holds another prompt besides; leave one of them out of the file")
-    return [*_system(columns, prompt), *_history(columns), *prompt]
-
-
-def _system(columns: Columns, prompt: list[Message]) -> list[Message]:
-    if "system" not in columns:
-        return []
-    system = [turn("system", columns.text("system"))]
-    if prompt and prompt[0]["role"] == "system":
-        if prompt[0]["content"].strip() != system[0]["content"].strip():
-            raise RowError(f"'{columns.name('system')}' and the first message are two different system messages")
-        return []
-    return system if system[0]["content"].strip() else []
-
-
-def _history(columns: Columns) -> list[Message]:
-    value = columns.take_if("history")
-    if value is None:
-        return []
-    name = columns.name("history")
-    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
-        return messages_of(value, name)
-    turns = []
-    for entry in value if isinstance(value, list) else [value]:
-        if not isinstance(entry, list) or [type(text) for text in entry] != [str, str]:
-            raise RowError(f"'{name}' is expected to be a list of question and answer")
-        turns += [turn("user", entry[0]), turn("assistant", entry[1])]
-    return turns
 
 
 def check_scores(columns: Columns) -> None:

@@ -16,7 +16,8 @@ from components.common.files import replacing, sha256_file
 from components.dataset.language import guess_language
 from components.dataset.records import LANGUAGES, Instruction, Preference, line_of, schema_problem, shown
 from components.prepare.files import Located, read_rows
-from components.prepare.formats import FORMATS, Example, convert, detect, language_of
+from components.prepare.formats import FORMATS, convert, detect, language_of
+from components.prepare.pairs import Example
 from components.prepare.sources import ROWS_FILES, Added, SourceKind
 
 QUARANTINE = "quarantine.jsonl"
