@@ -10,26 +10,46 @@ Message = dict[str, str]
 ROLES = {
     "system": "system",
     "developer": "system",
-    "human": "user",
     "user": "user",
+    "human": "user",
     "prompter": "user",
+    "instruction": "user",
+    "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
     "bot": "assistant",
     "model": "assistant",
-    "assistant": "assistant",
+    "response": "assistant",
     "系统": "system",
     "用户": "user",
+    "人类": "user",
+    "问": "user",
     "助手": "assistant",
+    "答": "assistant",
 }
 """Names of roles in lower case."""
 ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
 MESSAGE_KEYS = frozenset(
-    (*ROLE_KEYS, *CONTENT_KEYS, "name", "weight", "id", "index", "loss", "train", "masked", "model", "timestamp")
+    [
+        *(*ROLE_KEYS, *CONTENT_KEYS, "name", "id", "index", "model", "timestamp"),
+        *("weight", "loss", "loss_scale", "loss_weight", "train", "masked", "tokens", "num_tokens"),
+    ]
 )
 """Keys of a message that are read, or say nothing of the conversation; any other that is not empty is an error."""
+EXCHANGES = (
+    ("human", "assistant"),
+    ("user", "assistant"),
+    ("human", "gpt"),
+    ("user", "bot"),
+    ("input", "output"),
+    ("instruction", "output"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("prompt", "response"),
+)
+"""Keys of an object that holds what the user and the assistant said, of which a list is a conversation."""
 
 
 def is_empty(value: Any) -> bool:
@@ -62,7 +82,8 @@ def message_of(value: Any, column: str) -> Message:
     content = next((value[key] for key in CONTENT_KEYS if key in value), None)
     known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if known is None:
-        raise RowError(f"'{column}' holds a message whose role is none of {', '.join(ROLES)}")
+        found = f"the role {shown(role)!r}" if isinstance(role, str) else "no role"
+        raise RowError(f"'{column}' holds a message with {found}; expected system, user or assistant")
     for key, other in value.items():
         if key not in MESSAGE_KEYS and other is not False and not is_empty(other):
             raise RowError(
@@ -79,23 +100,40 @@ def _content(content: Any, column: str) -> str:
         return content
     if not isinstance(content, list):
         raise RowError(f"'{column}' holds a message whose content is {kind_of(content)}; expected text")
-    texts = []
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) else part
-        if not isinstance(text, str):
-            found = shown(str(part.get("type"))) if isinstance(part, dict) else kind_of(part)
-            raise RowError(f"'{column}' holds a message with a part of type {found}; text alone is supported")
-        texts.append(text)
-    return "\n".join(texts)
+    return "\n".join(_part(part, column) for part in content)
+
+
+def _part(part: Any, column: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, dict) else kind_of(part)
+    text = part.get("text", part.get("value")) if isinstance(part, dict) else None
+    if not isinstance(text, str) or kind not in ("text", "input_text", "output_text"):
+        raise RowError(f"'{column}' holds a message with a part of type {shown(str(kind))}; text alone is supported")
+    return text
 
 
 def messages_of(value: Any, column: str) -> list[Message]:
-    """Messages, without system messages that are empty.
+    """Messages, without system messages that are empty; an object of a question and its answer is two of them.
 
     Raises:
         RowError: as `message_of`, or no list.
     """
     if not isinstance(value, list):
         raise RowError(f"'{column}' is {kind_of(value)}; expected a list of messages")
-    messages = [message_of(entry, column) for entry in value]
+    messages = [message for entry in value for message in _exchange(entry, column) or [message_of(entry, column)]]
     return [message for message in messages if message["role"] != "system" or message["content"].strip()]
+
+
+def _exchange(entry: Any, column: str) -> list[Message]:
+    """What the user and the assistant said, from one object; empty if it is none such.
+
+    An answer that is missing is yet to come.
+    """
+    if not isinstance(entry, dict) or any(key in entry for key in ROLE_KEYS):
+        return []
+    for asks, answers in EXCHANGES:
+        if asks in entry and entry.keys() <= {asks, answers, "system"}:
+            said = [("system", entry.get("system")), ("user", entry[asks]), ("assistant", entry.get(answers))]
+            return [turn(role, _content(text, column)) for role, text in said if not is_empty(text)]
+    return []

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from components.common.documents import JsonObject
 from components.common.errors import RowError
-from components.prepare.columns import Columns, check_scores
-from components.prepare.comparisons import read_arena, read_helpsteer, read_list, read_ranked, read_safe, read_shp
+from components.prepare.columns import SIGNED, Columns, check_verdict
+from components.prepare.comparisons import COMPLETIONS, is_compared, read_compared, read_list, read_ranked, read_shp
 from components.prepare.instructions import read_conversation, read_instruction, read_unpaired
 from components.prepare.pairs import Example, read_pair, read_swift
 from components.prepare.prompts import PROMPTS
@@ -29,6 +29,12 @@ LANGUAGE_NAMES = {
     "英文": "en",
     "cn": "zh",
 }
+
+
+LABELS = ("label", "kto_tag", "thumbs_up", "liked", "accepted", "desirable", "is_chosen", "is_safe", "is_correct")
+"""Columns with whether the one answer of a row is good."""
+PLACEHOLDER = re.compile(r"<(image|video|audio)>")
+"""Where a trainer puts what the model sees or hears."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +81,15 @@ def convert(row: JsonObject, format_name: str, ignored: Iterable[str] = ()) -> l
     for key in ("lang", "source", "license", "group"):
         if key in columns:
             columns.take(key)
-    rows = FORMATS[format_name].read(columns)
-    check_scores(columns)
+    examples = FORMATS[format_name].read(columns)
+    if FORMATS[format_name].kind == "preferences":
+        check_verdict(columns)
     columns.check_left()
-    return rows
+    for message in (message for example in examples for message in example.prompt):
+        placeholder = PLACEHOLDER.search(message["content"])
+        if placeholder and f"</{placeholder[1]}>" not in message["content"]:
+            raise RowError(f"a message has a <{placeholder[1]}>, which text alone cannot show")
+    return examples
 
 
 def language_of(row: JsonObject) -> str | None:
@@ -99,9 +110,11 @@ def _has(*names: str) -> Callable[[Columns], bool]:
 
 
 def _is_labelled(columns: Columns) -> bool:
-    label = next((columns.peek(name) for name in ("label", "kto_tag", "thumbs_up") if name in columns), None)
-    answered = any(name in columns for name in ("response", "messages", "conversations", "output"))
-    return isinstance(label, bool | int | str) and answered and "rejected" not in columns
+    """Whether a row is one answer and whether it is good, rather than one to learn."""
+    labels = (columns.peek(name) for name in LABELS)
+    labelled = any(str(label).strip().lower() in ("true", "false", "0", "1") for label in labels)
+    answered = any(name in columns for name in ("response", "output", "messages", "conversations", "text"))
+    return labelled and answered and "rejected" not in columns
 
 
 _Q, _G, _B = "Is rain wet?", "Yes, it is.", "No."
@@ -175,16 +188,18 @@ FORMATS: dict[str, Format] = {
     ),
     "swift": Format(
         "preferences",
-        lambda columns: "rejected" in columns and ("messages" in columns or "response" in columns),
+        lambda columns: (
+            "rejected" in columns and any(name in columns for name in ("messages", "conversations", "response"))
+        ),
         read_swift,
         "ms-swift (`rejected_response`, `rejected_messages`)",
         {"messages": _said(_Q, _G), "rejected_response": _B},
     ),
     "ranked": Format(
         "preferences",
-        lambda columns: any(_is_list(columns, name) for name in ("completions", "answers", "responses", "candidates")),
+        lambda columns: any(_is_list(columns, name) for name in COMPLETIONS),
         read_ranked,
-        "UltraFeedback, NeMo-RL (rank 0 is the best), Nectar (rank 1 is)",
+        "UltraFeedback, NeMo-RL (rank 0 is the best), Nectar (rank 1 is), distilabel (`generations`, `ratings`)",
         {
             "instruction": _Q,
             "completions": [{"response": _G, "overall_score": 9}, {"response": _B, "overall_score": 2}],
@@ -192,24 +207,31 @@ FORMATS: dict[str, Format] = {
     ),
     "helpsteer": Format(
         "preferences",
-        _has("response1", "response2", "overall_preference"),
-        read_helpsteer,
-        "HelpSteer3",
+        lambda columns: is_compared(columns) and any(name in columns for name in SIGNED),
+        read_compared,
+        "HelpSteer3, HelpSteer2's preferences (`preference_strength`)",
         {"context": _said(_Q), "response1": _B, "response2": _G, "overall_preference": 2},
     ),
     "safe_rlhf": Format(
         "preferences",
-        _has("response_0", "response_1", "better_response_id"),
-        read_safe,
+        lambda columns: is_compared(columns) and "better_response_id" in columns,
+        read_compared,
         "PKU-SafeRLHF",
         {"prompt": _Q, "response_0": _G, "response_1": _B, "better_response_id": 0},
     ),
     "arena": Format(
         "preferences",
-        _has("conversation_a", "conversation_b", "winner"),
-        read_arena,
-        "Chatbot Arena",
+        lambda columns: is_compared(columns) and "conversation_a" in columns,
+        read_compared,
+        "Chatbot Arena, MT-bench's human judgements",
         {"conversation_a": _said(_Q, _G), "conversation_b": _said(_Q, _B), "winner": "model_a"},
+    ),
+    "compared": Format(
+        "preferences",
+        is_compared,
+        read_compared,
+        "AlpacaFarm, RLCD, WebGPT, lmsys (55k): two answers (a and b, 0 and 1, 1 and 2) with a verdict or scores",
+        {"instruction": _Q, "output_1": _B, "output_2": _G, "preference": 2},
     ),
     "shp": Format(
         "preferences",
@@ -237,7 +259,9 @@ FORMATS: dict[str, Format] = {
     "instruction": Format(
         "instructions",
         lambda columns: (
-            any(name in columns for name in ("response", "output")) and any(name in columns for name in PROMPTS)
+            any(name in columns for name in ("response", "output"))
+            and any(name in columns for name in PROMPTS)
+            and not _is_labelled(columns)
         ),
         read_instruction,
         "Alpaca, TRL (prompt-completion), ms-swift, OpenRLHF, OpenOrca",
@@ -245,7 +269,9 @@ FORMATS: dict[str, Format] = {
     ),
     "conversation": Format(
         "instructions",
-        lambda columns: any(name in columns for name in ("messages", "conversations", "text")),
+        lambda columns: (
+            any(name in columns for name in ("messages", "conversations", "text")) and not _is_labelled(columns)
+        ),
         read_conversation,
         "ShareGPT, OpenAI, TRL (conversational), ms-swift; `text` in a known template",
         {"messages": _said(_Q, _G)},

@@ -5,7 +5,7 @@ from components.dataset.messages import kind_of, messages_of, turn
 from components.dataset.rendered import parse_rendered, strip_ending
 from components.prepare.columns import Columns
 from components.prepare.pairs import Example, joined, was_rendered
-from components.prepare.prompts import PROMPTS, conversation_of, read_prompt
+from components.prepare.prompts import conversation_of, expect_prompt, read_prompt
 
 
 def read_unpaired(columns: Columns) -> list[Example]:
@@ -26,8 +26,7 @@ def read_instruction(columns: Columns) -> list[Example]:
         raise RowError(f"'{columns.name(name)}' is {kind_of(answer)}; expected text")
     rendered = was_rendered(columns)
     prompt = read_prompt(columns)
-    if not prompt:
-        raise RowError(f"no prompt; expected one of {', '.join(PROMPTS)}")
+    expect_prompt(columns, prompt)
     return [Example(prompt, (strip_ending(answer) if rendered else answer.strip(),))]
 
 

@@ -9,7 +9,7 @@ from components.common.errors import RowError
 from components.dataset.messages import Message, kind_of, messages_of, turn
 from components.dataset.rendered import opens_rendered, parse_rendered, strip_ending
 from components.prepare.columns import Columns
-from components.prepare.prompts import PROMPTS, read_prompt
+from components.prepare.prompts import EXPECTED, PROMPTS, expect_prompt, read_prompt
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,25 @@ def read_pair(columns: Columns) -> list[Example]:
     prompt = read_prompt(columns, repeated)
     rendered = was_rendered(columns)
     pairs = []
-    for good, bad in product(_answers(chosen, "chosen"), _answers(rejected, "rejected")):
+    for good, bad in product(answers_of(chosen, "chosen"), answers_of(rejected, "rejected")):
         if isinstance(good, str) and isinstance(bad, str):
-            pairs.append(pair_texts(prompt, good, bad, rendered))
-        else:
-            pairs.append(pair_dialogues(prompt, as_dialogue(good, "chosen"), as_dialogue(bad, "rejected")))
+            expect_prompt(columns, prompt)
+        pairs.append(pair_answers(prompt, good, bad, rendered))
     return pairs
+
+
+def pair_answers(prompt: list[Message], chosen: Any, rejected: Any, rendered: bool) -> Example:
+    """A pair of two answers, each a text or a dialogue.
+
+    Args:
+        prompt: the conversation before them, or empty if dialogues begin with it.
+        chosen: the better answer.
+        rejected: the worse answer.
+        rendered: whether a template had rendered the prompt.
+    """
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return _pair_texts(prompt, chosen, rejected, rendered)
+    return _pair_dialogues(prompt, _dialogue(chosen, "chosen"), _dialogue(rejected, "rejected"))
 
 
 def was_rendered(columns: Columns) -> bool:
@@ -50,22 +63,20 @@ def was_rendered(columns: Columns) -> bool:
     return any(isinstance(text, str) and parse_rendered(text) is not None for text in texts)
 
 
-def pair_texts(prompt: list[Message], chosen: str, rejected: str, rendered: bool) -> Example:
+def _pair_texts(prompt: list[Message], chosen: str, rejected: str, rendered: bool) -> Example:
     """A pair whose answers are texts; answers to a rendered prompt lose the marker that ends them.
 
     Where both are dialogues, as in HH with a prompt of its own, the dialogues are taken.
     """
     dialogues = parse_rendered(chosen), parse_rendered(rejected)
     if dialogues[0] and dialogues[1] and len(dialogues[0]) > 1 and len(dialogues[1]) > 1:
-        return pair_dialogues(prompt, dialogues[0], dialogues[1])
-    if not prompt:
-        raise RowError(f"no prompt; expected one of {', '.join(PROMPTS)}")
+        return _pair_dialogues(prompt, dialogues[0], dialogues[1])
     if rendered:
         chosen, rejected = strip_ending(chosen), strip_ending(rejected)
     return Example(prompt, (chosen.strip(), rejected.strip()))
 
 
-def _answers(value: Any, column: str) -> list[Any]:
+def answers_of(value: Any, column: str) -> list[Any]:
     """The answers of a column: a text, a message or a dialogue each."""
     if isinstance(value, str):
         return [value]
@@ -80,11 +91,11 @@ def _answers(value: Any, column: str) -> list[Any]:
     return [value]
 
 
-def as_dialogue(answer: Any, column: str) -> list[Message]:
+def _dialogue(answer: Any, column: str) -> list[Message]:
     return [turn("assistant", answer)] if isinstance(answer, str) else messages_of(answer, column)
 
 
-def pair_dialogues(context: list[Message], chosen: list[Message], rejected: list[Message]) -> Example:
+def _pair_dialogues(context: list[Message], chosen: list[Message], rejected: list[Message]) -> Example:
     """A pair from two dialogues: their common beginning is the prompt, and each ends with one answer."""
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and _same(chosen[shared], rejected[shared]):
@@ -94,7 +105,7 @@ def pair_dialogues(context: list[Message], chosen: list[Message], rejected: list
         raise RowError("'chosen' and 'rejected' differ in more than one final message of the assistant")
     prompt = joined(context, chosen[:shared])
     if not prompt:
-        raise RowError(f"no prompt; expected one of {', '.join(PROMPTS)}, or dialogues that begin with it")
+        raise RowError(f"{EXPECTED}, or dialogues that begin with it")
     return Example(prompt, (ends[0][0]["content"], ends[1][0]["content"]))
 
 
@@ -122,24 +133,21 @@ def _same(first: Message, second: Message) -> bool:
 
 def _implicit(columns: Columns, chosen: str, rejected: str) -> Example:
     """A pair without a prompt of its own: dialogues, or texts that begin with the same words."""
+    before = read_prompt(columns)
+    columns.check_left()
     dialogues = parse_rendered(chosen), parse_rendered(rejected)
     if dialogues[0] and dialogues[1]:
-        system = read_prompt(columns)
-        return pair_dialogues(system, dialogues[0], dialogues[1])
+        return _pair_dialogues(before, dialogues[0], dialogues[1])
     if opens_rendered(chosen) or opens_rendered(rejected):
         raise RowError("'chosen' or 'rejected' begins like a rendered conversation but cannot be taken apart")
     length = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     if length is None:
-        raise RowError(f"no prompt, and one answer is the beginning of the other; expected one of {', '.join(PROMPTS)}")
+        raise RowError(f"{EXPECTED}: one answer is the beginning of the other")
     while length and not _is_border(chosen[length - 1]):
         length -= 1
     prefix = chosen[:length].strip()
     if not prefix or not chosen[length:].strip() or not rejected[length:].strip():
-        raise RowError(
-            "no prompt, and 'chosen' and 'rejected' do not begin with the same whole words; expected one of"
-            f" {', '.join(PROMPTS)}"
-        )
-    before = read_prompt(columns)
+        raise RowError(f"{EXPECTED}: 'chosen' and 'rejected' do not begin with the same whole words")
     return Example(
         [*before, turn("user", prefix)],
         (chosen[length:].strip(), rejected[length:].strip()),
@@ -154,19 +162,17 @@ def _is_border(character: str) -> bool:
 
 def read_swift(columns: Columns) -> list[Example]:
     """ms-swift: the chosen answer ends `messages` or is the `response`; the rejected one has a column of its own."""
-    if "messages" not in columns:
-        prompt = read_prompt(columns)
+    rejected = answers_of(columns.take("rejected"), "rejected")
+    name = next((name for name in ("messages", "conversations") if name in columns), None)
+    if name is None:
+        prompt, rendered = read_prompt(columns), was_rendered(columns)
+        expect_prompt(columns, prompt)
         good = columns.text("response")
-        return [pair_texts(prompt, good, bad, False) for bad in _answers(columns.take("rejected"), "rejected")]
-    messages = messages_of(columns.take("messages"), "messages")
+        return [pair_answers(prompt, good, bad, rendered) for bad in rejected]
+    messages = messages_of(columns.take(name), columns.name(name))
     *prompt, last = messages or [turn("user", "")]
     if last["role"] != "assistant" or not prompt:
-        raise RowError("'messages' does not end with the answer of the assistant, which is the chosen one")
-    before = joined(read_prompt(columns, ("messages",)), prompt)
-    rejected = columns.take("rejected")
-    pairs = []
-    for bad in _answers(rejected, "rejected"):
-        dialogue = as_dialogue(bad, "rejected")
-        end = [*prompt, *dialogue] if len(dialogue) == 1 else dialogue
-        pairs.append(pair_dialogues(before, messages, end))
-    return pairs
+        raise RowError(f"'{columns.name(name)}' does not end with the answer of the assistant, which is the chosen one")
+    before = joined(read_prompt(columns, (name,)), prompt)
+    ends = [_dialogue(bad, "rejected") for bad in rejected]
+    return [_pair_dialogues(before, messages, [*prompt, *end] if len(end) == 1 else end) for end in ends]

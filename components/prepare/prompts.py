@@ -5,11 +5,12 @@ from typing import Any
 
 from components.common.errors import RowError
 from components.dataset.messages import Message, kind_of, message_of, messages_of, turn
-from components.dataset.rendered import parse_rendered
+from components.dataset.rendered import parse_literal, parse_rendered
 from components.prepare.columns import Columns
 
 PROMPTS = ("prompt", "question", "query", "instruction", "input", "messages", "conversations", "context")
 """Columns that hold the prompt, as text or as messages."""
+EXPECTED = f"no prompt; expected one of {', '.join(PROMPTS)}"
 
 
 def conversation_of(value: Any, column: str) -> list[Message]:
@@ -38,25 +39,32 @@ def read_prompt(columns: Columns, besides: Iterable[str] = ()) -> list[Message]:
         RowError: two columns with different prompts, or a value that is none.
     """
     names = [name for name in PROMPTS if name in columns and name not in besides]
+    if "context" in names and not isinstance(columns.peek("context"), list):
+        names.remove("context")  # a document rather than a conversation; `check_left` names it
     if {"instruction", "input"} <= set(names):  # Alpaca: the second belongs to the first
-        names.remove("input")
-        columns.take("input")
+        names = [name for name in names if name not in ("instruction", "input")]
         parts = [columns.text("instruction").strip(), columns.text("input").strip()]
         prompt = [turn("user", "\n\n".join(part for part in parts if part))]
-        names.remove("instruction")
     elif names:
         first = names.pop(0)
-        if first == "context" and not isinstance(columns.peek("context"), list):
-            return []  # a document rather than a conversation; `check_left` names it
         prompt = conversation_of(columns.take(first), columns.name(first))
     else:
         prompt = []
     for name in names:
-        if name == "context" and not isinstance(columns.peek(name), list):
-            continue
         if conversation_of(columns.take(name), columns.name(name)) != prompt:
             raise RowError(f"'{columns.name(name)}' holds another prompt besides; leave one of them out of the file")
     return [*_system(columns, prompt), *_history(columns), *prompt]
+
+
+def expect_prompt(columns: Columns, prompt: list[Message]) -> None:
+    """Refuse a row without a prompt, by the name of what may have been meant.
+
+    Raises:
+        RowError: the prompt is empty.
+    """
+    if not prompt:
+        columns.check_left()
+        raise RowError(EXPECTED)
 
 
 def _system(columns: Columns, prompt: list[Message]) -> list[Message]:
@@ -67,19 +75,20 @@ def _system(columns: Columns, prompt: list[Message]) -> list[Message]:
         if prompt[0]["content"].strip() != system[0]["content"].strip():
             raise RowError(f"'{columns.name('system')}' and the first message are two different system messages")
         return []
-    return system if system[0]["content"].strip() else []
+    return system
 
 
 def _history(columns: Columns) -> list[Message]:
-    value = columns.take_if("history")
-    if value is None:
+    if "history" not in columns:
         return []
-    name = columns.name("history")
+    name, value = columns.name("history"), columns.take("history")
+    if isinstance(value, str):
+        value = parse_literal(value)  # as a table holds it
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
         return messages_of(value, name)
     turns = []
     for entry in value if isinstance(value, list) else [value]:
-        if not isinstance(entry, list) or [type(text) for text in entry] != [str, str]:
+        if not isinstance(entry, list | tuple) or [type(text) for text in entry] != [str, str]:
             raise RowError(f"'{name}' is expected to be a list of question and answer")
         turns += [turn("user", entry[0]), turn("assistant", entry[1])]
     return turns
