@@ -17,6 +17,7 @@ from components.dataset.rendered import has_markers
 from components.prepare.convert import RowDefaults, convert_files
 from components.prepare.formats import FORMATS, convert, detect
 from tests.conftest import ROOT
+from tests.support.public_schemas import FILES, texts, write_files
 from tests.tools.component_readmes import FORMATS_START, formats, renewed
 
 Q, G, B = "What is the capital of France?", "It is Paris.", "Lyon, I think."
@@ -840,6 +841,18 @@ def test_the_first_rows_are_kept_as_they_will_be_trained_and_assumptions_are_cou
     done, _ = converted(tmp_path, write(tmp_path / "a.jsonl", *rows))
     assert done.notes == {IMPLICIT: 5} and done.first[IMPLICIT].endswith("a.jsonl:1")
     assert done.samples == read_lines(tmp_path / "out" / "pairs.jsonl")[:3]
+
+
+def test_files_in_the_schemas_of_public_data_sets_are_read_whole(tmp_path: Path) -> None:
+    for file in write_files(tmp_path):
+        done, _ = converted(tmp_path, file)
+        pairs = read_lines(tmp_path / "out" / "pairs.jsonl")
+        assert (done.rows, done.quarantined, done.notes) == (200, 0, {}), file.name
+        _, subjects, kinds = FILES[file.name]
+        expected = sorted((good, bad) for _, good, bad in texts(subjects, kinds))
+        assert sorted((pair["chosen"], pair["rejected"]) for pair in pairs) == expected
+        asked = sorted(pair["prompt"][-1]["content"] for pair in pairs)
+        assert asked == sorted(question for question, _, _ in texts(subjects, kinds))
 
 
 def test_instructions_are_a_kind_of_their_own(tmp_path: Path) -> None:
