@@ -16,7 +16,8 @@ from components.common.files import replacing, sha256_file
 from components.dataset.language import guess_language
 from components.dataset.records import LANGUAGES, Instruction, Preference, line_of, schema_problem, shown
 from components.prepare.files import Located, read_rows
-from components.prepare.formats import FORMATS, Example, convert, detect, language_of
+from components.prepare.formats import FORMATS, convert, detect, language_of
+from components.prepare.pairs import Example
 from components.prepare.sources import ROWS_FILES, Added, SourceKind
 
 QUARANTINE = "quarantine.jsonl"
@@ -184,7 +185,10 @@ def _language(example: Example, row: JsonObject, defaults: RowDefaults) -> str:
         return defaults.language
     if named is None:
         asked = [message["content"] for message in example.prompt if message["role"] == "user"]
-        return guess_language([*asked[-1:], example.answers[0]])
+        guessed = guess_language([*asked[-1:], example.answers[0]])
+        if guessed is None:
+            raise RowError("its script is that of another language; expected en or zh, or --language for such rows")
+        return guessed
     column = next(name for name in ("lang", "language") if name in row)
     raise RowError(
         f"its column '{column}' says {shown(repr(named))}; expected {' or '.join(LANGUAGES)}, or --language for such"
