@@ -90,7 +90,7 @@ def _copy_folder(data: DataConfig, folder: str, expected: str, out: Path) -> Non
 def _download(data: DataConfig, folder: str, expected: str, out: Path) -> None:
     """Download a folder file by file, each verified by its md5; an interrupted download resumes at the last file."""
     partial = store.home() / DOWNLOADS / expected
-    with remote_errors(data.repo, data.revision, folder), opened(data.repo, data.revision) as fs:
+    with remote_errors(data.repo, data.revision, folder), opened(data.repo, data.revision, (folder,)) as fs:
         actual = str(fs.info(folder)["dvc_info"]["md5"])
         if actual != expected:
             raise InputError(f"{data.repo}@{data.revision}: {folder} has digest {actual}, expected {expected}")

@@ -14,7 +14,7 @@ from components.common.errors import InputError
 from components.config.data import DataConfig
 from components.dataset.records import SPLITS, iter_lines
 from components.prepare.sources import ADDED
-from components.sources.data import DATA_SETS, WORKSPACE, data_folders, history, opened
+from components.sources.data import DATA_SETS, WORKSPACE, data_folders, history, opened, recorded_digest, remote_errors
 from pipelines import git
 
 KINDS = ("added", "removed", "changed")
@@ -127,15 +127,12 @@ def _fetch_version(data: DataConfig, revision: str, out: Path) -> Path:
                 f"{folder / missing[0]}: not found; `make data` (dvc repro) makes it, `dvc pull` fetches it"
             )
         return folder
-    with opened(data.repo, revision) as fs:
-        for name, folder_name in zip(DATA_SETS, data_folders(data.path), strict=True):
-            try:
+    folders = data_folders(data.path)
+    with opened(data.repo, revision, folders) as fs:
+        for name, folder_name in zip(DATA_SETS, folders, strict=True):
+            recorded_digest(fs, folder_name, f"{data.repo}@{revision}")
+            with remote_errors(data.repo, revision, folder_name):
                 fs.get(folder_name, str(out / name), recursive=True)
-            except FileNotFoundError as error:
-                raise InputError(
-                    f"{data.repo}@{revision}: the content of {folder_name} is neither in the DVC cache nor in a remote;"
-                    " try `dvc fetch --all-commits`"
-                ) from error
     return out
 
 
