@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from components.common.errors import InputError, KubealignError, error_chain, single_line
+from components.dataset.records import NO_DATA
 from components.tracking.store import without_credentials
 
 WORKSPACE = "workspace"
@@ -67,7 +68,7 @@ def workspace_digest(root: Path, folder: str) -> str:
     if not (root / ".dvc").is_dir():
         raise InputError(f"{root}: not a DVC repository; `dvc init` makes it one, or name another data.repo")
     if not path.is_dir() or not any(path.iterdir()):
-        raise InputError(f"{path}: not found or empty; `make data` (dvc repro) makes it, `dvc pull` fetches it")
+        raise InputError(f"{path}: not found or empty; {NO_DATA}")
     # Without dvc.repo.Repo, which writes below .dvc: a step may see the repository read-only.
     _, _, tree = build(LocalHashFileDB(localfs, str(root / ".dvc" / "cache")), str(path), localfs, "md5", dry_run=True)
     return str(tree.hash_info.value)
@@ -94,7 +95,8 @@ def resolve_data(repo: str, revision: str, folders: Folders) -> DataVersion:
         digests = {folder: recorded_digest(fs, folder, f"{repo}@{revision}") for folder in folders}
         test_file = _test_file(folders)
         # The list of a folder's files is content too, and may have to come from a remote.
-        with remote_errors(repo, revision, str(PurePosixPath(test_file).parent)):
+        preferences = str(PurePosixPath(test_file).parent)
+        with remote_errors(repo, revision, preferences, digests.get(preferences, "")):
             try:
                 test_set = str(fs.info(test_file)["dvc_info"]["md5"]) if test_file else ""
             except FileNotFoundError:
@@ -145,8 +147,8 @@ def _is_committed(root: Path, digests: dict[str, str]) -> bool:
 
 
 @contextmanager
-def remote_errors(repo: str, revision: str, folder: str) -> Iterator[None]:
-    """Report errors of reading a folder's content as one sentence."""
+def remote_errors(repo: str, revision: str, folder: str, digest: str) -> Iterator[None]:
+    """Report errors of reading a folder's content, which has DVC's digest, as one sentence."""
     from botocore.exceptions import BotoCoreError
     from dvc.exceptions import DvcException
     from dvc_data.index import DataIndexDirError
@@ -159,8 +161,10 @@ def remote_errors(repo: str, revision: str, folder: str) -> Iterator[None]:
         why = error.__cause__ if isinstance(error, DataIndexDirError) and error.__cause__ else error
         if isinstance(why, FileNotFoundError):
             asked = " or ".join(asked_remotes(repo, revision)) or "a remote, of which the repository has none"
+            # Where the list of a folder's files is in a remote, DVC takes all of the folder for pushed.
+            first = "" if isinstance(error, DataIndexDirError) else f"delete {object_path(digest)} in the remote, then "
             raise InputError(
-                f"{where} is neither in the DVC cache nor in {asked}; `dvc push --all-commits` where it was made"
+                f"{where} is neither in the DVC cache nor in {asked}; {first}{push_again(revision)}"
             ) from error
         if isinstance(why, OSError) and (why.filename or why.errno == errno.ENOSPC):
             raise  # an error of the local disk: errors of a remote name no file
@@ -174,6 +178,16 @@ def remote_errors(repo: str, revision: str, folder: str) -> Iterator[None]:
             f"{where} cannot be fetched from the DVC remote: {reason}; the files fetched so far are kept;"
             " run it again to resume"
         ) from error
+
+
+def object_path(digest: str) -> str:
+    """Where a DVC remote has an object."""
+    return f"files/md5/{digest[:2]}/{digest[2:]}"
+
+
+def push_again(revision: str) -> str:
+    """How to bring a revision's content to the remote, for a message."""
+    return f"`git checkout {revision} && dvc push` where the data was made"
 
 
 class opened:  # noqa: N801 - reads as the context manager it is: `with opened(repo, revision) as fs`

@@ -70,7 +70,7 @@ def test_data_that_is_not_there_is_a_clear_error(data_repo: Path, tmp_path: Path
     with pytest.raises(InputError, match=r"data.revision=workspace needs a local repository"):
         resolve_data("https://example.org/repo.git", "workspace", DATA)
     shutil.rmtree(data_repo / "data" / "preferences")
-    with pytest.raises(InputError, match=r"data/preferences: not found or empty; `make data`"):
+    with pytest.raises(InputError, match=r"data/preferences: not found or empty; `dvc repro`"):
         resolve_data(str(data_repo), "workspace", DATA)
 
 
