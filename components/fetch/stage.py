@@ -9,7 +9,15 @@ from components.common.files import folder_digest, read_json, replacing, replaci
 from components.config.data import DataConfig
 from components.dataset.chat import choose_template
 from components.sources.base_model import EMBEDDED
-from components.sources.data import WORKSPACE, embedded_model, opened, remote_errors, workspace_digest
+from components.sources.data import (
+    WORKSPACE,
+    embedded_model,
+    object_path,
+    opened,
+    push_again,
+    remote_errors,
+    workspace_digest,
+)
 from components.tracking import store
 from components.tracking.run import stage_run
 from components.tracking.storage import s3_filesystem
@@ -90,7 +98,8 @@ def _copy_folder(data: DataConfig, folder: str, expected: str, out: Path) -> Non
 def _download(data: DataConfig, folder: str, expected: str, out: Path) -> None:
     """Download a folder file by file, each verified by its md5; an interrupted download resumes at the last file."""
     partial = store.home() / DOWNLOADS / expected
-    with remote_errors(data.repo, data.revision, folder), opened(data.repo, data.revision) as fs:
+    reading = remote_errors(data.repo, data.revision, folder, expected)
+    with reading, opened(data.repo, data.revision, (folder,)) as fs:
         actual = str(fs.info(folder)["dvc_info"]["md5"])
         if actual != expected:
             raise InputError(f"{data.repo}@{data.revision}: {folder} has digest {actual}, expected {expected}")
@@ -102,8 +111,9 @@ def _download(data: DataConfig, folder: str, expected: str, out: Path) -> None:
                     fs.get_file(path, str(staging))
                     if _md5(staging) != md5:
                         raise KubealignError(
-                            f"{data.repo}@{data.revision}: {path} does not match its md5 {md5}; the remote"
-                            " is damaged, push that file again"
+                            f"{data.repo}@{data.revision}: {path} does not match its md5 {md5}: the remote is damaged;"
+                            f" delete {object_path(md5)} and {object_path(expected)} in it, then"
+                            f" {push_again(data.revision)}"
                         )
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(partial / name, out / name)

@@ -211,7 +211,7 @@ def _format(path: Path, start: list[Located], kind: SourceKind) -> str:
     """The common format of a file's first rows."""
     first_rows = {detect(row, kind): where for where, row, _ in reversed(start)}
     names = [name for name in first_rows if name]
-    known = f"set --format to one of {', '.join(name for name, entry in FORMATS.items() if entry.kind == kind)}"
+    formats = ", ".join(name for name, entry in FORMATS.items() if entry.kind == kind)
     if not start:
         raise InputError(f"{path}: no rows; expected at least one")
     if len(names) == 1:
@@ -220,9 +220,11 @@ def _format(path: Path, start: list[Located], kind: SourceKind) -> str:
         return names[0]
     if names:
         seen = " and ".join(f"{name} ({first_rows[name]})" for name in sorted(names))
-        raise InputError(f"{path}: its rows match more than one format: {seen}; split the file, or {known}")
+        raise InputError(
+            f"{path}: its rows match more than one format: {seen}; split the file, or set --format to one of {formats}"
+        )
     where, row, _ = start[0]
     if other := detect(row):
         raise InputError(f"{where}: its rows are {OTHER_KIND[FORMATS[other].kind]} (format {other})")
     keys = shown(", ".join(sorted(row)[:8]))
-    raise InputError(f"{where}: unknown format (columns: {keys}); {known}")
+    raise InputError(f"{where}: unknown format (columns: {keys}); rename the columns as one of {formats} has them")

@@ -74,7 +74,7 @@ def read_sources(path: Path) -> Sources:
         raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
         return Sources.model_validate(raw)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: not found; it is part of the repository: `git checkout {path}`") from error
+        raise InputError(f"{path}: not found; it is part of the repository: `git checkout HEAD -- {path}`") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
@@ -101,20 +101,28 @@ def added_rows(data: Path, name: str, added: Added) -> Path:
         _restore(path, data.resolve().parent)
     actual = sha256_file(path)
     if actual != added.sha256:
-        raise InputError(f"{path}: sha256 is {actual}, data/sources.lock says {added.sha256}; run `dvc checkout`")
+        raise InputError(
+            f"{path}: sha256 is {actual}, data/sources.lock says {added.sha256}; `dvc pull --force {path.parent}.dvc`"
+            " restores it"
+        )
     return path
 
 
 def _restore(path: Path, project: Path) -> None:
+    from botocore.exceptions import BotoCoreError
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
+    from dvc_data.index import DataIndexDirError
 
     try:
         fs = DVCFileSystem(str(project))
         with replacing(path) as staging:
             fs.get_file(path.resolve().relative_to(project).as_posix(), str(staging))
-    except (DvcException, FileNotFoundError) as error:
-        raise InputError(f"{path}: not found here, nor in the DVC cache or remote; `dvc pull` shows why") from error
+    except (DvcException, DataIndexDirError, BotoCoreError, OSError) as error:
+        raise InputError(
+            f"{path}: not found here, nor in the DVC cache or remote; `dvc pull` shows why, and `kubealign data remove"
+            f" {path.parent.name}` takes the source out"
+        ) from error
 
 
 def unpack(sources: Sources, member: Member, downloads: Path, out: Path) -> None:

@@ -173,7 +173,10 @@ def log(
         return
     if not versions:
         where = data.repo if is_url(data.repo) else "this repository"
-        raise InputError(f"{where} has no version of the data at {revision}; commit dvc.lock after `make data`")
+        raise InputError(
+            f"{where} has no version of the data at {revision}; `git add data dvc.lock && git commit` after `dvc repro`"
+            " makes one"
+        )
     table = Table("commit", "date", "preferences", "instructions", "MB", "own sources", "message")
     for version in versions:
         name = " ".join([version["commit"][:10], *version["tags"]])

@@ -132,11 +132,34 @@ def test_a_path_and_urls_give_the_same_commit_digests_and_files_without_a_git_bi
 def test_data_that_was_never_pushed_is_refused_before_a_run(tmp_path: Path) -> None:
     remote = make_remote(tmp_path / "repo", str(tmp_path / "store"), 1000, 2)
     message = (
-        r"HEAD: the content of corpus/pairs/preferences is neither in the DVC cache nor in a remote; `dvc push` it"
+        rf"HEAD: the content of corpus/pairs/preferences is neither in the DVC cache nor in {tmp_path}/store; `dvc push"
     )
     with git_http_server(tmp_path) as http, pytest.raises(InputError, match=message):
         resolve_data(f"{http}/repo", "HEAD", data_folders(FOLDER))
     assert resolve_data(str(remote.root), "HEAD", data_folders(FOLDER)).commit == remote.commit
+
+
+@pytest.mark.parametrize("name", ["store", "other"])
+def test_a_version_is_found_after_its_remote_was_moved(tmp_path: Path, name: str) -> None:
+    """Version 1 was pushed to A, which is B now, under the same or another name, as the last commit says."""
+    remote = make_remote(tmp_path / "repo", str(tmp_path / "A"), 1000, 2)
+    git(remote.root, "tag", "v1")
+    dvc(remote.root, "push", "-q")
+    (tmp_path / "A").rename(tmp_path / "B")
+    dvc(remote.root, "remote", "add", "-q", "-f", "-d", name, str(tmp_path / "B"))
+    git(remote.root, "commit", "-qam", "the remote has moved")
+    remote.wipe()
+    with git_http_server(tmp_path) as http:
+        repos = [f"{http}/repo", f"file://{remote.root}", str(remote.root)]
+        for number, repo in enumerate(repos):
+            assert resolve_data(repo, "v1", data_folders(FOLDER)).digests == remote.digests
+            assert_whole(remote, fetch(remote, tmp_path / str(number), repo), 2, 1000)
+        (tmp_path / "B" / "files" / "md5" / md5_of(1)[:2] / md5_of(1)[2:]).unlink()
+        message = (
+            f"the content of corpus/pairs/preferences is neither .* nor in {tmp_path}/A or {tmp_path}/B; `dvc push"
+        )
+        with pytest.raises(InputError, match=message):
+            fetch(remote, tmp_path / "again", repos[1])
 
 
 @contextmanager
@@ -158,7 +181,7 @@ def test_only_what_was_asked_for_is_brought(served: tuple[Remote, str], tmp_path
     other = yaml.safe_load((remote.root / FOLDER / "other.dvc").read_text())["outs"][0]["md5"]
     with changed(remote, other, None), changed(remote, md5_of(20), None):
         assert_whole(remote, fetch(remote, tmp_path / "out", url), 2, 1000)
-    message = r"the content of corpus/pairs/preferences is neither in the DVC cache nor in a remote; `dvc push` it"
+    message = rf"content of corpus/pairs/preferences is neither in the DVC cache nor in {remote.root.parent}/store;"
     with changed(remote, md5_of(1), None), pytest.raises(InputError, match=message):
         fetch(remote, tmp_path / "again", url)
     assert not (tmp_path / "again" / "dataset").exists()
