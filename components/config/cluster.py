@@ -78,7 +78,9 @@ class ClusterConfig(Section):
     )
     s3_secret: str = Field(default="", description="secret with keys `access_key` and `secret_key`; empty for none")
     git_secret: str = Field(
-        default="", description="secret with keys `username` and `password` (a token) for data.repo; or empty"
+        default="",
+        description="secret with keys `username`, `password` (a token) and `host`, the one https host that gets them,"
+        " for data.repo; or empty",
     )
     state: str = Field(
         default="pvc:kubealign-state",

@@ -14,10 +14,14 @@ from weakref import WeakKeyDictionary
 from jinja2 import TemplateError
 
 from components.common.errors import InputError
-from components.common.files import sha256_file
+from components.common.files import digest
 from components.dataset.records import Message
 
 TEMPLATES = Path(__file__).parent / "templates"
+MODEL_TEMPLATE = "model"
+"""Name of the template that came with the model."""
+MAX_TEMPLATE_BYTES = 8000
+"""Longest template that may travel as a value; Kubeflow Pipelines takes 10,000 bytes for all that a step is given."""
 REFUSALS = (KeyError, TypeError, ValueError, AttributeError, TemplateError)
 CHANGES_PROMPT = "the chat template renders the prompt differently once an answer follows; choose another one"
 
@@ -33,35 +37,75 @@ def load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def choose_template(name: str, own: str | None) -> str:
-    """The configured chat template.
+def is_template(value: str) -> bool:
+    """Whether a value of model.chat_template is a template's text rather than a name."""
+    return "{%" in value or "{{" in value
+
+
+def shipped_templates() -> dict[str, Path]:
+    """The files of the chat templates that ship with this package, by name."""
+    return {path.stem: path for path in sorted(TEMPLATES.glob("*.jinja"))}
+
+
+def choose_template(value: str, own: str | None) -> str:
+    """The configured chat template; no file is read but those that ship with this package.
 
     Args:
-        name: `model`, `chatml`, `llama2`, or the path of a Jinja file.
+        value: `model`, `chatml`, `llama2`, or the text of a template.
         own: the template that came with the model, if any.
 
     Raises:
         InputError: `model` without a template, or an unknown name.
     """
-    shipped = {path.stem: path for path in sorted(TEMPLATES.glob("*.jinja"))}
-    if name == "model":
+    shipped = shipped_templates()
+    if value == MODEL_TEMPLATE:
         if own:
             return own
         raise InputError(
             f"the base model has no chat template; set model.chat_template to {', '.join(shipped)} or a Jinja file"
         )
-    path = shipped.get(name, Path(name))
-    if not path.is_file():
+    if is_template(value):
+        return value.rstrip("\n")
+    if value not in shipped:
         raise InputError(
-            f"model.chat_template={name}: neither `model`, {', '.join(shipped)}, nor a file; expected one of them"
+            f"model.chat_template={value}: neither `model`, {', '.join(shipped)}, nor a template's text; a step reads"
+            " no file by name: name the file in params.yaml or with --set, where `kubealign` reads it"
         )
-    return path.read_text(encoding="utf-8").rstrip("\n")
+    return shipped[value].read_text(encoding="utf-8").rstrip("\n")
 
 
-def template_digest(name: str) -> str:
-    """Identifier of the configured template: the file's hash if it is a file, else its name."""
-    path = Path(name)
-    return sha256_file(path) if path.is_file() else name
+def read_template(value: str, root: Path) -> str:
+    """A value of model.chat_template as it may travel to a step: a name, or the text of the file that it names.
+
+    Args:
+        value: as in params.yaml.
+        root: the project's folder; the file is in it.
+
+    Raises:
+        InputError: no such file in the project, or not the text of a template.
+    """
+    if value == MODEL_TEMPLATE or value in shipped_templates() or is_template(value):
+        return value
+    where, path = f"model.chat_template={value}", (root / value).resolve()
+    if not path.is_file() or not path.is_relative_to(root.resolve()):
+        names = ", ".join([f"`{MODEL_TEMPLATE}`", *shipped_templates()])
+        raise InputError(f"{where}: neither {names}, nor a file in {root}; expected one of them")
+    with path.open("rb") as file:
+        content = file.read(MAX_TEMPLATE_BYTES + 1)
+    if len(content) > MAX_TEMPLATE_BYTES:
+        raise InputError(
+            f"{where}: more than {MAX_TEMPLATE_BYTES} bytes, which a step's parameter cannot carry; put it into the"
+            " model's folder as chat_template.jinja"
+        )
+    text = content.decode("utf-8", errors="replace")
+    if not is_template(text):
+        raise InputError(f"{where}: no Jinja template; expected a text with {{% … %}} or {{{{ … }}}}")
+    return text
+
+
+def template_digest(value: str) -> str:
+    """Identifier of the configured template: the hash of its text, else its name."""
+    return digest(value.rstrip("\n")) if is_template(value) else value
 
 
 def encode_prompt(tokenizer: Any, prompt: Sequence[Message]) -> list[int]:

@@ -10,6 +10,7 @@ from components.config.data import DataConfig
 from components.config.model import ModelSource
 from components.sources.data import embedded_model, resolve_data
 from components.tracking import store
+from components.tracking.run import in_pod
 from components.tracking.storage import s3_filesystem
 
 EMBEDDED = "embedded"
@@ -39,14 +40,15 @@ def resolve_base(model: ModelSource, data: DataConfig) -> ResolvedModel:
     if base.startswith("s3://"):
         return _bucket(base)
     folder = Path(base).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() and not in_pod():
         if not (folder / "config.json").is_file():
             raise InputError(f"model.base={base}: the folder has no config.json; expected a transformers model folder")
         return ResolvedModel(str(folder.resolve()), folder_digest(folder))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not base.startswith("."):
         return _hub(model)
+    problem = "a pod sees no folder of this machine" if in_pod() else "no such folder"
     raise InputError(
-        f"model.base={base}: no such folder; expected `embedded`, a folder, s3://bucket/prefix, models:/name/version,"
+        f"model.base={base}: {problem}; expected `embedded`, a folder, s3://bucket/prefix, models:/name/version,"
         " models:/name@alias, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
     )
 

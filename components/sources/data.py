@@ -12,6 +12,9 @@ from typing import Any
 import yaml
 
 from components.common.errors import InputError, KubealignError, error_chain, single_line
+from components.common.urls import check_repository, is_url, parse_url
+from components.sources import remotes
+from components.tracking.run import in_pod
 from components.tracking.store import without_credentials
 
 WORKSPACE = "workspace"
@@ -44,11 +47,6 @@ def data_folders(path: str) -> Folders:
 def embedded_model(path: str) -> str:
     """The folder of the embedded base model, for the repository's data.path."""
     return (PurePosixPath(path) / "base_model").as_posix()
-
-
-def is_url(repo: str) -> bool:
-    """Whether a repository is named by URL (or scp-like address) rather than by path."""
-    return "://" in repo or repo.startswith("git@")
 
 
 def workspace_digest(root: Path, folder: str) -> str:
@@ -175,11 +173,15 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
         from dvc.exceptions import DvcException
         from dvc.scm import SCMError
 
+        check_address(self.repo)
         # DVC clones without git, but reports progress through GitPython, which refuses to load without git.
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
         try:
             self.fs = DVCFileSystem(url=self.repo, rev=self.revision)
-            self.fs.info("/")  # the repository is opened lazily; this opens it
+            # The repository is opened lazily, here; nothing in it may be read before it is checked.
+            remotes.check_repository(
+                self.fs.repo, f"{without_credentials(self.repo)}@{self.revision}", is_url(self.repo)
+            )
         except (DvcException, SCMError) as error:
             # The message "SCM error" alone says nothing; its causes do.
             reason = ": ".join(dict.fromkeys(single_line(str(cause)) for cause in error_chain(error) if str(cause)))
@@ -197,6 +199,22 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
 
     def __exit__(self, *exception: object) -> None:
         self.fs.close()
+
+
+def check_address(repo: str) -> None:
+    """Check the address of a repository that is about to be opened: a pod clones from https, nothing else.
+
+    Raises:
+        InputError: not a folder, or an address that `urls.check_repository` rejects.
+    """
+    try:
+        check_repository(repo)
+        if in_pod():
+            parse_url(repo, ("https",))
+    except ValueError as error:
+        raise InputError(f"data.repo={without_credentials(repo)}: {error}") from error
+    if not is_url(repo) and not Path(repo).is_dir():
+        raise InputError(f"data.repo={repo}: no such folder; expected a git repository with DVC data, or its URL")
 
 
 def history(root: Path, commit: str, folders: Folders, project: str = "") -> Iterator[tuple[Any, Outs]]:

@@ -26,6 +26,11 @@ SETTINGS = "settings.yaml"
 PROGRESS_EVERY_S = 1.0
 
 
+def in_pod() -> bool:
+    """Whether this process is a step of a run on Kubeflow, where the run form may name anything."""
+    return bool(os.environ.get(KFP_RUN_VARIABLE))
+
+
 def parent_run() -> str:
     """The id of the pipeline run's parent run, or an empty string.
 

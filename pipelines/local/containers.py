@@ -23,7 +23,7 @@ from components.common.errors import InputError, KubealignError, single_line
 from components.common.files import digest, sha256_file
 from components.common.images import DATA_IMAGE, TRAIN_IMAGE
 from components.common.provenance import PACKAGES
-from components.sources.data import is_url
+from components.common.urls import is_url
 from components.tracking import store
 
 HOME_LABEL = "kubealign.home"
@@ -160,11 +160,7 @@ def _environment() -> dict[str, str]:
 def _read_only(project: Path, arguments: dict[str, Any]) -> list[Path]:
     """The local folders and files that the steps of a run with these arguments read, without nested ones."""
     repo = json.loads(arguments["data_section"])["repo"]
-    paths = [
-        project,
-        project / arguments["base_model"],
-        project / json.loads(arguments["model_section"])["chat_template"],
-    ]
+    paths = [project, project / arguments["base_model"]]
     if not is_url(repo):
         paths += [Path(repo), *_local_stores(Path(repo))]
     existing = {path.resolve() for path in paths if path.exists()} - {store.home().resolve()}

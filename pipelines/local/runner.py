@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 from components.common.errors import InputError, InterruptedRunError, StepFailedError
 from components.common.provenance import git_commit
+from components.common.urls import is_url
 from components.config.params import Config, pipeline_arguments
-from components.sources.data import is_url
 from components.stages import BY_NAME
 from components.tracking import store
 from components.tracking.errors import is_mlflow_failure
@@ -190,8 +190,6 @@ def with_absolute_paths(config: Config, project: Path) -> Config:
         data = data.model_copy(update={"repo": str((project / data.repo).resolve())})
     if (project / model.base).is_dir():
         model = model.model_copy(update={"base": str((project / model.base).resolve())})
-    if (project / model.chat_template).is_file():
-        model = model.model_copy(update={"chat_template": str((project / model.chat_template).resolve())})
     return config.model_copy(update={"data": data, "model": model})
 
 
