@@ -6,7 +6,10 @@ Special tokens come from the template alone. Where the text of a message has the
 
 import copy
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +18,7 @@ from jinja2 import TemplateError
 
 from components.common.errors import InputError
 from components.common.files import digest
+from components.common.limits import time_limit
 from components.dataset.records import Message
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -22,6 +26,12 @@ MODEL_TEMPLATE = "model"
 """Name of the template that came with the model."""
 MAX_TEMPLATE_BYTES = 8000
 """Longest template that may travel as a value; Kubeflow Pipelines takes 10,000 bytes for all that a step is given."""
+MAX_TEMPLATE_CHARACTERS = 200_000
+PROBE = "components.dataset.template_probe"
+PROBE_LIMIT_S, PROBE_CPU_S, PROBE_BYTES = 60.0, 10, 2**30
+"""Limits on rendering a template for the first time: wall and CPU time, and memory beyond that of Python itself."""
+RENDER_LIMIT_S, RENDER_ONE_LIMIT_S = 60.0, 0.1
+"""Limits on rendering conversations, in all and for each; one takes about 0.1 ms."""
 REFUSALS = (KeyError, TypeError, ValueError, AttributeError, TemplateError)
 CHANGES_PROMPT = "the chat template renders the prompt differently once an answer follows; choose another one"
 
@@ -106,6 +116,43 @@ def read_template(value: str, root: Path) -> str:
 def template_digest(value: str) -> str:
     """Identifier of the configured template: the hash of its text, else its name."""
     return digest(value.rstrip("\n")) if is_template(value) else value
+
+
+def render_limit(conversations: int) -> AbstractContextManager[None]:
+    """Limit the rendering of so many conversations: a template may loop without end over what it finds in one."""
+    return time_limit(
+        RENDER_LIMIT_S + conversations * RENDER_ONE_LIMIT_S,
+        "the chat template takes too long; choose another one (model.chat_template)",
+    )
+
+
+def check_template(template: str) -> None:
+    """Render a template once, in a process with limits on time and memory, before anything else does.
+
+    Raises:
+        InputError: it exceeds them, or no process renders it.
+    """
+    if len(template) > MAX_TEMPLATE_CHARACTERS:
+        raise InputError(
+            f"the chat template has {len(template)} characters; expected at most {MAX_TEMPLATE_CHARACTERS}: choose"
+            " another one (model.chat_template)"
+        )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", PROBE],
+            input=template,
+            capture_output=True,
+            text=True,
+            timeout=PROBE_LIMIT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise InputError(f"the chat template does not end within {PROBE_LIMIT_S:.0f} s; choose another one") from error
+    if done.returncode:
+        raise InputError(
+            f"the chat template needs more than {PROBE_CPU_S} s of CPU time or {PROBE_BYTES // 2**20} MiB for one short"
+            f" conversation (exit code {done.returncode}); choose another one (model.chat_template)"
+        )
 
 
 def encode_prompt(tokenizer: Any, prompt: Sequence[Message]) -> list[int]:
@@ -296,7 +343,8 @@ def _render(tokenizer: Any, prompt: Sequence[Message], answer: str | None) -> st
     messages = [{"role": message.role, "content": shield.hide(message.content)} for message in prompt]
     if answer is not None:
         messages.append({"role": "assistant", "content": shield.hide(answer)})
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+    with render_limit(1):
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
     return text
 
 
@@ -327,9 +375,10 @@ def _render_many(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], 
     if not conversations:
         return []
     try:
-        texts: list[str | None] = tokenizer.apply_chat_template(
-            list(conversations), tokenize=False, add_generation_prompt=generate
-        )
+        with render_limit(len(conversations)):
+            texts: list[str | None] = tokenizer.apply_chat_template(
+                list(conversations), tokenize=False, add_generation_prompt=generate
+            )
         return texts
     except REFUSALS:
         if len(conversations) == 1:

@@ -19,8 +19,9 @@ from components.common.files import (
     write_json,
     write_manifest,
 )
+from components.common.limits import ANSWER_S, time_limit
 from components.config.data import DataConfig
-from components.dataset.chat import choose_template
+from components.dataset.chat import check_template, choose_template
 from components.sources.base_model import EMBEDDED
 from components.sources.data import WORKSPACE, embedded_model, opened, remote_errors, workspace_digest
 from components.tracking import store
@@ -50,6 +51,8 @@ or weights beside the model's own.
 """
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """An adapter in a model's folder is an error, as transformers would add it to the weights."""
+MIN_BYTES_PER_S = 50_000
+"""A remote that is slower counts as one that does not answer."""
 DOWNLOADS = "downloads"
 """Folder below the home folder for the files of interrupted downloads."""
 
@@ -129,11 +132,14 @@ def _download(data: DataConfig, folder: str, expected: str, out: Path) -> None:
         if actual != expected:
             raise InputError(f"{data.repo}@{data.revision}: {folder} has digest {actual}, expected {expected}")
         for number, path in enumerate(sorted(fs.find(folder))):
-            name = path.removeprefix("/").removeprefix(f"{folder}/")
-            target, kept = inside(out, name), partial / str(number)
+            prefix, _, name = path.removeprefix("/").partition(f"{folder}/")
+            # An entry of the folder's list with a hostile name turns up as the folder itself, or under another one.
+            target, kept = inside(out, path if prefix else name), partial / str(number)
             md5 = _recorded_md5(fs, path, f"{data.repo}@{data.revision}")
             if not kept.exists() or _md5(kept) != md5:
-                with replacing(kept) as staging:
+                size = int(fs.info(path).get("size") or 0)
+                limit = time_limit(ANSWER_S + size / MIN_BYTES_PER_S, f"{path}: the remote is too slow; run it again")
+                with replacing(kept) as staging, limit:
                     fs.get_file(path, str(staging))
                     if _md5(staging) != md5:
                         raise KubealignError(
@@ -256,6 +262,8 @@ def _clean_model_folder(template: str, base: str, folder: Path) -> None:
     settings_file = folder / "tokenizer_config.json"
     settings = read_json(settings_file) if settings_file.exists() else {}
     own = template_file.read_text(encoding="utf-8") if template_file.exists() else settings.pop("chat_template", None)
-    template_file.write_text(choose_template(template, own), encoding="utf-8")
+    chosen = choose_template(template, own)
+    check_template(chosen)
+    template_file.write_text(chosen, encoding="utf-8")
     settings.pop("chat_template", None)
     write_json(settings_file, settings)

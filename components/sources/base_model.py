@@ -10,8 +10,8 @@ from components.config.data import DataConfig
 from components.config.model import ModelSource
 from components.sources.data import embedded_model, resolve_data
 from components.tracking import store
-from components.tracking.run import in_pod
 from components.tracking.storage import s3_filesystem
+from components.tracking.store import in_pod
 
 EMBEDDED = "embedded"
 

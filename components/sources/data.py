@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,14 +12,16 @@ from typing import Any
 import yaml
 
 from components.common.errors import InputError, KubealignError, error_chain, single_line
+from components.common.limits import ANSWER_S, answer_limit, time_limit
 from components.common.urls import check_repository, is_url, parse_url
 from components.sources import remotes
-from components.tracking.run import in_pod
-from components.tracking.store import without_credentials
+from components.tracking.store import in_pod, without_credentials
 
 WORKSPACE = "workspace"
 DATA_SETS = ("preferences", "instructions")
 LOCK = "dvc.lock"
+OPEN_LIMIT_S = 600.0
+"""Longest time to clone a repository: its history and DVC's records, not the data."""
 Folders = tuple[str, ...]
 Outs = dict[str, dict[str, Any]]
 """DVC's record of each folder: md5, size in bytes, number of files."""
@@ -167,6 +169,7 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
 
     def __init__(self, repo: str, revision: str) -> None:
         self.repo, self.revision = repo, revision
+        self._limits = ExitStack()
 
     def __enter__(self) -> Any:
         from dvc.api import DVCFileSystem
@@ -176,19 +179,29 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
         check_address(self.repo)
         # DVC clones without git, but reports progress through GitPython, which refuses to load without git.
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        name = f"{without_credentials(self.repo)}@{self.revision}"
         try:
-            self.fs = DVCFileSystem(url=self.repo, rev=self.revision)
-            # The repository is opened lazily, here; nothing in it may be read before it is checked.
-            remotes.check_repository(
-                self.fs.repo, f"{without_credentials(self.repo)}@{self.revision}", is_url(self.repo)
-            )
+            self._limits.enter_context(answer_limit())
+            with time_limit(OPEN_LIMIT_S, f"data.repo={without_credentials(self.repo)}: the git server is too slow"):
+                self.fs = DVCFileSystem(url=self.repo, rev=self.revision)
+                # The repository is opened lazily, here; nothing in it may be read before it is checked.
+                remotes.check_repository(self.fs.repo, name, is_url(self.repo))
         except (DvcException, SCMError) as error:
+            self._limits.close()
             # The message "SCM error" alone says nothing; its causes do.
             reason = ": ".join(dict.fromkeys(single_line(str(cause)) for cause in error_chain(error) if str(cause)))
+            if any(isinstance(cause, TimeoutError) or "timed out" in str(cause) for cause in error_chain(error)):
+                raise KubealignError(
+                    f"data.repo={without_credentials(self.repo)}: no answer within {ANSWER_S:.0f} s; run it again, or"
+                    " look whether the git server is up"
+                ) from error
             raise InputError(
                 f"data.repo={self.repo}, data.revision={self.revision}: {without_credentials(reason)};"
                 " expected a git repository with DVC data and a branch, tag or commit of it"
             ) from error
+        except BaseException:
+            self._limits.close()
+            raise
         top = Path(self.fs.repo.scm.root_dir).resolve()
         if not is_url(self.repo) and Path(self.repo).resolve() != top:
             raise InputError(
@@ -198,6 +211,7 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
         return self.fs
 
     def __exit__(self, *exception: object) -> None:
+        self._limits.close()
         self.fs.close()
 
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from components.common.errors import InputError
 from components.common.urls import parse_url
-from components.tracking.run import in_pod
+from components.tracking.store import in_pod
 
 ALLOWED = {
     "core": {"remote", "analytics", "check_update", "autostage", "no_scm", "hardlink_lock"},

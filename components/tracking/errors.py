@@ -24,14 +24,16 @@ def report_errors(stage: str) -> Iterator[None]:
     except KubealignError as error:
         events.error(stage, str(error), error.exit_code)
         sys.exit(error.exit_code)
-    except Exception as error:
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a library in Rust panics with what is no Exception
         print(without_credentials(traceback.format_exc()), flush=True)
         events.error(stage, explain_error(error))
         sys.exit(1)
     events.finished(stage)
 
 
-def explain_error(error: Exception) -> str:
+def explain_error(error: BaseException) -> str:
     """One sentence for an unexpected failure, without credentials."""
     if is_mlflow_failure(error):
         return explain_mlflow_error(error)

@@ -24,6 +24,7 @@ from components.common.files import (
     verify_manifest,
     write_text,
 )
+from components.common.limits import ANSWER_S
 from components.tracking import store
 from components.tracking.run import is_main_process
 
@@ -147,4 +148,6 @@ def s3_filesystem() -> Any:
     """The S3 of the environment (AWS_ENDPOINT_URL and the keys), without a cache: other machines write there, too."""
     import s3fs
 
-    return s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
+    # Three attempts of a minute each; s3fs and botocore would wait 5 x 5 minutes for a server that is silent.
+    bounds = {"connect_timeout": 10, "read_timeout": ANSWER_S, "retries": {"max_attempts": 2}}
+    return s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True, config_kwargs=bounds)

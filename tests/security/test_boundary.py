@@ -68,7 +68,7 @@ OPTIONS = {
 }
 
 
-def test_the_section_core_chooses_no_folder_to_write_to(tmp_path: Path) -> None:
+def test_the_section_core_chooses_no_folder_to_write_to(tmp_path: Path, mark: Path) -> None:
     root = data_repository(tmp_path / "repo", S3, core="    site_cache_dir = /tmp/of-the-attacker\n")
     with pytest.raises(InputError, match=r"\.dvc/config: core: site_cache_dir"):
         resolve_data(str(root), "HEAD", FOLDERS)

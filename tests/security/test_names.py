@@ -1,4 +1,4 @@
-"""Names that others chose (in buckets, manifests, locks, archives, base models) never lead out of the folder they are for."""
+"""Names that others chose (in buckets, manifests, lists of the data) never lead out of the folder they are for."""
 
 import json
 import os
@@ -177,7 +177,7 @@ def test_a_checkpoint_in_a_bucket_writes_nothing_outside(
     with pytest.raises((InputError, FileNotFoundError)) as error:
         mirror.download()
     assert isinstance(error.value, InputError), error.value
-    assert [path for path in tmp_path.rglob("x")] == [] and not (local / "step-1").exists()
+    assert list(tmp_path.rglob("x")) == [] and {path.name for path in local.iterdir()} <= {"step-1"}
 
 
 # ---- DVC's list of a folder's files
@@ -204,7 +204,7 @@ def hostile_list(root: Path, entries: list[str]) -> None:
     git(root, "commit", "-qam", "hostile")
 
 
-@pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped", "a/../../../escaped", "a\\..\\..\\x", "x\ny"])
+@pytest.mark.parametrize("name", [*HOSTILE[:3], "a\\..\\..\\x", "x\ny"])
 def test_a_list_of_files_in_the_data_leads_nowhere(tmp_path: Path, own_home: Path, name: str) -> None:
     from components.config.data import DataConfig
     from components.fetch.stage import fetch_data
@@ -218,7 +218,7 @@ def test_a_list_of_files_in_the_data_leads_nowhere(tmp_path: Path, own_home: Pat
         version = resolve_data(str(root), "HEAD", data_folders("data"))
         fetch_data(DataConfig(repo=str(root), revision=version.commit), version.digests, tmp_path / "out" / "dataset")
     except Exception as error:
-        assert isinstance(error, KubealignError | KeyError | RecursionError | ValueError), repr(error)
+        assert isinstance(error, KubealignError | RecursionError), repr(error)
     assert not list(tmp_path.rglob("escaped")) and "escaped" not in set(os.listdir("/tmp")) - before  # noqa: S108, PTH208
     assert not (tmp_path / "out" / "dataset").exists()
 
