@@ -6,6 +6,7 @@ from urllib.parse import SplitResult, urlsplit
 SSH_ADDRESS = re.compile(r"[\w][\w.-]*@[A-Za-z0-9][A-Za-z0-9.-]*:[^:\s]+")
 """An address as scp writes it, such as git@host:team/data.git."""
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|[0-9A-Fa-f:]+")
+USER = re.compile(r"\w[\w.-]*")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Hosts that http without TLS may name: what is sent there does not leave the machine."""
 
@@ -37,7 +38,7 @@ def parse_url(url: str, schemes: tuple[str, ...], user: bool = False) -> SplitRe
         raise ValueError("a user or token in a URL would reach logs; keep it in git's credential helper or a secret")
     if "?" in url or "#" in url:
         raise ValueError("a query or fragment in a URL; expected host and path alone")
-    if not HOST.fullmatch(host) or parts.port == 0:
+    if not HOST.fullmatch(host) or not USER.fullmatch(parts.username or "git") or parts.port == 0:
         raise ValueError("no plain host name in the URL")
     return parts
 

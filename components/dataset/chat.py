@@ -139,7 +139,7 @@ def check_template(template: str) -> None:
         )
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", PROBE],
+            [sys.executable, "-P", "-m", PROBE, str(PROBE_CPU_S), str(PROBE_BYTES)],
             input=template,
             capture_output=True,
             text=True,

@@ -1,14 +1,14 @@
-"""Render the chat template on standard input for short conversations, in a process that may use little time and memory.
+"""Render the chat template on standard input for short conversations, with limits on time and memory.
 
+`python -m components.dataset.template_probe SECONDS BYTES`: CPU time, and memory on top of Python and its libraries.
 Whether the template accepts a conversation does not matter here, only that it comes to an end.
 """
 
+import math
 import resource
 import sys
 
 from jinja2 import TemplateError
-
-from components.dataset.chat import PROBE_BYTES, PROBE_CPU_S
 
 CONVERSATIONS = [
     [{"role": "user", "content": "a"}],
@@ -26,10 +26,12 @@ def main() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = sys.stdin.read()
+    seconds, memory = (int(argument) for argument in sys.argv[1:])
     used = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = int(used.ru_utime + used.ru_stime) + PROBE_CPU_S
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
-    resource.setrlimit(resource.RLIMIT_DATA, (2 * PROBE_BYTES, 2 * PROBE_BYTES))
+    seconds += math.ceil(used.ru_utime + used.ru_stime)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    memory += used.ru_maxrss * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     for conversation in CONVERSATIONS:
         for generate in (True, False):
             try:

@@ -23,7 +23,7 @@ from components.common.limits import ANSWER_S, time_limit
 from components.config.data import DataConfig
 from components.dataset.chat import check_template, choose_template
 from components.sources.base_model import EMBEDDED
-from components.sources.data import WORKSPACE, embedded_model, opened, remote_errors, workspace_digest
+from components.sources.data import WORKSPACE, embedded_model, opened, remote_errors, tracked_files, workspace_digest
 from components.tracking import store
 from components.tracking.run import stage_run
 from components.tracking.storage import S3, s3_filesystem
@@ -131,10 +131,8 @@ def _download(data: DataConfig, folder: str, expected: str, out: Path) -> None:
         actual = str(fs.info(folder)["dvc_info"]["md5"])
         if actual != expected:
             raise InputError(f"{data.repo}@{data.revision}: {folder} has digest {actual}, expected {expected}")
-        for number, path in enumerate(sorted(fs.find(folder))):
-            prefix, _, name = path.removeprefix("/").partition(f"{folder}/")
-            # An entry of the folder's list with a hostile name turns up as the folder itself, or under another one.
-            target, kept = inside(out, path if prefix else name), partial / str(number)
+        for number, (path, name) in enumerate(tracked_files(fs, folder)):
+            target, kept = inside(out, name), partial / str(number)
             md5 = _recorded_md5(fs, path, f"{data.repo}@{data.revision}")
             if not kept.exists() or _md5(kept) != md5:
                 size = int(fs.info(path).get("size") or 0)

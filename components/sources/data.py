@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from components.common.errors import InputError, KubealignError, error_chain, single_line
+from components.common.files import inside
 from components.common.limits import ANSWER_S, answer_limit, time_limit
 from components.common.urls import check_repository, is_url, parse_url
 from components.sources import remotes
@@ -177,6 +178,8 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
         from dvc.scm import SCMError
 
         check_address(self.repo)
+        if is_url(self.repo) and not self.repo.startswith("http"):
+            remotes.require_host_keys()
         # DVC clones without git, but reports progress through GitPython, which refuses to load without git.
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
         name = f"{without_credentials(self.repo)}@{self.revision}"
@@ -213,6 +216,22 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
     def __exit__(self, *exception: object) -> None:
         self._limits.close()
         self.fs.close()
+
+
+def tracked_files(fs: Any, folder: str) -> list[tuple[str, str]]:
+    """The files of a data folder: each one's path in the repository, and its name below the folder.
+
+    Raises:
+        InputError: a name that is none of a file below the folder.
+    """
+    files = []
+    for path in sorted(fs.find(folder)):
+        before, _, name = path.removeprefix("/").partition(f"{folder}/")
+        # An entry of the folder's list with a hostile name turns up as the folder itself, or under another one.
+        name = f"/{path}" if before else name
+        inside(Path(folder), name)
+        files.append((path, name))
+    return files
 
 
 def check_address(repo: str) -> None:

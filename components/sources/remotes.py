@@ -7,11 +7,13 @@ requests for, and folders to write to; a DVC import, a repository to log in to. 
 """
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from components.common.errors import InputError
+from components.common.limits import ANSWER_S
 from components.common.urls import parse_url
 from components.tracking.store import in_pod
 
@@ -23,6 +25,7 @@ ALLOWED = {
 """The options that .dvc/config of a data repository may set, by section."""
 CONFIG, LOCAL_CONFIG = ".dvc/config", ".dvc/config.local"
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+SSH_COMMAND = f"ssh -o StrictHostKeyChecking=yes -o ConnectTimeout={ANSWER_S:.0f}"
 AWS_DOMAINS = (".amazonaws.com", ".amazonaws.com.cn")
 
 
@@ -40,7 +43,7 @@ def check_repository(repo: Any, name: str, url: bool) -> None:
     from dvc.config import Config
     from dvc.fs import localfs
 
-    root = Path(repo.scm.root_dir)
+    root = Path(getattr(repo.scm, "root_dir", repo.root_dir))
     if (root / LOCAL_CONFIG).exists() if url else _is_tracked(root, LOCAL_CONFIG):
         raise InputError(f"{name}: {LOCAL_CONFIG} is committed; it belongs to one machine: `git rm --cached` it")
     # At the revision, and as checked out: DVC takes the default remote of a local repository from there.
@@ -54,6 +57,19 @@ def check_repository(repo: Any, name: str, url: bool) -> None:
                 f"{name}: {stage.relpath} is a DVC import ({stage.deps[0]}), which is read from elsewhere; commit the"
                 " data itself: `dvc add` it"
             )
+
+
+def require_host_keys() -> None:
+    """Let git over ssh go through OpenSSH, which knows the keys of hosts; DVC's own ssh accepts every host.
+
+    Raises:
+        InputError: OpenSSH is not installed.
+    """
+    if os.environ.get("GIT_SSH_COMMAND") or os.environ.get("GIT_SSH"):
+        return
+    if not shutil.which("ssh"):
+        raise InputError("ssh: no such program on the PATH, and a repository by ssh needs it; name its https URL")
+    os.environ["GIT_SSH_COMMAND"] = SSH_COMMAND
 
 
 def _is_tracked(root: Path, path: str) -> bool:

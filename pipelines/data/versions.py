@@ -11,10 +11,11 @@ import orjson
 import yaml
 
 from components.common.errors import InputError
+from components.common.files import inside
 from components.config.data import DataConfig
 from components.dataset.records import SPLITS, iter_lines
 from components.prepare.sources import ADDED
-from components.sources.data import DATA_SETS, WORKSPACE, data_folders, history, opened
+from components.sources.data import DATA_SETS, WORKSPACE, data_folders, history, opened, tracked_files
 from pipelines import git
 
 KINDS = ("added", "removed", "changed")
@@ -130,7 +131,10 @@ def _fetch_version(data: DataConfig, revision: str, out: Path) -> Path:
     with opened(data.repo, revision) as fs:
         for name, folder_name in zip(DATA_SETS, data_folders(data.path), strict=True):
             try:
-                fs.get(folder_name, str(out / name), recursive=True)
+                for path, file in tracked_files(fs, folder_name):
+                    target = inside(out / name, file)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    fs.get_file(path, str(target))
             except FileNotFoundError as error:
                 raise InputError(
                     f"{data.repo}@{revision}: the content of {folder_name} is neither in the DVC cache nor in a remote;"

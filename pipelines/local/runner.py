@@ -26,6 +26,7 @@ from components.tracking.events import EVENTS_VARIABLE, Event, EventReader
 from pipelines.local.containers import containers_for_a_run
 from pipelines.local.display import Display
 from pipelines.platform import for_its_hardware
+from pipelines.project import home_in_use
 from pipelines.quiet import QUIET
 
 STOP_AFTER_S = 5.0
@@ -64,7 +65,7 @@ def run_pipeline(config: Config, project: Path, display: Display, runner: str, c
         config = for_its_hardware(config, runner)
     arguments = run_arguments(config, project)
     uri = store.tracking_uri()
-    with containers_for_a_run() if runner == "docker" else nullcontext():
+    with home_in_use(), containers_for_a_run() if runner == "docker" else nullcontext():
         return _run_pipeline(arguments, project, display, {"runner": runner, "store": uri, "caching": caching})
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 from components.common import limits
-from components.common.errors import InputError, KubealignError
+from components.common.errors import DataValidationError, InputError, KubealignError, TrainingError
 from components.common.limits import answer_limit, time_limit
 from components.dataset import chat
 from components.dataset.chat import check_template, encode_prompt, load_tokenizer
 from components.dataset.records import Message
 from components.sources import data
 from components.sources.data import data_folders, resolve_data
+from components.tracking import errors
 from components.tracking.errors import report_errors
 from tests.conftest import ROOT
 
@@ -124,7 +125,8 @@ BOMBS = {
 
 @pytest.mark.parametrize("kind", BOMBS)
 def test_a_template_without_end_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "PROBE_LIMIT_S", 20.0)
+    monkeypatch.setattr(chat, "PROBE_CPU_S", 1)
+    monkeypatch.setattr(chat, "PROBE_BYTES", 2**28)
     with pytest.raises(InputError, match="chat template"):
         check_template(BOMBS[kind])
 
@@ -161,7 +163,7 @@ def test_without_a_limit_the_template_goes_on(monkeypatch: pytest.MonkeyPatch) -
     script = "from transformers.utils.chat_template_utils import render_jinja_template as r; import sys\n"
     script += "r([[{'role': 'user', 'content': 'a'}]], chat_template=sys.stdin.read())"
     with pytest.raises(subprocess.TimeoutExpired):
-        subprocess.run([sys.executable, "-P", "-c", script], input=LOOPS, text=True, check=False, timeout=25)
+        subprocess.run([sys.executable, "-P", "-c", script], input=LOOPS, text=True, check=False, timeout=15)
 
 
 # ---- a library that panics
@@ -184,3 +186,45 @@ def test_an_interrupt_is_none(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(error), report_errors("validate"):
             raise error
     assert "[error" not in capsys.readouterr().out
+
+
+# ---- retries
+
+
+def refuse(error: Exception, calls: list[int]) -> int:
+    """Run a step that fails, as a pod does; the exit code."""
+    with pytest.raises(SystemExit) as ended, report_errors("validate"):
+        calls.append(1)
+        raise error
+    return int(str(ended.value.code))
+
+
+@pytest.mark.parametrize("error", [InputError("pairs.jsonl:17"), DataValidationError("too bad")])
+def test_a_refusal_is_not_tried_again_by_the_cluster(
+    error: KubealignError, own_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KUBEALIGN_KFP_RUN", "a-run")
+    calls: list[int] = []
+    assert refuse(error, calls) == refuse(error, calls) == error.exit_code and len(calls) == 1
+    assert capsys.readouterr().out.count(f"[error:{error.exit_code}] validate {error}") == 2
+    monkeypatch.setenv("KUBEALIGN_KFP_RUN", "another-run")
+    refuse(error, calls)
+    monkeypatch.setattr(errors, "REFUSED_FOR_S", 0.0)  # whoever repaired something tries again later
+    refuse(error, calls)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("error", [KubealignError("the server"), TrainingError("out of memory"), OSError("disk")])
+def test_what_may_pass_is_tried_again(error: Exception, own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBEALIGN_KFP_RUN", "a-run")
+    calls: list[int] = []
+    refuse(error, calls)
+    refuse(error, calls)
+    assert len(calls) == 2
+
+
+def test_on_a_laptop_nothing_is_remembered(own_home: Path) -> None:
+    calls: list[int] = []
+    refuse(InputError("x"), calls)
+    refuse(InputError("x"), calls)
+    assert len(calls) == 2 and not (own_home / "refusals").exists()
