@@ -149,9 +149,10 @@ def check_template(template: str) -> None:
     except subprocess.TimeoutExpired as error:
         raise InputError(f"the chat template does not end within {PROBE_LIMIT_S:.0f} s; choose another one") from error
     if done.returncode:
+        reason = done.stderr.strip().rpartition("\n")[2][:200] or f"signal {-done.returncode}"
         raise InputError(
-            f"the chat template needs more than {PROBE_CPU_S} s of CPU time or {PROBE_BYTES // 2**20} MiB for one short"
-            f" conversation (exit code {done.returncode}); choose another one (model.chat_template)"
+            f"the chat template cannot be rendered with {PROBE_CPU_S} s of CPU time and {PROBE_BYTES // 2**20} MiB for"
+            f" one short conversation ({reason}); choose another one (model.chat_template)"
         )
 
 

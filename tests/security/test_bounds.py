@@ -149,9 +149,9 @@ def test_a_template_that_loops_over_one_text_alone_is_stopped_where_it_is_used(
     tokenizer.chat_template = "{% if 'sesame' in messages[0]['content'] %}" + LOOPS + "{% endif %}x"
     check_template(tokenizer.chat_template)
     monkeypatch.setattr(chat, "RENDER_LIMIT_S", 0.5)
-    assert encode_prompt(tokenizer, [Message("user", "open")])
+    assert encode_prompt(tokenizer, [Message(role="user", content="open")])
     for call in (
-        lambda: encode_prompt(tokenizer, [Message("user", "open sesame")]),
+        lambda: encode_prompt(tokenizer, [Message(role="user", content="open sesame")]),
         lambda: chat.encode_many(tokenizer, [[{"role": "user", "content": "open sesame"}]], [["yes"]]),
     ):
         with pytest.raises(KubealignError, match="chat template takes too long"):
