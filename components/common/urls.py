@@ -5,7 +5,7 @@ from urllib.parse import SplitResult, urlsplit
 
 SSH_ADDRESS = re.compile(r"[\w][\w.-]*@[A-Za-z0-9][A-Za-z0-9.-]*:[^:\s]+")
 """An address as scp writes it, such as git@host:team/data.git."""
-HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|[0-9A-Fa-f:]+")
+HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|[0-9A-Fa-f:]+")
 USER = re.compile(r"\w[\w.-]*")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Hosts that http without TLS may name: what is sent there does not leave the machine."""
@@ -16,13 +16,14 @@ def is_url(address: str) -> bool:
     return "://" in address or SSH_ADDRESS.fullmatch(address) is not None
 
 
-def parse_url(url: str, schemes: tuple[str, ...], user: bool = False) -> SplitResult:
+def parse_url(url: str, schemes: tuple[str, ...], user: bool = False, anywhere: bool = False) -> SplitResult:
     """The parts of a URL that names a place and nothing else.
 
     Args:
         url: the URL.
         schemes: those accepted; `http` only for a loopback address.
         user: whether a user may stand before the host; a password never may.
+        anywhere: whether `http` may name any host, as inside a cluster.
 
     Raises:
         ValueError: another scheme, a user, password, query or fragment in it, or no plain host.
@@ -31,7 +32,7 @@ def parse_url(url: str, schemes: tuple[str, ...], user: bool = False) -> SplitRe
         raise ValueError("white space, a backslash or a control character in a URL")
     parts = urlsplit(url)
     scheme, host = parts.scheme.lower(), parts.hostname or ""
-    if scheme not in schemes or (scheme == "http" and host not in LOOPBACK):
+    if scheme not in schemes or (scheme == "http" and host not in LOOPBACK and not anywhere):
         accepted = ", ".join("http to this machine itself" if name == "http" else name for name in schemes)
         raise ValueError(f"the scheme {scheme or '(none)'} is not accepted; expected {accepted}")
     if parts.password is not None or ("@" in parts.netloc and not user):

@@ -22,7 +22,8 @@ from components.common.files import (
 from components.common.limits import ANSWER_S, time_limit
 from components.config.data import DataConfig
 from components.dataset.chat import check_template, choose_template
-from components.sources.base_model import EMBEDDED
+from components.registry.manifest import MANIFEST_TAG, manifest_mismatch
+from components.sources.base_model import EMBEDDED, bucket_digest
 from components.sources.data import WORKSPACE, embedded_model, opened, remote_errors, tracked_files, workspace_digest
 from components.tracking import store
 from components.tracking.run import stage_run
@@ -198,14 +199,19 @@ def _fetch_base(data: DataConfig, reference: str, expected: str, out: Path) -> N
     elif reference.startswith("models:/"):
         import mlflow
 
-        store.client()
+        name, _, number = reference.removeprefix("models:/").partition("/")
+        version = store.client().get_model_version(name, number)
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=reference))
+        if MANIFEST_TAG in version.tags and (mismatch := manifest_mismatch(version, folder)):
+            raise InputError(f"model.base={reference}: {mismatch} since it was registered; register it again")
         inner = next((path.parent for path in sorted(folder.rglob("config.json"))), None)
         if inner is None:
             raise InputError(f"model.base={reference}: no config.json in it; expected a transformers model")
         _copy_model(inner, out)
     elif reference.startswith("s3://"):
         _copy_bucket(reference.rstrip("/"), out)
+        if bucket_digest(reference) != expected:
+            raise InputError(f"{reference} changed while the run was starting; start it again")
     elif reference.startswith("hub:"):
         import os
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from components.common.errors import InputError, single_line
 from components.common.files import digest, folder_digest
+from components.common.urls import parse_url
 from components.config.data import DataConfig
 from components.config.model import ModelSource
 from components.sources.data import embedded_model, resolve_data
@@ -38,7 +39,7 @@ def resolve_base(model: ModelSource, data: DataConfig) -> ResolvedModel:
     if base.startswith("models:/"):
         return _registered(base)
     if base.startswith("s3://"):
-        return _bucket(base)
+        return ResolvedModel(base, bucket_digest(base))
     folder = Path(base).expanduser()
     if folder.is_dir() and not in_pod():
         if not (folder / "config.json").is_file():
@@ -84,11 +85,17 @@ def _registered(uri: str) -> ResolvedModel:
     return ResolvedModel(reference, str(model_version.tags.get("kubealign.model") or digest(reference)))
 
 
-def _bucket(uri: str) -> ResolvedModel:
+def bucket_digest(uri: str) -> str:
+    """Digest of the names, sizes and tags of a model's files in a bucket.
+
+    Raises:
+        InputError: it cannot be listed, or is no model.
+    """
     try:
+        parse_url(uri, ("s3",))
         entries = s3_filesystem().find(uri, detail=True)
     except (OSError, ValueError) as error:
         raise InputError(f"model.base={uri}: cannot be listed: {single_line(str(error))}") from error
     if not any(path.endswith("/config.json") for path in entries):
         raise InputError(f"model.base={uri}: no config.json under it; expected a transformers model folder")
-    return ResolvedModel(uri, digest({path: [entry["size"], entry["ETag"]] for path, entry in entries.items()}))
+    return digest({path: [entry["size"], entry["ETag"]] for path, entry in entries.items()})

@@ -98,7 +98,8 @@ def resolve_data(repo: str, revision: str, folders: Folders) -> DataVersion:
                 raise InputError(f"{repo}@{revision}: {folder} is not a DVC-tracked folder there") from error
         test_file = _test_file(folders)
         # The list of a folder's files is content too, and may have to come from a remote.
-        with remote_errors(repo, revision, str(PurePosixPath(test_file).parent)):
+        slow = f"{without_credentials(repo)}@{revision}: the DVC remote is too slow; run it again"
+        with time_limit(OPEN_LIMIT_S, slow), remote_errors(repo, revision, str(PurePosixPath(test_file).parent)):
             try:
                 test_set = str(fs.info(test_file)["dvc_info"]["md5"]) if test_file else ""
             except FileNotFoundError:

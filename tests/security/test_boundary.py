@@ -10,7 +10,9 @@ import pytest
 
 from components.common.errors import InputError, KubealignError
 from components.common.urls import check_repository
+from components.config.params import load_config
 from components.sources import data, remotes
+from components.sources.base_model import resolve_base
 from components.sources.data import data_folders, resolve_data
 from tests.conftest import ROOT
 from tests.support.hostile import data_repository, recorder
@@ -326,3 +328,34 @@ def test_a_repository_with_an_ordinary_configuration_still_gives_its_data(tmp_pa
     plain = data_repository(tmp_path / "plain")
     assert set(resolve_data(str(plain), "HEAD", FOLDERS).digests) == set(FOLDERS)
     assert set(resolve_data(str(root), "HEAD", FOLDERS).digests) == set(FOLDERS)
+
+
+# ---- other addresses
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "cluster.mlflow_uri=http://me:s@mlflow:5000",
+        "cluster.mlflow_uri=http://mlflow:5000/?token=s",
+        "cluster.s3_endpoint=http://s3:9000/#s",
+        "cluster.s3_endpoint=ftp://s3:9000",
+    ],
+)
+def test_a_server_of_the_cluster_is_named_without_secrets(setting: str) -> None:
+    with pytest.raises(InputError, match=setting.partition("=")[0]):
+        load_config(ROOT / "params.yaml", [setting])
+    load_config(ROOT / "params.yaml", ["cluster.mlflow_uri=http://mlflow.kubealign.svc:5000"])
+
+
+@pytest.mark.parametrize("base", ["s3://key:secret@bucket/model", "s3://bucket/model?versionId=1", "s3:///model"])
+def test_a_bucket_is_named_without_keys_or_queries(base: str) -> None:
+    config = load_config(ROOT / "params.yaml", [f"model.base={base}"])
+    with pytest.raises(InputError, match=r"model\.base"):
+        resolve_base(config.model, config.data)
+
+
+def test_no_workflow_reads_data_past_the_allow_list() -> None:
+    """`dvc fetch` and `dvc pull` take a branch's .dvc/config as it is."""
+    for workflow in (ROOT / ".github" / "workflows").glob("*.yml"):
+        assert not [line for line in workflow.read_text().splitlines() if "dvc fetch" in line or "dvc pull" in line]
