@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,14 +12,20 @@ from typing import Any
 import yaml
 
 from components.common.errors import InputError, KubealignError, error_chain, single_line
+from components.common.files import inside
+from components.common.limits import ANSWER_S, answer_limit, time_limit
+from components.common.urls import check_repository, is_url, parse_url
 from components.dataset.records import NO_DATA
-from components.tracking.store import without_credentials
+from components.sources import remotes
+from components.tracking.store import in_pod, without_credentials
 
 WORKSPACE = "workspace"
 DATA_SETS = ("preferences", "instructions")
 LOCK = "dvc.lock"
 SHALLOW = "a shallow clone: `git fetch --unshallow` gets the rest (in GitHub Actions: fetch-depth: 0)"
 """Of a history that ends too early."""
+OPEN_LIMIT_S = 600.0
+"""Longest time to clone a repository: its history and DVC's records, not the data."""
 Folders = tuple[str, ...]
 Outs = dict[str, dict[str, Any]]
 """DVC's record of each folder: md5, size in bytes, number of files."""
@@ -47,11 +53,6 @@ def data_folders(path: str) -> Folders:
 def embedded_model(path: str) -> str:
     """The folder of the embedded base model, for the repository's data.path."""
     return (PurePosixPath(path) / "base_model").as_posix()
-
-
-def is_url(repo: str) -> bool:
-    """Whether a repository is named by URL (or scp-like address) rather than by path."""
-    return "://" in repo or repo.startswith("git@")
 
 
 def workspace_digest(root: Path, folder: str) -> str:
@@ -96,7 +97,9 @@ def resolve_data(repo: str, revision: str, folders: Folders) -> DataVersion:
         test_file = _test_file(folders)
         # The list of a folder's files is content too, and may have to come from a remote.
         preferences = str(PurePosixPath(test_file).parent)
-        with remote_errors(repo, revision, preferences, digests.get(preferences, "")):
+        slow = f"{without_credentials(repo)}@{revision}: the DVC remote is too slow; run it again"
+        reading = remote_errors(repo, revision, preferences, digests.get(preferences, ""))
+        with time_limit(OPEN_LIMIT_S, slow), reading:
             try:
                 test_set = str(fs.info(test_file)["dvc_info"]["md5"]) if test_file else ""
             except FileNotFoundError:
@@ -199,25 +202,30 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
 
     def __init__(self, repo: str, revision: str, folders: Folders = ()) -> None:
         self.repo, self.revision, self.folders = repo, revision, folders
+        self._limits = ExitStack()
 
     def __enter__(self) -> Any:
-        self.fs = self._open(self.revision)
-        top = Path(self.fs.repo.scm.root_dir).resolve()
-        if not is_url(self.repo) and Path(self.repo).resolve() != top:
-            raise InputError(
-                f"data.repo={self.repo}: a folder of the git repository {top}; a revision is read of a project that is"
-                " the whole repository, of any other only data.revision=workspace"
-            )
-        if not self._can_read(self.fs):
-            present = self.present_remote()
-            if present and present != _remote(self.fs):
-                other = self._open(self.revision, present)
-                if self._can_read(other):
-                    self.fs, other = other, self.fs
-                other.close()
+        with ExitStack() as limits:
+            limits.enter_context(answer_limit())
+            self.fs = self._open(self.revision)
+            top = Path(self.fs.repo.scm.root_dir).resolve()
+            if not is_url(self.repo) and Path(self.repo).resolve() != top:
+                raise InputError(
+                    f"data.repo={self.repo}: a folder of the git repository {top}; a revision is read of a project that"
+                    " is the whole repository, of any other only data.revision=workspace"
+                )
+            if not self._can_read(self.fs):
+                present = self.present_remote()
+                if present and present != _remote(self.fs):
+                    other = self._open(self.revision, present)
+                    if self._can_read(other):
+                        self.fs, other = other, self.fs
+                    other.close()
+            self._limits = limits.pop_all()
         return self.fs
 
     def __exit__(self, *exception: object) -> None:
+        self._limits.close()
         self.fs.close()
 
     def present_remote(self) -> dict[str, Any]:
@@ -236,14 +244,25 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
         from dvc.exceptions import DvcException
         from dvc.scm import SCMError
 
+        check_address(self.repo)
+        if is_url(self.repo) and not self.repo.startswith("http"):
+            remotes.require_host_keys()
         # DVC clones without git, but reports progress through GitPython, which refuses to load without git.
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        name = without_credentials(self.repo)
         try:
-            fs = DVCFileSystem(url=self.repo, rev=revision, config=config)
-            fs.info("/")  # the repository is opened lazily; this opens it
+            with time_limit(OPEN_LIMIT_S, f"data.repo={name}: the git server is too slow"):
+                fs = DVCFileSystem(url=self.repo, rev=revision, config=config)
+                # The repository is opened lazily, here; nothing in it may be read before it is checked.
+                remotes.check_repository(fs.repo, f"{name}@{revision or 'now'}", is_url(self.repo))
         except (DvcException, SCMError) as error:
             # The message "SCM error" alone says nothing; its causes do.
             reason = ": ".join(dict.fromkeys(single_line(str(cause)) for cause in error_chain(error) if str(cause)))
+            if any(isinstance(cause, TimeoutError) or "timed out" in str(cause) for cause in error_chain(error)):
+                raise KubealignError(
+                    f"data.repo={name}: no answer within {ANSWER_S:.0f} s; run it again, or look whether the git server"
+                    " is up"
+                ) from error
             raise InputError(
                 f"data.repo={self.repo}, data.revision={self.revision}: {without_credentials(reason)};"
                 " expected a git repository with DVC data and a branch, tag or commit of it"
@@ -256,10 +275,12 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
         from dvc.exceptions import DvcException
         from dvc_data.index import DataIndexDirError
 
+        slow = f"{without_credentials(self.repo)}@{self.revision}: the DVC remote is too slow; run it again"
         try:
-            for folder in self.folders:
-                for path in fs.find(folder):
-                    fs.open(path).close()
+            with time_limit(OPEN_LIMIT_S, slow):
+                for folder in self.folders:
+                    for path in fs.find(folder):
+                        fs.open(path).close()
         except (OSError, BotoCoreError, DvcException, DataIndexDirError):
             return False
         return True
@@ -276,9 +297,41 @@ def asked_remotes(repo: str, revision: str) -> list[str]:
     """The addresses of the remotes that `opened` reads from."""
     opening = opened(repo, revision)
     with opening as fs:
-        remotes = [_remote(fs), opening.present_remote()]
-    urls = [str(remote["remote"][remote["core"]["remote"]]["url"]) for remote in remotes if remote]
+        found = [_remote(fs), opening.present_remote()]
+    urls = [str(remote["remote"][remote["core"]["remote"]]["url"]) for remote in found if remote]
     return [without_credentials(url) for url in dict.fromkeys(urls)]
+
+
+def tracked_files(fs: Any, folder: str) -> list[tuple[str, str]]:
+    """The files of a data folder: each one's path in the repository, and its name below the folder.
+
+    Raises:
+        InputError: a name that is none of a file below the folder.
+    """
+    files = []
+    for path in sorted(fs.find(folder)):
+        before, _, name = path.removeprefix("/").partition(f"{folder}/")
+        # An entry of the folder's list with a hostile name turns up as the folder itself, or under another one.
+        name = f"/{path}" if before else name
+        inside(Path(folder), name)
+        files.append((path, name))
+    return files
+
+
+def check_address(repo: str) -> None:
+    """Check the address of a repository that is about to be opened: a pod clones from https, nothing else.
+
+    Raises:
+        InputError: not a folder, or an address that `urls.check_repository` rejects.
+    """
+    try:
+        check_repository(repo)
+        if in_pod():
+            parse_url(repo, ("https",))
+    except ValueError as error:
+        raise InputError(f"data.repo={without_credentials(repo)}: {error}") from error
+    if not is_url(repo) and not Path(repo).is_dir():
+        raise InputError(f"data.repo={repo}: no such folder; expected a git repository with DVC data, or its URL")
 
 
 def history(root: Path, commit: str, folders: Folders, project: str = "") -> Iterator[tuple[Any, Outs]]:

@@ -15,7 +15,14 @@ from pydantic import ValidationError
 
 from components.common.documents import JsonObject
 from components.common.errors import DataValidationError, InputError, KubealignError
-from components.common.files import read_json, replacing_folder, write_json, write_manifest, write_text
+from components.common.files import (
+    read_json,
+    replacing_folder,
+    verify_manifest,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from components.dataset.distribution import MEASURES, PREVIOUS, Distribution, distance, length_bucket
 from components.dataset.records import SPLITS, parse_line, raw_lines, schema_problem
 from components.dataset.validation import (
@@ -65,7 +72,7 @@ def run_validate(
         config: the thresholds, and when to stop.
         max_length: tokens of prompt and answer above which a row is quarantined.
         dataset: folder with preferences/ and instructions/, from fetch.
-        base_model: model folder, for its tokenizer.
+        base_model: model folder, for its tokenizer; as fetch wrote it, with its manifest.
         clean_out: gets the good rows, quarantine.jsonl, warnings.jsonl (file and line of the rows that a check warns
             of, never their text) and validation.json.
         html_out: gets the report as an HTML page.
@@ -78,8 +85,10 @@ def run_validate(
         DataValidationError: a check with severity `stop` fails, there are too many bad rows, or too few good ones. The
             reports are written first.
         InputError: a file is not JSON Lines.
+        KubealignError: the base model is not as its manifest has it.
     """
     params = config.model_dump() | {"max_length": max_length}
+    verify_manifest(base_model)
     with stage_run("validate", params) as run:
         overall = with_severities(statistic_checks(), config)
         checked = check_rows(config, max_length, dataset, base_model, run)

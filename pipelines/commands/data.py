@@ -161,7 +161,8 @@ def log(
     project: Project = None,
 ) -> None:
     """List the versions of the data, newest first."""
-    from components.sources.data import is_url, opened
+    from components.common.urls import is_url
+    from components.sources.data import opened
     from pipelines.data import versions as data_versions
 
     data = _data(project)
@@ -189,7 +190,7 @@ def log(
 
 def _data(project: Path | None) -> DataConfig:
     """The configured data repository; a relative path is relative to the project."""
-    from components.sources.data import is_url
+    from components.common.urls import is_url
 
     root = project_folder(project)
     data = load_config(root / PARAMS).data

@@ -11,10 +11,20 @@ import orjson
 import yaml
 
 from components.common.errors import InputError
+from components.common.files import inside
 from components.config.data import DataConfig
 from components.dataset.records import NO_DATA, SPLITS, iter_lines
 from components.prepare.sources import ADDED
-from components.sources.data import DATA_SETS, WORKSPACE, data_folders, history, opened, recorded_digest, remote_errors
+from components.sources.data import (
+    DATA_SETS,
+    WORKSPACE,
+    data_folders,
+    history,
+    opened,
+    recorded_digest,
+    remote_errors,
+    tracked_files,
+)
 from pipelines import git
 
 KINDS = ("added", "removed", "changed")
@@ -130,7 +140,10 @@ def _fetch_version(data: DataConfig, revision: str, out: Path) -> Path:
         for name, folder_name in zip(DATA_SETS, folders, strict=True):
             digest = recorded_digest(fs, folder_name, f"{data.repo}@{revision}")
             with remote_errors(data.repo, revision, folder_name, digest):
-                fs.get(folder_name, str(out / name), recursive=True)
+                for path, file in tracked_files(fs, folder_name):
+                    target = inside(out / name, file)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    fs.get_file(path, str(target))
     return out
 
 

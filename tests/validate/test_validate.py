@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import orjson
 import pytest
 
 from components.common.errors import DataValidationError, InputError, KubealignError
-from components.common.files import read_json, verify_manifest, write_json
+from components.common.files import read_json, verify_manifest, write_json, write_manifest
 from components.config.params import load_config
 from components.dataset.distribution import Distribution, distance, remember
 from components.dataset.language import is_refusal
@@ -26,6 +27,16 @@ from components.validate.stage import run_validate
 from components.validate.suite import Suite
 from components.validate.tokens import TokenCounter
 from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def base_model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded base model as fetch writes it, with a manifest, but for the weights."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    shutil.copytree(base_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    write_manifest(folder)
+    return folder
+
 
 Row = dict[str, Any]
 LIMIT = 256
