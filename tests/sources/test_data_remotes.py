@@ -113,9 +113,7 @@ def test_a_path_and_a_url_give_the_same_commit_digests_and_files_without_a_git_b
 
 def test_data_that_was_never_pushed_is_refused_before_a_run(tmp_path: Path) -> None:
     remote = make_remote(tmp_path / "repo", str(tmp_path / "store"), 1000, 2)
-    message = (
-        rf"HEAD: the content of corpus/pairs/preferences is neither in the DVC cache nor in {tmp_path}/store; `dvc push"
-    )
+    message = rf"HEAD: the content of {FOLDER}/preferences is neither .* nor in {tmp_path}/store; `git checkout HEAD &&"
     with git_http_server(tmp_path) as http, pytest.raises(InputError, match=message):
         resolve_data(f"{http}/repo", "HEAD", data_folders(FOLDER))
     assert resolve_data(str(remote.root), "HEAD", data_folders(FOLDER)).commit == remote.commit
@@ -138,7 +136,7 @@ def test_a_version_is_found_after_its_remote_was_moved(tmp_path: Path, name: str
             assert_whole(remote, fetch(remote, tmp_path / str(number), repo), 2, 1000)
         (tmp_path / "B" / "files" / "md5" / md5_of(1)[:2] / md5_of(1)[2:]).unlink()
         message = (
-            f"the content of corpus/pairs/preferences is neither .* nor in {tmp_path}/A or {tmp_path}/B; `dvc push"
+            f"the content of {FOLDER}/preferences is neither .* nor in {tmp_path}/A or {tmp_path}/B; delete files/"
         )
         with pytest.raises(InputError, match=message):
             fetch(remote, tmp_path / "again", repos[1])
