@@ -498,7 +498,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_text_of_markers_takes_no_quadratic_time(name: str) -> None:
-    """A million characters took minutes with patterns that begin anywhere in white space; here under a second."""
+    """A million characters took minutes with patterns that begin anywhere in white space; here a second or two."""
     began = time.process_time()
     parse_rendered(HOSTILE[name])
     strip_ending(HOSTILE[name])
