@@ -73,6 +73,10 @@ FAMILIES = {
         re.compile(r"A chat between a curious (?:user|human).*?(?=\s(?:USER|ASSISTANT):)", re.DOTALL),
     ),
 }
+LIST_OF_OBJECTS = re.compile(r"\[\s*\{\s*['\"]")
+MAX_TURNS = 1000
+"""Most turns that are taken apart: more is no conversation, and would take long."""
+ENDINGS = sorted({ending for family in FAMILIES.values() for ending in family.endings})
 LLAMA2 = re.compile(r"(?:<s>)?[ \n]?\[INST\](.*?)\[/INST\]", re.DOTALL)
 LLAMA2_SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>", re.DOTALL)
 ALPACA_INPUT = re.compile(r"\n[ \t]*###[ \t]*Input:[ \t]*\n")
@@ -98,7 +102,7 @@ def parse_rendered(text: str) -> list[Message] | None:
         text: a prompt or a whole dialogue.
     """
     stripped = text.strip()
-    if stripped.startswith("[") and (messages := _parse_json(stripped)):
+    if LIST_OF_OBJECTS.match(stripped) and (messages := _parse_json(stripped)):
         return messages
     families = (_parse_family(stripped, family) for family in FAMILIES.values())
     return next(filter(None, families), None) or _parse_llama2(stripped)
@@ -117,15 +121,12 @@ def opens_rendered(text: str) -> bool:
 
 def strip_ending(answer: str) -> str:
     """An answer without the marker with which a template ends it; for answers to a rendered prompt."""
-    stripped = answer.strip()
-    endings = {ending for family in FAMILIES.values() for ending in family.endings} | {"</s>"}
-    changed = True
-    while changed:
-        changed = False
-        for ending in endings:
-            if stripped.endswith(ending):
-                stripped, changed = stripped.removesuffix(ending).rstrip(), True
-    return stripped
+    end = len(answer.rstrip())
+    while ending := next((ending for ending in ENDINGS if answer.endswith(ending, 0, end)), None):
+        end -= len(ending)
+        while end and answer[end - 1].isspace():
+            end -= 1
+    return answer[:end].strip()
 
 
 def has_markers(text: str) -> bool:
@@ -153,7 +154,9 @@ def _parse_family(text: str, family: Family) -> list[Message] | None:
         rest = rest[found.end() :].lstrip()
     if not family.opening.match(rest):
         return None
-    _, *pieces = family.opening.split(rest)
+    _, *pieces = family.opening.split(rest, MAX_TURNS + 1)
+    if len(pieces) > 2 * MAX_TURNS:
+        return None
     for role, content in zip(pieces[::2], pieces[1::2], strict=True):
         text = content.strip()
         for ending in family.endings:
@@ -168,7 +171,7 @@ def _parse_family(text: str, family: Family) -> list[Message] | None:
 def _parse_llama2(text: str) -> list[Message] | None:
     messages: list[Message] = []
     position = 0
-    while match := LLAMA2.match(text, position):
+    while len(messages) <= MAX_TURNS and (match := LLAMA2.match(text, position)):
         question = match.group(1)
         if not messages and (system := LLAMA2_SYSTEM.match(question)):
             messages.append(turn("system", system.group(1).strip()))

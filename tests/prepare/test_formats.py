@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import lzma
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from components.common.errors import InputError, RowError
 from components.dataset.language import guess_language
 from components.dataset.records import read_lines
-from components.dataset.rendered import has_markers
+from components.dataset.rendered import has_markers, parse_rendered, strip_ending
 from components.prepare.convert import RowDefaults, convert_files
 from components.prepare.formats import FORMATS, convert, detect
 from tests.conftest import ROOT
@@ -482,6 +483,26 @@ def test_a_template_that_cannot_be_taken_apart_stays_text_with_markers_for_valid
     (found,) = convert({"prompt": FOREIGN_TEMPLATES[name]} | ANSWERS, "trl")
     assert found.prompt == [user(FOREIGN_TEMPLATES[name].strip())]
     assert has_markers(found.prompt[0]["content"])
+
+
+HOSTILE = {
+    "spaces": "Human: " + " " * 1_000_000 + "x",
+    "line ends": "User: " + "\n" * 1_000_000 + "x",
+    "openings": "[INST]" * 170_000,
+    "systems": "[INST]<<SYS>>a[/INST]" * 50_000,
+    "turns": "问：\n" * 300_000,
+    "endings": "a" + "</s> " * 200_000,
+    "hashes": "### Instruction:\n" + "\n ###" * 200_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_text_of_markers_takes_no_quadratic_time(name: str) -> None:
+    """A million characters took minutes with patterns that begin anywhere in white space; here a second or two."""
+    began = time.process_time()
+    parse_rendered(HOSTILE[name])
+    strip_ending(HOSTILE[name])
+    assert time.process_time() - began < 5
 
 
 DIALOGUES = {"chosen": [user(Q), assistant(G)], "rejected": [user(Q), assistant(B)]}
