@@ -189,6 +189,7 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
             with time_limit(OPEN_LIMIT_S, f"data.repo={without_credentials(self.repo)}: the git server is too slow"):
                 self.fs = DVCFileSystem(url=self.repo, rev=self.revision)
                 # The repository is opened lazily, here; nothing in it may be read before it is checked.
+                self._check_top(Path(self.fs.repo.scm.root_dir).resolve())
                 remotes.check_repository(self.fs.repo, name, is_url(self.repo))
         except (DvcException, SCMError) as error:
             self._limits.close()
@@ -206,13 +207,14 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
         except BaseException:
             self._limits.close()
             raise
-        top = Path(self.fs.repo.scm.root_dir).resolve()
+        return self.fs
+
+    def _check_top(self, top: Path) -> None:
         if not is_url(self.repo) and Path(self.repo).resolve() != top:
             raise InputError(
                 f"data.repo={self.repo}: a folder of the git repository {top}; a revision is read of a project that is"
                 " the whole repository, of any other only data.revision=workspace"
             )
-        return self.fs
 
     def __exit__(self, *exception: object) -> None:
         self._limits.close()
