@@ -208,12 +208,6 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
         with ExitStack() as limits:
             limits.enter_context(answer_limit())
             self.fs = self._open(self.revision)
-            top = Path(self.fs.repo.scm.root_dir).resolve()
-            if not is_url(self.repo) and Path(self.repo).resolve() != top:
-                raise InputError(
-                    f"data.repo={self.repo}: a folder of the git repository {top}; a revision is read of a project that"
-                    " is the whole repository, of any other only data.revision=workspace"
-                )
             if not self._can_read(self.fs):
                 present = self.present_remote()
                 if present and present != _remote(self.fs):
@@ -254,6 +248,7 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
             with time_limit(OPEN_LIMIT_S, f"data.repo={name}: the git server is too slow"):
                 fs = DVCFileSystem(url=self.repo, rev=revision, config=config)
                 # The repository is opened lazily, here; nothing in it may be read before it is checked.
+                self._check_top(Path(fs.repo.scm.root_dir).resolve())
                 remotes.check_repository(fs.repo, f"{name}@{revision or 'now'}", is_url(self.repo))
         except (DvcException, SCMError) as error:
             # The message "SCM error" alone says nothing; its causes do.
@@ -268,6 +263,13 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
                 " expected a git repository with DVC data and a branch, tag or commit of it"
             ) from error
         return fs
+
+    def _check_top(self, top: Path) -> None:
+        if not is_url(self.repo) and Path(self.repo).resolve() != top:
+            raise InputError(
+                f"data.repo={self.repo}: a folder of the git repository {top}; a revision is read of a project that is"
+                " the whole repository, of any other only data.revision=workspace"
+            )
 
     def _can_read(self, fs: Any) -> bool:
         """Whether every file of the folders is in the cache or the remote that a file system reads from."""
