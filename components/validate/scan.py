@@ -26,7 +26,7 @@ from components.dataset.chat import load_tokenizer, special_names
 from components.dataset.language import REFUSAL_SAMPLE, is_refusal
 from components.dataset.records import LANGUAGES, Preference, Row, parse_line, raw_lines
 from components.dataset.rendered import has_markers
-from components.dataset.similarity import Sketches, join_sketches, normalize_text, prompt_key, sketch
+from components.dataset.sketches import Sketches, join_sketches, normalize_text, prompt_key, sketch
 from components.validate.encoding import is_mojibake
 from components.validate.language import is_in_another_language
 from components.validate.privacy import KINDS, kinds_in

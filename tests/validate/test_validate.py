@@ -16,7 +16,8 @@ from components.config.params import load_config
 from components.dataset.distribution import Distribution, distance, remember
 from components.dataset.language import is_refusal
 from components.dataset.records import SPLITS, content_id, read_lines
-from components.dataset.similarity import find_frames, near_groups, normalize_text, sketch
+from components.dataset.similarity import find_frames, near_groups
+from components.dataset.sketches import normalize_text, sketch
 from components.validate import checks as checks_module
 from components.validate import privacy, scan
 from components.validate.bias import Share, find_bias, interval, measures
