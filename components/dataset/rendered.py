@@ -59,23 +59,23 @@ FAMILIES = {
     "deepseek": Family(
         re.compile(r"<[｜|](User|Assistant)[｜|]>"), ("<｜end▁of▁sentence｜>",), ("<｜begin▁of▁sentence｜>",)
     ),
-    "hh": Family(re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):"), plain=True),
-    "guanaco": Family(re.compile(r"(?:\A\s*|\s*)###[ \t]*(Human|Assistant):"), ("</s>",), ("<s>",)),
+    "hh": Family(re.compile(r"(?:\A|\n\n)(Human|Assistant):"), plain=True),
+    "guanaco": Family(re.compile(r"###[ \t]*(Human|Assistant):"), ("</s>",), ("<s>",)),
     "alpaca": Family(
-        re.compile(r"(?:\A\s*|\n\s*)###[ \t]*(Instruction|Response):[ \t]*\n?"),
+        re.compile(r"(?m:^)[ \t]*###[ \t]*(Instruction|Response):[ \t]*\n?"),
         ("</s>",),
         ("<s>",),
-        re.compile(r"Below is an instruction that describes a task.*?\s*(?=###)", re.DOTALL),
+        re.compile(r"Below is an instruction that describes a task.*?(?=###)", re.DOTALL),
     ),
     "vicuna": Family(
-        re.compile(r"(?:\A\s*|\s+|(?<=</s>))(USER|ASSISTANT):"),
+        re.compile(r"(?:(?<!\S)|(?<=</s>))(USER|ASSISTANT):"),
         ("</s>",),
         ("<s>",),
         re.compile(r"A chat between a curious (?:user|human).*?(?=\s(?:USER|ASSISTANT):)", re.DOTALL),
     ),
 }
-LLAMA2 = re.compile(r"\s*(?:<s>)?\s*\[INST\]\s*(?:<<SYS>>\s*(.*?)\s*<</SYS>>)?\s*(.*?)\s*\[/INST\]", re.DOTALL)
-ALPACA_INPUT = re.compile(r"\n\s*###[ \t]*Input:[ \t]*\n")
+LLAMA2 = re.compile(r"(\[/?INST\])")
+ALPACA_INPUT = re.compile(r"\n[ \t]*###[ \t]*Input:[ \t]*\n")
 MARKERS = re.compile(
     r"<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|<\|(?:eot_id|begin_of_text|end_of_text|endoftext)\|>"
     r"|<(?:start|end)_of_turn>|<\|(?:system|user|assistant|end)\|>|<[｜|](?:User|Assistant)[｜|]>"
@@ -85,11 +85,16 @@ MARKERS = re.compile(
     r"|(?:\A\s*|\n\n)(?:Human|Assistant):|\b(?:USER|ASSISTANT):\s"
 )
 """What a template writes and a person hardly does."""
-HINTS = (
-    *("<|", "<｜", "_of_turn>", "INST]", "SYS>>", "###", "Human:", "Assistant:", "USER:", "ASSISTANT:", "<s>", "</s>"),
-    *(f"{quote}{key}{quote}" for quote in "'\"" for key in ("role", "from", "content", "value")),
-)
-"""Every marker has one of these in it: a cheap pre-filter."""
+MAX_LITERAL = 1 << 20
+"""Characters from which nothing is read as Python writes it: a syntax tree takes hundreds of bytes for each."""
+ENDINGS = tuple(sorted({ending for family in FAMILIES.values() for ending in family.endings}))
+HINTS = {
+    "<": ("<|", "<｜", "_of_turn>", "SYS>>", "<s>", "</s>"),
+    "#": ("###",),
+    "[": ("INST]", *(f"{quote}{key}{quote}" for quote in "'\"" for key in ("role", "from", "content", "value"))),
+    ":": ("Human:", "Assistant:", "USER:", "ASSISTANT:"),
+}
+"""Every marker has one of these in it, and the character before them: a cheap pre-filter."""
 
 
 def parse_rendered(text: str) -> list[Message] | None:
@@ -120,30 +125,38 @@ def opens_rendered(text: str) -> bool:
             start = start.removeprefix(before).lstrip()
         if family.opening.match(start):
             return True
-    return LLAMA2.match(start) is not None
+    return start.removeprefix("<s>").lstrip().startswith("[INST]")
 
 
 def strip_ending(answer: str) -> str:
     """An answer without the marker with which a template ends it; for answers to a rendered prompt."""
     stripped = answer.strip()
-    endings = {ending for family in FAMILIES.values() for ending in family.endings} | {"</s>"}
-    changed = True
-    while changed:
-        changed = False
-        for ending in endings:
-            if stripped.endswith(ending):
-                stripped, changed = stripped.removesuffix(ending).rstrip(), True
-    return stripped
+    end = len(stripped)
+    while ending := next((ending for ending in ENDINGS if stripped.endswith(ending, 0, end)), ""):
+        end -= len(ending)
+        while end and stripped[end - 1].isspace():
+            end -= 1
+    return stripped[:end]
 
 
 def has_markers(text: str) -> bool:
     """Whether a text has a marker of a template in it."""
-    return any(hint in text for hint in HINTS) and MARKERS.search(text) is not None
+    return has_hints(text) and MARKERS.search(text) is not None
+
+
+def has_hints(text: str) -> bool:
+    """Whether a text, or several joined, may have a marker in it."""
+    for character, hints in HINTS.items():
+        if character in text:
+            for hint in hints:
+                if hint in text:
+                    return True
+    return False
 
 
 def parse_literal(text: str) -> Any:
     """A list or an object written as JSON, or as Python shows it; None for any other text."""
-    for read in (json.loads, ast.literal_eval):
+    for read in (json.loads, ast.literal_eval) if len(text) < MAX_LITERAL else (json.loads,):
         try:
             return read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -152,7 +165,7 @@ def parse_literal(text: str) -> Any:
 
 
 def _parse_family(text: str, family: Family) -> list[Message] | None:
-    rest = text.strip("\n") if family.opening.pattern.startswith("(?:") else text.strip()
+    rest = text.strip()
     for start in family.starts:
         rest = rest.lstrip().removeprefix(start) if rest.lstrip().startswith(start) else rest
     system = []
@@ -174,21 +187,24 @@ def _parse_family(text: str, family: Family) -> list[Message] | None:
 
 
 def _parse_llama2(text: str) -> list[Message] | None:
+    before, *pieces = LLAMA2.split(text)
+    marks, contents = pieces[::2], pieces[1::2]
+    if before.strip().removeprefix("<s>").strip() or marks != ["[INST]", "[/INST]"] * (len(marks) // 2):
+        return None
     messages: list[Message] = []
-    position = 0
-    while match := LLAMA2.match(text, position):
-        system, question = match.groups()
-        if system:
+    for number, content in enumerate(map(str.strip, contents)):
+        if number % 2:
+            answer = content.removesuffix("<s>").rstrip().removesuffix("</s>").strip()
+            messages.append({"role": "assistant", "content": answer})
+            continue
+        system, found, question = content.partition("<</SYS>>")
+        has_system = content.startswith("<<SYS>>") and bool(found)
+        if has_system:
             if messages:
                 return None
-            messages.append({"role": "system", "content": system})
-        messages.append({"role": "user", "content": question})
-        following = re.compile(r"(?:</s>)?\s*(?:<s>)?\s*\[INST\]").search(text, match.end())
-        end = following.start() if following else len(text)
-        answer = text[match.end() : end].strip().removesuffix("</s>").strip()
-        messages.append({"role": "assistant", "content": answer})
-        position = end + len("</s>") if text.startswith("</s>", end) else end
-    return _checked(messages) if messages and position >= len(text) else None
+            messages.append({"role": "system", "content": system.removeprefix("<<SYS>>").strip()})
+        messages.append({"role": "user", "content": question.strip() if has_system else content})
+    return _checked(messages)
 
 
 def _parse_json(text: str) -> list[Message] | None:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Texts = Sequence[str]
+Turns = Sequence[tuple[str, str]]
 Conversation = Sequence[Mapping[str, Any]]
 U32 = NDArray[np.uint32]
 I64 = NDArray[np.int64]
@@ -25,6 +26,8 @@ WORD_WEIGHT, CHARACTER_WEIGHT, GRAM_WEIGHT = 5, 2, 40
 """An n-gram is 8 words, 20 Chinese characters, or as many of both as weigh the same."""
 CHUNK = 4096
 """Prompts that are sketched at once."""
+LONG = 2048
+"""Characters from which a text may make Unicode's normalization slow: it sorts runs of accents by exchanges."""
 INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
 )
@@ -98,14 +101,32 @@ class Sketches:
 def normalize_text(text: str) -> str:
     """Unicode NFKC without invisible characters and with single spaces, so that invisible differences do not count."""
     if not text.isascii():
-        text = INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
+        text = INVISIBLE.sub("", _compatible(text))
     return " ".join(text.split())
 
 
 def prompt_text(messages: Conversation) -> str:
     """A conversation as text for its key: normalized, in lower case. Never to be changed, as keys are remembered."""
     joined = "\n".join([str(message["content"]) for message in messages])
-    return " ".join((joined if joined.isascii() else unicodedata.normalize("NFKC", joined)).lower().split())
+    return " ".join((joined if joined.isascii() else _compatible(joined)).lower().split())
+
+
+def _compatible(text: str) -> str:
+    """Unicode NFKC, in time linear in the length: long runs of accents are put in their order before."""
+    if len(text) > LONG:
+        text = _accents().sub(_ordered, text)
+    return unicodedata.normalize("NFKC", text)
+
+
+def _ordered(run: re.Match[str]) -> str:
+    return "".join(sorted("".join(unicodedata.normalize("NFKD", mark) for mark in run[0]), key=unicodedata.combining))
+
+
+@cache
+def _accents() -> re.Pattern[str]:
+    """Runs of characters that decompose to nothing but accents."""
+    marks = [c for c in map(chr, range(0x300, 0x20000)) if unicodedata.combining(unicodedata.normalize("NFKD", c)[0])]
+    return re.compile(f"[{''.join(map(re.escape, marks))}]{{32,}}")
 
 
 def prompt_key(text: str) -> str:
@@ -115,8 +136,12 @@ def prompt_key(text: str) -> str:
 
 def sketch(conversations: Sequence[Conversation]) -> Sketches:
     """Sketches of prompts, each a list of messages with role and content; a text shorter than a shingle is one."""
-    parts = [_sketch_chunk(conversations[i : i + CHUNK]) for i in range(0, len(conversations), CHUNK)]
-    return join_sketches(parts)
+    return sketch_turns([spoken_turns(messages) for messages in conversations])
+
+
+def sketch_turns(prompts: Sequence[Turns]) -> Sketches:
+    """Sketches of prompts whose turns are normalized already, by `spoken_turns`."""
+    return join_sketches([_sketch_chunk(prompts[i : i + CHUNK]) for i in range(0, len(prompts), CHUNK)])
 
 
 def join_sketches(parts: Sequence[Sketches]) -> Sketches:
@@ -136,8 +161,7 @@ def offsets(sizes: NDArray[Any]) -> I64:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
 
 
-def _sketch_chunk(conversations: Sequence[Conversation]) -> Sketches:
-    spoken = [_spoken(messages) for messages in conversations]
+def _sketch_chunk(spoken: Sequence[Turns]) -> Sketches:
     texts = [_asked(turns) for turns in spoken]
     units, characters, counts = _units(texts)
     ends = np.cumsum(counts)
@@ -185,8 +209,8 @@ def _sets(owners: I64, values: U32, rows: int) -> Ragged:
     return Ragged((keys & np.uint64(0xFFFFFFFF)).astype(np.uint32), offsets(counts))
 
 
-def _spoken(messages: Conversation) -> list[tuple[str, str]]:
-    """Who says what, system messages apart, as it is compared."""
+def spoken_turns(messages: Conversation) -> Turns:
+    """Who says what, system messages apart, as it is compared: normalized, in lower case."""
     return [
         (str(message.get("role")), normalize_text(str(message["content"])).lower())
         for message in messages
@@ -194,13 +218,13 @@ def _spoken(messages: Conversation) -> list[tuple[str, str]]:
     ]
 
 
-def _asked(turns: Sequence[tuple[str, str]]) -> str:
+def _asked(turns: Turns) -> str:
     """The user's turns; all of them where no user speaks."""
     asked = [content for role, content in turns if role == "user"]
     return " ".join(asked or [content for _, content in turns])
 
 
-def _beginnings(turns: Sequence[tuple[str, str]]) -> list[int]:
+def _beginnings(turns: Turns) -> list[int]:
     """A hash of the conversation up to each of the user's turns."""
     digest = hashlib.blake2b(digest_size=8)
     hashes = []
@@ -216,7 +240,7 @@ def _units(texts: Texts) -> tuple[U32, NDArray[np.bool_], I64]:
 
     A unit is a Chinese character, or a run of other letters, digits and underscores.
     """
-    points = _simplified(_code_points("\n".join(texts) + "\n"))
+    points = _simplified(code_points("\n".join(texts) + "\n"))
     kinds = _kinds()[np.minimum(points, len(_kinds()) - 1)]
     begins = np.concatenate([[True], kinds[:-1] != WORD]) & (kinds == WORD) | (kinds == CHARACTER)
     starts = np.flatnonzero(begins)
@@ -268,7 +292,8 @@ def _simplified(points: U32) -> U32:
     return points
 
 
-def _code_points(text: str) -> U32:
+def code_points(text: str) -> U32:
+    """[len(text)]"""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint32)
 
 

@@ -193,7 +193,7 @@ HARMLESS = frozenset(
 )
 """Columns that say something of the row, not to the model. Other text that a reader does not take is an error."""
 HARMLESS_NAMES = re.compile(
-    r"_*(?:.*_)?(?:ids?(?:_[a-z0-9])?|uid|idx|index|level_\d+|model|models|source|hash|tokens|length|len|count|date|time|logps?)_*"
+    r"(?:.*_)?(?:ids?(?:_[a-z0-9])?|uid|idx|index|level_\d+|model|models|source|hash|tokens|length|len|count|date|time|logps?)"
 )
 SCORE_NAMES = re.compile(r"scores?|ratings?|rewards?|grades?|ranks?")
 LOWER_IS_BETTER = re.compile(r"ranks?")
@@ -299,7 +299,7 @@ class Columns:
         for key, value in self._values.items():
             if key in self._taken or isinstance(value, bool | int | float):
                 continue
-            if key in HARMLESS or HARMLESS_NAMES.fullmatch(key):
+            if key in HARMLESS or HARMLESS_NAMES.fullmatch(key.strip("_")):
                 continue
             name = self.name(key)
             raise RowError(

@@ -308,7 +308,7 @@ def test_length_and_refusals_that_tell_the_answer_are_measured_and_warned_of(
     assert whole.length_accuracy == 30 / 40
     assert (whole.refusals_chosen, whole.refusals_rejected) == (0, 4)
     assert whole.refusal_loses.value == 1.0 and whole.refusal_accuracy == 0.5 + 0.5 * 4 / 40
-    lines = {measure.name: measure.value for measure in measures([whole], 0.6)}
+    lines = {measure.name: measure.value for measure in measures([whole], 0.6) if measure.name != "format_shortcut"}
     assert lines == {"length_shortcut": 0.75, "refusal_shortcut": 0.55}
     monkeypatch.setattr(scan, "is_refusal", NOTHING)
     off = find_bias(biased(base_model, 30, 36), np.ones(40, bool))[0]
