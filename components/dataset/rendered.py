@@ -85,8 +85,11 @@ MARKERS = re.compile(
     r"|(?:\A\s*|\n\n)(?:Human|Assistant):|\b(?:USER|ASSISTANT):\s"
 )
 """What a template writes and a person hardly does."""
-MAX_LITERAL = 1 << 20
-"""Characters from which nothing is read as Python writes it: a syntax tree takes hundreds of bytes for each."""
+MAX_LITERAL = 1 << 15
+"""Characters from which nothing is read as Python writes it: a syntax tree takes 20 times as long as JSON, and hundreds
+of bytes for each character."""
+MAX_TURNS = 1000
+"""Turns from which a text is no conversation; reading so many takes ten times as long as reading a text."""
 ENDINGS = tuple(sorted({ending for family in FAMILIES.values() for ending in family.endings}))
 HINTS = {
     "<": ("<|", "<｜", "_of_turn>", "SYS>>", "<s>", "</s>"),
@@ -174,7 +177,7 @@ def _parse_family(text: str, family: Family) -> list[Message] | None:
         rest = rest[found.end() :]
         rest = rest.lstrip() if family.opening.match(rest.lstrip()) else rest
     before, *pieces = family.opening.split(rest)
-    if before.strip() or not pieces:
+    if before.strip() or not pieces or len(pieces) > 2 * MAX_TURNS:
         return None
     messages = list(system)
     for role, content in zip(pieces[::2], pieces[1::2], strict=True):
@@ -189,7 +192,9 @@ def _parse_family(text: str, family: Family) -> list[Message] | None:
 def _parse_llama2(text: str) -> list[Message] | None:
     before, *pieces = LLAMA2.split(text)
     marks, contents = pieces[::2], pieces[1::2]
-    if before.strip().removeprefix("<s>").strip() or marks != ["[INST]", "[/INST]"] * (len(marks) // 2):
+    if before.strip().removeprefix("<s>").strip() or len(marks) > 2 * MAX_TURNS:
+        return None
+    if marks != ["[INST]", "[/INST]"] * (len(marks) // 2):
         return None
     messages: list[Message] = []
     for number, content in enumerate(map(str.strip, contents)):
