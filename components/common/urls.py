@@ -45,11 +45,13 @@ def parse_url(url: str, schemes: tuple[str, ...], user: bool = False, anywhere: 
 
 
 def check_repository(repo: str) -> str:
-    """A git repository's address, checked: https, ssh, http to this machine itself, or a path.
+    """A git repository's address, checked: https, ssh, http to this machine itself, or a path, also as file:///path.
 
     Raises:
         ValueError: as `parse_url`; or a path that git would take for a transport or an option.
     """
+    if repo.startswith("file:///"):
+        return check_repository(repo.removeprefix("file://"))
     if "://" in repo:
         parts = parse_url(repo, ("https", "ssh", "http"), user=repo.lower().startswith("ssh:"))
         if not parts.path.strip("/"):

@@ -74,6 +74,9 @@ FAMILIES = {
     ),
 }
 LIST_OF_OBJECTS = re.compile(r"\[\s*\{\s*['\"]")
+MAX_LITERAL = 1 << 15
+"""Characters from which nothing is read as Python writes it: a syntax tree takes 20 times as long as JSON, and hundreds
+of bytes for each character."""
 MAX_TURNS = 1000
 """Most turns that are taken apart: more is no conversation, and would take long."""
 ENDINGS = sorted({ending for family in FAMILIES.values() for ending in family.endings})
@@ -87,12 +90,16 @@ MARKERS = re.compile(
     r"|(?m:^[ \t]*###[ \t]*(?:Instruction|Response|Human|Assistant):)"
     r"|(?:\A\s*|\n\n)(?:Human|Assistant):|\b(?:USER|ASSISTANT):\s"
 )
-HINTS = (
-    *("<|", "<｜", "_of_turn>", "INST]", "SYS>>", "###", "Human:", "Assistant:", "USER:", "ASSISTANT:", "<s>", "</s>"),
-    *("<reserved_", "[gMASK]", "<用户>", "[Round "),
-    *(f"{quote}{key}{quote}" for quote in "'\"" for key in ("role", "from", "content", "value")),
-)
-"""Every marker has one of these in it: a cheap pre-filter."""
+HINTS = {
+    "<": ("<|", "<｜", "_of_turn>", "SYS>>", "<s>", "</s>", "<reserved_", "<用户>"),
+    "#": ("###",),
+    "[": (
+        *("INST]", "[gMASK]", "[Round "),
+        *(f"{quote}{key}{quote}" for quote in "'\"" for key in ("role", "from", "content", "value")),
+    ),
+    ":": ("Human:", "Assistant:", "USER:", "ASSISTANT:"),
+}
+"""Every marker has one of these in it, and the character before them: a cheap pre-filter."""
 
 
 def parse_rendered(text: str) -> list[Message] | None:
@@ -131,12 +138,22 @@ def strip_ending(answer: str) -> str:
 
 def has_markers(text: str) -> bool:
     """Whether a text has a marker of a template in it."""
-    return any(hint in text for hint in HINTS) and MARKERS.search(text) is not None
+    return has_hints(text) and MARKERS.search(text) is not None
+
+
+def has_hints(text: str) -> bool:
+    """Whether a text, or several joined, may have a marker in it."""
+    for character, hints in HINTS.items():
+        if character in text:
+            for hint in hints:
+                if hint in text:
+                    return True
+    return False
 
 
 def parse_literal(text: str) -> Any:
     """A list or an object written as JSON, or as Python shows it; None for any other text."""
-    for read in (json.loads, ast.literal_eval):
+    for read in (json.loads, ast.literal_eval) if len(text) < MAX_LITERAL else (json.loads,):
         try:
             return read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):

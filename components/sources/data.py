@@ -239,7 +239,7 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
         from dvc.scm import SCMError
 
         check_address(self.repo)
-        if is_url(self.repo) and not self.repo.startswith("http"):
+        if is_url(self.repo) and not self.repo.startswith(("http", "file")):
             remotes.require_host_keys()
         # DVC clones without git, but reports progress through GitPython, which refuses to load without git.
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")

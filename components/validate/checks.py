@@ -127,6 +127,14 @@ def statistic_checks() -> list[Check]:
             within,
         ),
         Check(
+            "format_shortcut",
+            "warn",
+            "a format alone (an opening tag such as <think>, lists, headings, code, bold type) tells the chosen answer:"
+            " the model would learn the format; give both answers the same, or mix the pairs",
+            expectation,
+            within,
+        ),
+        Check(
             "drift",
             "warn",
             "the data's distribution differs from the previous version's; if that was not intended, see `kubealign data"

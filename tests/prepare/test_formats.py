@@ -16,6 +16,7 @@ from components.dataset.language import guess_language
 from components.dataset.records import read_lines
 from components.dataset.rendered import has_markers, parse_rendered, strip_ending
 from components.prepare.convert import RowDefaults, convert_files
+from components.prepare.files import read_rows
 from components.prepare.formats import FORMATS, convert, detect
 from tests.conftest import ROOT
 from tests.support.public_schemas import FILES, texts, write_files
@@ -932,3 +933,43 @@ def test_a_file_that_cannot_be_used_is_a_clear_error(
 ) -> None:
     with pytest.raises(InputError, match=message):
         converted(tmp_path, write(tmp_path / "a.jsonl", *rows), **changes)
+
+
+def read_array(tmp_path: Path, content: bytes) -> list[Any]:
+    path = tmp_path / "rows.json"
+    path.write_bytes(content)
+    return [row for _, row, _ in read_rows(path)]
+
+
+def test_an_array_is_read_entry_by_entry_whatever_its_blocks_cut(tmp_path: Path) -> None:
+    """Texts of two and three bytes, escapes and brackets, over several blocks; the file is never whole in memory."""
+    import tracemalloc
+
+    rows = [{"text": f'é中"\\[{{{i}' * 3000, "number": -1.5e-3, "nested": {"a": [None, True]}} for i in range(400)]
+    for indent in (None, 1):
+        assert read_array(tmp_path, json.dumps(rows, indent=indent, ensure_ascii=False).encode("utf-8-sig")) == rows
+    path = tmp_path / "rows.json"
+    tracemalloc.start()
+    assert sum(1 for _ in read_rows(path)) == 400
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"a": 1},\n {"a":]', r"rows\.json:2: not valid JSON .*column 7"),
+        (b'[{"a": 1},\n {"b": 2} {"c": 3}]', r"rows\.json:2: not valid JSON .*column 11"),
+        (b'[{"a": 1}', r"rows\.json:1: not valid JSON"),
+        (b'[{"a": 1},]', r"rows\.json:1: not valid JSON"),
+        (b'[{"a": 1}] [', r"rows\.json:1: not valid JSON"),
+        (b'[{"a": 1}, 7]', "entry 2: expected a flat JSON object, found int"),
+        (b'[{"a": ' + b"[" * 5000, "entry 1: nested too deep"),
+        (b'[{"a": "' + b"x" * (17 << 20) + b'"}]', "entry 1: longer than 16 MiB"),
+        (b'[{"a": "\xff"}]', "not UTF-8"),
+    ],
+)
+def test_a_broken_array_is_named_with_line_or_entry(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_array(tmp_path, content)

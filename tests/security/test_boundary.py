@@ -261,7 +261,9 @@ def test_an_import_from_a_url_is_refused_too(tmp_path: Path) -> None:
     [
         "http://git.example.com/team/data",
         "git://git.example.com/team/data",
-        "file:///etc",
+        "file://host/etc",
+        "file:///srv/data\n",
+        "file:etc://x",
         "ftp://git.example.com/x",
         "ext::sh -c id",
         "ext::sh%20-c%20id",
@@ -294,6 +296,7 @@ def test_an_address_of_another_kind_is_refused(address: str) -> None:
         ".",
         "../data",
         "/srv/data with blank",
+        "file:///srv/data",
         "https://git.example.com/team/data.git",
         "https://git.example.com:8443/team/data",
         "ssh://git@git.example.com/team/data",

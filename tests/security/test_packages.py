@@ -104,6 +104,29 @@ def test_a_source_package_is_unpacked_and_nothing_of_it_runs(
     assert sha256_file(tmp_path / "downloads" / FILE) == found.packages["evil_pkg"].sha256
 
 
+@pytest.mark.parametrize("setting", ["find-links", "index"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_folder_that_pip_is_configured_with_is_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, damaged: bool
+) -> None:
+    """For machines without a network; what lies there must have the hash too."""
+    content = sdist(tmp_path / "mark")
+    folder = tmp_path / "wheels" if setting == "find-links" else tmp_path / "simple" / "evil-pkg"
+    folder.mkdir(parents=True)
+    (folder / FILE).write_bytes(content + b"x" * damaged)
+    settings = {"index-url": f"file://{tmp_path}/simple"}
+    if setting == "find-links":
+        settings["find-links"] = f"{tmp_path}/nowhere {folder}"
+    monkeypatch.setattr(package_index, "_pip_settings", lambda: settings)
+    found = lock(content)
+    if damaged:
+        with pytest.raises(InputError, match="its hash"):
+            unpack(found, found.model, tmp_path / "downloads", tmp_path / "out.json")
+        return
+    unpack(found, found.model, tmp_path / "downloads", tmp_path / "out.json")
+    assert (tmp_path / "out.json").read_text() == "[]" and not (tmp_path / "mark").exists()
+
+
 def test_pip_would_have_run_it(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     content = sdist(mark)

@@ -15,7 +15,7 @@ import pytest
 from components.common.errors import InputError
 from components.config.params import load_config
 from components.dataset.records import read_lines
-from components.dataset.similarity import prompt_key, prompt_text
+from components.dataset.sketches import prompt_key, prompt_text
 from components.prepare.convert import RowDefaults
 from components.prepare.sources import Added, added_rows, read_sources, record_added
 from components.prepare.split import assign_split, read_splits

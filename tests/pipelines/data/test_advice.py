@@ -51,7 +51,16 @@ ADVICE = re.compile(
 )
 NOT_FOLLOWED = {
     "components/prepare/files.py: git lfs pull": "Git LFS is not among the programs of the tests",
-}
+    "components/dataset/chat.py: --set": "said by a step; tests/security/test_settings.py names the file where it is read",
+} | dict.fromkeys(
+    (
+        "components/fetch/stage.py: git rm",
+        "components/sources/remotes.py: dvc add",
+        "components/sources/remotes.py: dvc config --local",
+        "components/sources/remotes.py: git rm --cached",
+    ),
+    "said of a data repository that oversteps, to its owner",
+)
 """Advice that no situation shows, and why."""
 SHOWN: set[str] = set()
 
