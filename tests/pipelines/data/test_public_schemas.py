@@ -1,7 +1,6 @@
 """Files of 200 rows in the schemas of public data sets, from `kubealign data add` to a registered model."""
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -14,7 +13,7 @@ import yaml
 from components.config.params import load_config
 from components.dataset.records import SPLITS, read_lines
 from components.validate.stage import run_validate
-from tests.conftest import ROOT
+from tests.conftest import ROOT, environment_without_home
 from tests.pipelines.data.test_add import kubealign, make_project
 from tests.support.project import ALL, ran
 from tests.support.public_schemas import write_files
@@ -53,7 +52,7 @@ def test_every_row_becomes_a_pair_and_passes_every_check(project: Path, tiny_mod
     run_validate(
         config.validate_, 256, project / "data", tiny_model, tmp_path, tmp_path / "page.html", tmp_path / "page.md"
     )
-    for found in json.loads((tmp_path / "validation.json").read_text()).values():
+    for found in json.loads((tmp_path / "clean" / "validation.json").read_text()).values():
         assert (found["clean"], found["quarantined"], found["too_long"]) == (1200, 0, 0)
         assert {check["name"] for check in found["checks"] if check["failed"]} == set()
 
@@ -62,7 +61,7 @@ def test_a_run_trains_on_all_of_them(project: Path) -> None:
     sets = ["sft.max_steps=2", "dpo.max_steps=2", "evaluate.generations_per_language=1", "evaluate.max_new_tokens=16"]
     command = [sys.executable, "-P", "-m", "pipelines.cli", "run", "--project", str(project)]
     command += [word for setting in sets for word in ("--set", setting)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    environment = environment_without_home() | {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran(done) == ALL
     command[4:] = ["report", "--json", "--project", str(project)]
