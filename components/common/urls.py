@@ -36,7 +36,7 @@ def parse_url(url: str, schemes: tuple[str, ...], user: bool = False, anywhere: 
         accepted = ", ".join("http to this machine itself" if name == "http" else name for name in schemes)
         raise ValueError(f"the scheme {scheme or '(none)'} is not accepted; expected {accepted}")
     if parts.password is not None or ("@" in parts.netloc and not user):
-        raise ValueError("a user or token in a URL would reach logs; keep it in git's credential helper or a secret")
+        raise ValueError("a user or token in a URL would reach logs; git's credential helpers keep it")
     if "?" in url or "#" in url:
         raise ValueError("a query or fragment in a URL; expected host and path alone")
     if not HOST.fullmatch(host) or not USER.fullmatch(parts.username or "git") or parts.port == 0:
@@ -51,7 +51,8 @@ def check_repository(repo: str) -> str:
         ValueError: as `parse_url`; or a path that git would take for a transport or an option.
     """
     if repo.startswith("file:///"):
-        return check_repository(repo.removeprefix("file://"))
+        check_repository(repo.removeprefix("file://"))
+        return repo
     if "://" in repo:
         parts = parse_url(repo, ("https", "ssh", "http"), user=repo.lower().startswith("ssh:"))
         if not parts.path.strip("/"):

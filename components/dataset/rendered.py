@@ -123,7 +123,7 @@ def opens_rendered(text: str) -> bool:
             start = start.removeprefix(before).lstrip()
         if family.opening.match(start):
             return True
-    return LLAMA2.match(start) is not None
+    return start.removeprefix("<s>").lstrip().startswith("[INST]")
 
 
 def strip_ending(answer: str) -> str:

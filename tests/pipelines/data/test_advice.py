@@ -195,6 +195,7 @@ def test_data_that_was_never_pushed_is_made_again(project: Path, more: Path) -> 
     assert goes_on(asked(project, more))
 
 
+@pytest.mark.long  # it makes all data anew
 @shows(
     "components/prepare/sources.py: dvc pull",
     "components/prepare/sources.py: kubealign data remove {path.parent.name}",
@@ -235,6 +236,7 @@ def test_a_conflict_in_the_splits_is_settled(project: Path, more: Path) -> None:
     assert goes_on(asked(project, more))
 
 
+@pytest.mark.long  # it makes all data anew
 @shows(
     "components/prepare/stage.py: kubealign data add",
     "pipelines/data/add.py: rm \\1",

@@ -14,7 +14,7 @@ from components.config.params import load_config
 from components.dataset.records import SPLITS, read_lines
 from components.validate.stage import run_validate
 from tests.conftest import ROOT, environment_without_home
-from tests.pipelines.data.test_add import kubealign, make_project
+from tests.support.data_project import kubealign, make_project
 from tests.support.project import ALL, ran
 from tests.support.public_schemas import write_files
 from tests.support.repositories import dvc, git
