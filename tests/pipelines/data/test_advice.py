@@ -51,7 +51,7 @@ ADVICE = re.compile(
 )
 NOT_FOLLOWED = {
     "components/prepare/files.py: git lfs pull": "Git LFS is not among the programs of the tests",
-    "components/dataset/chat.py: --set": "said by a step; tests/security/test_settings.py names the file where it is read",
+    "components/dataset/chat.py: --set": "said by a step; tests/security/test_settings.py names the file",
 } | dict.fromkeys(
     (
         "components/fetch/stage.py: git rm",
