@@ -524,6 +524,29 @@ def test_too_many_bad_rows_stop_the_run_and_say_why(tmp_path: Path, base_model: 
     assert "same_answer" in project.html.read_text(), "the report is written before the run stops"
 
 
+TUTOR = "You are a patient tutor. Here is the problem of today, which was sent in by a pupil: {} Show every step of it."
+TEACHER = "你是一位耐心的数学老师。下面是今天一位同学寄来的题目：{}。请把每一步都写清楚。"
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("same_answer", pair("same", chosen="the same thing", rejected="the same\u200b thing")),
+        ("same_answer", pair("same", chosen="the same thing", rejected="ｔｈｅ same thing")),
+        ("same_answer", pair("哪一个", chosen="同一件事", rejected="同\ufeff一件事", lang="zh")),
+        ("contaminated", pair(TUTOR.format(LONG))),
+        ("contaminated", pair(TUTOR.format(LONG.upper()))),
+        ("contaminated", pair(TEACHER.format(CHINESE), lang="zh")),
+    ],
+)
+def test_what_is_hidden_or_stands_inside_a_longer_text_is_found(
+    tmp_path: Path, base_model: Path, suite: Suite, name: str, row: Row
+) -> None:
+    listed = tmp_path / "decontaminate.jsonl"
+    listed.write_text("".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in (LONG, CHINESE)))
+    assert find(base_model, [*GOOD, row], name, suite, listed) == {len(GOOD)}
+
+
 def test_a_severity_can_be_changed_and_an_unknown_check_is_named(tmp_path: Path, base_model: Path) -> None:
     project = Project(tmp_path, base_model, [*GOOD, *DEFECTS["email"]])
     project.validate("validate.severity={email: error}")
