@@ -19,7 +19,7 @@ from components.tracking import store
 from components.tracking.errors import explain_mlflow_error, explain_os_error, is_mlflow_failure
 from pipelines.commands import ci, data, kubeflow, registry
 from pipelines.commands.options import Overrides, Project
-from pipelines.project import project_folder, run_config
+from pipelines.project import home_in_use, project_folder, run_config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(kubeflow.app)
@@ -216,8 +216,9 @@ def clean(
         return
     if not yes and not typer.confirm(f"remove {', '.join(chosen)} below {home}?"):
         return
-    for part in chosen:
-        shutil.rmtree(home / part, ignore_errors=True)
+    with home_in_use(alone=True):
+        for part in chosen:
+            shutil.rmtree(home / part, ignore_errors=True)
     console.print(f"removed {', '.join(chosen)}")
 
 

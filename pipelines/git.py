@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 from components.common.errors import InputError
+from components.sources.data import SHALLOW
 
 OPTIONS = (
     "--no-pager",
@@ -83,7 +84,7 @@ def shallow_hint(repo: Path) -> str:
     """A hint to append to an error about a missing commit; empty unless the clone is shallow."""
     if query(repo, "rev-parse", "--is-shallow-repository") != "true":
         return ""
-    return "; this is a shallow clone: `git fetch --unshallow` gets the rest (in GitHub Actions: fetch-depth: 0)"
+    return f"; this is {SHALLOW}"
 
 
 def changed_files(repo: Path) -> list[str]:

@@ -9,6 +9,7 @@ from kfp import dsl, kubernetes
 
 from components.common.errors import InputError
 from components.common.images import DATA_IMAGE, TRAIN_IMAGE
+from components.common.urls import is_url
 from components.config.cluster import ClusterConfig
 from components.config.params import Config
 from components.stages import BY_NAME
@@ -23,7 +24,7 @@ SIGNING_KEYS = {
     "public_keys": PUBLIC_KEYS_VARIABLE,
 }
 """Keys of cluster.signing_secret, and the environment variable that each becomes in the tasks that get it."""
-GIT_KEYS = {"username": "GIT_USERNAME", "password": "GIT_PASSWORD"}
+GIT_KEYS = {"username": "GIT_USERNAME", "password": "GIT_PASSWORD", "host": "GIT_HOST"}
 
 
 def check(config: Config) -> None:
@@ -48,11 +49,13 @@ def check(config: Config) -> None:
             " checkpoints there; set it to pvc:CLAIM (ReadWriteMany) or s3://bucket/prefix"
         )
     repo = config.data.repo
-    if config.data.revision == "workspace" or "://" not in repo or repo.startswith("file:"):
+    if config.data.revision == "workspace" or not is_url(repo):
         raise InputError(
             f"data.repo={repo}, data.revision={config.data.revision}: a pod sees no folder of this machine;"
             " set data.repo to the URL of the git repository and data.revision to a branch, tag or commit of it"
         )
+    if not repo.startswith("https://"):
+        raise InputError(f"data.repo={repo}: a pod knows no host keys and no other machine; name the https URL of it")
 
 
 def for_its_hardware(config: Config, runner: str) -> Config:

@@ -1,7 +1,9 @@
 """The project a command works on: its folder, and the configuration of a run of it."""
 
+import fcntl
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
@@ -10,6 +12,9 @@ from components.common.errors import InputError
 from components.config.params import PARAMS, Config, load_config
 from components.tracking import store
 from components.tracking.keys import PUBLIC_KEYS_VARIABLE
+
+IN_USE = ".in-use.lock"
+"""File in the home folder that is locked while a run lives."""
 
 
 def project_folder(project: Path | None) -> Path:
@@ -34,6 +39,25 @@ def _trust(params: Path) -> None:
         listed = (yaml.safe_load(params.read_text(encoding="utf-8")).get("register") or {}).get("public_keys")
         if listed:
             os.environ.setdefault(PUBLIC_KEYS_VARIABLE, " ".join(listed))
+
+
+@contextmanager
+def home_in_use(alone: bool = False) -> Iterator[None]:
+    """Hold the home folder while a run lives; runs share it, and whoever deletes from it has it alone.
+
+    The lock ends with the process that holds it, however that ends.
+
+    Raises:
+        InputError: with `alone`, a run is using the folder.
+    """
+    home = store.home()
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / IN_USE).open("w") as lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_EX | fcntl.LOCK_NB) if alone else fcntl.LOCK_SH)
+        except BlockingIOError as error:
+            raise InputError(f"{home}: a run is using it; wait for it, or stop it, and try again") from error
+        yield
 
 
 def run_config(root: Path, overrides: list[str]) -> Config:

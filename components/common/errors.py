@@ -27,12 +27,15 @@ class KubealignError(Exception):
     exit_code = 1
     retryable = False
     """Whether the same call or command may succeed later, with nothing changed by the user."""
+    refusal = False
+    """Whether the same inputs are bound to fail again, so that a cluster's retry of the step is of no use."""
 
 
 class InputError(KubealignError):
     """Something the user gave is wrong: a configuration key, a file, a model, a data set."""
 
     exit_code = 2
+    refusal = True
 
 
 class RowError(InputError):
@@ -41,6 +44,8 @@ class RowError(InputError):
 
 class DataValidationError(KubealignError):
     """The data is too bad to train on; the validation report says why."""
+
+    refusal = True
 
 
 class TrainingError(KubealignError):

@@ -3,16 +3,18 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.common.errors import InputError, KubealignError
+from components.common.errors import InputError, KubealignError, single_line
 
 MANIFEST = "manifest.json"
+SHA256 = re.compile(r"[0-9a-f]{64}")
 CACHE_DIR = "cache"
 """Folder that no manifest covers: for data that can be recomputed and so may be lost or damaged."""
 
@@ -41,6 +43,54 @@ def folder_digest(folder: Path) -> str:
     return digest(file_hashes(folder))
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file below a folder, for a name that others chose: in a bucket, lock, archive or manifest.
+
+    Raises:
+        InputError: the name is absolute, has empty parts, `..`, a backslash or control characters, or leads out of the
+            folder through a link.
+    """
+    parts = name.split("/")
+    plain = name.isprintable() and "\\" not in name and not {"", ".", ".."} & {*parts}
+    if not plain or not (folder / name).parent.resolve().is_relative_to(folder.resolve()):
+        raise InputError(
+            f"{single_line(repr(name))[:200]}: not a name of a file below {folder}; expected a relative path without"
+            " `..`, empty parts or control characters"
+        )
+    return folder / name
+
+
+def parse_manifest(text: str | bytes, where: str) -> dict[str, str]:
+    """The hash of every file, by its relative path, from the text of a manifest.
+
+    Raises:
+        KubealignError: not a manifest, or an empty one.
+        InputError: a name in it is none of a file below the folder.
+    """
+    try:
+        hashes = json.loads(text)
+        sound = bool(hashes) and all(isinstance(value, str) and SHA256.fullmatch(value) for value in hashes.values())
+    except (ValueError, AttributeError) as error:
+        raise KubealignError(f"{where}: no readable {MANIFEST}; run the step that writes it again") from error
+    if not sound:
+        raise KubealignError(f"{where}: {MANIFEST} names no files with their hashes; run the step that writes it again")
+    for name in hashes:
+        inside(Path(where), name)
+    return {str(name): str(value) for name, value in hashes.items()}
+
+
+def check_listed(names: Iterable[str], hashes: Mapping[str, str], where: str) -> None:
+    """Check that files that are about to be copied are those of a manifest, and that all have plain names.
+
+    Raises:
+        InputError: a name that is none, or not in the manifest.
+    """
+    for name in names:
+        inside(Path(where), name)
+        if name != MANIFEST and name not in hashes and not name.startswith(f"{CACHE_DIR}/"):
+            raise InputError(f"{where}: {name} is not in its {MANIFEST}; remove it, or the folder, and run again")
+
+
 def write_manifest(folder: Path) -> str:
     """Record the hash of every file of `folder` in its manifest.json; returns the folder's digest."""
     hashes = file_hashes(folder)
@@ -55,9 +105,10 @@ def verify_manifest(folder: Path) -> str:
         KubealignError: no manifest, or a file is missing, added or changed.
     """
     try:
-        expected = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        text = (folder / MANIFEST).read_bytes()
+    except OSError as error:
         raise KubealignError(f"{folder}: no readable {MANIFEST}; run the step that writes it again") from error
+    expected = parse_manifest(text, str(folder))
     actual = file_hashes(folder)
     if mismatch := difference(expected, actual):
         raise KubealignError(f"{folder}: {mismatch} since it was written; remove the folder and run the step again")

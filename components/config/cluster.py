@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from components.common.urls import parse_url
 from components.config.section import Section
 
 QUANTITY = r"^\d+(\.\d+)?(Ki|Mi|Gi|Ti|K|M|G|T)?$"
@@ -78,7 +79,9 @@ class ClusterConfig(Section):
     )
     s3_secret: str = Field(default="", description="secret with keys `access_key` and `secret_key`; empty for none")
     git_secret: str = Field(
-        default="", description="secret with keys `username` and `password` (a token) for data.repo; or empty"
+        default="",
+        description="secret with keys `username`, `password` (a token) and `host`, the one https host that gets them,"
+        " for data.repo; or empty",
     )
     signing_secret: str = Field(
         default="kubealign-signing",
@@ -120,6 +123,13 @@ class ClusterConfig(Section):
     service_account: str = Field(
         default="pipeline-runner", description="service account of the pods; empty for Kubeflow's default"
     )
+
+    @field_validator("mlflow_uri", "s3_endpoint")
+    @classmethod
+    def _plain(cls, url: str) -> str:
+        if url:
+            parse_url(url, ("https", "http"), anywhere=True)
+        return url
 
     @field_validator("data_image", "train_image")
     @classmethod

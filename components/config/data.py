@@ -1,9 +1,8 @@
 """The section `data`."""
 
-import re
-
 from pydantic import Field, field_validator
 
+from components.common.urls import check_repository
 from components.config.section import Section
 
 
@@ -13,8 +12,8 @@ class DataConfig(Section):
     repo: str = Field(
         default=".",
         min_length=1,
-        description="git repository with the DVC-tracked data: a path, or a URL without user or token in it"
-        " (git's credential helpers keep those)",
+        description="git repository with the DVC-tracked data: a path, or an https or ssh URL without token or query in"
+        " it (git's credential helpers keep those); on Kubeflow https",
     )
     path: str = Field(
         default="data",
@@ -30,7 +29,5 @@ class DataConfig(Section):
 
     @field_validator("repo")
     @classmethod
-    def _no_secret(cls, repo: str) -> str:
-        if re.match(r"https?://[^/]*@", repo):
-            raise ValueError("a user or token in a URL would reach logs; use git's credential helper")
-        return repo
+    def _accepted(cls, repo: str) -> str:
+        return check_repository(repo)

@@ -27,7 +27,8 @@ class ModelSource(Section):
     chat_template: str = Field(
         default="model",
         min_length=1,
-        description="`model` (the model's own chat template), `chatml`, `llama2`, or a Jinja file",
+        description="`model` (the model's own chat template), `chatml`, `llama2`, or a Jinja file of the project,"
+        " whose text `kubealign` hands to the steps",
     )
     allow_network: bool = Field(
         default=False, description="whether to allow downloading a hub id; nothing else uses the network"

@@ -20,6 +20,7 @@ from components.config.gate import GateConfig
 from components.config.loading import keys, validated
 from components.config.model import ModelConfig
 from components.config.section import Section
+from components.dataset.chat import read_template
 from components.dpo.config import DpoConfig
 from components.evaluate.config import EvaluateConfig
 from components.prepare.config import PrepareConfig
@@ -66,13 +67,17 @@ class Config(Section):
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read params.yaml and apply `section.key=value` overrides.
 
+    A chat template that is given as a file is read here, once: steps get its text, and read no file by name.
+
     Raises:
         InputError: the file or an override is wrong; the message names the key and the nearest valid one.
     """
     raw = _read(path)
     for override in overrides or []:
         _override(raw, override)
-    return validated(Config, raw, str(path))
+    config = validated(Config, raw, str(path))
+    template = read_template(config.model.chat_template, path.parent)
+    return config.model_copy(update={"model": config.model.model_copy(update={"chat_template": template})})
 
 
 def pipeline_arguments(config: Config) -> dict[str, Any]:

@@ -6,7 +6,10 @@ Special tokens come from the template alone. Where the text of a message has the
 
 import copy
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,10 +17,21 @@ from weakref import WeakKeyDictionary
 from jinja2 import TemplateError
 
 from components.common.errors import InputError
-from components.common.files import sha256_file
+from components.common.files import digest
+from components.common.limits import time_limit
 from components.dataset.records import Message
 
 TEMPLATES = Path(__file__).parent / "templates"
+MODEL_TEMPLATE = "model"
+"""Name of the template that came with the model."""
+MAX_TEMPLATE_BYTES = 8000
+"""Longest template that may travel as a value; Kubeflow Pipelines takes 10,000 bytes for all that a step is given."""
+MAX_TEMPLATE_CHARACTERS = 200_000
+PROBE = "components.dataset.template_probe"
+PROBE_LIMIT_S, PROBE_CPU_S, PROBE_BYTES = 60.0, 10, 2**30
+"""Limits on rendering a template for the first time: wall and CPU time, and memory beyond that of Python itself."""
+RENDER_LIMIT_S, RENDER_ONE_LIMIT_S = 60.0, 0.1
+"""Limits on rendering conversations, in all and for each; one takes about 0.1 ms."""
 REFUSALS = (KeyError, TypeError, ValueError, AttributeError, TemplateError)
 CHANGES_PROMPT = "the chat template renders the prompt differently once an answer follows; choose another one"
 
@@ -33,35 +47,113 @@ def load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def choose_template(name: str, own: str | None) -> str:
-    """The configured chat template.
+def is_template(value: str) -> bool:
+    """Whether a value of model.chat_template is a template's text rather than a name."""
+    return "{%" in value or "{{" in value
+
+
+def shipped_templates() -> dict[str, Path]:
+    """The files of the chat templates that ship with this package, by name."""
+    return {path.stem: path for path in sorted(TEMPLATES.glob("*.jinja"))}
+
+
+def choose_template(value: str, own: str | None) -> str:
+    """The configured chat template; no file is read but those that ship with this package.
 
     Args:
-        name: `model`, `chatml`, `llama2`, or the path of a Jinja file.
+        value: `model`, `chatml`, `llama2`, or the text of a template.
         own: the template that came with the model, if any.
 
     Raises:
         InputError: `model` without a template, or an unknown name.
     """
-    shipped = {path.stem: path for path in sorted(TEMPLATES.glob("*.jinja"))}
-    if name == "model":
+    shipped = shipped_templates()
+    if value == MODEL_TEMPLATE:
         if own:
             return own
         raise InputError(
             f"the base model has no chat template; set model.chat_template to {', '.join(shipped)} or a Jinja file"
         )
-    path = shipped.get(name, Path(name))
-    if not path.is_file():
+    if is_template(value):
+        return value.rstrip("\n")
+    if value not in shipped:
         raise InputError(
-            f"model.chat_template={name}: neither `model`, {', '.join(shipped)}, nor a file; expected one of them"
+            f"model.chat_template={value}: neither `model`, {', '.join(shipped)}, nor a template's text; a step reads"
+            " no file by name: name the file in params.yaml or with --set, where `kubealign` reads it"
         )
-    return path.read_text(encoding="utf-8").rstrip("\n")
+    return shipped[value].read_text(encoding="utf-8").rstrip("\n")
 
 
-def template_digest(name: str) -> str:
-    """Identifier of the configured template: the file's hash if it is a file, else its name."""
-    path = Path(name)
-    return sha256_file(path) if path.is_file() else name
+def read_template(value: str, root: Path) -> str:
+    """A value of model.chat_template as it may travel to a step: a name, or the text of the file that it names.
+
+    Args:
+        value: as in params.yaml.
+        root: the project's folder; the file is in it.
+
+    Raises:
+        InputError: no such file in the project, or not the text of a template.
+    """
+    if value == MODEL_TEMPLATE or value in shipped_templates() or is_template(value):
+        return value
+    where, path = f"model.chat_template={value}", (root / value).resolve()
+    if not path.is_file() or not path.is_relative_to(root.resolve()):
+        names = ", ".join([f"`{MODEL_TEMPLATE}`", *shipped_templates()])
+        raise InputError(f"{where}: neither {names}, nor a file in {root}; expected one of them")
+    with path.open("rb") as file:
+        content = file.read(MAX_TEMPLATE_BYTES + 1)
+    if len(content) > MAX_TEMPLATE_BYTES:
+        raise InputError(
+            f"{where}: more than {MAX_TEMPLATE_BYTES} bytes, which a step's parameter cannot carry; put it into the"
+            " model's folder as chat_template.jinja"
+        )
+    text = content.decode("utf-8", errors="replace")
+    if not is_template(text):
+        raise InputError(f"{where}: no Jinja template; expected a text with {{% … %}} or {{{{ … }}}}")
+    return text
+
+
+def template_digest(value: str) -> str:
+    """Identifier of the configured template: the hash of its text, else its name."""
+    return digest(value.rstrip("\n")) if is_template(value) else value
+
+
+def render_limit(conversations: int) -> AbstractContextManager[None]:
+    """Limit the rendering of so many conversations: a template may loop without end over what it finds in one."""
+    return time_limit(
+        RENDER_LIMIT_S + conversations * RENDER_ONE_LIMIT_S,
+        "the chat template takes too long; choose another one (model.chat_template)",
+    )
+
+
+def check_template(template: str) -> None:
+    """Render a template once, in a process with limits on time and memory, before anything else does.
+
+    Raises:
+        InputError: it exceeds them, or no process renders it.
+    """
+    if len(template) > MAX_TEMPLATE_CHARACTERS:
+        raise InputError(
+            f"the chat template has {len(template)} characters; expected at most {MAX_TEMPLATE_CHARACTERS}: choose"
+            " another one (model.chat_template)"
+        )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", PROBE, str(PROBE_CPU_S), str(PROBE_BYTES)],
+            input=template,
+            capture_output=True,
+            text=True,
+            timeout=PROBE_LIMIT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise InputError(f"the chat template does not end within {PROBE_LIMIT_S:.0f} s; choose another one") from error
+    if done.returncode:
+        reason = done.stderr.strip().rpartition("\n")[2][:200] or f"signal {-done.returncode}"
+        raise InputError(
+            f"the chat template cannot be rendered with {PROBE_CPU_S} s of CPU time and {PROBE_BYTES // 2**20} MiB for"
+            f" one short conversation ({reason}); choose another one (model.chat_template)"
+        )
 
 
 def encode_prompt(tokenizer: Any, prompt: Sequence[Message]) -> list[int]:
@@ -252,7 +344,8 @@ def _render(tokenizer: Any, prompt: Sequence[Message], answer: str | None) -> st
     messages = [{"role": message.role, "content": shield.hide(message.content)} for message in prompt]
     if answer is not None:
         messages.append({"role": "assistant", "content": shield.hide(answer)})
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+    with render_limit(1):
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
     return text
 
 
@@ -283,9 +376,10 @@ def _render_many(tokenizer: Any, conversations: Sequence[list[dict[str, str]]], 
     if not conversations:
         return []
     try:
-        texts: list[str | None] = tokenizer.apply_chat_template(
-            list(conversations), tokenize=False, add_generation_prompt=generate
-        )
+        with render_limit(len(conversations)):
+            texts: list[str | None] = tokenizer.apply_chat_template(
+                list(conversations), tokenize=False, add_generation_prompt=generate
+            )
         return texts
     except REFUSALS:
         if len(conversations) == 1:

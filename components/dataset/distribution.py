@@ -71,9 +71,8 @@ def remember(path: Path, digest: str, distribution: Distribution) -> Distributio
     """
     try:
         versions = TypeAdapter(list[Version]).validate_python(read_json(path) if path.exists() else [])
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; `git checkout` it") from error
+    except (InputError, ValidationError) as error:
+        raise InputError(f"{path}: not the list of versions; `git checkout HEAD -- {path}` restores it") from error
     index = next((index for index, version in enumerate(versions) if version.digest == digest), len(versions))
     if index == len(versions):
         versions.append(Version(digest=digest, distribution=distribution))

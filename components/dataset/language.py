@@ -4,6 +4,12 @@ import re
 from collections.abc import Sequence
 
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]+")
+OTHER_SCRIPT = re.compile(
+    "[\u0400-\u052f\u0530-\u06ff\u0900-\u0dff\u0e00-\u0eff\u10a0-\u11ff\u3040-\u30ff\uac00-\ud7af]|[\u0370-\u03ff]{3,}"
+)
+"""A character of a script that neither English nor Chinese uses; Greek in words, as mathematics uses single letters."""
+OTHER_SHARE = 0.25
+"""Japanese is a third to a half kana, and a Chinese text about it has little of them."""
 LATIN_WORD = re.compile("[A-Za-z]+")
 LANGUAGE_SAMPLE = 500
 """Leading characters of a text from which its language is guessed."""
@@ -33,12 +39,19 @@ def count_latin_words(text: str) -> int:
     return len(LATIN_WORD.findall(text))
 
 
-def guess_language(texts: Sequence[str]) -> str:
-    """`zh` if the texts' beginnings have more Chinese characters than words in Latin letters, else `en`."""
+def guess_language(texts: Sequence[str]) -> str | None:
+    """`zh` if the texts' beginnings have more Chinese characters than words in Latin letters, else `en`.
+
+    None if another script prevails, as in Japanese, Korean or Russian.
+    """
     starts = [text[:LANGUAGE_SAMPLE] for text in texts]
     if all(start.isascii() for start in starts):
         return "en"
-    return "zh" if sum(map(count_han, starts)) > sum(map(count_latin_words, starts)) else "en"
+    han, words = sum(map(count_han, starts)), sum(map(count_latin_words, starts))
+    other = sum(len(OTHER_SCRIPT.findall(start)) for start in starts)
+    if other > words and other > OTHER_SHARE * (han + other):
+        return None
+    return "zh" if han > words else "en"
 
 
 def is_refusal(answer: str) -> bool:

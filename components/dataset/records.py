@@ -24,6 +24,8 @@ MAX_LINE_BYTES = 16 << 20
 MAX_DEPTH = 100
 SHOWN_CHARACTERS = 120
 GZIP_MAGIC = b"\x1f\x8b"
+NO_DATA = "`dvc repro` makes the data, `dvc pull` fetches it"
+"""What to do where there is none."""
 
 
 class Message(BaseModel):
@@ -173,7 +175,7 @@ def read_lines(path: Path) -> list[Any]:
 def open_rows(path: Path) -> IO[bytes]:
     """Open a file of rows for reading; gzip is detected from its first bytes."""
     if not path.exists():
-        raise InputError(f"{path}: not found; `dvc repro` makes the data, `dvc pull` fetches it")
+        raise InputError(f"{path}: not found; {NO_DATA}")
     if not path.is_file():
         raise InputError(f"{path}: {'a folder' if path.is_dir() else 'not a regular file'}; expected a JSON-lines file")
     with path.open("rb") as file:

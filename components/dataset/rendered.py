@@ -10,18 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-Message = dict[str, str]
-
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "instruction": "user",
-    "assistant": "assistant",
-    "model": "assistant",
-    "response": "assistant",
-    "gpt": "assistant",
-}
+from components.common.errors import RowError
+from components.dataset.messages import ROLES, Message, messages_of, turn
 
 
 @dataclass(frozen=True)
@@ -33,6 +23,8 @@ class Family:
         endings: markers that end a turn.
         starts: what may stand before the first turn.
         preamble: a system text without a role that may stand before the first turn.
+        plain: whether the markers are plain words, which people write as well: they may then stand in a message.
+        answered: whether it is certain only with a turn of the assistant, which may be empty: the one to come.
     """
 
     opening: re.Pattern[str]
@@ -40,7 +32,7 @@ class Family:
     starts: tuple[str, ...] = ()
     preamble: re.Pattern[str] | None = None
     plain: bool = False
-    """Whether the markers are plain words, which people write as well: they may then stand in a message."""
+    answered: bool = False
 
 
 FAMILIES = {
@@ -57,39 +49,57 @@ FAMILIES = {
         re.compile(r"<\|(system|user|assistant)\|>\n?"), ("</s>", "<|end|>", "<|endoftext|>"), ("<s>", "<|endoftext|>")
     ),
     "deepseek": Family(
-        re.compile(r"<[｜|](User|Assistant)[｜|]>"), ("<｜end▁of▁sentence｜>",), ("<｜begin▁of▁sentence｜>",)
+        re.compile(r"<[｜|](User|Assistant)[｜|]>"),
+        ("<｜end▁of▁sentence｜>",),
+        ("<｜begin▁of▁sentence｜>",),
+        re.compile(r"[^<]+(?=<[｜|]User[｜|]>)"),
     ),
-    "hh": Family(re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):"), plain=True),
-    "guanaco": Family(re.compile(r"(?:\A\s*|\s*)###[ \t]*(Human|Assistant):"), ("</s>",), ("<s>",)),
+    "hh": Family(re.compile(r"(?:\A|\n\n)(Human|Assistant):"), plain=True),
+    "user": Family(re.compile(r"(?:\A|\n)(System|User|Assistant):"), plain=True, answered=True),
+    "chatglm": Family(
+        re.compile(r"(?:\A|\n)(?:\[Round \d+\]\n+)?(问|答|用户|人类|助手)[:：]"), plain=True, answered=True
+    ),
+    "guanaco": Family(re.compile(r"###[ \t]*(Human|Assistant):"), ("</s>",), ("<s>",)),
     "alpaca": Family(
-        re.compile(r"(?:\A\s*|\n\s*)###[ \t]*(Instruction|Response):[ \t]*\n?"),
+        re.compile(r"(?:\A|\n)[ \t]*###[ \t]*(Instruction|Response):[ \t]*\n?"),
         ("</s>",),
         ("<s>",),
-        re.compile(r"Below is an instruction that describes a task.*?\s*(?=###)", re.DOTALL),
+        re.compile(r"Below is an instruction that describes a task.*?(?=###)", re.DOTALL),
     ),
     "vicuna": Family(
-        re.compile(r"(?:\A\s*|\s+|(?<=</s>))(USER|ASSISTANT):"),
+        re.compile(r"(?:\A|(?<=\s)|(?<=</s>))(USER|ASSISTANT):"),
         ("</s>",),
         ("<s>",),
         re.compile(r"A chat between a curious (?:user|human).*?(?=\s(?:USER|ASSISTANT):)", re.DOTALL),
     ),
 }
-LLAMA2 = re.compile(r"\s*(?:<s>)?\s*\[INST\]\s*(?:<<SYS>>\s*(.*?)\s*<</SYS>>)?\s*(.*?)\s*\[/INST\]", re.DOTALL)
-ALPACA_INPUT = re.compile(r"\n\s*###[ \t]*Input:[ \t]*\n")
+LIST_OF_OBJECTS = re.compile(r"\[\s*\{\s*['\"]")
+MAX_LITERAL = 1 << 15
+"""Characters from which nothing is read as Python writes it: a syntax tree takes 20 times as long as JSON, and hundreds
+of bytes for each character."""
+MAX_TURNS = 1000
+"""Most turns that are taken apart: more is no conversation, and would take long."""
+ENDINGS = sorted({ending for family in FAMILIES.values() for ending in family.endings})
+LLAMA2 = re.compile(r"(?:<s>)?[ \n]?\[INST\](.*?)\[/INST\]", re.DOTALL)
+LLAMA2_SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>", re.DOTALL)
+ALPACA_INPUT = re.compile(r"\n[ \t]*###[ \t]*Input:[ \t]*\n")
 MARKERS = re.compile(
-    r"<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|<\|(?:eot_id|begin_of_text|end_of_text|endoftext)\|>"
-    r"|<(?:start|end)_of_turn>|<\|(?:system|user|assistant|end)\|>|<[｜|](?:User|Assistant)[｜|]>"
+    r"<\|[A-Za-z_]\w*\|>|<｜[^｜\n]{1,40}｜>|<[｜|](?:User|Assistant)[｜|]>|<(?:start|end)_of_turn>|<reserved_\d+>"
     r"|\A\s*\[\s*\{\s*['\"](?:role|from|content|value)['\"]\s*:"
-    r"|<｜(?:begin|end)▁of▁sentence｜>|\[/?INST\]|<</?SYS>>|\A\s*<s>|</s>\s*\Z"
+    r"|\[/?INST\]|<</?SYS>>|\A\s*<s>|</s>\s*\Z|\[gMASK\]|<用户>|\A\s*\[Round \d+\]"
     r"|(?m:^[ \t]*###[ \t]*(?:Instruction|Response|Human|Assistant):)"
     r"|(?:\A\s*|\n\n)(?:Human|Assistant):|\b(?:USER|ASSISTANT):\s"
 )
-"""What a template writes and a person hardly does."""
-HINTS = (
-    *("<|", "<｜", "_of_turn>", "INST]", "SYS>>", "###", "Human:", "Assistant:", "USER:", "ASSISTANT:", "<s>", "</s>"),
-    *(f"{quote}{key}{quote}" for quote in "'\"" for key in ("role", "from", "content", "value")),
-)
-"""Every marker has one of these in it: a cheap pre-filter."""
+HINTS = {
+    "<": ("<|", "<｜", "_of_turn>", "SYS>>", "<s>", "</s>", "<reserved_", "<用户>"),
+    "#": ("###",),
+    "[": (
+        *("INST]", "[gMASK]", "[Round "),
+        *(f"{quote}{key}{quote}" for quote in "'\"" for key in ("role", "from", "content", "value")),
+    ),
+    ":": ("Human:", "Assistant:", "USER:", "ASSISTANT:"),
+}
+"""Every marker has one of these in it, and the character before them: a cheap pre-filter."""
 
 
 def parse_rendered(text: str) -> list[Message] | None:
@@ -99,17 +109,10 @@ def parse_rendered(text: str) -> list[Message] | None:
         text: a prompt or a whole dialogue.
     """
     stripped = text.strip()
-    if stripped.startswith("["):
-        return _parse_json(stripped) or _parse_llama2(stripped)
-    if stripped.startswith("<s>") and stripped[3:].lstrip().startswith("[INST]"):
-        return _parse_llama2(stripped)
-    if not MARKERS.search(stripped[:4096]):
-        return None
-    for family in FAMILIES.values():
-        messages = _parse_family(text, family)
-        if messages:
-            return messages
-    return None
+    if LIST_OF_OBJECTS.match(stripped) and (messages := _parse_json(stripped)):
+        return messages
+    families = (_parse_family(stripped, family) for family in FAMILIES.values())
+    return next(filter(None, families), None) or _parse_llama2(stripped)
 
 
 def opens_rendered(text: str) -> bool:
@@ -120,30 +123,37 @@ def opens_rendered(text: str) -> bool:
             start = start.removeprefix(before).lstrip()
         if family.opening.match(start):
             return True
-    return LLAMA2.match(start) is not None
+    return start.removeprefix("<s>").lstrip().startswith("[INST]")
 
 
 def strip_ending(answer: str) -> str:
     """An answer without the marker with which a template ends it; for answers to a rendered prompt."""
-    stripped = answer.strip()
-    endings = {ending for family in FAMILIES.values() for ending in family.endings} | {"</s>"}
-    changed = True
-    while changed:
-        changed = False
-        for ending in endings:
-            if stripped.endswith(ending):
-                stripped, changed = stripped.removesuffix(ending).rstrip(), True
-    return stripped
+    end = len(answer.rstrip())
+    while ending := next((ending for ending in ENDINGS if answer.endswith(ending, 0, end)), None):
+        end -= len(ending)
+        while end and answer[end - 1].isspace():
+            end -= 1
+    return answer[:end].strip()
 
 
 def has_markers(text: str) -> bool:
     """Whether a text has a marker of a template in it."""
-    return any(hint in text for hint in HINTS) and MARKERS.search(text) is not None
+    return has_hints(text) and MARKERS.search(text) is not None
+
+
+def has_hints(text: str) -> bool:
+    """Whether a text, or several joined, may have a marker in it."""
+    for character, hints in HINTS.items():
+        if character in text:
+            for hint in hints:
+                if hint in text:
+                    return True
+    return False
 
 
 def parse_literal(text: str) -> Any:
     """A list or an object written as JSON, or as Python shows it; None for any other text."""
-    for read in (json.loads, ast.literal_eval):
+    for read in (json.loads, ast.literal_eval) if len(text) < MAX_LITERAL else (json.loads,):
         try:
             return read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -152,58 +162,54 @@ def parse_literal(text: str) -> Any:
 
 
 def _parse_family(text: str, family: Family) -> list[Message] | None:
-    rest = text.strip("\n") if family.opening.pattern.startswith("(?:") else text.strip()
+    rest = text
     for start in family.starts:
-        rest = rest.lstrip().removeprefix(start) if rest.lstrip().startswith(start) else rest
-    system = []
+        rest = rest.removeprefix(start).lstrip()
+    messages = []
     if family.preamble and (found := family.preamble.match(rest)):
-        system = [{"role": "system", "content": found.group().strip()}]
-        rest = rest[found.end() :]
-        rest = rest.lstrip() if family.opening.match(rest.lstrip()) else rest
-    before, *pieces = family.opening.split(rest)
-    if before.strip() or not pieces:
+        messages = [turn("system", found.group().strip())]
+        rest = rest[found.end() :].lstrip()
+    if not family.opening.match(rest):
         return None
-    messages = list(system)
+    _, *pieces = family.opening.split(rest, MAX_TURNS + 1)
+    if len(pieces) > 2 * MAX_TURNS:
+        return None
     for role, content in zip(pieces[::2], pieces[1::2], strict=True):
         text = content.strip()
         for ending in family.endings:
             text = text.removesuffix(ending).rstrip()
         parts = ALPACA_INPUT.split(text) if "###" in text else [text]
-        messages.append({"role": ROLES[role.lower()], "content": "\n\n".join(part.strip() for part in parts)})
+        messages.append(turn(ROLES[role.lower()], "\n\n".join(part.strip() for part in parts)))
+    if family.answered and not any(message["role"] == "assistant" for message in messages):
+        return None
     return _checked(messages, family.plain)
 
 
 def _parse_llama2(text: str) -> list[Message] | None:
     messages: list[Message] = []
     position = 0
-    while match := LLAMA2.match(text, position):
-        system, question = match.groups()
-        if system:
-            if messages:
-                return None
-            messages.append({"role": "system", "content": system})
-        messages.append({"role": "user", "content": question})
-        following = re.compile(r"(?:</s>)?\s*(?:<s>)?\s*\[INST\]").search(text, match.end())
-        end = following.start() if following else len(text)
-        answer = text[match.end() : end].strip().removesuffix("</s>").strip()
-        messages.append({"role": "assistant", "content": answer})
-        position = end + len("</s>") if text.startswith("</s>", end) else end
+    while len(messages) <= MAX_TURNS and (match := LLAMA2.match(text, position)):
+        question = match.group(1)
+        if not messages and (system := LLAMA2_SYSTEM.match(question)):
+            messages.append(turn("system", system.group(1).strip()))
+            question = question[system.end() :]
+        messages.append(turn("user", question.strip()))
+        position = text.find("[INST]", match.end())
+        position = len(text) if position < 0 else position
+        answer = text[match.end() : position].strip().removesuffix("<s>").rstrip().removesuffix("</s>").rstrip()
+        messages.append(turn("assistant", answer))
     return _checked(messages) if messages and position >= len(text) else None
 
 
 def _parse_json(text: str) -> list[Message] | None:
     """Messages written as JSON, or as Python shows them."""
     value = parse_literal(text)
-    messages = []
-    for entry in value if isinstance(value, list) else []:
-        if not isinstance(entry, dict):
-            return None
-        role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
-        known = ROLES.get(role.lower()) if isinstance(role, str) else None
-        if known is None or not isinstance(content, str):
-            return None
-        messages.append({"role": known, "content": content})
-    return messages or None
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        return None
+    try:
+        return messages_of(value, "messages") or None
+    except RowError:
+        return None
 
 
 def _checked(messages: list[Message], plain: bool = False) -> list[Message] | None:

@@ -66,6 +66,8 @@ class BiasSummary(TypedDict):
     refusal_accuracy: float
     refusals_chosen: int
     refusals_rejected: int
+    formats: dict[str, ShareSummary]
+    """By format, the share of the pairs with exactly one answer of it in which that is the chosen one."""
 
 
 class Statistic(TypedDict):

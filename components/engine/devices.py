@@ -5,7 +5,7 @@ CPUs only.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -43,7 +43,8 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
     For the inside of autograd functions: no gradient flows through. The first argument says where it runs.
     """
-    kernel = torch.compile(function, dynamic=True)
+    # At the first call on a GPU: it imports torch's compiler, which a process without a GPU never needs.
+    kernel: Callable[[], Callable[P, R]] = cache(partial(torch.compile, function, dynamic=True))
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -51,7 +52,7 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
         if isinstance(first, Tensor) and first.is_cuda and can_compile():
             # torch recompiles for every grad and autocast state it meets and gives up after eight: always use the same.
             with torch.no_grad(), torch.autocast("cuda", enabled=False):
-                return kernel(*args, **kwargs)
+                return kernel()(*args, **kwargs)
         return function(*args, **kwargs)
 
     return call

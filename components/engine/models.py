@@ -6,7 +6,7 @@ The policy is base + SFT adapter + DPO adapter; its reference is the same withou
 import importlib.util
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,7 @@ SFT_ADAPTER, DPO_ADAPTER, EXPORT_ADAPTER = "sft", "dpo", "policy"
 PACKED_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.5}
 """Largest difference, in nats, between packed and plain log-probs of a token."""
 PACKED_LAYERS = {"full_attention", "sliding_attention"}
+ADAPTER_CONFIG = "adapter_config.json"
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -152,9 +153,12 @@ def load_causal_lm(
         quantization: `nf4` keeps the weights of the linear layers in 4 bits (QLoRA, arXiv 2305.14314).
 
     Raises:
-        InputError: the folder is not a causal LM in safetensors, or bitsandbytes is missing.
+        InputError: the folder is not a causal LM in safetensors with exactly the tensors of its architecture, or
+            bitsandbytes is missing.
     """
     configure_malloc()
+    if (path / ADAPTER_CONFIG).exists():
+        raise InputError(f"{path}: {ADAPTER_CONFIG} beside the model's weights, which transformers would add to them")
     low, computes_low = precision == "bf16" and not full, precision == native_precision() == "bf16"
     dtype = torch.bfloat16 if low else torch.float32
     options: dict[str, Any] = {"device_map": {"": processes().device}} if torch.cuda.is_available() else {}
@@ -163,13 +167,21 @@ def load_causal_lm(
     if _takes_attention(path):
         options["attn_implementation"] = PACKED
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, **options
+        model: PreTrainedModel
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{path}: cannot be loaded as a causal language model in safetensors: {str(error).splitlines()[0]}"
         ) from error
+    check_tensors(loaded, str(path))
     model.requires_grad_(full)
     model.eval()
     for module in model.modules():
@@ -184,6 +196,31 @@ def load_causal_lm(
     if computes_low:
         _round_norms(model)
     return model
+
+
+def check_tensors(loaded: Mapping[str, Any], path: str) -> None:
+    """Check that a model has every tensor of its architecture and no other; heads that are tied need none of their own.
+
+    transformers would initialise a missing one at random, differently in every process, and say so in a warning.
+
+    Args:
+        loaded: the loading information of transformers.
+        path: the model's folder, for the message.
+
+    Raises:
+        InputError: a tensor is missing, unexpected, or of another shape.
+    """
+    problems = {
+        name: sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in loaded.get(f"{name}_keys") or ())
+        for name in ("missing", "unexpected", "mismatched")
+    }
+    for problem, tensors in problems.items():
+        if tensors:
+            more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+            raise InputError(
+                f"{path}: {problem} tensor {tensors[0]}{more}; expected exactly the tensors of its architecture: the"
+                " model is damaged, or its config.json belongs to another one"
+            )
 
 
 @torch.no_grad()

@@ -103,7 +103,7 @@ def compare(
         "pairs": {split: len(rows[split]) for split in EVAL_SPLITS},
         "groups": {"validation": calibration.n_groups, "test": bootstrap.n_groups},
         "confidence": config.confidence,
-        "bootstrap": config.bootstrap_resamples,
+        "bootstrap_resamples": config.bootstrap_resamples,
         "seed": config.seed,
         "beta": beta,
         "loss_type": scored["policy"].loss,

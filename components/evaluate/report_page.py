@@ -201,8 +201,8 @@ def _basis(evaluation: Evaluation) -> str:
         f"{pairs['test']} held-out pairs of {groups['test']} prompt groups. Rewards are log-probability ratios to the"
         " frozen base model, in nats; the log-loss uses half of a model's scale, which is fitted on"
         f" {pairs['validation']} validation pairs; ln 2 = 0.6931 is a coin toss. Intervals are"
-        f" {evaluation['confidence']:.0%}, from {evaluation['bootstrap']} paired resamples of prompt groups (seed"
-        f" {evaluation['seed']}), each with its own fit of the scale to resampled validation pairs."
+        f" {evaluation['confidence']:.0%}, from {evaluation['bootstrap_resamples']} paired resamples of prompt groups"
+        f" (seed {evaluation['seed']}), each with its own fit of the scale to resampled validation pairs."
     )
 
 

@@ -1,21 +1,68 @@
 """Fetch the resolved data and base model as artifacts, verified against their digests."""
 
 import hashlib
+import secrets
 import shutil
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
 
 from components.common.errors import InputError, KubealignError
-from components.common.files import folder_digest, read_json, replacing, replacing_folder, write_json, write_manifest
+from components.common.files import (
+    digest,
+    folder_digest,
+    inside,
+    read_json,
+    replacing,
+    replacing_folder,
+    write_json,
+    write_manifest,
+)
+from components.common.limits import ANSWER_S, time_limit
 from components.config.data import DataConfig
-from components.dataset.chat import choose_template
-from components.sources.base_model import EMBEDDED
-from components.sources.data import WORKSPACE, embedded_model, opened, remote_errors, workspace_digest
+from components.dataset.chat import check_template, choose_template
+from components.registry.manifest import MANIFEST_TAG, manifest_mismatch
+from components.sources.base_model import EMBEDDED, bucket_digest
+from components.sources.data import (
+    WORKSPACE,
+    embedded_model,
+    object_path,
+    opened,
+    push_again,
+    remote_errors,
+    tracked_files,
+    workspace_digest,
+)
 from components.tracking import store
 from components.tracking.run import stage_run
-from components.tracking.storage import s3_filesystem
+from components.tracking.storage import S3, s3_filesystem
 
-MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
-"""Files that a model folder may hold: safetensors weights, configuration and tokenizer. Never pickles, never code."""
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].safetensors",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+"""The files of a base model that are taken, by name: configuration, safetensors weights, tokenizer. Never pickles, code
+or weights beside the model's own.
+"""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""An adapter in a model's folder is an error, as transformers would add it to the weights."""
+MIN_BYTES_PER_S = 50_000
+"""A remote that is slower counts as one that does not answer."""
 DOWNLOADS = "downloads"
 """Folder below the home folder for the files of interrupted downloads."""
 
@@ -52,9 +99,9 @@ def run_fetch(
     with stage_run("fetch", params) as run:
         fetch_data(data, digests, dataset_out)
         repo = store.without_credentials(data.repo)
-        for folder, digest in digests.items():
+        for folder, md5 in digests.items():
             source = {"repo": repo, "commit": data.revision, "path": folder}
-            run.log_dataset(Path(folder).name, source, digest, "alignment")
+            run.log_dataset(Path(folder).name, source, md5, "alignment")
         with replacing_folder(base_out) as staging:
             _fetch_base(data, base_reference, base_digest, staging)
             _clean_model_folder(template, base_reference, staging)
@@ -89,25 +136,55 @@ def _copy_folder(data: DataConfig, folder: str, expected: str, out: Path) -> Non
 
 def _download(data: DataConfig, folder: str, expected: str, out: Path) -> None:
     """Download a folder file by file, each verified by its md5; an interrupted download resumes at the last file."""
-    partial = store.home() / DOWNLOADS / expected
-    with remote_errors(data.repo, data.revision, folder), opened(data.repo, data.revision) as fs:
+    partial = _partial_folder(data.repo, folder, expected)
+    reading = remote_errors(data.repo, data.revision, folder, expected)
+    with reading, opened(data.repo, data.revision, (folder,)) as fs:
         actual = str(fs.info(folder)["dvc_info"]["md5"])
         if actual != expected:
             raise InputError(f"{data.repo}@{data.revision}: {folder} has digest {actual}, expected {expected}")
-        for path in sorted(fs.find(folder)):
-            name = PurePosixPath(path).relative_to(PurePosixPath("/") / folder if path.startswith("/") else folder)
-            md5 = str(fs.info(path)["dvc_info"]["md5"])
-            if not (partial / name).exists() or _md5(partial / name) != md5:
-                with replacing(partial / name) as staging:
+        for number, (path, name) in enumerate(tracked_files(fs, folder)):
+            target, kept = inside(out, name), partial / str(number)
+            md5 = _recorded_md5(fs, path, f"{data.repo}@{data.revision}")
+            if not kept.exists() or _md5(kept) != md5:
+                size = int(fs.info(path).get("size") or 0)
+                limit = time_limit(ANSWER_S + size / MIN_BYTES_PER_S, f"{path}: the remote is too slow; run it again")
+                with replacing(kept) as staging, limit:
                     fs.get_file(path, str(staging))
                     if _md5(staging) != md5:
                         raise KubealignError(
-                            f"{data.repo}@{data.revision}: {path} does not match its md5 {md5}; the remote"
-                            " is damaged, push that file again"
+                            f"{data.repo}@{data.revision}: {path} does not match its md5 {md5}: the remote is damaged;"
+                            f" delete {object_path(md5)} and {object_path(expected)} in it, then"
+                            f" {push_again(data.revision)}"
                         )
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(partial / name, out / name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(kept, target)
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _recorded_md5(fs: Any, path: str, where: str) -> str:
+    """DVC's md5 of a file of a data folder.
+
+    Raises:
+        InputError: the file is in git, beside the data.
+    """
+    try:
+        return str(fs.info(path)["dvc_info"]["md5"])
+    except KeyError as error:
+        raise InputError(f"{where}: {path} is committed inside a folder that DVC tracks; `git rm` it") from error
+
+
+def _partial_folder(repo: str, folder: str, expected: str) -> Path:
+    """Where the files of an interrupted download wait, under a name that nobody can tell from the data.
+
+    A repository that knew it could name a file of its own there, in a setting of another library.
+    """
+    root = store.home() / DOWNLOADS
+    root.mkdir(parents=True, exist_ok=True)
+    secret = root / ".secret"
+    if not secret.exists():
+        with replacing(secret) as staging:
+            staging.write_text(secrets.token_hex(16))
+    return root / digest([secret.read_text(), repo, folder, expected])[:32]
 
 
 def _md5(path: Path) -> str:
@@ -133,14 +210,19 @@ def _fetch_base(data: DataConfig, reference: str, expected: str, out: Path) -> N
     elif reference.startswith("models:/"):
         import mlflow
 
-        store.client()
+        name, _, number = reference.removeprefix("models:/").partition("/")
+        version = store.client().get_model_version(name, number)
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=reference))
+        if MANIFEST_TAG in version.tags and (mismatch := manifest_mismatch(version, folder)):
+            raise InputError(f"model.base={reference}: {mismatch} since it was registered; register it again")
         inner = next((path.parent for path in sorted(folder.rglob("config.json"))), None)
         if inner is None:
             raise InputError(f"model.base={reference}: no config.json in it; expected a transformers model")
         _copy_model(inner, out)
     elif reference.startswith("s3://"):
-        s3_filesystem().get(reference.rstrip("/") + "/", str(out) + "/", recursive=True)
+        _copy_bucket(reference.rstrip("/"), out)
+        if bucket_digest(reference) != expected:
+            raise InputError(f"{reference} changed while the run was starting; start it again")
     elif reference.startswith("hub:"):
         import os
 
@@ -148,7 +230,7 @@ def _fetch_base(data: DataConfig, reference: str, expected: str, out: Path) -> N
         from huggingface_hub import snapshot_download
 
         name, _, revision = reference.removeprefix("hub:").partition("@")
-        snapshot_download(name, revision=revision, local_dir=out, allow_patterns=list(MODEL_FILES))
+        snapshot_download(name, revision=revision, local_dir=out, allow_patterns=[*MODEL_FILES, *ADAPTER_FILES])
     else:
         _copy_model(Path(reference), out)
         if folder_digest(Path(reference)) != expected:
@@ -157,20 +239,46 @@ def _fetch_base(data: DataConfig, reference: str, expected: str, out: Path) -> N
 
 def _copy_model(folder: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    for pattern in MODEL_FILES:
-        for path in folder.glob(pattern):
-            shutil.copyfile(path, out / path.name)
+    for name in _model_files((path.name for path in folder.iterdir() if path.is_file()), str(folder)):
+        shutil.copyfile(folder / name, out / name)
+
+
+def _copy_bucket(uri: str, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    fs, prefix = s3_filesystem(), f"{uri.removeprefix(S3)}/"
+    for name in _model_files((path.removeprefix(prefix) for path in fs.find(uri)), uri):
+        fs.get_file(f"{prefix}{name}", str(inside(out, name)))
+
+
+def _model_files(names: Iterable[str], base: str) -> list[str]:
+    """Those of a folder's files that belong to a base model.
+
+    Raises:
+        InputError: an adapter is among them.
+    """
+    found = list(names)
+    for name in ADAPTER_FILES:
+        if name in found:
+            raise InputError(f"model.base={base}: {name} makes it an adapter; merge it into its model first")
+    return sorted(name for name in found if any(fnmatchcase(name, pattern) for pattern in MODEL_FILES))
 
 
 def _clean_model_folder(template: str, base: str, folder: Path) -> None:
     """Reduce a model folder to safetensors weights and the configured chat template."""
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    kept = _model_files((path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()), base)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            path.rmdir()
+        elif path.relative_to(folder).as_posix() not in kept:
+            path.unlink()
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"model.base={base}: no *.safetensors; pickled weights are not loaded, convert them first")
     template_file = folder / "chat_template.jinja"
     settings_file = folder / "tokenizer_config.json"
     settings = read_json(settings_file) if settings_file.exists() else {}
     own = template_file.read_text(encoding="utf-8") if template_file.exists() else settings.pop("chat_template", None)
-    template_file.write_text(choose_template(template, own), encoding="utf-8")
+    chosen = choose_template(template, own)
+    check_template(chosen)
+    template_file.write_text(chosen, encoding="utf-8")
     settings.pop("chat_template", None)
     write_json(settings_file, settings)

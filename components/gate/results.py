@@ -161,7 +161,7 @@ class PairResults(TypedDict):
     groups: dict[str, int]
     """Number of prompt groups by split; those of the test split are resampled."""
     confidence: float
-    bootstrap: int
+    bootstrap_resamples: int
     seed: int
     beta: float
     loss_type: str

@@ -56,7 +56,7 @@ def apply_gate(evaluation: Evaluation, context: GateContext, config: GateConfig)
     comparison = evaluation["comparisons"][rival]
     level = alpha_for_decision(config.alpha, context.decision_index)
     rules = [
-        _primary(comparison, name, level, evaluation["bootstrap"], config),
+        _primary(comparison, name, level, evaluation["bootstrap_resamples"], config),
         _min_pairs(comparison, config),
         _policy_loss(evaluation, config),
         *_generation(evaluation, rival, name, config),

@@ -4,40 +4,18 @@ A reader takes columns by name; what it did not take and what is not on the clos
 the pair would lose, and sets the row aside.
 """
 
+import math
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 
 from components.common.documents import JsonObject
 from components.common.errors import RowError
+from components.dataset.messages import is_empty, kind_of
 from components.dataset.records import shown
-from components.dataset.rendered import parse_rendered
 
-Message = dict[str, str]
-
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "assistant": "assistant",
-    "系统": "system",
-    "用户": "user",
-    "助手": "assistant",
-}
-"""Names of roles in lower case."""
-ROLE_KEYS, CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
-MESSAGE_KEYS = frozenset(
-    (*ROLE_KEYS, *CONTENT_KEYS, "name", "weight", "id", "index", "loss", "train", "masked", "model", "timestamp")
-)
-"""Keys of a message that are read, or say nothing of the conversation; any other that is not empty is an error."""
 ALIASES = {
     "系统": "system",
     "系统提示": "system",
@@ -45,46 +23,72 @@ ALIASES = {
     "提示": "prompt",
     "提示词": "prompt",
     "问题": "question",
+    "提问": "question",
+    "用户问题": "question",
+    "用户提问": "question",
+    "用户输入": "question",
+    "题目": "question",
     "指令": "instruction",
     "输入": "input",
     "输出": "output",
     "历史": "history",
     "历史对话": "history",
+    "对话历史": "history",
     "对话": "conversations",
     "消息": "messages",
     "回答": "response",
     "回复": "response",
     "答案": "response",
     "选择": "chosen",
-    "好的回答": "chosen",
-    "优选回答": "chosen",
     "正例": "chosen",
     "拒绝": "rejected",
-    "差的回答": "rejected",
-    "拒绝回答": "rejected",
     "负例": "rejected",
     "语言": "lang",
     "来源": "source",
     "许可": "license",
+    "评分": "score",
+    "更好": "better",
+    "胜者": "winner",
+    "获胜": "winner",
+    "偏好": "preference",
+    "编号": "id",
+    "序号": "id",
+    "类别": "category",
+    "分类": "category",
+    "领域": "domain",
+    "备注": "comment",
+    "系統": "system",
+    "系統提示": "system",
+    "問題": "question",
+    "提問": "question",
+    "輸入": "input",
+    "輸出": "output",
+    "歷史": "history",
+    "對話": "conversations",
+    "選擇": "chosen",
+    "拒絕": "rejected",
+    "回覆": "response",
+    "語言": "lang",
+    "來源": "source",
     "system_prompt": "system",
     "system_message": "system",
     "prompt_messages": "prompt",
     "context_messages": "prompt",
     "user_prompt": "prompt",
+    "user_query": "prompt",
+    "user_input": "prompt",
+    "user_message": "prompt",
+    "user_question": "prompt",
+    "problem": "prompt",
     "conversation": "conversations",
     "dialogue": "conversations",
-    "chosen_response": "chosen",
-    "rejected_response": "rejected",
-    "response_chosen": "chosen",
-    "response_rejected": "rejected",
-    "chosen_answer": "chosen",
-    "rejected_answer": "rejected",
-    "chosen_messages": "chosen",
-    "rejected_messages": "rejected",
+    "dialog": "conversations",
     "preferred": "chosen",
     "dispreferred": "rejected",
     "response_j": "chosen",
     "response_k": "rejected",
+    "pos_resp": "chosen",
+    "neg_resp": "rejected",
     "answer": "response",
     "completion": "response",
     "licence": "license",
@@ -92,8 +96,24 @@ ALIASES = {
     "language": "lang",
 }
 """Other names of columns, in lower case with underscores."""
-PROMPTS = ("prompt", "question", "query", "instruction", "input", "messages", "conversations", "context")
-"""Columns that hold the prompt, as text or as messages."""
+_ANSWER = "response|answer|completion|output|text|reply|messages?|conversations?|dialogue|generation"
+_BETTER, _WORSE = "chosen|preferred|better|accepted|winning", "rejected|dispreferred|non_preferred|worse|losing"
+_GOOD = (
+    "较好|更好|最好|好|较优|更优|最优|优质|优选|首选|优|选中|被选|选择|接受|被接受|采纳|偏好|正确|正|選中|被選|選擇|優"
+)
+_BAD = "较差|更差|最差|差|坏|不好|较劣|劣质|劣|拒绝|被拒绝|被拒|未选中|未采纳|非偏好|错误|负|被拒絕|拒絕|壞|錯誤|負"
+_REPLY = "回答|回复|答案|答复|输出|响应|样本|结果|内容|回應|回覆|輸出"
+ANSWER_NAMES = (
+    (
+        re.compile(rf"(?:{_BETTER})_(?:{_ANSWER})|(?:{_ANSWER})_(?:{_BETTER})|(?:{_GOOD})的?(?:{_REPLY})|接受|选中"),
+        "chosen",
+    ),
+    (
+        re.compile(rf"(?:{_WORSE})_(?:{_ANSWER})|(?:{_ANSWER})_(?:{_WORSE})|(?:{_BAD})的?(?:{_REPLY})|未选中"),
+        "rejected",
+    ),
+)
+"""Names of the better and of the worse answer, in two parts."""
 HARMLESS = frozenset(
     [
         "annotations",
@@ -175,7 +195,6 @@ HARMLESS = frozenset(
         "task_type",
         "time",
         "timestamp",
-        "title",
         "topic",
         "topics",
         "type",
@@ -183,31 +202,46 @@ HARMLESS = frozenset(
         "updated_at",
         "url",
         "urls",
-        "user",
         "user_name",
         "uuid",
         "version",
         "correct_answers",
         "incorrect_answers",
+        "channel",
+        "rationales",
+        "rationales_for_ratings",
+        "preference_statement",
+        "preference_elaboration",
+        "three_most_similar_preferences",
+        "all_preferences_unprocessed",
+        "judge_response",
     ]
 )
 """Columns that say something of the row, not to the model. Other text that a reader does not take is an error."""
 HARMLESS_NAMES = re.compile(
-    r"_*(?:.*_)?(?:ids?(?:_[a-z0-9])?|uid|idx|index|level_\d+|model|models|source|hash|tokens|length|len|count|date|time|logps?)_*"
+    r"_*(?:.*_)?(?:ids?|u?uid|idx|index|level|models?|model_names?|sources?|hash|sha256|md5|policy|types?|categor(?:y|ies)"
+    r"|metadata|moderation|tags?|tokens|length|len|count|date|time|tstamp|timestamp|logps?)(?:_[a-z0-9])*_*"
 )
+TIES = (
+    *("tie", "tied", "ties", "equal", "same", "draw", "both", "neither", "none", "no preference"),
+    *("tie (bothbad)", "tie (both bad)", "bothbad", "both_bad", "both bad", "both_good", "both good"),
+    *("平局", "平手", "相同", "一样", "一樣"),
+)
+SIGNED = ("overall_preference", "preference_strength")
+"""Verdicts of HelpSteer: below zero for the first answer, above zero for the second."""
+VERDICTS = ("winner", "preference", "verdict", "choice", "better", "label", "status", "result")
+"""Columns that may say, in words, which answer is better."""
+RATINGS = ("ratings", "rating", "scores", "score", "rewards", "reward")
 SCORE_NAMES = re.compile(r"scores?|ratings?|rewards?|grades?|ranks?")
 LOWER_IS_BETTER = re.compile(r"ranks?")
 
 
+@lru_cache(maxsize=4096)
 def canonical(name: str) -> str:
-    """A column's name as the readers know it."""
-    plain = re.sub(r"[\s\-.]+", "_", name.strip().lower())
-    return ALIASES.get(plain, plain)
-
-
-def is_empty(value: Any) -> bool:
-    """Whether a value says nothing: null, or an empty text, list or object."""
-    return value is None or (isinstance(value, str) and not value.strip()) or value in ([], {}, [None])
+    """A column's name as the readers know it: wide, accented, camel-case and hyphenated spellings are one."""
+    spaced = re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", unicodedata.normalize("NFKC", name).strip("\ufeff \t\r\n"))
+    plain = re.sub(r"[\s\-.]+", "_", spaced.lower())
+    return ALIASES.get(plain) or next((key for pattern, key in ANSWER_NAMES if pattern.fullmatch(plain)), plain)
 
 
 class Columns:
@@ -235,6 +269,9 @@ class Columns:
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
 
     def name(self, key: str) -> str:
         """The column's name in the file."""
@@ -285,8 +322,9 @@ class Columns:
         """The columns with finite numbers whose names match; they count as taken."""
         found = {}
         for key, value in self._values.items():
-            if pattern.fullmatch(key) and isinstance(value, int | float) and not isinstance(value, bool):
-                found[key] = float(value)
+            number = number_in(value) if pattern.fullmatch(key) else None
+            if number is not None:
+                found[key] = number
                 self._taken.add(key)
         return found
 
@@ -296,161 +334,64 @@ class Columns:
         Raises:
             RowError: a column that was not taken may be part of the conversation.
         """
-        for key, value in self._values.items():
-            if key in self._taken or isinstance(value, bool | int | float):
-                continue
-            if key in HARMLESS or HARMLESS_NAMES.fullmatch(key):
-                continue
-            name = self.name(key)
+        taken = [value for key, value in self._values.items() if key in self._taken]
+        left = [
+            self.name(key)
+            for key, value in self._values.items()
+            if key not in self._taken and not is_harmless(key, value) and value not in taken
+        ]
+        if left:
+            names = " and ".join(f"'{name}'" for name in left)
             raise RowError(
-                f"'{name}' is not read and may be part of the conversation; leave the column out of the file, or say"
-                f" that it is not: --ignore {name}"
+                f"{names} {'is' if len(left) == 1 else 'are'} not read and may be part of the conversation; leave what"
+                f" is not out of the file, or say so: {' '.join(f'--ignore {name}' for name in left)}"
             )
 
 
-def kind_of(value: Any) -> str:
-    """A JSON value's type, for a message."""
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), "text" if isinstance(value, str) else "null")
+def is_harmless(key: str, value: Any) -> bool:
+    """Whether a column, by its canonical name and its value, says nothing to the model."""
+    return key in HARMLESS or HARMLESS_NAMES.fullmatch(key) is not None or _is_wordless(value)
 
 
-def turn(role: str, content: str) -> Message:
-    """A message."""
-    return {"role": role, "content": content}
+def _is_wordless(value: Any) -> bool:
+    """Whether a value has no words in it: numbers, also as text, as tables have them."""
+    if isinstance(value, str):
+        return number_in(value) is not None or value.strip().lower() in ("", "true", "false", "[]", "{}")
+    return all(map(_is_wordless, value)) if isinstance(value, list) else not value or not isinstance(value, dict)
 
 
-def message_of(value: Any, column: str) -> Message:
-    """A message in one of the common spellings.
-
-    Raises:
-        RowError: no message, an unknown role, or content other than text.
-    """
-    if not isinstance(value, dict):
-        raise RowError(
-            f"'{column}' holds {kind_of(value)}; expected messages with role and content (or from and value)"
-        )
-    role = next((value[key] for key in ROLE_KEYS if key in value), None)
-    content = next((value[key] for key in CONTENT_KEYS if key in value), None)
-    known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
-    if known is None:
-        raise RowError(f"'{column}' holds a message whose role is none of {', '.join(ROLES)}")
-    for key, other in value.items():
-        if key not in MESSAGE_KEYS and other is not False and not is_empty(other):
-            raise RowError(
-                f"'{column}' holds a message with '{shown(str(key))}', which is not supported; text alone is"
-            )
-    return turn(known, _content(content, column))
+def number_in(value: Any) -> float | None:
+    """A finite number, also one written as text; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
-def _content(content: Any, column: str) -> str:
-    """The text of a message; parts of type text are joined, as the OpenAI API writes them."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise RowError(f"'{column}' holds a message whose content is {kind_of(content)}; expected text")
-    texts = []
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) else part
-        if not isinstance(text, str):
-            found = shown(str(part.get("type"))) if isinstance(part, dict) else kind_of(part)
-            raise RowError(f"'{column}' holds a message with a part of type {found}; text alone is supported")
-        texts.append(text)
-    return "\n".join(texts)
-
-
-def messages_of(value: Any, column: str) -> list[Message]:
-    """Messages, without system messages that are empty.
+def check_verdict(columns: Columns) -> None:
+    """Compare what says which of the chosen and the rejected answer is better, where a row has it.
 
     Raises:
-        RowError: as `message_of`, or no list.
+        RowError: neither is, or the rejected one.
     """
-    if not isinstance(value, list):
-        raise RowError(f"'{column}' is {kind_of(value)}; expected a list of messages")
-    messages = [message_of(entry, column) for entry in value]
-    return [message for message in messages if message["role"] != "system" or message["content"].strip()]
-
-
-def conversation_of(value: Any, column: str) -> list[Message]:
-    """A prompt: messages, a rendered conversation, or the text of one user turn.
-
-    Raises:
-        RowError: as `messages_of`, or a value of another type.
-    """
-    if isinstance(value, list):
-        return messages_of(value, column)
-    if isinstance(value, dict):
-        return [message_of(value, column)]
-    if not isinstance(value, str):
-        raise RowError(f"'{column}' is {kind_of(value)}; expected text or a list of messages")
-    return parse_rendered(value) or [turn("user", value.strip())]
-
-
-def read_prompt(columns: Columns, besides: Iterable[str] = ()) -> list[Message]:
-    """The conversation before the answer: system, history, and the one column of `PROMPTS` that is there.
-
-    Args:
-        columns: the row.
-        besides: columns of `PROMPTS` that the format uses for something else.
-
-    Raises:
-        RowError: two columns with different prompts, or a value that is none.
-    """
-    names = [name for name in PROMPTS if name in columns and name not in besides]
-    if {"instruction", "input"} <= set(names):  # Alpaca: the second belongs to the first
-        names.remove("input")
-        columns.take("input")
-        parts = [columns.text("instruction").strip(), columns.text("input").strip()]
-        prompt = [turn("user", "\n\n".join(part for part in parts if part))]
-        names.remove("instruction")
-    elif names:
-        first = names.pop(0)
-        if first == "context" and not isinstance(columns.peek("context"), list):
-            return []  # a document rather than a conversation; `check_left` names it
-        prompt = conversation_of(columns.take(first), columns.name(first))
-    else:
-        prompt = []
-    for name in names:
-        if name == "context" and not isinstance(columns.peek(name), list):
-            continue
-        if conversation_of(columns.take(name), columns.name(name)) != prompt:
-            raise RowError(f"'{columns.name(name)}' holds another prompt besides; leave one of them out of the file")
-    return [*_system(columns, prompt), *_history(columns), *prompt]
-
-
-def _system(columns: Columns, prompt: list[Message]) -> list[Message]:
-    if "system" not in columns:
-        return []
-    system = [turn("system", columns.text("system"))]
-    if prompt and prompt[0]["role"] == "system":
-        if prompt[0]["content"].strip() != system[0]["content"].strip():
-            raise RowError(f"'{columns.name('system')}' and the first message are two different system messages")
-        return []
-    return system if system[0]["content"].strip() else []
-
-
-def _history(columns: Columns) -> list[Message]:
-    value = columns.take_if("history")
-    if value is None:
-        return []
-    name = columns.name("history")
-    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
-        return messages_of(value, name)
-    turns = []
-    for entry in value if isinstance(value, list) else [value]:
-        if not isinstance(entry, list) or [type(text) for text in entry] != [str, str]:
-            raise RowError(f"'{name}' is expected to be a list of question and answer")
-        turns += [turn("user", entry[0]), turn("assistant", entry[1])]
-    return turns
-
-
-def check_scores(columns: Columns) -> None:
-    """Compare the scores of the chosen and the rejected answer, where a row has them.
-
-    Raises:
-        RowError: they are equal, or the rejected one is better.
-    """
+    for key in VERDICTS:
+        value = columns.peek(key)
+        if isinstance(value, str) and value.strip().lower() in TIES:
+            raise RowError(f"a tie: '{columns.name(key)}' says {shown(value)!r}")
+    if any(columns.peek(key) in (True, "true", "True") for key in ("tie", "is_tie", "tied")):
+        raise RowError("a tie, as the row says")
+    for key in SIGNED:
+        if number_in(columns.peek(key)) == 0:
+            raise RowError(f"a tie: '{columns.name(key)}' is 0")
+    if (margin := number_in(columns.peek("margin"))) is not None and margin <= 0:
+        raise RowError(f"'margin' is {margin:g}: the chosen answer is not better")
+    for key in RATINGS:
+        value = columns.peek(key)
+        if isinstance(value, list) and len(value) == 2 and value[0] == value[1] and number_in(value[0]) is not None:
+            raise RowError(f"a tie: the two numbers of '{columns.name(key)}' are equal")
     scores = columns.numbers(re.compile(rf".*(?:{SCORE_NAMES.pattern}).*"))
     for key, chosen in scores.items():
         other = key.replace("chosen", "rejected")

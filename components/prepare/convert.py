@@ -16,7 +16,8 @@ from components.common.files import replacing, sha256_file
 from components.dataset.language import guess_language
 from components.dataset.records import LANGUAGES, Instruction, Preference, line_of, schema_problem, shown
 from components.prepare.files import Located, read_rows
-from components.prepare.formats import FORMATS, Example, convert, detect, language_of
+from components.prepare.formats import FORMATS, convert, detect, language_of
+from components.prepare.pairs import Example
 from components.prepare.sources import ROWS_FILES, Added, SourceKind
 
 QUARANTINE = "quarantine.jsonl"
@@ -184,7 +185,10 @@ def _language(example: Example, row: JsonObject, defaults: RowDefaults) -> str:
         return defaults.language
     if named is None:
         asked = [message["content"] for message in example.prompt if message["role"] == "user"]
-        return guess_language([*asked[-1:], example.answers[0]])
+        guessed = guess_language([*asked[-1:], example.answers[0]])
+        if guessed is None:
+            raise RowError("its script is that of another language; expected en or zh, or --language for such rows")
+        return guessed
     column = next(name for name in ("lang", "language") if name in row)
     raise RowError(
         f"its column '{column}' says {shown(repr(named))}; expected {' or '.join(LANGUAGES)}, or --language for such"
@@ -207,7 +211,7 @@ def _format(path: Path, start: list[Located], kind: SourceKind) -> str:
     """The common format of a file's first rows."""
     first_rows = {detect(row, kind): where for where, row, _ in reversed(start)}
     names = [name for name in first_rows if name]
-    known = f"set --format to one of {', '.join(name for name, entry in FORMATS.items() if entry.kind == kind)}"
+    formats = ", ".join(name for name, entry in FORMATS.items() if entry.kind == kind)
     if not start:
         raise InputError(f"{path}: no rows; expected at least one")
     if len(names) == 1:
@@ -216,9 +220,11 @@ def _format(path: Path, start: list[Located], kind: SourceKind) -> str:
         return names[0]
     if names:
         seen = " and ".join(f"{name} ({first_rows[name]})" for name in sorted(names))
-        raise InputError(f"{path}: its rows match more than one format: {seen}; split the file, or {known}")
+        raise InputError(
+            f"{path}: its rows match more than one format: {seen}; split the file, or set --format to one of {formats}"
+        )
     where, row, _ = start[0]
     if other := detect(row):
         raise InputError(f"{where}: its rows are {OTHER_KIND[FORMATS[other].kind]} (format {other})")
     keys = shown(", ".join(sorted(row)[:8]))
-    raise InputError(f"{where}: unknown format (columns: {keys}); {known}")
+    raise InputError(f"{where}: unknown format (columns: {keys}); rename the columns as one of {formats} has them")

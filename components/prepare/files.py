@@ -49,8 +49,9 @@ WRAPPERS = ("data", "rows", "train", "examples", "instances", "items", "records"
 HTML = re.compile(rb"\s*<(?:!doctype\s+html|html|head|\?xml)", re.IGNORECASE)
 PARQUET = b"PAR1"
 ZSTD, BZIP2, XZ, GZIP = b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\x00", b"\x1f\x8b"
-MAX_ARRAY_BYTES = 1 << 30
-"""Longest JSON array, which is read whole; longer ones take JSON lines, which are read row by row."""
+NO_SPACE = re.compile(r"[^ \t\r\n]")
+LONGEST_LITERAL = 16
+"""Characters at the end of a block that may look wrong because they are cut off, such as `-Infinit`."""
 MAX_RATIO = 250
 """Most bytes that one compressed byte may become, on the whole, after `RATIO_FROM` bytes: beyond is a bomb."""
 RATIO_FROM = 64 << 20
@@ -217,28 +218,97 @@ def _parse(line: bytes) -> Any:
 
 
 def _array(path: Path, unpacked: _Unpacked) -> Iterator[Located]:
-    blocks = []
-    size = 0
-    while block := unpacked.read(1 << 20):
-        blocks.append(block)
-        size += len(block)
-        if size > MAX_ARRAY_BYTES:
-            raise InputError(
-                f"{path}: a JSON array of more than {MAX_ARRAY_BYTES >> 30} GiB, which would be read whole; save it as"
-                " JSON lines (`jq -c '.[]'`)"
-            )
-    content = b"".join(blocks).removeprefix(codecs.BOM_UTF8)
-    del blocks
-    try:
-        entries = _parse(content)
-    except orjson.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON") from error
-    for number, entry in enumerate(entries, start=1):
+    """The entries of a JSON array; no more of it is in memory than one entry and what was read with it."""
+    text = _Text(path, unpacked)
+    text.next()
+    text.position += 1
+    number = 0
+    while text.next() != "]" or number:
+        number += 1
+        where = f"{path}: entry {number}"
+        entry = text.entry(where)
         if not isinstance(entry, dict) or is_too_deep(entry):
-            raise InputError(f"{path}: entry {number}: expected a flat JSON object, found {type(entry).__name__}")
-        yield f"{path}: entry {number}", entry, b""
+            raise InputError(f"{where}: expected a flat JSON object, found {type(entry).__name__}")
+        yield where, entry, b""
+        if text.next() == "]":
+            break
+        if text.next() != ",":
+            raise text.wrong("expected , or ]", text.position)
+        text.position += 1
+    text.position += 1
+    if text.next():
+        raise text.wrong("text after the array", text.position)
+
+
+class _Text:
+    """A file as text, read block by block."""
+
+    def __init__(self, path: Path, unpacked: _Unpacked) -> None:
+        self.position = 0
+        self._path = path
+        self._unpacked = unpacked
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._text = ""
+        self._lines = self._columns = 0
+
+    def next(self) -> str:
+        """Go to the next character that is no white space; empty at the end."""
+        while not (found := NO_SPACE.search(self._text, self.position)):
+            self.position = len(self._text)
+            if not self._more():
+                return ""
+        self.position = found.start()
+        return found[0]
+
+    def entry(self, where: str) -> Any:
+        """The JSON value that begins here; the position is then behind it.
+
+        Raises:
+            InputError: no JSON, or longer than a line may be.
+        """
+        while True:
+            try:
+                _, end = json.JSONDecoder().raw_decode(self._text, self.position)
+                break
+            except json.JSONDecodeError as error:
+                may_go_on = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - LONGEST_LITERAL
+                if may_go_on and len(self._text) - self.position > MAX_LINE_BYTES:
+                    raise InputError(f"{where}: longer than {MAX_LINE_BYTES >> 20} MiB; expected rows") from error
+                wrong = self.wrong(error.msg, error.pos)
+                if not may_go_on or not self._more():
+                    raise wrong from error
+            except RecursionError as error:
+                raise InputError(f"{where}: nested too deep; a row is a flat object") from error
+            except ValueError as error:
+                raise self.wrong("an integer of thousands of digits", self.position) from error
+        start, self.position = self.position, end
+        try:
+            return _parse(self._text[start:end].encode())
+        except ValueError as error:
+            raise self.wrong(getattr(error, "msg", "no JSON"), start + getattr(error, "pos", 0)) from error
+
+    def wrong(self, problem: str, position: int) -> InputError:
+        """The error that says where in the file the text is no JSON."""
+        lines, columns = self._counted(position)
+        line, column = lines + 1, columns + 1
+        return InputError(f"{self._path}:{line}: not valid JSON ({problem} at column {column})")
+
+    def _counted(self, position: int) -> tuple[int, int]:
+        """The lines before a position, and the characters before it on its own line."""
+        last = self._text.rfind("\n", 0, position)
+        columns = self._columns + position if last < 0 else position - last - 1
+        return self._lines + self._text.count("\n", 0, position), columns
+
+    def _more(self) -> bool:
+        """Read as much again as there is; what is behind is forgotten."""
+        block = self._unpacked.read(max(1 << 20, len(self._text) - self.position))
+        self._lines, self._columns = self._counted(self.position)
+        try:
+            self._text = self._text[self.position :] + self._decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self._path}: not UTF-8; save the file as UTF-8 ({error.reason})") from error
+        self.position = 0
+        return bool(block)
 
 
 def _is_table(path: Path) -> bool:

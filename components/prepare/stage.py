@@ -23,7 +23,8 @@ from components.common.errors import InputError, RowError
 from components.common.files import folder_digest, replacing, replacing_folder, write_json
 from components.dataset.distribution import PREVIOUS, STATISTICS, Distribution, remember
 from components.dataset.records import SPLITS, content_id, iter_lines, line_of
-from components.dataset.similarity import FRAMES, Sketches, find_frames, join_sketches, prompt_key, prompt_text, sketch
+from components.dataset.similarity import FRAMES, find_frames
+from components.dataset.sketches import Sketches, join_sketches, prompt_key, prompt_text, sketch
 from components.prepare.config import PrepareConfig
 from components.prepare.convert import GROUP
 from components.prepare.formats import convert

@@ -87,6 +87,7 @@ def with_resolved_hardware(model: ModelConfig) -> ModelConfig:
 def _record(run: StageRun, config: Config, facts: dict[str, Any], orders: dict[str, Order]) -> None:
     """Log facts, orders and the settings, from which the run can be repeated."""
     code = {f"code_{stage}": value for stage, value in facts.pop("code").items()}
+    facts["template"] = facts["template_digest"]  # its text may be longer than MLflow takes; SETTINGS has it
     run.log_params({key: _public(value) for key, value in (facts | code).items()})
     run.client.log_dict(run.run_id, {stage: asdict(order) for stage, order in orders.items()}, ORDERS)
     settings = {name: values for name, values in config.sections().items() if name not in ("prepare", "cluster")}

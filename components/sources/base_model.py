@@ -6,11 +6,13 @@ from pathlib import Path
 
 from components.common.errors import InputError, single_line
 from components.common.files import digest, folder_digest
+from components.common.urls import parse_url
 from components.config.data import DataConfig
 from components.config.model import ModelSource
 from components.sources.data import embedded_model, resolve_data
 from components.tracking import store
 from components.tracking.storage import s3_filesystem
+from components.tracking.store import in_pod
 
 EMBEDDED = "embedded"
 
@@ -37,16 +39,17 @@ def resolve_base(model: ModelSource, data: DataConfig) -> ResolvedModel:
     if base.startswith("models:/"):
         return _registered(base)
     if base.startswith("s3://"):
-        return _bucket(base)
+        return ResolvedModel(base, bucket_digest(base))
     folder = Path(base).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() and not in_pod():
         if not (folder / "config.json").is_file():
             raise InputError(f"model.base={base}: the folder has no config.json; expected a transformers model folder")
         return ResolvedModel(str(folder.resolve()), folder_digest(folder))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not base.startswith("."):
         return _hub(model)
+    problem = "a pod sees no folder of this machine" if in_pod() else "no such folder"
     raise InputError(
-        f"model.base={base}: no such folder; expected `embedded`, a folder, s3://bucket/prefix, models:/name/version,"
+        f"model.base={base}: {problem}; expected `embedded`, a folder, s3://bucket/prefix, models:/name/version,"
         " models:/name@alias, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
     )
 
@@ -82,11 +85,17 @@ def _registered(uri: str) -> ResolvedModel:
     return ResolvedModel(reference, str(model_version.tags.get("kubealign.model") or digest(reference)))
 
 
-def _bucket(uri: str) -> ResolvedModel:
+def bucket_digest(uri: str) -> str:
+    """Digest of the names, sizes and tags of a model's files in a bucket.
+
+    Raises:
+        InputError: it cannot be listed, or is no model.
+    """
     try:
+        parse_url(uri, ("s3",))
         entries = s3_filesystem().find(uri, detail=True)
     except (OSError, ValueError) as error:
         raise InputError(f"model.base={uri}: cannot be listed: {single_line(str(error))}") from error
     if not any(path.endswith("/config.json") for path in entries):
         raise InputError(f"model.base={uri}: no config.json under it; expected a transformers model folder")
-    return ResolvedModel(uri, digest({path: [entry["size"], entry["ETag"]] for path, entry in entries.items()}))
+    return digest({path: [entry["size"], entry["ETag"]] for path, entry in entries.items()})

@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,11 +12,20 @@ from typing import Any
 import yaml
 
 from components.common.errors import InputError, KubealignError, error_chain, single_line
-from components.tracking.store import without_credentials
+from components.common.files import inside
+from components.common.limits import ANSWER_S, answer_limit, time_limit
+from components.common.urls import check_repository, is_url, parse_url
+from components.dataset.records import NO_DATA
+from components.sources import remotes
+from components.tracking.store import in_pod, without_credentials
 
 WORKSPACE = "workspace"
 DATA_SETS = ("preferences", "instructions")
 LOCK = "dvc.lock"
+SHALLOW = "a shallow clone: `git fetch --unshallow` gets the rest (in GitHub Actions: fetch-depth: 0)"
+"""Of a history that ends too early."""
+OPEN_LIMIT_S = 600.0
+"""Longest time to clone a repository: its history and DVC's records, not the data."""
 Folders = tuple[str, ...]
 Outs = dict[str, dict[str, Any]]
 """DVC's record of each folder: md5, size in bytes, number of files."""
@@ -46,11 +55,6 @@ def embedded_model(path: str) -> str:
     return (PurePosixPath(path) / "base_model").as_posix()
 
 
-def is_url(repo: str) -> bool:
-    """Whether a repository is named by URL (or scp-like address) rather than by path."""
-    return "://" in repo or repo.startswith("git@")
-
-
 def workspace_digest(root: Path, folder: str) -> str:
     """DVC's digest of a folder as it is in the workspace, whatever dvc.lock says.
 
@@ -65,7 +69,7 @@ def workspace_digest(root: Path, folder: str) -> str:
     if not (root / ".dvc").is_dir():
         raise InputError(f"{root}: not a DVC repository; `dvc init` makes it one, or name another data.repo")
     if not path.is_dir() or not any(path.iterdir()):
-        raise InputError(f"{path}: not found or empty; `make data` (dvc repro) makes it, `dvc pull` fetches it")
+        raise InputError(f"{path}: not found or empty; {NO_DATA}")
     # Without dvc.repo.Repo, which writes below .dvc: a step may see the repository read-only.
     _, _, tree = build(LocalHashFileDB(localfs, str(root / ".dvc" / "cache")), str(path), localfs, "md5", dry_run=True)
     return str(tree.hash_info.value)
@@ -88,22 +92,32 @@ def resolve_data(repo: str, revision: str, folders: Folders) -> DataVersion:
         root = Path(repo).resolve()
         digests = {folder: workspace_digest(root, folder) for folder in folders}
         return DataVersion(WORKSPACE, digests, _workspace_test_set(root, folders), _is_committed(root, digests))
-    with opened(repo, revision) as fs:
-        digests = {}
-        for folder in folders:
-            try:
-                digests[folder] = str(fs.info(folder)["dvc_info"]["md5"])
-            except (FileNotFoundError, KeyError) as error:
-                raise InputError(f"{repo}@{revision}: {folder} is not a DVC-tracked folder there") from error
+    with opened(repo, revision, folders) as fs:
+        digests = {folder: recorded_digest(fs, folder, f"{repo}@{revision}") for folder in folders}
         test_file = _test_file(folders)
         # The list of a folder's files is content too, and may have to come from a remote.
-        with remote_errors(repo, revision, str(PurePosixPath(test_file).parent)):
+        preferences = str(PurePosixPath(test_file).parent)
+        slow = f"{without_credentials(repo)}@{revision}: the DVC remote is too slow; run it again"
+        reading = remote_errors(repo, revision, preferences, digests.get(preferences, ""))
+        with time_limit(OPEN_LIMIT_S, slow), reading:
             try:
                 test_set = str(fs.info(test_file)["dvc_info"]["md5"]) if test_file else ""
             except FileNotFoundError:
                 test_set = ""
         commit = fs.repo.scm.resolve_rev(revision)
         return DataVersion(commit_of(Path(fs.repo.scm.root_dir), commit, digests), digests, test_set, clean=True)
+
+
+def recorded_digest(fs: Any, folder: str, where: str) -> str:
+    """DVC's digest of a folder in an opened repository; `where` names the repository and the revision.
+
+    Raises:
+        InputError: DVC does not track it there.
+    """
+    try:
+        return str(fs.info(folder)["dvc_info"]["md5"])
+    except (FileNotFoundError, KeyError) as error:
+        raise InputError(f"{without_credentials(where)}: {folder} is not a DVC-tracked folder there") from error
 
 
 def _test_file(folders: Folders) -> str:
@@ -136,8 +150,8 @@ def _is_committed(root: Path, digests: dict[str, str]) -> bool:
 
 
 @contextmanager
-def remote_errors(repo: str, revision: str, folder: str) -> Iterator[None]:
-    """Report errors of reading a folder's content as one sentence."""
+def remote_errors(repo: str, revision: str, folder: str, digest: str) -> Iterator[None]:
+    """Report errors of reading a folder's content, which has DVC's digest, as one sentence."""
     from botocore.exceptions import BotoCoreError
     from dvc.exceptions import DvcException
     from dvc_data.index import DataIndexDirError
@@ -149,7 +163,12 @@ def remote_errors(repo: str, revision: str, folder: str) -> Iterator[None]:
         # DVC hides why it could not read the list of a folder's files behind an error of its own.
         why = error.__cause__ if isinstance(error, DataIndexDirError) and error.__cause__ else error
         if isinstance(why, FileNotFoundError):
-            raise InputError(f"{where} is neither in the DVC cache nor in a remote; `dvc push` it") from error
+            asked = " or ".join(asked_remotes(repo, revision)) or "a remote, of which the repository has none"
+            # Where the list of a folder's files is in a remote, DVC takes all of the folder for pushed.
+            first = "" if isinstance(error, DataIndexDirError) else f"delete {object_path(digest)} in the remote, then "
+            raise InputError(
+                f"{where} is neither in the DVC cache nor in {asked}; {first}{push_again(revision)}"
+            ) from error
         if isinstance(why, OSError) and (why.filename or why.errno == errno.ENOSPC):
             raise  # an error of the local disk: errors of a remote name no file
         reason = single_line(str(why))
@@ -164,39 +183,157 @@ def remote_errors(repo: str, revision: str, folder: str) -> Iterator[None]:
         ) from error
 
 
-class opened:  # noqa: N801 - reads as the context manager it is: `with opened(repo, revision) as fs`
-    """Open a repository at a revision as a read-only file system; a URL is cloned, without a git binary."""
+def object_path(digest: str) -> str:
+    """Where a DVC remote has an object."""
+    return f"files/md5/{digest[:2]}/{digest[2:]}"
 
-    def __init__(self, repo: str, revision: str) -> None:
-        self.repo, self.revision = repo, revision
+
+def push_again(revision: str) -> str:
+    """How to bring a revision's content to the remote, for a message."""
+    return f"`git checkout {revision} && dvc push` where the data was made"
+
+
+class opened:  # noqa: N801 - reads as the context manager it is: `with opened(repo, revision) as fs`
+    """Open a repository at a revision as a read-only file system; a URL is cloned, without a git binary.
+
+    Where the revision's own remote lacks the folders, for example because the team has moved it since, the file system
+    reads from the present one.
+    """
+
+    def __init__(self, repo: str, revision: str, folders: Folders = ()) -> None:
+        self.repo, self.revision, self.folders = repo, revision, folders
+        self._limits = ExitStack()
 
     def __enter__(self) -> Any:
+        with ExitStack() as limits:
+            limits.enter_context(answer_limit())
+            self.fs = self._open(self.revision)
+            if not self._can_read(self.fs):
+                present = self.present_remote()
+                if present and present != _remote(self.fs):
+                    other = self._open(self.revision, present)
+                    if self._can_read(other):
+                        self.fs, other = other, self.fs
+                    other.close()
+            self._limits = limits.pop_all()
+        return self.fs
+
+    def __exit__(self, *exception: object) -> None:
+        self._limits.close()
+        self.fs.close()
+
+    def present_remote(self) -> dict[str, Any]:
+        """DVC's configuration of the default remote of now: of the default branch of a URL, the workspace of a path."""
+        try:
+            fs = self._open(None)
+        except InputError:
+            return {}
+        try:
+            return _remote(fs)
+        finally:
+            fs.close()
+
+    def _open(self, revision: str | None, config: dict[str, Any] | None = None) -> Any:
         from dvc.api import DVCFileSystem
         from dvc.exceptions import DvcException
         from dvc.scm import SCMError
 
+        check_address(self.repo)
+        if is_url(self.repo) and not self.repo.startswith(("http", "file")):
+            remotes.require_host_keys()
         # DVC clones without git, but reports progress through GitPython, which refuses to load without git.
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        name = without_credentials(self.repo)
         try:
-            self.fs = DVCFileSystem(url=self.repo, rev=self.revision)
-            self.fs.info("/")  # the repository is opened lazily; this opens it
+            with time_limit(OPEN_LIMIT_S, f"data.repo={name}: the git server is too slow"):
+                fs = DVCFileSystem(url=self.repo, rev=revision, config=config)
+                # The repository is opened lazily, here; nothing in it may be read before it is checked.
+                self._check_top(Path(fs.repo.scm.root_dir).resolve())
+                remotes.check_repository(fs.repo, f"{name}@{revision or 'now'}", is_url(self.repo))
         except (DvcException, SCMError) as error:
             # The message "SCM error" alone says nothing; its causes do.
             reason = ": ".join(dict.fromkeys(single_line(str(cause)) for cause in error_chain(error) if str(cause)))
+            if any(isinstance(cause, TimeoutError) or "timed out" in str(cause) for cause in error_chain(error)):
+                raise KubealignError(
+                    f"data.repo={name}: no answer within {ANSWER_S:.0f} s; run it again, or look whether the git server"
+                    " is up"
+                ) from error
             raise InputError(
                 f"data.repo={self.repo}, data.revision={self.revision}: {without_credentials(reason)};"
                 " expected a git repository with DVC data and a branch, tag or commit of it"
             ) from error
-        top = Path(self.fs.repo.scm.root_dir).resolve()
+        return fs
+
+    def _check_top(self, top: Path) -> None:
         if not is_url(self.repo) and Path(self.repo).resolve() != top:
             raise InputError(
                 f"data.repo={self.repo}: a folder of the git repository {top}; a revision is read of a project that is"
                 " the whole repository, of any other only data.revision=workspace"
             )
-        return self.fs
 
-    def __exit__(self, *exception: object) -> None:
-        self.fs.close()
+    def _can_read(self, fs: Any) -> bool:
+        """Whether every file of the folders is in the cache or the remote that a file system reads from."""
+        from botocore.exceptions import BotoCoreError
+        from dvc.exceptions import DvcException
+        from dvc_data.index import DataIndexDirError
+
+        slow = f"{without_credentials(self.repo)}@{self.revision}: the DVC remote is too slow; run it again"
+        try:
+            with time_limit(OPEN_LIMIT_S, slow):
+                for folder in self.folders:
+                    for path in fs.find(folder):
+                        fs.open(path).close()
+        except (OSError, BotoCoreError, DvcException, DataIndexDirError):
+            return False
+        return True
+
+
+def _remote(fs: Any) -> dict[str, Any]:
+    """DVC's configuration of a repository's default remote, and of nothing else; empty without one."""
+    config = fs.repo.config
+    name = config["core"].get("remote")
+    return {"core": {"remote": name}, "remote": {name: config["remote"][name]}} if name in config["remote"] else {}
+
+
+def asked_remotes(repo: str, revision: str) -> list[str]:
+    """The addresses of the remotes that `opened` reads from."""
+    opening = opened(repo, revision)
+    with opening as fs:
+        found = [_remote(fs), opening.present_remote()]
+    urls = [str(remote["remote"][remote["core"]["remote"]]["url"]) for remote in found if remote]
+    return [without_credentials(url) for url in dict.fromkeys(urls)]
+
+
+def tracked_files(fs: Any, folder: str) -> list[tuple[str, str]]:
+    """The files of a data folder: each one's path in the repository, and its name below the folder.
+
+    Raises:
+        InputError: a name that is none of a file below the folder.
+    """
+    files = []
+    for path in sorted(fs.find(folder)):
+        before, _, name = path.removeprefix("/").partition(f"{folder}/")
+        # An entry of the folder's list with a hostile name turns up as the folder itself, or under another one.
+        name = f"/{path}" if before else name
+        inside(Path(folder), name)
+        files.append((path, name))
+    return files
+
+
+def check_address(repo: str) -> None:
+    """Check the address of a repository that is about to be opened: a pod clones from https, nothing else.
+
+    Raises:
+        InputError: not a folder, or an address that `urls.check_repository` rejects.
+    """
+    try:
+        check_repository(repo)
+        if in_pod():
+            parse_url(repo, ("https",))
+    except ValueError as error:
+        raise InputError(f"data.repo={without_credentials(repo)}: {error}") from error
+    if not is_url(repo) and not Path(repo).is_dir():
+        raise InputError(f"data.repo={repo}: no such folder; expected a git repository with DVC data, or its URL")
 
 
 def history(root: Path, commit: str, folders: Folders, project: str = "") -> Iterator[tuple[Any, Outs]]:
@@ -222,10 +359,7 @@ def history(root: Path, commit: str, folders: Folders, project: str = "") -> Ite
         )
         for entry in walker:
             if entry.commit.id in ends and entry.commit.parents:
-                raise InputError(
-                    f"{root}: a shallow clone, whose history ends before the data's does; `git fetch --unshallow` gets"
-                    " the rest (in GitHub Actions: fetch-depth: 0)"
-                )
+                raise InputError(f"{root}: the history ends before the data's does; this is {SHALLOW}")
             yield entry.commit, _recorded(repo, entry.commit, folders, project)
 
 

@@ -3,35 +3,86 @@
 import errno
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
-from components.common.errors import KubealignError, single_line
+from typing_extensions import TypedDict
+
+from components.common.documents import read_document
+from components.common.errors import InputError, KubealignError, single_line
+from components.common.files import digest, write_json
 from components.tracking import events
-from components.tracking.store import tracking_uri, without_credentials
+from components.tracking.store import KFP_RUN_VARIABLE, home, in_pod, tracking_uri, without_credentials
+
+REFUSED_FOR_S = 600.0
+"""How long a refusal counts; `cluster.backoff_s` of 60 seconds makes the first two retries within three minutes."""
 
 
 @contextmanager
 def report_errors(stage: str) -> Iterator[None]:
     """Run a stage's work: report its start and end, and turn a failure into one `[error:…]` line and an exit code.
 
-    A KubealignError is shown as it is; any other error is preceded by its traceback.
+    A KubealignError is shown as it is; any other error is preceded by its traceback. A refusal is remembered: when the
+    cluster retries the step, it ends at once.
     """
     events.started(stage)
+    if (refused := _refused(stage)) is not None:
+        events.error(stage, f"{refused['message']} (refused before; a retry cannot help)", refused["exit_code"])
+        sys.exit(refused["exit_code"])
     try:
         yield
     except KubealignError as error:
+        if error.refusal:
+            _remember(stage, error)
         events.error(stage, str(error), error.exit_code)
         sys.exit(error.exit_code)
-    except Exception as error:
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a library in Rust panics with what is no Exception
         print(without_credentials(traceback.format_exc()), flush=True)
         events.error(stage, explain_error(error))
         sys.exit(1)
     events.finished(stage)
 
 
-def explain_error(error: Exception) -> str:
+class Refusal(TypedDict):
+    """Why a step of a run on Kubeflow was refused; `at` is in seconds since 1970."""
+
+    message: str
+    exit_code: int
+    at: float
+
+
+def _refusal_file(stage: str) -> Path:
+    return home() / "refusals" / f"{digest([os.environ.get(KFP_RUN_VARIABLE), stage])[:24]}.json"
+
+
+def _refused(stage: str) -> Refusal | None:
+    """The refusal of the same step of the same run a short time ago; whoever repaired something may try again later."""
+    path = _refusal_file(stage)
+    if not in_pod() or not path.is_file():
+        return None
+    try:
+        refusal = read_document(path, Refusal)
+    except InputError:
+        return None
+    return refusal if 0 <= time.time() - refusal["at"] < REFUSED_FOR_S else None
+
+
+def _remember(stage: str, error: KubealignError) -> None:
+    if in_pod():
+        # What counts is the error itself, whether or not the disk takes it.
+        with suppress(OSError):
+            write_json(
+                _refusal_file(stage),
+                Refusal(message=without_credentials(str(error)), exit_code=error.exit_code, at=time.time()),
+            )
+
+
+def explain_error(error: BaseException) -> str:
     """One sentence for an unexpected failure, without credentials."""
     if is_mlflow_failure(error):
         return explain_mlflow_error(error)

@@ -15,12 +15,11 @@ from components.common.memory import peak_memory_mib
 from components.stages import STAGE_NAMES
 from components.tracking import events
 from components.tracking.errors import is_unreachable
+from components.tracking.store import KFP_RUN_VARIABLE as KFP_RUN_VARIABLE  # noqa: PLC0414 - others import it from here
 from components.tracking.store import client, experiment_id
 
 PARENT_VARIABLES = ("KUBEALIGN_PARENT_RUN", "MLFLOW_RUN_ID")
 """Environment variables that name the parent run: ours, and that of KFP's MLflow plugin."""
-KFP_RUN_VARIABLE = "KUBEALIGN_KFP_RUN"
-"""Environment variable with the id of the run on Kubeflow, which its parent run in MLflow carries as a tag."""
 SETTINGS = "settings.yaml"
 """Artifact of resolve's run: every setting of the pipeline run, as sections of params.yaml."""
 PROGRESS_EVERY_S = 1.0

@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from components.common.errors import KubealignError
-from components.common.files import MANIFEST, digest, replacing, replacing_folder, verify_manifest, write_text
+from components.common.files import (
+    MANIFEST,
+    check_listed,
+    digest,
+    inside,
+    parse_manifest,
+    replacing,
+    replacing_folder,
+    verify_manifest,
+    write_text,
+)
+from components.common.limits import ANSWER_S
 from components.tracking import store
 from components.tracking.run import is_main_process
 
@@ -39,19 +50,32 @@ def download(location: str, folder: Path) -> None:
 
     Raises:
         KubealignError: it is missing or differs from its manifest.
+        InputError: a name in it that is none of a file below the folder, or not in its manifest.
     """
     if not exists(f"{location}/{MANIFEST}"):
         raise KubealignError(f"{location}: no {MANIFEST} there; expected a folder that a step has written")
+    manifest = read(f"{location}/{MANIFEST}")
+    names = sorted(_names(location))
+    check_listed(names, parse_manifest(manifest, location), location)
     with replacing_folder(folder) as staging:
-        if location.startswith(S3):
-            fs = s3_filesystem()
-            for path in fs.find(location):
-                target = staging / path.removeprefix(f"{location.removeprefix(S3)}/")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                fs.get_file(path, str(target))
-        else:
-            shutil.copytree(location, staging, dirs_exist_ok=True)
+        fs = s3_filesystem() if location.startswith(S3) else None
+        for name in names:
+            target = inside(staging, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if fs is None:
+                shutil.copyfile(inside(Path(location), name), target, follow_symlinks=False)
+            else:
+                fs.get_file(f"{location}/{name}", str(target))
         verify_manifest(staging)
+
+
+def _names(location: str) -> list[str]:
+    """The relative paths of the files in a location; those in a bucket may be anything."""
+    if location.startswith(S3):
+        prefix = f"{location.removeprefix(S3)}/"
+        return [path.removeprefix(prefix) for path in s3_filesystem().find(location)]
+    root = Path(location)
+    return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()]
 
 
 def write(location: str, text: str) -> None:
@@ -124,4 +148,6 @@ def s3_filesystem() -> Any:
     """The S3 of the environment (AWS_ENDPOINT_URL and the keys), without a cache: other machines write there, too."""
     import s3fs
 
-    return s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
+    # Three attempts of a minute each; s3fs and botocore would wait 5 x 5 minutes for a server that is silent.
+    bounds = {"connect_timeout": 10, "read_timeout": ANSWER_S, "retries": {"max_attempts": 2}}
+    return s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True, config_kwargs=bounds)

@@ -7,11 +7,18 @@ from typing import Any
 
 HOME_VARIABLE = "KUBEALIGN_HOME"
 EXPERIMENT = "kubealign"
+KFP_RUN_VARIABLE = "KUBEALIGN_KFP_RUN"
+"""Environment variable with the id of the run on Kubeflow, which its parent run in MLflow carries as a tag."""
 
 
 def home() -> Path:
     """The folder for everything that outlives a stage: checkpoints, caches, the local MLflow."""
     return Path(os.environ.get(HOME_VARIABLE, ".kubealign")).resolve()
+
+
+def in_pod() -> bool:
+    """Whether this process is a step of a run on Kubeflow, where the run form may name anything."""
+    return bool(os.environ.get(KFP_RUN_VARIABLE))
 
 
 def tracking_uri() -> str:

@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from components.common.files import MANIFEST, replacing_folder
+from components.common.errors import InputError, KubealignError
+from components.common.files import MANIFEST, check_listed, inside, parse_manifest, replacing_folder
 from components.engine.checkpoints import stored
 from components.tracking.storage import s3_filesystem
 
@@ -37,11 +38,20 @@ class Mirror:
             return
         remote = self._remote()
         for name in {key.partition("/")[0] for key in remote if key.endswith(f"/{MANIFEST}")}:
-            if (self.folder / name).exists():
+            if inside(self.folder, name).exists():
                 continue
+            where = f"{self.remote}/{name}"
+            files = {key.removeprefix(f"{name}/") for key in remote if key.startswith(f"{name}/")}
+            try:
+                hashes = parse_manifest(self.fs.cat_file(f"{where}/{MANIFEST}"), where)
+            except InputError:
+                raise
+            except KubealignError:  # damaged, like one that is skipped when it is loaded
+                continue
+            check_listed(files, hashes, where)
             with replacing_folder(self.folder / name) as staging:
-                for key in (key for key in remote if key.startswith(f"{name}/")):
-                    self.fs.get_file(f"{self.remote}/{key}", str(staging / key.partition("/")[2]))
+                for file in files:
+                    self.fs.get_file(f"{where}/{file}", str(inside(staging, file)))
 
     def upload(self) -> None:
         """Upload every checkpoint that is missing in the bucket, and delete there what no longer exists locally."""

@@ -29,7 +29,8 @@ from components.config.model import ExecutionConfig
 from components.tracking import events, storage, store
 from components.tracking.keys import CACHE_KEY_VARIABLE
 from components.tracking.result import StageResult
-from components.tracking.run import KFP_RUN_VARIABLE, parent_run
+from components.tracking.run import parent_run
+from components.tracking.store import KFP_RUN_VARIABLE
 from components.training.config import OptimizerConfig
 
 VARIABLE = "KUBEALIGN_CLUSTER"

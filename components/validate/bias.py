@@ -1,4 +1,4 @@
-"""How well trivial cues (length, an opening refusal) predict the chosen answer.
+"""How well trivial cues (length, an opening refusal, a format) predict the chosen answer.
 
 A model trained on pairs that they predict learns the cue instead of what makes an answer better.
 """
@@ -10,10 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from components.dataset.validation import BiasSummary, ShareSummary
+from components.validate.formats import FORMATS
 from components.validate.scan import RowTable
 
 Z95 = 1.959963985
 ALL = "all"
+FORMAT_LIMIT = 0.8
+"""Share that the interval of a format must lie beyond, on either side, to be called a shortcut."""
+LEAST_SHARE = 0.01
+"""Share of the pairs that a format must tell apart for that."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Bias:
         refusal_accuracy: accuracy of predicting the chosen answer from that; all other pairs count as a coin toss.
         refusals_chosen: pairs whose chosen answer opens as a refusal or an AI disclaimer.
         refusals_rejected: pairs whose rejected answer does.
+        formats: for each of `FORMATS`, share of the pairs with exactly one answer of that format in which it is the
+            chosen one.
     """
 
     lang: str
@@ -55,6 +62,12 @@ class Bias:
     refusal_accuracy: float
     refusals_chosen: int
     refusals_rejected: int
+    formats: dict[str, Share]
+
+    @property
+    def name(self) -> str:
+        """Language and source; `all` for both."""
+        return " ".join(name for name in (self.lang, self.source) if name != ALL) or ALL
 
     def summary(self) -> BiasSummary:
         """The record in validation.json."""
@@ -68,6 +81,7 @@ class Bias:
             "refusal_accuracy": self.refusal_accuracy,
             "refusals_chosen": self.refusals_chosen,
             "refusals_rejected": self.refusals_rejected,
+            "formats": {name: share.summary() for name, share in self.formats.items()},
         }
 
 
@@ -122,8 +136,10 @@ def measures(parts: list[Bias], limit: float) -> list[Measure]:
             ("refusal_shortcut", part.refusal_loses, part.refusal_accuracy),
         ):
             significant = share.low > 0.5 or share.high < 0.5
-            part_name = " ".join(name for name in (part.lang, part.source) if name != ALL) or ALL
-            values.append(Measure(name, part_name, value if significant else 0.5, limit))
+            values.append(Measure(name, part.name, value if significant else 0.5, limit))
+        for cue, share in part.formats.items():
+            nearest = max(share.low, 1 - share.high) if share.n >= LEAST_SHARE * part.pairs else 0.5
+            values.append(Measure("format_shortcut", f"{part.name} {cue}", max(nearest, 0.5), FORMAT_LIMIT))
     return values
 
 
@@ -144,7 +160,16 @@ def _bias(table: RowTable, mask: NDArray[np.bool_], lang: str, source: str) -> B
         _accuracy(loses, pairs),
         int(refusal_chosen.sum()),
         int(refusal_rejected.sum()),
+        _formats(columns["format_chosen"][mask], columns["format_rejected"][mask]),
     )
+
+
+def _formats(chosen: NDArray[np.uint8], rejected: NDArray[np.uint8]) -> dict[str, Share]:
+    shares = {}
+    for number, name in enumerate(FORMATS):
+        first, second = (chosen >> number) & 1 == 1, (rejected >> number) & 1 == 1
+        shares[name] = interval(int((first & ~second).sum()), int((first ^ second).sum()))
+    return shares
 
 
 def _accuracy(share: Share, pairs: int) -> float:

@@ -68,7 +68,12 @@ def row_checks(kind: type[Row], max_length: int) -> list[Check]:
         none("license", "error", "state the licence of the row; do not train on data without one"),
         none("repeated", "error", "duplicate of an earlier row; keep one"),
         none("repeated_id", "error", "an earlier row has the same id; `dvc repro` derives ids from content"),
-        none("split_leak", "stop", "the prompt, or a near-duplicate of it, is in two splits; run `dvc repro`"),
+        none(
+            "split_leak",
+            "stop",
+            "the prompt, or a near-duplicate of it, is in two splits; run `dvc repro`, with prepare.near_duplicate not"
+            " above validate.near_duplicate",
+        ),
         none("contaminated", "error", "the prompt is on the decontamination list; remove the row from its source"),
         none("other_language", "error", "the text is not in the language that `lang` names; correct one of them"),
         none("email", "warn", "an e-mail address: replace it with a placeholder unless it is meant to be public"),
@@ -118,6 +123,14 @@ def statistic_checks() -> list[Check]:
             "warn",
             "refusals and AI disclaimers alone predict the chosen answer: the model would learn when to refuse, not"
             " what is better; inspect those pairs",
+            expectation,
+            within,
+        ),
+        Check(
+            "format_shortcut",
+            "warn",
+            "a format alone (an opening tag such as <think>, lists, headings, code, bold type) tells the chosen answer:"
+            " the model would learn the format; give both answers the same, or mix the pairs",
             expectation,
             within,
         ),

@@ -10,19 +10,8 @@ from numpy.typing import NDArray
 from components.common.errors import InputError
 from components.common.files import read_json
 from components.dataset.records import SPLITS, Preference, Row, iter_lines
-from components.dataset.similarity import (
-    FRAMES,
-    Frames,
-    Sketches,
-    contains_any,
-    find_frames,
-    join_sketches,
-    near_groups,
-    normalize_text,
-    prompt_key,
-    same_prompts,
-    sketch,
-)
+from components.dataset.similarity import FRAMES, Frames, contains_any, find_frames, near_groups, same_prompts
+from components.dataset.sketches import Sketches, join_sketches, normalize_text, prompt_key, sketch
 from components.validate.scan import RowTable
 
 Flag = NDArray[np.uint8]

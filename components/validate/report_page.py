@@ -15,6 +15,7 @@ from components.dataset.validation import (
 )
 from components.report.html import Row, Table, render
 from components.validate.bias import ALL
+from components.validate.formats import FORMATS
 
 SEVERITIES = ("stop", "error", "warn")
 """In display order."""
@@ -52,6 +53,7 @@ class ReportView:
     failures: list[Failure]
     data_sets: list[DataSetView]
     bias: Table
+    formats: Table
     drift: str
     drift_measures: Table | None
     decontamination: str
@@ -69,6 +71,7 @@ def html_page(summary: ValidationSummary) -> str:
             DataSetView(name, _rows(data_set), _splits(data_set)) for name, data_set in data_sets(summary).items()
         ],
         bias=_bias(summary["preferences"]["bias"]),
+        formats=_formats(summary["preferences"]["bias"]),
         drift=_drift(summary),
         drift_measures=_drift_measures(summary),
         decontamination=_decontamination(summary),
@@ -90,6 +93,12 @@ def markdown_page(summary: ValidationSummary) -> str:
     lines += ["", "| pairs | number | longer answer wins, 95 % interval | refusal is rejected |", "|---|---:|---|---|"]
     lines += [
         f"| {_part(part)} | {part['pairs']} | {_share(part['longer_wins'])} | {_share(part['refusal_loses'])} |"
+        for part in summary["preferences"]["bias"]
+    ]
+    names = [name.replace("_", " ") for name in FORMATS]
+    lines += ["", f"| pairs | {' | '.join(names)} is chosen |", f"|---|{'---|' * len(names)}"]
+    lines += [
+        f"| {_part(part)} | {' | '.join(_share(share) for share in part['formats'].values())} |"
         for part in summary["preferences"]["bias"]
     ]
     lines += ["", _drift(summary), "", _decontamination(summary), ""]
@@ -167,6 +176,11 @@ def _bias(parts: list[BiasSummary]) -> Table:
         for part in parts
     ]
     return Table(head, rows)
+
+
+def _formats(parts: list[BiasSummary]) -> Table:
+    rows: list[Row] = [[_part(part), *(_share(share) for share in part["formats"].values())] for part in parts]
+    return Table(["pairs", *(name.replace("_", " ") for name in FORMATS)], rows)
 
 
 def _part(part: BiasSummary) -> str:

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,21 @@ from components.common.documents import JsonObject
 from components.dataset.chat import load_tokenizer, special_names
 from components.dataset.language import REFUSAL_SAMPLE, is_refusal
 from components.dataset.records import LANGUAGES, Preference, Row, parse_line, raw_lines
-from components.dataset.rendered import has_markers
-from components.dataset.similarity import Sketches, join_sketches, normalize_text, prompt_key, sketch
+from components.dataset.rendered import has_hints, has_markers
+from components.dataset.sketches import Sketches, Turns, join_sketches, normalize_text, prompt_key, sketch_turns
+from components.validate.characters import BROKEN, HAS_BROKEN, HAS_GARBLED, HAS_NUMBER, HAS_TOKEN, kinds_of
 from components.validate.encoding import is_mojibake
+from components.validate.formats import formats_of
 from components.validate.language import is_in_another_language
 from components.validate.privacy import KINDS, kinds_in
 from components.validate.tokens import TokenCounter
 
 CHUNK = 2048
+CHUNK_BYTES = 8 << 20
+"""Lines that are read at once: so many, or fewer if they have more bytes."""
 LARGE = 64 << 20
 """Bytes from which starting worker processes (three seconds each) pays off."""
 MAX_PROCESSES = 4
-BROKEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ufdd0-\ufdef\ufffe\uffff]")
-"""Control characters, the mark of a lost character, and code points that are none."""
 PLACEHOLDERS = frozenset(("nan", "null", "#n/a", "<na>", "[deleted]", "[removed]", "[object object]", "lorem ipsum"))
 """Texts that stand for a missing one, in lower case: what tables and web pages leave in their place."""
 ROLES = re.compile(r"(system )?user( assistant user)*")
@@ -69,6 +70,8 @@ NUMBERS = {
     "prompt_characters": np.int32,
     "chosen_characters": np.int32,
     "rejected_characters": np.int32,
+    "format_chosen": np.uint8,
+    "format_rejected": np.uint8,
     "id": np.uint64,
     "group": np.uint64,
     "key": np.uint64,
@@ -116,8 +119,7 @@ def scan_file(scan: Scan, path: Path, pool: ProcessPoolExecutor | None) -> Itera
     Raises:
         InputError: a line is not a JSON object.
     """
-    lines = raw_lines(path)
-    chunks = iter(lambda: list(islice(lines, CHUNK)), [])
+    chunks = _chunks(raw_lines(path))
     if pool is None:
         yield from (scan_lines(scan, path, chunk) for chunk in chunks)
         return
@@ -127,6 +129,19 @@ def scan_file(scan: Scan, path: Path, pool: ProcessPoolExecutor | None) -> Itera
         if len(waiting) > 2 * MAX_PROCESSES:
             yield waiting.popleft().result()
     yield from (future.result() for future in waiting)
+
+
+def _chunks(lines: Iterable[tuple[int, bytes]]) -> Iterator[list[tuple[int, bytes]]]:
+    chunk: list[tuple[int, bytes]] = []
+    size = 0
+    for entry in lines:
+        chunk.append(entry)
+        size += len(entry[1])
+        if len(chunk) == CHUNK or size > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def processes_for(paths: Iterable[Path]) -> ProcessPoolExecutor | None:
@@ -186,16 +201,15 @@ class _Chunk:
         self.flags = {name: np.zeros(n, np.uint8) for name in FLAGS}
         self.numbers: Columns = {name: np.zeros(n, kind) for name, kind in NUMBERS.items()}
         names: dict[str, list[str]] = {name: [] for name in NAMES}
-        prompts, answers = [], []
-        for row, (number, line) in enumerate(lines):
-            value = parse_line(path, number, line)
-            self.numbers["line"][row] = number
-            for name, field in NAMES.items():
-                names[name].append(str(value.get(field)))
-            prompt, answer = self._texts(row, value)
-            prompts.append(prompt)
-            answers.append(answer)
-            self._fill_row(row, value, prompt, answer)
+        values = [parse_line(path, number, line) for number, line in lines]
+        self.numbers["line"][:] = [number for number, _ in lines]
+        for name, field in NAMES.items():
+            names[name] = [str(value.get(field)) for value in values]
+        texts = [self._texts(row, value) for row, value in enumerate(values)]
+        prompts, answers = [prompt for prompt, _ in texts], [answer for _, answer in texts]
+        joined = ["\n".join([*[turn["content"] for turn in prompt], *answer]) for prompt, answer in texts]
+        kinds = kinds_of(joined).tolist()
+        turns = [self._fill_row(row, value, *texts[row], joined[row], kinds[row]) for row, value in enumerate(values)]
         # A row that is not a valid conversation gets no token count; a template may do anything with it.
         countable = np.flatnonzero((self.flags["schema"] | self.flags["turns"]) == 0)
         tokens, same = self.counter.count([prompts[row] for row in countable], [answers[row] for row in countable])
@@ -203,7 +217,7 @@ class _Chunk:
         self.flags["same_tokens"][countable] = same & (1 - self.flags["same_answer"][countable])
         codes = {name: {value: i for i, value in enumerate(sorted(set(names[name])))} for name in NAMES}
         named = {name: np.array([codes[name][value] for value in names[name]], np.int16) for name in NAMES}
-        sketches = sketch(prompts)
+        sketches = sketch_turns(turns)
         size = sum(len(line) for _, line in lines)
         return RowTable(self.flags | self.numbers | named, {name: list(codes[name]) for name in NAMES}, sketches, size)
 
@@ -217,11 +231,32 @@ class _Chunk:
             return prompt, tuple([str(value.get(name) or "") for name in self.answers])
         return value["prompt"], tuple([value[name] for name in self.answers])
 
-    def _fill_row(self, row: int, value: JsonObject, prompt: list[dict[str, str]], answers: tuple[str, ...]) -> None:
-        """Fill in the row's flags and numbers."""
+    def _fill_row(
+        self,
+        row: int,
+        value: JsonObject,
+        prompt: list[dict[str, str]],
+        answers: tuple[str, ...],
+        joined: str,
+        kinds: int,
+    ) -> Turns:
+        """Fill in the row's flags and numbers.
+
+        Args:
+            row: its position.
+            value: the row.
+            prompt: its conversation.
+            answers: its answers.
+            joined: all of its texts.
+            kinds: the bits of what `characters` found in them.
+
+        Returns:
+            the prompt's turns, as they are compared.
+        """
         flags, numbers = self.flags, self.numbers
         roles = " ".join([turn["role"] for turn in prompt])
-        prompt_text = normalize_text("\n".join([turn["content"] for turn in prompt]))
+        contents = [normalize_text(turn["content"]) for turn in prompt]
+        prompt_text = " ".join(filter(None, contents))
         answer_texts = [normalize_text(answer) for answer in answers]
         full_text = "\n".join([prompt_text, *answer_texts])
         lowered = prompt_text.lower()
@@ -229,13 +264,15 @@ class _Chunk:
         lang = str(value.get("lang"))
         flags["turns"][row] = ROLES.fullmatch(roles) is None
         raw = [turn["content"] for turn in prompt] + list(answers)
-        flags["characters"][row] = any(BROKEN.search(text) is not None or is_mojibake(text) for text in raw)
-        flags["template_text"][row] = any(has_markers(text) for text in raw)
-        flags["special_tokens"][row] = any(self.special.search(text) is not None for text in raw)
+        if (kinds & HAS_BROKEN and BROKEN.search(joined)) or (kinds & HAS_GARBLED and any(map(is_mojibake, raw))):
+            flags["characters"][row] = 1
+        if has_hints(joined) and any(map(has_markers, raw)):
+            flags["template_text"][row] = 1
+        flags["special_tokens"][row] = self.special.search(joined) is not None
         flags["placeholder"][row] = any(text.strip().lower() in PLACEHOLDERS for text in raw if len(text) < 20)
         flags["language"][row] = lang not in LANGUAGES
         flags["license"][row] = NON_BLANK.search(str(value.get("license") or "")) is None
-        for kind in kinds_in(full_text):
+        for kind in kinds_in(full_text, bool(kinds & HAS_NUMBER), bool(kinds & HAS_TOKEN)):
             flags[kind][row] = 1
         if lang in LANGUAGES:
             texts = [lowered, *openings]
@@ -248,12 +285,15 @@ class _Chunk:
         # An instruction's one response is in the columns of the chosen answer.
         for index, (text, opening) in enumerate(zip(answers, openings, strict=True)):
             numbers[("chosen_characters", "rejected_characters")[index]][row] = len(text)
+            numbers[("format_chosen", "format_rejected")[index]][row] = formats_of(text)
             flags[("refusal_chosen", "refusal_rejected")[index]][row] = is_refusal(opening)
         if len(answer_texts) > 1:
             chosen, rejected = answer_texts
             flags["same_answer"][row] = is_same(chosen, rejected)
             flags["truncated_answer"][row] = chosen != rejected and is_truncated(*sorted(answer_texts, key=len))
             numbers["swapped"][row] = _hash("\0".join([roles, prompt_text, rejected, chosen]))
+        lowers = [lowered] if len(contents) == 1 else [content.lower() for content in contents]
+        return [(turn["role"], text) for turn, text in zip(prompt, lowers, strict=True) if turn["role"] != "system"]
 
 
 def fits(kind: type[Row], value: JsonObject) -> bool:

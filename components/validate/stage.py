@@ -15,7 +15,15 @@ from pydantic import ValidationError
 
 from components.common.documents import JsonObject
 from components.common.errors import DataValidationError, InputError, KubealignError
-from components.common.files import read_json, replacing_folder, write_json, write_manifest, write_text
+from components.common.files import (
+    MANIFEST,
+    read_json,
+    replacing_folder,
+    verify_manifest,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from components.dataset.distribution import MEASURES, PREVIOUS, Distribution, distance, length_bucket
 from components.dataset.records import SPLITS, parse_line, raw_lines, schema_problem
 from components.dataset.validation import (
@@ -78,8 +86,11 @@ def run_validate(
         DataValidationError: a check with severity `stop` fails, there are too many bad rows, or too few good ones. The
             reports are written first.
         InputError: a file is not JSON Lines.
+        KubealignError: the base model is not as its manifest has it.
     """
     params = config.model_dump() | {"max_length": max_length}
+    if (base_model / MANIFEST).exists():  # as fetch writes it; a folder of one's own need not have one
+        verify_manifest(base_model)
     with stage_run("validate", params) as run:
         overall = with_severities(statistic_checks(), config)
         checked = check_rows(config, max_length, dataset, base_model, run)
@@ -89,7 +100,6 @@ def run_validate(
         measured = measures(bias, config.max_shortcut_accuracy)
         measured += [Measure("drift", name, value, config.max_drift) for name, value in (drift or {}).items()]
         statistics = _statistics(measured, checked.suite, overall, drift is not None, checked.decontamination)
-        quarantined = {name: _reasons(checks[name], failed[name], ("stop", "error")) for name in sets}
         warned = {name: _reasons(checks[name], failed[name], ("warn",)) for name in sets}
         by_set = summarize(checked)
         summary: ValidationSummary = {
@@ -101,7 +111,7 @@ def run_validate(
             "instructions": by_set["instructions"],
         }
         with replacing_folder(clean_out) as folder:
-            _write_rows(dataset, folder, quarantined)
+            _write_rows(dataset, folder, checked.quarantined)
             _write_warnings(folder / "warnings.jsonl", warned, sets, split_codes)
             write_json(folder / "validation.json", summary)
             write_manifest(folder)
@@ -120,7 +130,10 @@ def run_validate(
 
 @dataclass(frozen=True)
 class Checked:
-    """The row table of each data set, every row's split as an index into SPLITS, and the rows that fail each check."""
+    """The row table of each data set, every row's split as an index into SPLITS, and the rows that fail each check.
+
+    `quarantined` are the rows of each data set that must not be trained on, with their reasons.
+    """
 
     sets: dict[str, RowTable]
     split_codes: dict[str, NDArray[np.uint8]]
@@ -128,6 +141,7 @@ class Checked:
     failed: dict[str, Failed]
     decontamination: DecontaminationList | None
     suite: Suite
+    quarantined: dict[str, dict[int, list[str]]]
 
 
 def check_rows(config: ValidateConfig, max_length: int, dataset: Path, base_model: Path, run: StageRun) -> Checked:
@@ -147,17 +161,18 @@ def check_rows(config: ValidateConfig, max_length: int, dataset: Path, base_mode
         name: suite.failing(table.columns | flags[name] | mark_rows(KINDS[name], table), checks[name])
         for name, table in sets.items()
     }
-    return Checked(sets, split_codes, checks, failed, decontamination, suite)
+    quarantined = {name: _reasons(checks[name], failed[name], ("stop", "error")) for name in sets}
+    return Checked(sets, split_codes, checks, failed, decontamination, suite, quarantined)
 
 
 def summarize(checked: Checked) -> dict[str, DataSetSummary]:
     """What the checks found in each data set."""
-    summaries = {}
-    for name, table in checked.sets.items():
-        checks, failed = checked.checks[name], checked.failed[name]
-        quarantined = _reasons(checks, failed, ("stop", "error"))
-        summaries[name] = _summary(checks, failed, quarantined, table, checked.split_codes[name])
-    return summaries
+    return {
+        name: _summary(
+            checked.checks[name], checked.failed[name], checked.quarantined[name], table, checked.split_codes[name]
+        )
+        for name, table in checked.sets.items()
+    }
 
 
 def refusals(

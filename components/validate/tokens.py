@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from components.dataset.chat import REFUSALS, encode, encode_many
+from components.dataset.chat import REFUSALS, encode, encode_many, render_limit
 from components.dataset.records import Message
 
 PROBE = "\u241f"
@@ -91,7 +91,8 @@ class TokenCounter:
             probe = PROBE * length
             conversation = [{"role": role, "content": probe} for role in (*roles, "assistant")]
             try:
-                text: str = self.tokenizer.apply_chat_template(conversation, tokenize=False)
+                with render_limit(1):
+                    text: str = self.tokenizer.apply_chat_template(conversation, tokenize=False)
             except REFUSALS:
                 return None
             pieces = self.special.split(text)

@@ -20,7 +20,8 @@ from components.common.documents import JsonObject
 from components.common.errors import InputError
 from components.config.params import PARAMS, Config, load_config
 from components.tracking import store
-from components.tracking.run import KFP_RUN_VARIABLE, PARENT_VARIABLES
+from components.tracking.run import PARENT_VARIABLES
+from components.tracking.store import KFP_RUN_VARIABLE
 from pipelines.ci.plan import data_changed
 from pipelines.ci.revisions import Revision, default_base, find_repository, is_own
 from pipelines.data.versions import KINDS, diff

@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.console import Console
 
 from components.common.errors import InputError
+from components.common.urls import is_url
 from components.config.params import Config
 from components.orders import Facts, with_keys
-from components.sources.data import is_url
 from components.sources.facts import resolve_facts
 from pipelines.ci import outcome
 from pipelines.ci.revisions import find_repository, is_own, origin

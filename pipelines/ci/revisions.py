@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 
 from components.common.errors import InputError, single_line
+from components.common.urls import is_url
 from components.config.params import PARAMS
-from components.sources.data import LOCK, commit_of, is_url
+from components.sources.data import LOCK, commit_of
 from pipelines import git
 
 MAIN = ("origin/main", "main")

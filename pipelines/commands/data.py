@@ -161,7 +161,8 @@ def log(
     project: Project = None,
 ) -> None:
     """List the versions of the data, newest first."""
-    from components.sources.data import is_url, opened
+    from components.common.urls import is_url
+    from components.sources.data import opened
     from pipelines.data import versions as data_versions
 
     data = _data(project)
@@ -173,7 +174,10 @@ def log(
         return
     if not versions:
         where = data.repo if is_url(data.repo) else "this repository"
-        raise InputError(f"{where} has no version of the data at {revision}; commit dvc.lock after `make data`")
+        raise InputError(
+            f"{where} has no version of the data at {revision}; `git add data dvc.lock && git commit` after `dvc repro`"
+            " makes one"
+        )
     table = Table("commit", "date", "preferences", "instructions", "MB", "own sources", "message")
     for version in versions:
         name = " ".join([version["commit"][:10], *version["tags"]])
@@ -186,7 +190,7 @@ def log(
 
 def _data(project: Path | None) -> DataConfig:
     """The configured data repository; a relative path is relative to the project."""
-    from components.sources.data import is_url
+    from components.common.urls import is_url
 
     root = project_folder(project)
     data = load_config(root / PARAMS).data

@@ -29,7 +29,7 @@ import numpy as np
 from components.common.errors import InputError, InterruptedRunError, KubealignError
 from components.common.files import replacing, replacing_folder, sha256_file, write_text
 from components.config.params import Config
-from components.dataset.records import SPLITS, iter_lines, write_lines
+from components.dataset.records import NO_DATA, SPLITS, iter_lines, write_lines
 from components.prepare.convert import QUARANTINE, Converted, RowDefaults, convert_files
 from components.prepare.sources import ADDED, ROWS_FILES, Added, Sources, added_rows, read_sources, record_added
 from components.prepare.stage import prepare_data
@@ -44,6 +44,11 @@ KNOWN = ("sources.lock", "splits.lock", "statistics.json", "decontaminate.jsonl"
 """Files of the data folder that `prepare` reads."""
 BUSY = re.compile(r"acquire lock|is busy, it is being blocked")
 """DVC's messages while another DVC process works on the same repository."""
+REMEDIES = {
+    r"RWLock-file '(.+?)'": r"if no other DVC process works on this project, `rm \1`; ",
+    r"output '(.+?)' is already tracked by SCM": r"`git rm -r --cached \1` leaves it to DVC; ",
+}
+"""Failures of DVC that it does not get out of by itself, and what does."""
 WAIT_S = 600
 RETRY_EVERY_S = 2
 NAME = re.compile(r"\w[\w.-]*")
@@ -110,7 +115,7 @@ def add(
         converted = {}
         for name, paths in _files_by_source(files, defaults, sources).items():
             folder = staged / ADDED / name
-            _empty(folder)
+            folder.mkdir()
             converted[name], added = convert_files(paths, replace(defaults, source=name), folder, _print)
             _check_quarantined(name, converted[name], config.validate_.max_quarantined)
             record_added(staged / "sources.lock", {name: added})
@@ -150,12 +155,12 @@ def rename(
         if new in sources.added and name not in sources.added and _is_left(root, name):
             return {}
         entry = _expect_added(sources, name)
-        _expect_name(new, f"the source {name}", sources)
+        _expect_name(new, f"the source {name}", sources, "choose another name")
         if new in sources.added:
             raise InputError(f"data/sources.lock already has a source named {new}; choose another name")
-        before, folder = staged / ADDED / name, staged / ADDED / new
-        _empty(folder)
         rows_file = ROWS_FILES[entry.kind]
+        before, folder = added_rows(root / "data", name, entry).parent, staged / ADDED / new
+        folder.mkdir()
         write_lines(
             folder / rows_file,
             (row | {"source": new} if row["source"] == name else row for _, row in iter_lines(before / rows_file)),
@@ -204,20 +209,27 @@ def _only_writer(root: Path) -> Iterator[None]:
 
 
 def _stage(data: Path, staged: Path, config: Config, stage: Stage) -> Preview:
-    """Prepare the changed data in the folder `staged`."""
+    """Prepare the changed data in the folder `staged`.
+
+    The rows of a source that goes or is replaced are not read: they may be gone, or half replaced.
+    """
     sources = read_sources(data / "sources.lock")
     (staged / ADDED).mkdir(parents=True)
     for file in KNOWN:
         if (data / file).exists():
             shutil.copyfile(data / file, staged / file)
-    for name, added in sources.added.items():
-        (staged / ADDED / name).symlink_to(added_rows(data, name, added).resolve().parent)
     converted = stage(sources, staged)
     changed = read_sources(staged / "sources.lock")
+    for name, added in changed.added.items():
+        if name not in converted:
+            (staged / ADDED / name).symlink_to(added_rows(data, name, added).resolve().parent)
     no_other_source = not config.prepare.preferences and sources.added.keys() <= converted.keys()
     if not no_other_source and not (data / "preferences").is_dir():
-        raise InputError(f"{data}/preferences: not found; `make data` (dvc repro) makes it, `dvc pull` fetches it")
-    prepare_data(config.prepare, staged)
+        raise InputError(f"{data}/preferences: not found; {NO_DATA}")
+    try:
+        prepare_data(config.prepare, staged)
+    except InputError as error:  # what the user has to mend is not the copy
+        raise InputError(str(error).replace(str(staged), str(data))) from error
     sides = {split: _count_lines(staged / "preferences" / f"{split}.jsonl") for split in SPLITS}
     if empty := [split for split, pairs in sides.items() if not pairs]:
         raise InputError(
@@ -266,12 +278,6 @@ def _count_lines(path: Path) -> int:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
 
-def _empty(folder: Path) -> None:
-    """An empty folder in the place of the link to the source of that name, if there is one."""
-    folder.unlink(missing_ok=True)
-    folder.mkdir()
-
-
 def _is_left(root: Path, name: str) -> bool:
     """Whether an interrupted command took a source out of the lock file but not yet its rows."""
     return (root / "data" / ADDED / f"{name}.dvc").exists()
@@ -314,20 +320,20 @@ def _files_by_source(files: list[Path], defaults: RowDefaults, sources: Sources)
     by_source: dict[str, list[Path]] = {}
     for path in files:
         name = defaults.source or unicodedata.normalize("NFC", ENDINGS.sub("", path.name))
-        _expect_name(name, str(path), sources)
+        _expect_name(name, str(path), sources, "name it with --source")
         if by_source.get(name) and not defaults.source:
             raise InputError(f"{by_source[name][0]} and {path} would both be source {name}; name it with --source")
         by_source.setdefault(name, []).append(path)
     return by_source
 
 
-def _expect_name(name: str, what: str, sources: Sources) -> None:
+def _expect_name(name: str, what: str, sources: Sources, advice: str) -> None:
     if not NAME.fullmatch(name):
         raise InputError(
-            f"{what}: {name!r} cannot be a source name; set one with --source, made of letters, digits and . _ -"
+            f"{what}: {name!r} cannot be a source name, which is made of letters, digits and . _ -; {advice}"
         )
     if name in sources.preferences | sources.instructions:
-        raise InputError(f"data/sources.lock already has a source named {name}; choose another name with --source")
+        raise InputError(f"data/sources.lock already has a source named {name}; {advice}")
 
 
 def _check_quarantined(name: str, converted: Converted, max_quarantined: float) -> None:
@@ -360,8 +366,11 @@ def _dvc(root: Path, *args: str) -> None:
     if code:
         lines = [line.strip() for line in output.splitlines() if line.strip()]
         reason = next((line for line in lines if line.lower().startswith("error: ")), " ".join(lines[-3:]))
-        reason = re.sub("^error: ", "", reason, flags=re.IGNORECASE)
-        raise KubealignError(f"`dvc {' '.join(args)}` failed: {reason}; run the same command to resume")
+        reason = re.sub("^error: +", "", reason, flags=re.IGNORECASE)
+        remedy = next((match.expand(how) for what, how in REMEDIES.items() if (match := re.search(what, reason))), "")
+        raise KubealignError(
+            f"`dvc {' '.join(args)}` failed: {reason}; {remedy}once that is mended, run the same command to resume"
+        )
 
 
 def _run_dvc(root: Path, args: tuple[str, ...]) -> tuple[int, str]:

@@ -11,10 +11,20 @@ import orjson
 import yaml
 
 from components.common.errors import InputError
+from components.common.files import inside
 from components.config.data import DataConfig
-from components.dataset.records import SPLITS, iter_lines
+from components.dataset.records import NO_DATA, SPLITS, iter_lines
 from components.prepare.sources import ADDED
-from components.sources.data import DATA_SETS, WORKSPACE, data_folders, history, opened
+from components.sources.data import (
+    DATA_SETS,
+    WORKSPACE,
+    data_folders,
+    history,
+    opened,
+    recorded_digest,
+    remote_errors,
+    tracked_files,
+)
 from pipelines import git
 
 KINDS = ("added", "removed", "changed")
@@ -82,7 +92,7 @@ def log(root: Path, commit: str, path: str) -> list[dict[str, Any]]:
     tags = git.tags(root)
     versions = [(entry, outs) for entry, outs in history(root, commit, folders) if len(outs) == len(folders)]
     entries = []
-    for (entry, outs), older in zip(versions, [*(outs for _, outs in versions[1:]), {}], strict=True):
+    for (entry, outs), older in zip(versions, [*(outs for _, outs in versions[1:]), {}], strict=False):
         digests = {name: outs[folder]["md5"] for name, folder in zip(DATA_SETS, folders, strict=True)}
         if all(older.get(folder, {}).get("md5") == outs[folder]["md5"] for folder in folders):
             continue
@@ -123,19 +133,17 @@ def _fetch_version(data: DataConfig, revision: str, out: Path) -> Path:
         folder = Path(data.repo) / data.path
         missing = [name for name in DATA_SETS if not (folder / name).is_dir()]
         if missing:
-            raise InputError(
-                f"{folder / missing[0]}: not found; `make data` (dvc repro) makes it, `dvc pull` fetches it"
-            )
+            raise InputError(f"{folder / missing[0]}: not found; {NO_DATA}")
         return folder
-    with opened(data.repo, revision) as fs:
-        for name, folder_name in zip(DATA_SETS, data_folders(data.path), strict=True):
-            try:
-                fs.get(folder_name, str(out / name), recursive=True)
-            except FileNotFoundError as error:
-                raise InputError(
-                    f"{data.repo}@{revision}: the content of {folder_name} is neither in the DVC cache nor in a remote;"
-                    " try `dvc fetch --all-commits`"
-                ) from error
+    folders = data_folders(data.path)
+    with opened(data.repo, revision, folders) as fs:
+        for name, folder_name in zip(DATA_SETS, folders, strict=True):
+            digest = recorded_digest(fs, folder_name, f"{data.repo}@{revision}")
+            with remote_errors(data.repo, revision, folder_name, digest):
+                for path, file in tracked_files(fs, folder_name):
+                    target = inside(out / name, file)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    fs.get_file(path, str(target))
     return out
 
 

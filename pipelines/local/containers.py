@@ -23,13 +23,20 @@ from components.common.errors import InputError, KubealignError, single_line
 from components.common.files import digest, sha256_file
 from components.common.images import DATA_IMAGE, TRAIN_IMAGE
 from components.common.provenance import PACKAGES
-from components.sources.data import is_url
+from components.common.urls import is_url
 from components.tracking import store
 
 HOME_LABEL = "kubealign.home"
 CODE_LABEL = "kubealign.code"
-INHERITED_PREFIXES = ("AWS_", "MLFLOW_TRACKING_", "GIT_", "KUBEALIGN_", "OMP_", "GOMP_")
-"""Prefixes of the environment variables that a step's container inherits from this process."""
+INHERITED = (
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_MAX_ATTEMPTS"),
+    *("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "MLFLOW_EXPERIMENT_NAME"),
+    *("GIT_USERNAME", "GIT_PASSWORD", "GIT_HOST"),
+    *("KUBEALIGN_EVENTS", "KUBEALIGN_PARENT_RUN", "KUBEALIGN_STATE"),
+    *("OMP_NUM_THREADS", "GOMP_SPINCOUNT"),
+)
+"""The environment variables that a step's container inherits from this process; no other does, whatever its name."""
 STEP_FOLDERS = ("steps", "workspace", "checkpoints", "cache", "mlartifacts")
 """Folders below the home folder that steps write to, as its owner."""
 SERVER_STARTS_WITHIN_S = 120
@@ -125,8 +132,8 @@ def output(container: Any) -> Iterator[bytes]:
 def runner(project: Path, arguments: dict[str, Any]) -> Any:
     """KFP's DockerRunner with our settings and `run_container`.
 
-    A step's container uses this machine's network. It can read the project, the data repository and its local remotes,
-    and a base model or chat template given as a path; it can write only to the home folder and /tmp, as the home
+    A step's container uses this machine's network. It can read the data repository, the content of its local remotes,
+    and a base model given as a path; it can write only to the home folder and /tmp, as the home
     folder's owner, without capabilities.
     """
     from docker.types import Mount
@@ -153,18 +160,14 @@ def runner(project: Path, arguments: dict[str, Any]) -> Any:
 
 
 def _environment() -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name.startswith(INHERITED_PREFIXES)}
+    inherited = {name: value for name, value in os.environ.items() if name in INHERITED}
     return inherited | {"MLFLOW_TRACKING_URI": store.tracking_uri(), store.HOME_VARIABLE: str(store.home())}
 
 
 def _read_only(project: Path, arguments: dict[str, Any]) -> list[Path]:
-    """The local folders and files that the steps of a run with these arguments read, without nested ones."""
+    """The local folders that the steps of a run with these arguments read, and no others; without nested ones."""
     repo = json.loads(arguments["data_section"])["repo"]
-    paths = [
-        project,
-        project / arguments["base_model"],
-        project / json.loads(arguments["model_section"])["chat_template"],
-    ]
+    paths = [project / arguments["base_model"]]
     if not is_url(repo):
         paths += [Path(repo), *_local_stores(Path(repo))]
     existing = {path.resolve() for path in paths if path.exists()} - {store.home().resolve()}
@@ -173,14 +176,17 @@ def _read_only(project: Path, arguments: dict[str, Any]) -> list[Path]:
 
 
 def _local_stores(repo: Path) -> Iterator[Path]:
-    """The local folders that a DVC repository uses as remotes and cache."""
+    """The content in the local folders that a DVC repository uses as remotes and cache.
+
+    A commit of the repository chooses the folders, so of each no more than DVC's own part of it is mounted.
+    """
     for name in ("config", "config.local"):
         parser = configparser.ConfigParser()
         parser.read(repo / ".dvc" / name)
         for section in parser.values():
             for key in ("url", "dir"):
                 if section.get(key) and "://" not in section[key]:
-                    yield repo / ".dvc" / section[key]
+                    yield repo / ".dvc" / section[key] / "files" / "md5"
 
 
 @contextmanager

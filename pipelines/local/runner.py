@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 from components.common.errors import InputError, InterruptedRunError, StepFailedError
 from components.common.provenance import git_commit
+from components.common.urls import is_url
 from components.config.params import Config, pipeline_arguments
-from components.sources.data import is_url
 from components.stages import BY_NAME
 from components.tracking import store
 from components.tracking.errors import is_mlflow_failure
@@ -27,6 +27,7 @@ from components.tracking.keys import check_own_key
 from pipelines.local.containers import containers_for_a_run
 from pipelines.local.display import Display
 from pipelines.platform import for_its_hardware
+from pipelines.project import home_in_use
 from pipelines.quiet import QUIET
 
 STOP_AFTER_S = 5.0
@@ -66,7 +67,7 @@ def run_pipeline(config: Config, project: Path, display: Display, runner: str, c
         config = for_its_hardware(config, runner)
     arguments = run_arguments(config, project)
     uri = store.tracking_uri()
-    with containers_for_a_run() if runner == "docker" else nullcontext():
+    with home_in_use(), containers_for_a_run() if runner == "docker" else nullcontext():
         return _run_pipeline(arguments, project, display, {"runner": runner, "store": uri, "caching": caching})
 
 
@@ -192,8 +193,6 @@ def with_absolute_paths(config: Config, project: Path) -> Config:
         data = data.model_copy(update={"repo": str((project / data.repo).resolve())})
     if (project / model.base).is_dir():
         model = model.model_copy(update={"base": str((project / model.base).resolve())})
-    if (project / model.chat_template).is_file():
-        model = model.model_copy(update={"chat_template": str((project / model.chat_template).resolve())})
     return config.model_copy(update={"data": data, "model": model})
 
 

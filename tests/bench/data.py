@@ -30,7 +30,7 @@ import orjson
 import psutil
 
 from components.common.errors import DataValidationError
-from components.common.files import read_json, sha256_file, write_json
+from components.common.files import read_json, sha256_file, write_json, write_manifest
 from components.config.params import load_config
 from components.dataset.records import SPLITS, iter_lines
 from components.validate.privacy import is_identity_card, is_payment_card, is_phone
@@ -272,8 +272,10 @@ def child(project: Path) -> None:
     started = time.monotonic()
     prepare_data(config.prepare, project / "data")
     seconds["prepare"] = time.monotonic() - started
+    base = project / "base"  # as fetch writes it, with a manifest
+    shutil.copytree(ROOT / "data" / "base_model", base, copy_function=os.link, dirs_exist_ok=True)
+    write_manifest(base)
     started = time.monotonic()
-    base = ROOT / "data" / "base_model"
     reports = (project / "report.html", project / "report.md")
     try:
         run_validate(config.validate_, config.model.max_length, project / "data", base, project / "clean", *reports)

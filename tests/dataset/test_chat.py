@@ -37,7 +37,7 @@ def test_the_shipped_templates_encode_many_turns(tiny_model: Path, name: str) ->
 def test_no_template_is_guessed() -> None:
     with pytest.raises(InputError, match="set model.chat_template to chatml, llama2 or a Jinja file"):
         choose_template("model", None)
-    with pytest.raises(InputError, match="model.chat_template=chatlm: neither `model`, chatml, llama2, nor a file"):
+    with pytest.raises(InputError, match="model.chat_template=chatlm: neither `model`, chatml, llama2, nor a template"):
         choose_template("chatlm", "own")
 
 

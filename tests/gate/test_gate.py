@@ -43,7 +43,7 @@ def results(p_value: float = 0.001, gain: float = 0.1, **changed: Any) -> Any:
     models: dict[str, Any] = {name: {"generation": copy.deepcopy(written)} for name in ("sft", "policy", "incumbent")}
     models["policy"]["policy_metrics"] = {"loss": estimate(0.6)}
     found = {
-        "bootstrap": RESAMPLES,
+        "bootstrap_resamples": RESAMPLES,
         "loss_type": "sigmoid",
         "models": models,
         "comparisons": {"sft": comparison, "incumbent": copy.deepcopy(comparison)},

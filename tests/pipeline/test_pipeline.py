@@ -176,40 +176,6 @@ def test_a_new_champion_reruns_only_the_evaluation(project: Project, first: dict
     assert project.cli("verify", found["model_uri"]).returncode == 0
 
 
-def test_an_edited_stage_reruns_itself_and_what_follows_and_judges_again_when_another_run_overtakes(
-    project: Project, first: dict[str, Any]
-) -> None:
-    path = project.code / "components" / "dpo" / "stage.py"
-    path.write_text(path.read_text() + "EDITED = True\n")
-    process = subprocess.Popen(
-        project.command(),
-        cwd=project.elsewhere,
-        env=project.environment | {"PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout
-    lines: list[str] = []
-    number = 0
-    for line in process.stdout:
-        lines.append(line.rstrip())
-        if lines[-1] == "evaluate: started" and not number:
-            audit = Audit.find(project.client(), "kubealign")
-            assert audit
-            (test_set,) = audit.test_sets()
-            number = len(audit.decisions(test_set)) + 1
-            assert audit.claim_decision(test_set, number, "another run's")
-    assert process.wait() == 0, "\n".join(lines)
-    again = next(index for index, line in enumerate(lines) if line.endswith("evaluating again"))
-    assert started(lines[:again]) == since("dpo")
-    assert [line for line in lines[again:] if line.endswith(": started")] == [
-        f"{step}: started" for step in STAGE_NAMES if step in since("evaluate")
-    ]
-    found = project.report()
-    assert found["verdict"]["decision_index"] == number + 1 and found["decided"]["state"] == "gate_failed"
-
-
 def test_another_base_model_reruns_everything_and_a_stopped_run_goes_on_and_leaves_no_child(
     project: Project, first: dict[str, Any]
 ) -> None:
@@ -244,12 +210,40 @@ def test_another_base_model_reruns_everything_and_a_stopped_run_goes_on_and_leav
     assert ran(done) == since("sft")
 
 
-def test_a_changed_row_reruns_everything(project: Project, first: dict[str, Any]) -> None:
+def test_a_changed_row_reruns_everything_and_judges_again_when_another_run_overtakes(
+    project: Project, first: dict[str, Any]
+) -> None:
     path = project.root / "data" / "preferences" / "train.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[1:]))
-    assert ran(project.run()) == ALL
-    assert project.report()["preferences_digest"] != first["preferences_digest"]
+    lines_of_rows = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines_of_rows[1:]))
+    process = subprocess.Popen(
+        project.command(),
+        cwd=project.elsewhere,
+        env=project.environment | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout
+    lines: list[str] = []
+    number = 0
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        if lines[-1] == "evaluate: started" and not number:
+            audit = Audit.find(project.client(), "kubealign")
+            assert audit
+            (test_set,) = audit.test_sets()
+            number = len(audit.decisions(test_set)) + 1
+            assert audit.claim_decision(test_set, number, "another run's")
+    assert process.wait() == 0, "\n".join(lines)
+    again = next(index for index, line in enumerate(lines) if line.endswith("evaluating again"))
+    assert started(lines[:again]) == ALL
+    assert [line for line in lines[again:] if line.endswith(": started")] == [
+        f"{step}: started" for step in STAGE_NAMES if step in since("evaluate")
+    ]
+    found = project.report()
+    assert found["preferences_digest"] != first["preferences_digest"]
+    assert found["verdict"]["decision_index"] == number + 1 and found["decided"]["state"] == "gate_failed"
 
 
 def test_a_malformed_line_stops_with_file_line_and_exit_code_2(project: Project, first: dict[str, Any]) -> None:
@@ -269,3 +263,10 @@ def test_a_malformed_line_stops_with_file_line_and_exit_code_2(project: Project,
         assert "no rows; expected at least one" in project.run().stderr
     finally:
         path.write_text(text)
+
+
+@pytest.mark.long
+def test_an_edited_stage_reruns_itself_and_what_follows(project: Project, first: dict[str, Any]) -> None:
+    path = project.code / "components" / "dpo" / "stage.py"
+    path.write_text(path.read_text() + "EDITED = True\n")
+    assert ran(project.run()) == since("dpo")

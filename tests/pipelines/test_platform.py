@@ -197,7 +197,7 @@ def test_secrets_are_named_never_copied(tmp_path: Path) -> None:
     secret = {
         "mlflow": {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"},
         "s3": {"access_key": "AWS_ACCESS_KEY_ID", "secret_key": "AWS_SECRET_ACCESS_KEY"},
-        "git": {"username": "GIT_USERNAME", "password": "GIT_PASSWORD"},
+        "git": {"username": "GIT_USERNAME", "password": "GIT_PASSWORD", "host": "GIT_HOST"},
     }
     keys = {"signing_key", "cache_key", "public_keys"}
     for stage in STAGE_NAMES:
@@ -339,7 +339,7 @@ def test_a_setting_that_would_not_hold_in_a_cluster_is_refused(override: str, me
     [
         ([REMOTE[0], "data.revision=workspace"], "data.revision=workspace: a pod sees no folder of this machine; set"),
         (["data.repo=.", REMOTE[1]], "data.repo=., .*set data.repo to the URL of the git repository"),
-        (["data.repo=file:///home/me/x", REMOTE[1]], "data.repo=file:///home/me/x, .*a pod sees no folder"),
+        (["data.repo=git@git.example.com:x.git", REMOTE[1]], "data.repo=git@git.example.com:x.git: .*https URL"),
         ([*REMOTE, "cluster.mlflow_uri=''"], "cluster.mlflow_uri is empty: .*name your MLflow server"),
     ],
 )

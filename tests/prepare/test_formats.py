@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import lzma
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import pytest
 from components.common.errors import InputError, RowError
 from components.dataset.language import guess_language
 from components.dataset.records import read_lines
+from components.dataset.rendered import has_markers, parse_rendered, strip_ending
 from components.prepare.convert import RowDefaults, convert_files
+from components.prepare.files import read_rows
 from components.prepare.formats import FORMATS, convert, detect
 from tests.conftest import ROOT
+from tests.support.public_schemas import FILES, texts, write_files
 from tests.tools.component_readmes import FORMATS_START, formats, renewed
 
 Q, G, B = "What is the capital of France?", "It is Paris.", "Lyon, I think."
@@ -24,6 +28,10 @@ Q, G, B = "What is the capital of France?", "It is Paris.", "Lyon, I think."
 
 def said(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
+
+
+def parts(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "value": text}], "loss_weight": 0.0}
 
 
 def human(who: str, value: str) -> dict[str, str]:
@@ -111,6 +119,7 @@ SCHEMAS: dict[str, tuple[dict[str, Any], list[Any]]] = {
         {"system": "Be brief.", "history": [["Hi", "Hello"]], "query": Q, "response": G, "rejected_response": B},
         TURNS,
     ),
+    "openrlhf: an input template": ({"prompt": f"User: {Q}\nAssistant: "} | ANSWERS, PROMPT),
     "openrlhf": ({"context_messages": PROMPT, "chosen": [assistant(G)], "rejected": [assistant(B)]}, PROMPT),
     "nemo-rl: ranks from 0": (
         {
@@ -178,6 +187,118 @@ SCHEMAS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     ),
     "shp": ({"post_id": "x", "domain": "y", "history": Q, "human_ref_A": G, "human_ref_B": B, "labels": 1}, PROMPT),
     "stack exchange": ({"question": Q, "response_j": G, "response_k": B, "qid": 7}, PROMPT),
+    "h4: answers of the judge beside them": (
+        {"instruction": Q, "generations": [G, B], "rationales": ["x"], "ratings": [5, 1], "model_names": ["a", "b"]}
+        | {"prompt": Q, "distilabel_metadata": {"raw": [user("x")]}, "chosen_rating": 5, "rejected_rating": 1}
+        | {"chosen": [user(Q), assistant(G)], "rejected": [user(Q), assistant(B)]},
+        PROMPT,
+    ),
+    "distilabel's orca pairs": (
+        {"system": "Be brief.", "input": Q, "generations": [G, B], "order": ["chosen", "rejected"]}
+        | {"labelling_prompt": [user("x")], "rating": [9.0, 3.0], "status": "unchanged", "original_chosen": G}
+        | ANSWERS,
+        BRIEF,
+    ),
+    "distilabel: generations and ratings": (
+        {"instruction": Q, "generations": [B, "Rome.", G], "ratings": [1, 2, 5]},
+        PROMPT,
+    ),
+    "answers and rewards": ({"prompt": Q, "responses": [B, G], "rewards": ["-1.5", "0.5"]}, PROMPT),
+    "answers and ranks": ({"prompt": Q, "responses": [B, G], "ranks": [2, 1]}, PROMPT),
+    "llama-factory: v1": (
+        {
+            "chosen_messages": [parts("system", "Be brief."), parts("user", Q), parts("assistant", G)],
+            "rejected_messages": [parts("system", "Be brief."), parts("user", Q), parts("assistant", B)],
+        },
+        BRIEF,
+    ),
+    "llama-factory: history beside conversations": (
+        {"system": "Be brief.", "history": '[["Hi", "Hello"]]', "conversations": [human("human", Q)], "tools": "[]"}
+        | {"chosen": human("gpt", G), "rejected": human("gpt", B)},
+        TURNS,
+    ),
+    "ms-swift: channel, margin and losses of turns": (
+        {"messages": [*TURNS[:2], assistant("Hello") | {"loss": False, "loss_scale": 0.0}, user(Q), assistant(G)]}
+        | {"rejected_response": [assistant(B)], "channel": "math", "margin": 0.5},
+        TURNS,
+    ),
+    "ms-swift: exchanges": (
+        {"system": "Be brief.", "rejected_response": B}
+        | {"conversation": [{"human": "Hi", "assistant": "Hello"}, {"human": Q, "assistant": G}]},
+        TURNS,
+    ),
+    "helpsteer2: strength of the preference": (
+        {"split": "train", "prompt": Q, "response_1": G, "response_2": B, "preference_strength": -2}
+        | {"preference_statement": "1 is better", "all_preferences_unprocessed": [{"strength": -2, "statement": "x"}]},
+        PROMPT,
+    ),
+    "alpaca-farm, rlcd": ({"instruction": Q, "input": None, "output_1": B, "output_2": G, "preference": 2.0}, PROMPT),
+    "webgpt": ({"question": Q, "answer_0": G, "answer_1": B, "score_0": "0.5", "score_1": "-0.5"}, PROMPT),
+    "lmsys: lists written as JSON": (
+        {"id": 1, "model_a": "x", "model_b": "y", "prompt": json.dumps([Q]), "response_a": json.dumps([B])}
+        | {"response_b": json.dumps([G]), "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0},
+        PROMPT,
+    ),
+    "two answers and the better model": (
+        {
+            "messages": BRIEF,
+            "model_a": "gpt-4",
+            "model_b": "llama",
+            "response_a": B,
+            "response_b": G,
+            "winner": "Llama",
+        },
+        BRIEF,
+    ),
+    "two answers in Chinese": ({"问题": Q, "回答A": B, "回答B": G, "更好": "回答B"}, PROMPT),
+    "arena, whole": (
+        {
+            "question_id": "x",
+            "model_a": "x",
+            "model_b": "y",
+            "winner": "model_b",
+            "judge": "u",
+            "turn": 1,
+            "anony": True,
+        }
+        | {"language": "English", "tstamp": 1.5, "toxic_chat_tag": {"t5": {"flagged": False}}}
+        | {"openai_moderation": {"categories": {"hate": False}}}
+        | {
+            "conversation_a": [user(Q) | {"num_tokens": "3"}, assistant(B)],
+            "conversation_b": [user(Q) | {"num_tokens": "3"}, assistant(G)],
+        },
+        PROMPT,
+    ),
+    "pku-saferlhf, whole": (
+        {"prompt": Q, "response_0": G, "response_1": B, "response_0_source": "x", "response_0_sha256": "0a"}
+        | {"better_response_id": 0, "safer_response_id": 1, "response_0_harm_category": {"Violence": False}},
+        PROMPT,
+    ),
+    "rm-static: the chosen answer again": (
+        {"prompt": HH, "response": f" {G}", "chosen": f" {G}", "rejected": f" {B}"},
+        HH_TURNS,
+    ),
+    "cvalues": ({"prompt": Q, "pos_resp": G, "neg_resp": B, "pos_type": "拒绝为主", "neg_type": "风险回复"}, PROMPT),
+    "hh in Chinese": (
+        {"context": [{"role": "human", "text": Q}]}
+        | {"chosen": {"role": "assistant", "text": G}, "rejected": {"role": "assistant", "text": B}},
+        PROMPT,
+    ),
+    "traditional characters": ({"系統": "Be brief.", "問題": Q, "選擇的回答": G, "拒絕的回答": B}, BRIEF),
+    "other Chinese names": ({"编号": "七", "提问": Q, "优质回答": G, "劣质回答": B, "类别": "地理"}, PROMPT),
+    "accepted and refused in Chinese": ({"用户问题": Q, "接受的回答": G, "未采纳的答案": B}, PROMPT),
+    "better and worse": ({"problem": Q, "better_response": G, "worse_response": B}, PROMPT),
+    "camel case": ({"systemPrompt": "Be brief.", "userPrompt": Q, "chosenResponse": G, "rejectedResponse": B}, BRIEF),
+    "wide letters and a byte order mark": ({"\ufeffｐｒｏｍｐｔ": Q} | ANSWERS, PROMPT),
+    "a number as text, as tables have it": (
+        {"prompt": Q, "score_chosen": "7.5", "score_rejected": "3", "flag": "True"} | ANSWERS,
+        PROMPT,
+    ),
+    "null and empty beside messages": (
+        {"prompt": [user(Q) | {"tool_calls": None, "audio": None}], "chosen": [assistant(G) | {"tool_calls": []}]}
+        | {"rejected": [assistant(B)], "tools": [None], "images": [], "chat_template_kwargs": None},
+        PROMPT,
+    ),
     "roles in capitals": (
         {"prompt": [said("Human", Q)], "chosen": [said("Assistant", G)], "rejected": [said("ASSISTANT", B)]},
         PROMPT,
@@ -277,6 +398,30 @@ RENDERED: dict[str, tuple[dict[str, Any], list[Any]]] = {
         {"chosen": f"### Human: {Q}### Assistant: {G}", "rejected": f"### Human: {Q}### Assistant: {B}"},
         PROMPT,
     ),
+    "DeepSeek with a system message": (
+        {"prompt": f"<｜begin▁of▁sentence｜>Be brief.<｜User｜>{Q}<｜Assistant｜>"} | ANSWERS,
+        BRIEF,
+    ),
+    "plain names": (
+        {"prompt": f"System: Be brief.\nUser: Hi\n\nAssistant: Hello\nUser: {Q}\nAssistant:"} | ANSWERS,
+        TURNS,
+    ),
+    "plain names in both answers": (
+        {"chosen": f"User: {Q}\nAssistant: {G}", "rejected": f"User: {Q}\nAssistant: {B}"},
+        PROMPT,
+    ),
+    "plain names in Chinese": ({"prompt": f"用户：{Q}\n助手："} | ANSWERS, PROMPT),
+    "ChatGLM": (
+        {"prompt": f"[Round 1]\n\n问：Hi\n\n答：Hello\n\n[Round 2]\n\n问：{Q}\n\n答："} | ANSWERS,
+        [user("Hi"), assistant("Hello"), user(Q)],
+    ),
+    "ChatML in both answers": (
+        {
+            name: f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+            for name, answer in ANSWERS.items()
+        },
+        PROMPT,
+    ),
     "JSON": ({"prompt": json.dumps(BRIEF)} | ANSWERS, BRIEF),
     "JSON as Python writes it": ({"prompt": str(BRIEF)} | ANSWERS, BRIEF),
 }
@@ -305,12 +450,68 @@ def test_a_prompt_that_both_answers_begin_with_ends_at_a_word_and_is_noted(
     assert (found.prompt, found.answers, found.note) == ([user(prompt)], answers, IMPLICIT)
 
 
+QUOTED = {
+    "a chat that is quoted": "Summarize this.\nUser: hi\nAssistant: hello",
+    "one name alone": "User: who are you?",
+    "a question in Chinese": "问：为什么？",
+    "a list": "[1, 2] is a list?",
+    "a player of HTML": "<video>\n<source src=a></video> does not play",
+}
+
+
+@pytest.mark.parametrize("name", QUOTED)
+def test_what_only_looks_rendered_stays_as_it_is(name: str) -> None:
+    (found,) = convert({"prompt": QUOTED[name]} | ANSWERS, "trl")
+    assert (found.prompt, found.answers) == ([user(QUOTED[name])], (G, B))
+
+
+FOREIGN_TEMPLATES = {
+    "GLM": "[gMASK]<sop><|user|>\nQ<|assistant|>\n",
+    "Phi 4": "<|im_start|>user<|im_sep|>Q<|im_end|><|im_start|>assistant<|im_sep|>",
+    "gpt-oss": "<|start|>user<|message|>Q<|end|><|start|>assistant",
+    "Cohere": "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>Q<|END_OF_TURN_TOKEN|>",
+    "InternLM": "<|User|>:Q<eoh>\n<|Bot|>:",
+    "Baichuan": "<reserved_106>Q<reserved_107>",
+    "MiniCPM": "<用户>Q<AI>",
+    "a turn of a tool": "<|im_start|>user\nQ<|im_end|>\n<|im_start|>tool\nx<|im_end|>\n<|im_start|>assistant\n",
+    "JSON with a turn of a tool": json.dumps([user("Q"), said("tool", "x")]),
+    "Qwen's pictures": "<|vision_start|><|image_pad|><|vision_end|>What is it?",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN_TEMPLATES)
+def test_a_template_that_cannot_be_taken_apart_stays_text_with_markers_for_validate(name: str) -> None:
+    (found,) = convert({"prompt": FOREIGN_TEMPLATES[name]} | ANSWERS, "trl")
+    assert found.prompt == [user(FOREIGN_TEMPLATES[name].strip())]
+    assert has_markers(found.prompt[0]["content"])
+
+
+HOSTILE = {
+    "spaces": "Human: " + " " * 1_000_000 + "x",
+    "line ends": "User: " + "\n" * 1_000_000 + "x",
+    "openings": "[INST]" * 170_000,
+    "systems": "[INST]<<SYS>>a[/INST]" * 50_000,
+    "turns": "问：\n" * 300_000,
+    "endings": "a" + "</s> " * 200_000,
+    "hashes": "### Instruction:\n" + "\n ###" * 200_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_text_of_markers_takes_no_quadratic_time(name: str) -> None:
+    """A million characters took minutes with patterns that begin anywhere in white space; here a second or two."""
+    began = time.process_time()
+    parse_rendered(HOSTILE[name])
+    strip_ending(HOSTILE[name])
+    assert time.process_time() - began < 5
+
+
 DIALOGUES = {"chosen": [user(Q), assistant(G)], "rejected": [user(Q), assistant(B)]}
 TOOL = {"role": "assistant", "content": G, "tool_calls": [{"id": 1}]}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no answer": ({"prompt": Q, "chosen": G}, "no 'rejected'"),
     "a number": ({"prompt": Q, "chosen": 7, "rejected": B}, "'chosen' is a number; expected text"),
-    "an object": ({"prompt": {"a": 1}} | ANSWERS, "'prompt' holds a message whose role is none of system"),
+    "an object": ({"prompt": {"a": 1}} | ANSWERS, "'prompt' holds a message with no role"),
     "no common beginning": ({"chosen": "yes", "rejected": "no"}, "do not begin with the same whole words"),
     "a half word": ({"chosen": "天空是蓝色的", "rejected": "天空是绿色的"}, "do not begin with the same whole words"),
     "a beginning": ({"chosen": "The sky", "rejected": "The sky is blue"}, "one answer is the beginning of the other"),
@@ -332,7 +533,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a function's turn": (
         {"conversations": [human("human", Q), human("function_call", "x")], "chosen": human("gpt", G), "rejected": B},
-        "a message whose role is none of system",
+        "a message with the role 'function_call'",
     ),
     "the user's answer": (
         {"conversations": [human("human", Q)], "chosen": human("human", G), "rejected": human("gpt", B)},
@@ -353,8 +554,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "need at least two different scores",
     ),
     "no score": ({"instruction": Q, "completions": [{"response": "a"}, {"response": "b"}]}, "has no score"),
-    "a score of N/A": ({"instruction": Q, "completions": [{"response": "a", "score": "N/A"}]}, "is no number"),
-    "a score of nan": ({"instruction": Q, "completions": [{"response": "a", "score": "nan"}]}, "not finite"),
+    "a score of N/A": ({"instruction": Q, "completions": [{"response": "a", "score": "N/A"}]}, "not a finite number"),
+    "a score of nan": ({"instruction": Q, "completions": [{"response": "a", "score": "nan"}]}, "not a finite number"),
     "contradicting scores": (
         {
             "instruction": Q,
@@ -364,6 +565,78 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             ],
         },
         "contradict each other",
+    ),
+    "another template's settings": (
+        {"prompt": Q, "chat_template_kwargs": {"enable_thinking": False}} | ANSWERS,
+        "'chat_template_kwargs' is not read",
+    ),
+    "several columns": (
+        {"prompt": Q, "title": "x", "user": "y", "参考资料": ["z"]} | ANSWERS,
+        "'title' and 'user' and '参考资料' are not read .*--ignore title --ignore user --ignore 参考资料",
+    ),
+    "a column that may be the prompt": (
+        {"ask": Q, "chosen": "It is so.", "rejected": "It is not."},
+        "'ask' is not read",
+    ),
+    "an answer that is known": ({"question": Q, "answer": "Paris"} | ANSWERS, "'answer' is not read"),
+    "a picture in the text": ({"prompt": f"{Q}\n<image>"} | ANSWERS, "has a <image>"),
+    "thoughts beside the text": (
+        {"prompt": PROMPT, "chosen": [assistant(G) | {"reasoning_content": "x"}], "rejected": [assistant(B)]},
+        "'reasoning_content', which is not supported",
+    ),
+    "a part of reasoning": (
+        {
+            "prompt": PROMPT,
+            "chosen": [said("assistant", [{"type": "reasoning", "value": "x"}])],
+            "rejected": [assistant(B)],
+        },
+        "a part of type reasoning",
+    ),
+    "an answer without its role": ({"prompt": Q, "chosen": {"content": G}, "rejected": {"content": B}}, "no role"),
+    "a status of tie": ({"prompt": Q, "status": "tie"} | ANSWERS, "a tie: 'status' says 'tie'"),
+    "a winner in Chinese": ({"prompt": Q, "胜者": "平局"} | ANSWERS, "a tie: '胜者' says '平局'"),
+    "two equal ratings": ({"prompt": Q, "rating": [4, 4.0]} | ANSWERS, "a tie: the two numbers of 'rating'"),
+    "a flag of a tie": ({"prompt": Q, "is_tie": True} | ANSWERS, "a tie"),
+    "no margin": ({"prompt": Q, "margin": "0.0"} | ANSWERS, "'margin' is 0"),
+    "no preference": ({"prompt": Q, "overall_preference": 0} | ANSWERS, "a tie: 'overall_preference' is 0"),
+    "a tie in numbers as text": ({"prompt": Q, "score_chosen": "3", "score_rejected": "3.0"} | ANSWERS, "a tie"),
+    "a tie of generations": ({"prompt": Q, "generations": [G, B], "ratings": [4, 4]}, "a tie"),
+    "a rating too few": (
+        {"prompt": Q, "generations": [G, B], "ratings": [4, None]},
+        "'ratings' is expected to be 2 numbers",
+    ),
+    "steps with labels": (
+        {"prompt": Q, "completions": ["a", "b"], "labels": [True, False]},
+        "the answers have no scores",
+    ),
+    "pictures of a completion": (
+        {"prompt": Q, "completions": [{"response": G, "score": 2, "images": ["0.png"]}, {"response": B, "score": 1}]},
+        "a completion has 'images'",
+    ),
+    "a context that is no conversation": (
+        {
+            "context": Q,
+            "completions": [{"rank": 0, "completion": [assistant(G)]}, {"rank": 1, "completion": [assistant(B)]}],
+        },
+        "'context' is not read",
+    ),
+    "two verdicts": (
+        {"prompt": Q, "response_a": G, "response_b": B, "winner": "a", "preference": "b"},
+        "contradict each other",
+    ),
+    "a verdict that names neither": (
+        {"prompt": Q, "response_a": G, "response_b": B, "winner": 0},
+        "'winner' says '0'; expected a, b or tie",
+    ),
+    "both bad": ({"prompt": Q, "response_a": G, "response_b": B, "winner": "both_bad"}, "a tie: 'winner'"),
+    "equal scores of two answers": ({"prompt": Q, "answer_0": G, "answer_1": B, "score_0": 0, "score_1": 0.0}, "a tie"),
+    "quotes of two answers": (
+        {"question": Q, "answer_0": G, "answer_1": B, "score_0": 1, "score_1": 0, "quotes_0": {"extract": ["x"]}},
+        "'quotes_0' is not read",
+    ),
+    "several turns of each model": (
+        {"prompt": '["Hi", "Q"]', "response_a": '["Yo", "G"]', "response_b": '["Hello", "B"]', "winner": "a"},
+        "differ in more than one final message",
     ),
     "unpaired": ({"prompt": Q, "completion": G, "label": False}, "unpaired feedback"),
     "unpaired messages": ({"messages": [user(Q), assistant(G)], "label": True}, "unpaired feedback"),
@@ -387,6 +660,8 @@ INSTRUCTIONS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "swift": ({"query": Q, "response": G, "history": []}, PROMPT),
     "a rendered text": ({"text": f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n{G}<|im_end|>\n"}, PROMPT),
     "guanaco": ({"text": f"### Human: {Q}### Assistant: {G}"}, PROMPT),
+    "exchanges": ({"conversations": [{"user": "Hi", "assistant": "Hello"}, {"user": Q, "assistant": G}]}, TURNS[1:]),
+    "llama-factory: v1": ({"messages": [parts("user", Q), parts("assistant", G)]}, PROMPT),
     "in Chinese": ({"指令": Q, "输入": "", "输出": G}, PROMPT),
 }
 
@@ -413,9 +688,21 @@ def test_every_format_reads_its_own_example() -> None:
 
 @pytest.mark.parametrize(
     ("text", "lang"),
-    [("法国的首都是哪里？巴黎。", "zh"), ("What is 巴黎?", "en"), ("用 Python 写一个函数，打印列表", "zh"), ("", "en")],
+    [
+        ("法国的首都是哪里？巴黎。", "zh"),
+        ("What is 巴黎?", "en"),
+        ("用 Python 写一个函数，打印列表", "zh"),
+        ("", "en"),
+        ("法國的首都是哪裡？", "zh"),
+        ("日语的「の」是什么意思？", "zh"),
+        ("Let α, β and γ be angles; what is α + β + γ?", "en"),
+        ("フランスの首都はどこですか？パリです。", None),
+        ("令和元年度の経済産業省の報告書について", None),
+        ("프랑스의 수도는 어디입니까?", None),
+        ("Какой город столица Франции?", None),
+    ],
 )
-def test_the_script_tells_the_language(text: str, lang: str) -> None:
+def test_the_script_tells_the_language(text: str, lang: str | None) -> None:
     assert guess_language([text]) == lang
 
 
@@ -578,6 +865,18 @@ def test_the_first_rows_are_kept_as_they_will_be_trained_and_assumptions_are_cou
     assert done.samples == read_lines(tmp_path / "out" / "pairs.jsonl")[:3]
 
 
+def test_files_in_the_schemas_of_public_data_sets_are_read_whole(tmp_path: Path) -> None:
+    for file in write_files(tmp_path):
+        done, _ = converted(tmp_path, file)
+        pairs = read_lines(tmp_path / "out" / "pairs.jsonl")
+        assert (done.rows, done.quarantined, done.notes) == (200, 0, {}), file.name
+        _, subjects, kinds = FILES[file.name]
+        expected = sorted((good, bad) for _, good, bad in texts(subjects, kinds))
+        assert sorted((pair["chosen"], pair["rejected"]) for pair in pairs) == expected
+        asked = sorted(pair["prompt"][-1]["content"] for pair in pairs)
+        assert asked == sorted(question for question, _, _ in texts(subjects, kinds))
+
+
 def test_instructions_are_a_kind_of_their_own(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", {"instruction": "Who?", "input": "", "output": "A model."})
     with pytest.raises(InputError, match="instructions rather than pairs; add them for SFT: --instructions"):
@@ -587,8 +886,32 @@ def test_instructions_are_a_kind_of_their_own(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "out" / "instructions.jsonl")[0]["response"] == "A model."
     with pytest.raises(InputError, match="its rows are preference pairs"):
         converted(tmp_path, write(tmp_path / "b.jsonl", GOOD), kind="instructions")
+
+
+@pytest.mark.parametrize("kind", ["preferences", "instructions"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": Q, "completion": B, "label": False},
+        {"messages": [user(Q), assistant(B)], "label": "false"},
+        {"conversations": [human("human", Q), human("gpt", B)], "kto_tag": 0},
+        {"prompt": Q, "response": B, "category": {"Violence": True}, "is_safe": False},
+    ],
+)
+def test_an_answer_with_a_label_is_neither_a_pair_nor_an_instruction(tmp_path: Path, row: Any, kind: str) -> None:
     with pytest.raises(InputError, match="unpaired feedback"):
-        converted(tmp_path, write(tmp_path / "c.jsonl", {"prompt": "Who?", "completion": "I.", "label": True}))
+        converted(tmp_path, write(tmp_path / "a.jsonl", row), kind=kind)
+
+
+@pytest.mark.parametrize(
+    "question", ["フランスの首都はどこですか？", "프랑스의 수도는 어디입니까?", "Какой город столица?"]
+)
+def test_a_row_in_another_script_is_set_aside_unless_its_language_is_given(tmp_path: Path, question: str) -> None:
+    row = {"prompt": question, "chosen": question[:4], "rejected": question[-4:]}
+    file = write(tmp_path / "a.jsonl", GOOD, row)
+    done, _ = converted(tmp_path, file)
+    assert (done.rows, done.quarantined) == (1, 1) and "another language" in next(iter(done.reasons))
+    assert converted(tmp_path, file, language="zh")[0].rows == 2
 
 
 @pytest.mark.parametrize(
@@ -610,3 +933,43 @@ def test_a_file_that_cannot_be_used_is_a_clear_error(
 ) -> None:
     with pytest.raises(InputError, match=message):
         converted(tmp_path, write(tmp_path / "a.jsonl", *rows), **changes)
+
+
+def read_array(tmp_path: Path, content: bytes) -> list[Any]:
+    path = tmp_path / "rows.json"
+    path.write_bytes(content)
+    return [row for _, row, _ in read_rows(path)]
+
+
+def test_an_array_is_read_entry_by_entry_whatever_its_blocks_cut(tmp_path: Path) -> None:
+    """Texts of two and three bytes, escapes and brackets, over several blocks; the file is never whole in memory."""
+    import tracemalloc
+
+    rows = [{"text": f'é中"\\[{{{i}' * 3000, "number": -1.5e-3, "nested": {"a": [None, True]}} for i in range(400)]
+    for indent in (None, 1):
+        assert read_array(tmp_path, json.dumps(rows, indent=indent, ensure_ascii=False).encode("utf-8-sig")) == rows
+    path = tmp_path / "rows.json"
+    tracemalloc.start()
+    assert sum(1 for _ in read_rows(path)) == 400
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"a": 1},\n {"a":]', r"rows\.json:2: not valid JSON .*column 7"),
+        (b'[{"a": 1},\n {"b": 2} {"c": 3}]', r"rows\.json:2: not valid JSON .*column 11"),
+        (b'[{"a": 1}', r"rows\.json:1: not valid JSON"),
+        (b'[{"a": 1},]', r"rows\.json:1: not valid JSON"),
+        (b'[{"a": 1}] [', r"rows\.json:1: not valid JSON"),
+        (b'[{"a": 1}, 7]', "entry 2: expected a flat JSON object, found int"),
+        (b'[{"a": ' + b"[" * 5000, "entry 1: nested too deep"),
+        (b'[{"a": "' + b"x" * (17 << 20) + b'"}]', "entry 1: longer than 16 MiB"),
+        (b'[{"a": "\xff"}]', "not UTF-8"),
+    ],
+)
+def test_a_broken_array_is_named_with_line_or_entry(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_array(tmp_path, content)

@@ -14,19 +14,6 @@ from components.prepare.stage import prepare_data
 from tests.conftest import ROOT
 
 
-def test_a_package_with_another_hash_is_refused(tmp_path: Path) -> None:
-    sources = read_sources(ROOT / "data" / "sources.lock")
-    wrong = {name: package.model_copy(update={"sha256": "0" * 64}) for name, package in sources.packages.items()}
-    with pytest.raises(InputError, match=r"llamafactory-0.9.5.tar.gz: cannot be downloaded.*(?i:hash)"):
-        unpack(
-            sources.model_copy(update={"packages": wrong}),
-            sources.preferences["dpo_en_demo"],
-            tmp_path,
-            tmp_path / "out.json",
-        )
-    assert not (tmp_path / "out.json").exists()
-
-
 def test_a_truncated_archive_and_a_changed_member_are_refused(tmp_path: Path) -> None:
     import tarfile
 

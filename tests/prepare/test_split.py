@@ -9,7 +9,8 @@ import pytest
 
 from components.common.errors import InputError
 from components.dataset.records import read_lines
-from components.dataset.similarity import find_frames, prompt_key, prompt_text, sketch
+from components.dataset.similarity import find_frames
+from components.dataset.sketches import prompt_key, prompt_text, sketch
 from components.prepare.split import Assignment, assign_prompts, read_splits, write_splits
 from tests.conftest import ROOT
 from tests.support.prompts import LONG

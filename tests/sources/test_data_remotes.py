@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from components.tracking import store
 from tests.conftest import ROOT
 from tests.support.remotes import FOLDER, Remote, fetch, source
 from tests.support.repositories import dvc, git
-from tests.support.services import S3, free_port, git_http_server, s3_server
+from tests.support.services import S3, git_http_server, s3_server
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.integration
@@ -71,15 +70,6 @@ def assert_whole(remote: Remote, dataset: Path, files: int, size: int) -> None:
 # ---- by path and URL, without git
 
 
-def answers(port: int) -> bool:
-    """Whether somebody listens on a port of this machine."""
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        return False
-    return True
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Remote, str]]:
     """A repository with a local DVC remote, and its address at a real git server."""
@@ -87,15 +77,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Remote, s
     remote = make_remote(tmp_path / "repo", str(tmp_path / "store"), 1000, 2)
     dvc(remote.root, "push", "-q")
     remote.wipe()
-    number = free_port()
-    words = ["git", "daemon", "--export-all", f"--base-path={tmp_path}", "--listen=127.0.0.1", f"--port={number}"]
-    process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.DEVNULL)
-    try:
-        wait_until(lambda: answers(number), "the git server")
-        yield remote, f"git://127.0.0.1:{number}/repo"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
+    with git_http_server(tmp_path) as http:
+        yield remote, f"{http}/repo"
 
 
 SCRIPT = """
@@ -111,7 +94,7 @@ for number, repo in enumerate(sys.argv[2:]):
 """
 
 
-def test_a_path_and_urls_give_the_same_commit_digests_and_files_without_a_git_binary(
+def test_a_path_and_a_url_give_the_same_commit_digests_and_files_without_a_git_binary(
     served: tuple[Remote, str], tmp_path: Path
 ) -> None:
     remote, url = served
@@ -119,24 +102,44 @@ def test_a_path_and_urls_give_the_same_commit_digests_and_files_without_a_git_bi
     empty.mkdir()
     out = tmp_path / "out"
     environment = os.environ | {"PATH": str(empty), "PYTHONPATH": str(ROOT), "KUBEALIGN_HOME": str(tmp_path / "home")}
-    with git_http_server(remote.root.parent) as http:
-        words = [sys.executable, "-P", "-c", SCRIPT, str(out), str(remote.root), url, f"{http}/repo"]
-        done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    words = [sys.executable, "-P", "-c", SCRIPT, str(out), str(remote.root), url]
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
-    assert found == [[remote.commit, remote.digests]] * 3
-    for number in range(3):
+    assert found == [[remote.commit, remote.digests]] * 2
+    for number in range(2):
         assert_whole(remote, out / str(number) / "dataset", 2, 1000)
 
 
 def test_data_that_was_never_pushed_is_refused_before_a_run(tmp_path: Path) -> None:
     remote = make_remote(tmp_path / "repo", str(tmp_path / "store"), 1000, 2)
-    message = (
-        r"HEAD: the content of corpus/pairs/preferences is neither in the DVC cache nor in a remote; `dvc push` it"
-    )
+    message = rf"HEAD: the content of {FOLDER}/preferences is neither .* nor in {tmp_path}/store; `git checkout HEAD &&"
     with git_http_server(tmp_path) as http, pytest.raises(InputError, match=message):
         resolve_data(f"{http}/repo", "HEAD", data_folders(FOLDER))
     assert resolve_data(str(remote.root), "HEAD", data_folders(FOLDER)).commit == remote.commit
+
+
+@pytest.mark.parametrize("name", ["store", "other"])
+def test_a_version_is_found_after_its_remote_was_moved(tmp_path: Path, name: str) -> None:
+    """Version 1 was pushed to A, which is B now, under the same or another name, as the last commit says."""
+    remote = make_remote(tmp_path / "repo", str(tmp_path / "A"), 1000, 2)
+    git(remote.root, "tag", "v1")
+    dvc(remote.root, "push", "-q")
+    (tmp_path / "A").rename(tmp_path / "B")
+    dvc(remote.root, "remote", "add", "-q", "-f", "-d", name, str(tmp_path / "B"))
+    git(remote.root, "commit", "-qam", "the remote has moved")
+    remote.wipe()
+    with git_http_server(tmp_path) as http:
+        repos = [f"{http}/repo", f"file://{remote.root}", str(remote.root)]
+        for number, repo in enumerate(repos):
+            assert resolve_data(repo, "v1", data_folders(FOLDER)).digests == remote.digests
+            assert_whole(remote, fetch(remote, tmp_path / str(number), repo), 2, 1000)
+        (tmp_path / "B" / "files" / "md5" / md5_of(1)[:2] / md5_of(1)[2:]).unlink()
+        message = (
+            f"the content of {FOLDER}/preferences is neither .* nor in {tmp_path}/A or {tmp_path}/B; delete files/"
+        )
+        with pytest.raises(InputError, match=message):
+            fetch(remote, tmp_path / "again", repos[1])
 
 
 @contextmanager
@@ -158,7 +161,7 @@ def test_only_what_was_asked_for_is_brought(served: tuple[Remote, str], tmp_path
     other = yaml.safe_load((remote.root / FOLDER / "other.dvc").read_text())["outs"][0]["md5"]
     with changed(remote, other, None), changed(remote, md5_of(20), None):
         assert_whole(remote, fetch(remote, tmp_path / "out", url), 2, 1000)
-    message = r"the content of corpus/pairs/preferences is neither in the DVC cache nor in a remote; `dvc push` it"
+    message = rf"content of corpus/pairs/preferences is neither in the DVC cache nor in {remote.root.parent}/store;"
     with changed(remote, md5_of(1), None), pytest.raises(InputError, match=message):
         fetch(remote, tmp_path / "again", url)
     assert not (tmp_path / "again" / "dataset").exists()
@@ -277,24 +280,24 @@ def test_a_server_killed_in_mid_transfer_loses_nothing_and_shows_no_partial_file
         remote.wipe()
         out = tmp_path / "out"
         out.mkdir()
-        kept = tmp_path / "kept" / "downloads" / remote.digests[f"{FOLDER}/preferences"]
+        kept = tmp_path / "kept" / "downloads"
         environment = os.environ | {"PYTHONPATH": str(ROOT), "KUBEALIGN_HOME": str(tmp_path / "kept")}
         words = [sys.executable, "-P", "-c", FETCH, str(remote.root), remote.commit, *remote.digests.values(), str(out)]
         child = subprocess.Popen(
             words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
         )
-        await_and_kill(again, child, (kept / "part0.jsonl").exists)
+        await_and_kill(again, child, lambda: any(kept.glob("*/0")))
         said, _ = child.communicate(timeout=300)
         assert child.returncode == 1, said
         assert "from the DVC remote" in said and "run it again" in said, said
         assert not (out / "dataset").exists()
-        whole = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
-        assert "part0.jsonl" in whole and len(whole) < FILES and not any(name.startswith(".") for name in whole)
+        whole = [path.name for path in kept.glob("*/*")]
+        assert "0" in whole and len(whole) < FILES and not any(name.startswith(".") for name in whole)
     with s3_server(tmp_path / "s3", port(s3)):
         done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     assert_whole(remote, out / "dataset", FILES, BYTES)
-    assert not kept.exists()
+    assert not list(kept.glob("*/*"))
 
 
 def objects_begun(s3: S3) -> bool:

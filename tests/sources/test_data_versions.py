@@ -70,7 +70,7 @@ def test_data_that_is_not_there_is_a_clear_error(data_repo: Path, tmp_path: Path
     with pytest.raises(InputError, match=r"data.revision=workspace needs a local repository"):
         resolve_data("https://example.org/repo.git", "workspace", DATA)
     shutil.rmtree(data_repo / "data" / "preferences")
-    with pytest.raises(InputError, match=r"data/preferences: not found or empty; `make data`"):
+    with pytest.raises(InputError, match=r"data/preferences: not found or empty; `dvc repro`"):
         resolve_data(str(data_repo), "workspace", DATA)
 
 
@@ -78,7 +78,7 @@ def test_a_shallow_clone_says_so_rather_than_naming_another_commit(data_repo: Pa
     clone = tmp_path / "shallow"
     git(tmp_path, "clone", "-q", "--depth", "1", f"file://{data_repo}", str(clone))
     shutil.copytree(data_repo / ".dvc" / "cache", clone / ".dvc" / "cache")
-    with pytest.raises(InputError, match="a shallow clone, whose history ends before the data's does; `git fetch"):
+    with pytest.raises(InputError, match="history ends before the data's does; this is a shallow clone: `git fetch"):
         resolve_data(str(clone), "HEAD", DATA)
     git(clone, "fetch", "-q", "--unshallow")
     assert resolve_data(str(clone), "HEAD", DATA) == resolve_data(str(data_repo), "HEAD", DATA)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import orjson
 import pytest
 
 from components.common.errors import DataValidationError, InputError, KubealignError
-from components.common.files import read_json, verify_manifest, write_json
+from components.common.files import read_json, verify_manifest, write_json, write_manifest
 from components.config.params import load_config
 from components.dataset.distribution import Distribution, distance, remember
 from components.dataset.language import is_refusal
 from components.dataset.records import SPLITS, content_id, read_lines
-from components.dataset.similarity import find_frames, near_groups, normalize_text, sketch
+from components.dataset.similarity import find_frames, near_groups
+from components.dataset.sketches import normalize_text, sketch
 from components.validate import checks as checks_module
 from components.validate import privacy, scan
 from components.validate.bias import Share, find_bias, interval, measures
@@ -26,6 +28,16 @@ from components.validate.stage import run_validate
 from components.validate.suite import Suite
 from components.validate.tokens import TokenCounter
 from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def base_model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded base model as fetch writes it, with a manifest, but for the weights."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    shutil.copytree(base_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    write_manifest(folder)
+    return folder
+
 
 Row = dict[str, Any]
 LIMIT = 256
@@ -307,11 +319,51 @@ def test_length_and_refusals_that_tell_the_answer_are_measured_and_warned_of(
     assert whole.length_accuracy == 30 / 40
     assert (whole.refusals_chosen, whole.refusals_rejected) == (0, 4)
     assert whole.refusal_loses.value == 1.0 and whole.refusal_accuracy == 0.5 + 0.5 * 4 / 40
-    lines = {measure.name: measure.value for measure in measures([whole], 0.6)}
+    lines = {measure.name: measure.value for measure in measures([whole], 0.6) if measure.name != "format_shortcut"}
     assert lines == {"length_shortcut": 0.75, "refusal_shortcut": 0.55}
     monkeypatch.setattr(scan, "is_refusal", NOTHING)
     off = find_bias(biased(base_model, 30, 36), np.ones(40, bool))[0]
     assert off.refusals_rejected == 0 and off.refusal_accuracy == 0.5
+
+
+ANSWERS = {
+    "opening_tag": "<think>\nWhy?\n</think>\nBecause.",
+    "list": "Two things:\n- one\n- another",
+    "heading": "# Why\nBecause.",
+    "code": "So:\n```python\n1\n```",
+    "bold": "It is **so**.",
+}
+
+
+def laid_out(base: Path, cue: str, chosen: int, rejected: int) -> scan.RowTable:
+    rows = [pair(f"question {i}", f"{ANSWERS[cue]} {i}", "It is not.") for i in range(chosen)]
+    rows += [pair(f"asked {i}", "It is so.", f"{ANSWERS[cue]} {i}", lang="zh") for i in range(rejected)]
+    rows += [pair(f"plain {i}", f"yes 3 - 2 #{i}", "no <b> * x") for i in range(20)]
+    lines = list(enumerate((orjson.dumps(row) for row in rows), start=1))
+    return scan.scan_lines(scan.Scan(KINDS["preferences"], base, LIMIT, 0.6), Path("rows.jsonl"), lines)
+
+
+@pytest.mark.parametrize("cue", ANSWERS)
+def test_a_format_that_tells_the_answer_is_measured_and_warned_of(
+    base_model: Path, monkeypatch: pytest.MonkeyPatch, cue: str
+) -> None:
+    def failing(chosen: int, rejected: int) -> list[str]:
+        found = laid_out(base_model, cue, chosen, rejected)
+        parts = find_bias(found, np.ones(len(found.columns["line"]), bool))
+        assert parts[0].formats[cue].n == chosen + rejected
+        assert parts[0].formats[cue].value == chosen / (chosen + rejected)
+        return [measure.part for measure in measures(parts, 0.6) if measure.value > measure.limit]
+
+    def formats(chosen: int, rejected: int) -> list[str]:
+        return [part for part in failing(chosen, rejected) if part.endswith(cue)]
+
+    assert formats(30, 0) == [f"all {cue}", f"en {cue}"]
+    assert formats(0, 30) == [f"all {cue}", f"zh {cue}"]
+    assert formats(20, 17) == [f"en {cue}", f"zh {cue}"], "each language by itself"
+    assert formats(8, 0) == [], "eight pairs may be chance"
+    monkeypatch.setattr(scan, "formats_of", lambda answer: 0)
+    off = find_bias(laid_out(base_model, cue, 30, 0), np.ones(50, bool))[0]
+    assert off.formats[cue].n == 0
 
 
 def test_a_share_that_may_be_chance_warns_of_nothing(base_model: Path) -> None:
@@ -353,7 +405,7 @@ def test_what_was_before_a_version_never_changes(tmp_path: Path) -> None:
     assert remember(path, "v1", one) is None and remember(path, "v2", two) == one
     assert len(read_json(path)) == 2
     write_json(path, [{"digest": 1}])
-    with pytest.raises(InputError, match="statistics.json: 0.digest: "):
+    with pytest.raises(InputError, match="statistics.json: .*`git checkout HEAD -- "):
         remember(path, "v3", one)
 
 
@@ -470,6 +522,29 @@ def test_too_many_bad_rows_stop_the_run_and_say_why(tmp_path: Path, base_model: 
     ):
         project.validate("validate.max_quarantined=0.2")
     assert "same_answer" in project.html.read_text(), "the report is written before the run stops"
+
+
+TUTOR = "You are a patient tutor. Here is the problem of today, which was sent in by a pupil: {} Show every step of it."
+TEACHER = "你是一位耐心的数学老师。下面是今天一位同学寄来的题目：{}。请把每一步都写清楚。"
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("same_answer", pair("same", chosen="the same thing", rejected="the same\u200b thing")),
+        ("same_answer", pair("same", chosen="the same thing", rejected="ｔｈｅ same thing")),
+        ("same_answer", pair("哪一个", chosen="同一件事", rejected="同\ufeff一件事", lang="zh")),
+        ("contaminated", pair(TUTOR.format(LONG))),
+        ("contaminated", pair(TUTOR.format(LONG.upper()))),
+        ("contaminated", pair(TEACHER.format(CHINESE), lang="zh")),
+    ],
+)
+def test_what_is_hidden_or_stands_inside_a_longer_text_is_found(
+    tmp_path: Path, base_model: Path, suite: Suite, name: str, row: Row
+) -> None:
+    listed = tmp_path / "decontaminate.jsonl"
+    listed.write_text("".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in (LONG, CHINESE)))
+    assert find(base_model, [*GOOD, row], name, suite, listed) == {len(GOOD)}
 
 
 def test_a_severity_can_be_changed_and_an_unknown_check_is_named(tmp_path: Path, base_model: Path) -> None:

@@ -11,21 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from typer.testing import CliRunner
 
-from components.common.errors import InputError, KubealignError
+from components.common.errors import InputError
 from components.config.params import load_config
 from components.dataset.records import read_lines
-from components.dataset.similarity import prompt_key, prompt_text
+from components.dataset.sketches import prompt_key, prompt_text
 from components.prepare.convert import RowDefaults
 from components.prepare.sources import Added, added_rows, read_sources, record_added
 from components.prepare.split import assign_split, read_splits
 from components.prepare.stage import prepare_data
-from pipelines.cli import app
 from pipelines.data import add as data_add
 from pipelines.data.add import Preview, add
 from tests.conftest import ROOT
+from tests.support.data_project import kubealign, make_project, question, rows, write
 from tests.support.prompts import LONG
 from tests.support.repositories import dvc, git
 from tests.support.waiting import wait_until
@@ -36,67 +34,11 @@ TEAM = RowDefaults("", "auto", "MIT", "")
 SPLITS = ("train", "validation", "test")
 
 
-def question(number: int) -> str:
-    return (
-        f"第{number}个问题：{number * 7919}年发生了什么？"
-        if number % 2
-        else f"What happened in {number * 7919}, no. {number}?"
-    )
-
-
-def rows(*numbers: int, **changes: str) -> list[dict[str, str]]:
-    return [{"prompt": question(i), "chosen": f"good {i}", "rejected": f"bad {i}"} | changes for i in numbers]
-
-
-def write(path: Path, found: list[dict[str, str]]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found), encoding="utf-8")
-    return path
-
-
-def make_project(root: Path) -> Path:
-    root.mkdir()
-    for name in (".dvc", "data", "components"):
-        (root / name).mkdir()
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["prepare"]["preferences"] = []
-    (root / "params.yaml").write_text(yaml.safe_dump(params))
-    for name in (
-        "dvc.yaml",
-        ".dvc/config",
-        "data/sources.lock",
-        ".gitignore",
-        "data/.gitignore",
-        "data/decontaminate.jsonl",
-    ):
-        shutil.copy(ROOT / name, root / name)
-    stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
-    for dep in stages["prepare"]["deps"]:
-        if dep.startswith("components/"):
-            copy = shutil.copytree if (ROOT / dep).is_dir() else shutil.copy
-            (root / dep).parent.mkdir(parents=True, exist_ok=True)
-            copy(ROOT / dep, root / dep)
-    git(root, "init", "-q")
-    git(root, "add", "-A")
-    git(root, "commit", "-qm", "project")
-    return root
-
-
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = make_project(tmp_path / "project")
     monkeypatch.setenv("KUBEALIGN_HOME", str(root / ".kubealign"))
     return root
-
-
-def kubealign(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """The command in this process, which saves the seconds of its imports, and as `main` ends it."""
-    done = CliRunner().invoke(app, ["data", *words, "--project", str(root)], env={"COLUMNS": "160"})
-    error = done.exception
-    if isinstance(error, KubealignError):
-        return subprocess.CompletedProcess(words, error.exit_code, done.stdout, str(error))
-    if error is not None and not isinstance(error, SystemExit):
-        raise error
-    return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
 
 
 def state(root: Path) -> dict[str, str]:
@@ -237,7 +179,7 @@ def _rows(path: Path) -> list[Any]:
 @pytest.mark.parametrize(
     ("names", "facts", "message"),
     [
-        (["a b.jsonl"], TEAM, "'a b' cannot be a source name; .*--source"),
+        (["a b.jsonl"], TEAM, "'a b' cannot be a source name, .*--source"),
         (["alpaca_en_demo.jsonl"], TEAM, "data/sources.lock .*alpaca_en_demo; .*--source"),
         (["x/a.jsonl", "a.json"], TEAM, "would both be source a; .*--source"),
         (
@@ -485,7 +427,7 @@ def test_a_fresh_clone_makes_the_data_from_the_remote_and_from_nothing_else(proj
         assert found[name] == made[name]
     with pairs.open("a") as file:
         file.write("{}\n")
-    with pytest.raises(InputError, match=r"pairs.jsonl: sha256 is .*, data/sources.lock says .*; run `dvc checkout`"):
+    with pytest.raises(InputError, match=r"pairs.jsonl: sha256 is .*, data/sources.lock says .*; `dvc pull --force"):
         prepare_data(config, clone / "data")
     for left in (clone / ".kubealign", clone / ".dvc" / "cache", pairs.parent):
         shutil.rmtree(left, ignore_errors=True)

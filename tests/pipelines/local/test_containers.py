@@ -80,20 +80,15 @@ def test_without_an_engine_the_run_ends_with_a_sentence_and_exit_code_2(
         containers.engine()
 
 
-def test_steps_read_the_project_the_repository_its_local_stores_and_named_paths(tmp_path: Path) -> None:
-    repo, store, base = tmp_path / "repo", tmp_path / "store", tmp_path / "base"
+def test_steps_read_the_repository_the_content_of_its_local_stores_and_the_base_model(tmp_path: Path) -> None:
+    repo, store, base = tmp_path / "repo", tmp_path / "store" / "files" / "md5", tmp_path / "base"
     for folder in (repo / ".dvc", store, base, tmp_path / "project"):
         folder.mkdir(parents=True)
     (repo / ".dvc" / "config").write_text(
         "[core]\n    remote = here\n['remote \"here\"']\n    url = ../../store\n['remote \"s3\"']\n    url = s3://b\n"
     )
-    arguments = {
-        "data_section": f'{{"repo": "{repo}"}}',
-        "base_model": str(base),
-        "model_section": '{"chat_template": "model"}',
-    }
-    found = containers._read_only(tmp_path / "project", arguments)
-    assert found == [base, tmp_path / "project", repo, store]
+    arguments = {"data_section": f'{{"repo": "{repo}"}}', "base_model": str(base)}
+    assert containers._read_only(tmp_path / "project", arguments) == [base, repo, store]
 
 
 def test_the_codes_digest_follows_the_code_and_not_the_tests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
