@@ -393,6 +393,9 @@ def test_content_that_the_remote_lacks_is_pushed_where_it_was_made(project: Path
 
 @shows(
     "components/prepare/files.py: iconv -f UTF-16 -t UTF-8",
+    "components/prepare/files.py: jq -c .",
+    "components/prepare/files.py: jq -c '.NAME[]'",
+    "components/prepare/files.py: jq -c '.{nested}[]'",
 )
 @pytest.mark.parametrize(
     ("kind", "start"),
