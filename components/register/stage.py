@@ -23,7 +23,8 @@ from components.register.result import Decision, Result, StageSummary
 from components.registry.audit import CHALLENGER, Audit
 from components.registry.champion import ROLLED_BACK, champion_alias, promote, reconcile_alias
 from components.tracking.errors import explain_mlflow_error, is_mlflow_failure
-from components.tracking.run import KFP_RUN_VARIABLE, SETTINGS, StageRun, parent_run, stage_run
+from components.tracking.run import SETTINGS, StageRun, parent_run, stage_run
+from components.tracking.store import KFP_RUN_VARIABLE
 from components.training.documents import read_dpo_training
 
 KFP_URL_VARIABLE = "KUBEALIGN_KFP_URL"
