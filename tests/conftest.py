@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import dulwich.porcelain  # noqa: F401  it keeps the stderr of its import, which inside a test is closed with the test
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat

@@ -30,6 +30,7 @@ from components.sources.data import (
     object_path,
     opened,
     push_again,
+    recorded_digest,
     remote_errors,
     tracked_files,
     workspace_digest,
@@ -139,7 +140,7 @@ def _download(data: DataConfig, folder: str, expected: str, out: Path) -> None:
     partial = _partial_folder(data.repo, folder, expected)
     reading = remote_errors(data.repo, data.revision, folder, expected)
     with reading, opened(data.repo, data.revision, (folder,)) as fs:
-        actual = str(fs.info(folder)["dvc_info"]["md5"])
+        actual = recorded_digest(fs, folder, f"{data.repo}@{data.revision}")
         if actual != expected:
             raise InputError(f"{data.repo}@{data.revision}: {folder} has digest {actual}, expected {expected}")
         for number, (path, name) in enumerate(tracked_files(fs, folder)):

@@ -18,25 +18,25 @@ from urllib.parse import unquote, urljoin, urlsplit
 from components.common.limits import ANSWER_S
 
 DEFAULT = "https://pypi.org/simple"
+LOCAL = "file://"
 JSON = "application/vnd.pypi.simple.v1+json"
 MAX_PAGE_BYTES = 64 * 2**20
 MAX_FILE_BYTES = 8 * 2**30
 BLOCK_BYTES = 1 << 20
 
 
-def indexes() -> list[str]:
-    """The URLs of the package indexes, in the order in which pip would ask them."""
-    configured = _pip_settings()
-    first = configured.get("index-url", DEFAULT)
-    return [url.rstrip("/") for url in (first, *configured.get("extra-index-url", "").split()) if url]
+def places(project: str, file: str) -> list[Path | str]:
+    """Where a project's file may be: in folders of this machine, if it is there, then at the URLs of indexes.
 
-
-def local_file(project: str, file: str) -> Path | None:
-    """A project's file in a folder of this machine that pip is configured with: find-links, or a file:// index."""
+    The folders are find-links and file:// indexes; the indexes are in the order in which pip would ask them.
+    """
     configured = _pip_settings()
-    folders = [Path(link.removeprefix("file://")) for link in configured.get("find-links", "").split()]
-    folders += [Path(url.removeprefix("file://")) / _normal(project) for url in indexes() if url.startswith("file://")]
-    return next((folder / file for folder in folders if (folder / file).is_file()), None)
+    asked = (configured.get("index-url", DEFAULT), *configured.get("extra-index-url", "").split())
+    urls = [url.rstrip("/") for url in asked if url]
+    folders = [Path(link.removeprefix(LOCAL)) for link in configured.get("find-links", "").split()]
+    folders += [Path(url.removeprefix(LOCAL)) / _normal(project) for url in urls if url.startswith(LOCAL)]
+    found = [folder / file for folder in folders if (folder / file).is_file()]
+    return [*found, *(url for url in urls if not url.startswith(LOCAL))]
 
 
 def _normal(project: str) -> str:

@@ -84,11 +84,8 @@ def answers_of(value: Any, column: str) -> list[Any]:
         return [[value]]
     if not isinstance(value, list) or not value:
         raise RowError(f"'{column}' is {kind_of(value)}; expected text, messages, or a list of texts")
-    if all(isinstance(entry, str) for entry in value):
-        return value
-    if all(isinstance(entry, list) for entry in value):
-        return value
-    return [value]
+    is_several = any(all(isinstance(entry, kind) for entry in value) for kind in (str, list))
+    return value if is_several else [value]
 
 
 def _dialogue(answer: Any, column: str) -> list[Message]:

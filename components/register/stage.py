@@ -37,7 +37,8 @@ from components.registry.evidence import (
 )
 from components.tracking.errors import explain_mlflow_error, is_mlflow_failure
 from components.tracking.keys import check_own_key, is_sealed, key_id, signing_key
-from components.tracking.run import KFP_RUN_VARIABLE, SETTINGS, StageRun, parent_run, stage_run
+from components.tracking.run import SETTINGS, StageRun, parent_run, stage_run
+from components.tracking.store import KFP_RUN_VARIABLE
 from components.training.documents import read_dpo_training
 
 KFP_URL_VARIABLE = "KUBEALIGN_KFP_URL"

@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -97,9 +97,8 @@ def resolve_data(repo: str, revision: str, folders: Folders) -> DataVersion:
         test_file = _test_file(folders)
         # The list of a folder's files is content too, and may have to come from a remote.
         preferences = str(PurePosixPath(test_file).parent)
-        slow = f"{without_credentials(repo)}@{revision}: the DVC remote is too slow; run it again"
         reading = remote_errors(repo, revision, preferences, digests.get(preferences, ""))
-        with time_limit(OPEN_LIMIT_S, slow), reading:
+        with _remote_limit(repo, revision), reading:
             try:
                 test_set = str(fs.info(test_file)["dvc_info"]["md5"]) if test_file else ""
             except FileNotFoundError:
@@ -181,6 +180,11 @@ def remote_errors(repo: str, revision: str, folder: str, digest: str) -> Iterato
             f"{where} cannot be fetched from the DVC remote: {reason}; the files fetched so far are kept;"
             " run it again to resume"
         ) from error
+
+
+def _remote_limit(repo: str, revision: str) -> AbstractContextManager[None]:
+    """Limit the reading of a revision's records from its DVC remote."""
+    return time_limit(OPEN_LIMIT_S, f"{without_credentials(repo)}@{revision}: the DVC remote is too slow; run it again")
 
 
 def object_path(digest: str) -> str:
@@ -277,9 +281,8 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
         from dvc.exceptions import DvcException
         from dvc_data.index import DataIndexDirError
 
-        slow = f"{without_credentials(self.repo)}@{self.revision}: the DVC remote is too slow; run it again"
         try:
-            with time_limit(OPEN_LIMIT_S, slow):
+            with _remote_limit(self.repo, self.revision):
                 for folder in self.folders:
                     for path in fs.find(folder):
                         fs.open(path).close()

@@ -15,8 +15,7 @@ from components.common.memory import peak_memory_mib
 from components.stages import STAGE_NAMES
 from components.tracking import events
 from components.tracking.errors import is_unreachable
-from components.tracking.store import KFP_RUN_VARIABLE as KFP_RUN_VARIABLE  # noqa: PLC0414 - others import it from here
-from components.tracking.store import client, experiment_id
+from components.tracking.store import KFP_RUN_VARIABLE, client, experiment_id
 
 PARENT_VARIABLES = ("KUBEALIGN_PARENT_RUN", "MLFLOW_RUN_ID")
 """Environment variables that name the parent run: ours, and that of KFP's MLflow plugin."""

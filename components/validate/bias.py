@@ -64,11 +64,6 @@ class Bias:
     refusals_rejected: int
     formats: dict[str, Share]
 
-    @property
-    def name(self) -> str:
-        """Language and source; `all` for both."""
-        return " ".join(name for name in (self.lang, self.source) if name != ALL) or ALL
-
     def summary(self) -> BiasSummary:
         """The record in validation.json."""
         return {
@@ -127,19 +122,25 @@ def interval(successes: int, n: int) -> Share:
     return Share(share, max(0.0, middle - half), min(1.0, middle + half), n)
 
 
+def part_name(lang: str, source: str) -> str:
+    """Language and source of a part of the pairs; `all` for both."""
+    return " ".join(name for name in (lang, source) if name != ALL) or ALL
+
+
 def measures(parts: list[Bias], limit: float) -> list[Measure]:
     """The values of the data-set-level checks; a value is chance level unless its interval excludes chance."""
     values = []
     for part in parts:
+        where = part_name(part.lang, part.source)
         for name, share, value in (
             ("length_shortcut", part.longer_wins, part.length_accuracy),
             ("refusal_shortcut", part.refusal_loses, part.refusal_accuracy),
         ):
             significant = share.low > 0.5 or share.high < 0.5
-            values.append(Measure(name, part.name, value if significant else 0.5, limit))
+            values.append(Measure(name, where, value if significant else 0.5, limit))
         for cue, share in part.formats.items():
             nearest = max(share.low, 1 - share.high) if share.n >= LEAST_SHARE * part.pairs else 0.5
-            values.append(Measure("format_shortcut", f"{part.name} {cue}", max(nearest, 0.5), FORMAT_LIMIT))
+            values.append(Measure("format_shortcut", f"{where} {cue}", max(nearest, 0.5), FORMAT_LIMIT))
     return values
 
 

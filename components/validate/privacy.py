@@ -107,7 +107,7 @@ def kinds_in(text: str, has_number: bool = True, has_token: bool = True) -> list
             kinds.append("payment_card")
         if any(_is_public_address(match[0]) for match in IPV4.finditer(text)):
             kinds.append("ip_address")
-    if "ip_address" not in kinds and COLONS.search(text) and any(map(_is_ipv6, IPV6.finditer(text))):
+    if "ip_address" not in kinds and COLONS.search(text) and _has_ipv6(text):
         kinds.append("ip_address")
     is_suspect = (has_token and TOKEN.search(text)) or any(mark in text for mark in MARKS)
     if is_suspect and _has_credential(text):
@@ -192,8 +192,8 @@ def _is_public_address(text: str) -> bool:
         return False
 
 
-def _is_ipv6(match: re.Match[str]) -> bool:
-    return _is_public_address(match[0])
+def _has_ipv6(text: str) -> bool:
+    return any(_is_public_address(match[0]) for match in IPV6.finditer(text))
 
 
 def _has_credential(text: str) -> bool:

@@ -14,9 +14,10 @@ from components.dataset.validation import (
     data_sets,
 )
 from components.report.html import Row, Table, render
-from components.validate.bias import ALL
+from components.validate.bias import part_name
 from components.validate.formats import FORMATS
 
+FORMAT_NAMES = [name.replace("_", " ") for name in FORMATS]
 SEVERITIES = ("stop", "error", "warn")
 """In display order."""
 SHOWN = 8
@@ -95,8 +96,7 @@ def markdown_page(summary: ValidationSummary) -> str:
         f"| {_part(part)} | {part['pairs']} | {_share(part['longer_wins'])} | {_share(part['refusal_loses'])} |"
         for part in summary["preferences"]["bias"]
     ]
-    names = [name.replace("_", " ") for name in FORMATS]
-    lines += ["", f"| pairs | {' | '.join(names)} is chosen |", f"|---|{'---|' * len(names)}"]
+    lines += ["", f"| pairs | {' | '.join(FORMAT_NAMES)} is chosen |", f"|---|{'---|' * len(FORMAT_NAMES)}"]
     lines += [
         f"| {_part(part)} | {' | '.join(_share(share) for share in part['formats'].values())} |"
         for part in summary["preferences"]["bias"]
@@ -180,11 +180,11 @@ def _bias(parts: list[BiasSummary]) -> Table:
 
 def _formats(parts: list[BiasSummary]) -> Table:
     rows: list[Row] = [[_part(part), *(_share(share) for share in part["formats"].values())] for part in parts]
-    return Table(["pairs", *(name.replace("_", " ") for name in FORMATS)], rows)
+    return Table(["pairs", *FORMAT_NAMES], rows)
 
 
 def _part(part: BiasSummary) -> str:
-    return " ".join(name for name in (part["lang"], part["source"]) if name != ALL) or ALL
+    return part_name(part["lang"], part["source"])
 
 
 def _share(share: ShareSummary) -> str:

@@ -200,11 +200,9 @@ class _Chunk:
         n = len(lines)
         self.flags = {name: np.zeros(n, np.uint8) for name in FLAGS}
         self.numbers: Columns = {name: np.zeros(n, kind) for name, kind in NUMBERS.items()}
-        names: dict[str, list[str]] = {name: [] for name in NAMES}
         values = [parse_line(path, number, line) for number, line in lines]
         self.numbers["line"][:] = [number for number, _ in lines]
-        for name, field in NAMES.items():
-            names[name] = [str(value.get(field)) for value in values]
+        names = {name: [str(value.get(field)) for value in values] for name, field in NAMES.items()}
         texts = [self._texts(row, value) for row, value in enumerate(values)]
         prompts, answers = [prompt for prompt, _ in texts], [answer for _, answer in texts]
         joined = ["\n".join([*[turn["content"] for turn in prompt], *answer]) for prompt, answer in texts]

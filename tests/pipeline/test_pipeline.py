@@ -259,8 +259,6 @@ def test_a_malformed_line_stops_with_file_line_and_exit_code_2(project: Project,
             and f"test.jsonl:{len(text.splitlines()) + 1}: not valid JSON" in message[0]
         )
         assert "Traceback" not in done.stderr
-        path.write_text("")
-        assert "no rows; expected at least one" in project.run().stderr
     finally:
         path.write_text(text)
 

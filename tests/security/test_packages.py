@@ -6,10 +6,8 @@ import os
 import subprocess
 import sys
 import tarfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from components.common.errors import InputError
 from components.common.files import sha256_file
 from components.prepare import package_index
 from components.prepare.sources import Package, Sources, unpack
+from tests.support.services import QuietHandler, serving
 
 pytestmark = pytest.mark.integration
 
@@ -51,11 +50,8 @@ def index(content: bytes, kind: str = HTML, link: str = f"/files/{FILE}") -> Ite
         else f'{{"files": [{{"filename": "{FILE}", "url": "{link}"}}]}}'
     )
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            """Log nothing."""
-
-        def do_GET(self) -> None:
+    class Handler(QuietHandler):
+        def answer(self) -> None:
             body = {"/simple/evil-pkg/": page.encode(), f"/files/{FILE}": content}.get(self.path)
             self.send_response(200 if body is not None else 404)
             self.send_header("Content-Type", kind if self.path.startswith("/simple") else "application/gzip")
@@ -63,13 +59,10 @@ def index(content: bytes, kind: str = HTML, link: str = f"/files/{FILE}") -> Ite
             self.end_headers()
             self.wfile.write(body or b"")
 
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listener.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{listener.server_port}/simple"
-    finally:
-        listener.shutdown()
-        listener.server_close()
+        do_GET = answer
+
+    with serving(Handler) as address:
+        yield f"{address}/simple"
 
 
 def lock(content: bytes, file: str = FILE) -> Sources:

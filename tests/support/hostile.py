@@ -4,16 +4,15 @@ import atexit
 import base64
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from components.sources.data import data_folders
 from tests.support.repositories import dvc, git
+from tests.support.services import QuietHandler, serving
 
 
 def config(core: str = "") -> str:
@@ -35,10 +34,7 @@ class Recorder:
 
 @contextmanager
 def recorder() -> Iterator[Recorder]:
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            """Log nothing."""
-
+    class Handler(QuietHandler):
         def answer(self) -> None:
             sent = self.headers.get("Authorization", "")
             kind, _, content = sent.partition(" ")
@@ -51,14 +47,9 @@ def recorder() -> Iterator[Recorder]:
 
         do_GET = do_POST = do_HEAD = do_PUT = answer
 
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    notes = Recorder(f"http://127.0.0.1:{listener.server_port}")
-    threading.Thread(target=listener.serve_forever, daemon=True).start()
-    try:
+    with serving(Handler) as address:
+        notes = Recorder(address)
         yield notes
-    finally:
-        listener.shutdown()
-        listener.server_close()
 
 
 @cache

@@ -62,6 +62,25 @@ def server(
                 process.wait(30)
 
 
+class QuietHandler(BaseHTTPRequestHandler):
+    """What the tests' own servers answer with; they write no log."""
+
+    def log_message(self, *args: object) -> None:
+        """Log nothing."""
+
+
+@contextmanager
+def serving(handler: type[QuietHandler]) -> Iterator[str]:
+    """Serve in a thread of this process; gives the address."""
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=listener.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.server_port}"
+    finally:
+        listener.shutdown()
+        listener.server_close()
+
+
 def _await(health: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
     with suppress(AssertionError):  # the assertion below also shows the log
         wait_until(lambda: process.poll() is not None or _answers(health), f"{health} answers", STARTS_WITHIN_S, 0.1)
@@ -123,10 +142,7 @@ def faulty_proxy(target: str) -> Iterator[Faulty]:
     """Start a proxy that fails on demand in front of a server."""
     host = target.removeprefix("http://")
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            """Log nothing."""
-
+    class Handler(QuietHandler):
         def answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             path = self.path.partition("?")[0]
@@ -152,25 +168,16 @@ def faulty_proxy(target: str) -> Iterator[Faulty]:
 
         do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
 
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    proxy = Faulty(f"http://127.0.0.1:{listener.server_port}")
-    thread = threading.Thread(target=listener.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with serving(Handler) as address:
+        proxy = Faulty(address)
         yield proxy
-    finally:
-        listener.shutdown()
-        listener.server_close()
 
 
 @contextmanager
 def git_http_server(folder: Path) -> Iterator[str]:
     """Serve the git repositories in a folder over HTTP with git's own backend; yields the address."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            """Log nothing."""
-
+    class Handler(QuietHandler):
         def body(self) -> bytes:
             if self.headers.get("Transfer-Encoding") != "chunked":
                 return self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -200,13 +207,8 @@ def git_http_server(folder: Path) -> Iterator[str]:
 
         do_GET = do_POST = answer
 
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listener.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{listener.server_port}"
-    finally:
-        listener.shutdown()
-        listener.server_close()
+    with serving(Handler) as address:
+        yield address
 
 
 @dataclass(frozen=True)
