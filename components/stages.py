@@ -39,6 +39,7 @@ STAGES = (
         "data",
         facts=("preferences_digest", "instructions_digest", "base_digest", "template_digest"),
         origin=("data_repo", "data_path", "data_commit", "base_reference", "template"),
+        keys=("public_keys",),
     ),
     Stage("validate", "data", sections=("validate", "model.max_length")),
     Stage("sft", "train", sections=("sft", "model"), trains=True, several_nodes=True, keys=("cache_key",)),

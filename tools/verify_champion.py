@@ -165,7 +165,7 @@ def verify(folder, key):
     if about != {name: judged[name] for name in about}:
         raise ValueError("evaluation.json is about another comparison than the statement")
     comparison = evaluation["comparisons"][rival]
-    stated, resamples = comparison["improvement"]["value"], evaluation["bootstrap"]
+    stated, resamples = comparison["improvement"]["value"], evaluation["bootstrap_resamples"]
     mean, p_value, regression = derive(evaluation, rival, said["gate"])
     if not math.isclose(mean, stated, rel_tol=1e-6, abs_tol=1e-6):
         raise ValueError(f"improvement is stated as {stated:.6g}, but the scores give {mean:.6g}")

@@ -22,7 +22,7 @@ from components.common.files import (
 from components.common.limits import ANSWER_S, time_limit
 from components.config.data import DataConfig
 from components.dataset.chat import check_template, choose_template
-from components.registry.manifest import MANIFEST_TAG, manifest_mismatch
+from components.registry.evidence import STATEMENT, check_files, read_statement
 from components.sources.base_model import EMBEDDED, bucket_digest
 from components.sources.data import (
     WORKSPACE,
@@ -211,11 +211,10 @@ def _fetch_base(data: DataConfig, reference: str, expected: str, out: Path) -> N
     elif reference.startswith("models:/"):
         import mlflow
 
-        name, _, number = reference.removeprefix("models:/").partition("/")
-        version = store.client().get_model_version(name, number)
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=reference))
-        if MANIFEST_TAG in version.tags and (mismatch := manifest_mismatch(version, folder)):
-            raise InputError(f"model.base={reference}: {mismatch} since it was registered; register it again")
+        if (folder / STATEMENT).exists():
+            where = f"model.base={reference}"
+            check_files(folder, read_statement(folder, where), where)
         inner = next((path.parent for path in sorted(folder.rglob("config.json"))), None)
         if inner is None:
             raise InputError(f"model.base={reference}: no config.json in it; expected a transformers model")

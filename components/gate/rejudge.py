@@ -56,7 +56,7 @@ def numbers(evaluation: Evaluation, rival: str, config: GateConfig) -> dict[str,
         config: the gate's rules.
     """
     test, validation = evaluation["held_out"], evaluation["calibration"]
-    settings = (evaluation["bootstrap"], evaluation["confidence"])
+    settings = (evaluation["bootstrap_resamples"], evaluation["confidence"])
     bootstrap = GroupBootstrap([pair["group"] for pair in test], *settings, evaluation["seed"])
     calibration = GroupBootstrap([pair["group"] for pair in validation], *settings, evaluation["seed"] + 1)
     langs = [pair["lang"] for pair in test]

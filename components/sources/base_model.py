@@ -82,7 +82,7 @@ def _registered(uri: str) -> ResolvedModel:
     except MlflowException as error:
         raise InputError(f"model.base={uri}: {single_line(str(error))}") from error
     reference = f"models:/{name}/{model_version.version}"
-    return ResolvedModel(reference, str(model_version.tags.get("kubealign.model") or digest(reference)))
+    return ResolvedModel(reference, digest(reference))
 
 
 def bucket_digest(uri: str) -> str:

@@ -22,7 +22,6 @@ from typing import Any
 
 from components.common.errors import InputError
 from components.tracking import store
-from components.tracking.run import KFP_RUN_VARIABLE
 
 SIGNING_KEY_VARIABLE = "KUBEALIGN_SIGNING_KEY"
 PUBLIC_KEYS_VARIABLE = "KUBEALIGN_PUBLIC_KEYS"
@@ -135,7 +134,7 @@ def is_sealed(what: str, data: bytes, proof: str) -> bool:
 
 def in_cluster() -> bool:
     """Whether this is a step on Kubeflow, where keys come from secrets and none is made."""
-    return bool(os.environ.get(KFP_RUN_VARIABLE))
+    return bool(os.environ.get(store.KFP_RUN_VARIABLE))
 
 
 def _cache_key() -> bytes:

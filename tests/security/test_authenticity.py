@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -43,7 +44,8 @@ from components.registry.signing import canonical, opened, signed, statement
 from components.resolve.stage import _history
 from components.tracking import keys, store
 from components.tracking.keys import CACHE_KEY_VARIABLE, PUBLIC_KEYS_VARIABLE, SIGNING_KEY_VARIABLE
-from components.tracking.run import KFP_RUN_VARIABLE, stage_run
+from components.tracking.run import stage_run
+from components.tracking.store import KFP_RUN_VARIABLE
 from components.training.scoring import TokenLogps, _load, _write
 from pipelines.local.results import load_result
 from pipelines.verification import accept
@@ -301,6 +303,42 @@ def test_a_planted_base_model_is_passed_over(shop: Shop, tmp_path: Path) -> None
     base = read_json(artifacts_of("1") / "artifacts" / "base.json")
     assert base["reference"] == "models:/m-base/2"
     assert cli("verify", "models:/m/1").exit_code == 0
+
+
+def test_a_base_model_of_ours_that_was_changed_in_the_registry_is_not_fetched(
+    shop: Shop, tmp_path: Path, foreign_key: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from components.config.data import DataConfig
+    from components.fetch import stage
+
+    shop.register()
+    fetch = partial(stage._fetch_base, DataConfig(), expected="")
+    fetch(reference="models:/m/1", out=tmp_path / "base")
+    assert (tmp_path / "base" / "model.safetensors").is_file()
+    good = exported(tmp_path / "good")
+    weights = artifacts_of("1") / "artifacts" / "model" / "model.safetensors"
+    kept = weights.read_bytes()
+    for change, why in (
+        (lambda: weights.write_bytes(b"backdoored"), r"model\.safetensors changed: not what was registered"),
+        (lambda: weights.with_name("model-00001-of-00001.safetensors").write_bytes(b"x"), "is not in the manifest"),
+    ):
+        change()
+        with pytest.raises(EvidenceError, match=why):
+            fetch(reference="models:/m/1", out=tmp_path / "never")
+        weights.write_bytes(kept)
+        if planted_file := next(weights.parent.glob("model-0*"), None):
+            planted_file.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "check_files", lambda *_: None)
+        weights.write_bytes(b"backdoored")
+        fetch(reference="models:/m/1", out=tmp_path / "unguarded")
+        weights.write_bytes(kept)
+    monkeypatch.setenv(PUBLIC_KEYS_VARIABLE, keys.public_line(foreign_key.public_key()))
+    with pytest.raises(EvidenceError, match="which is not trusted here"):
+        fetch(reference="models:/m/1", out=tmp_path / "never")
+    plain = planted(good / "artifacts" / "model", name="m")  # a model of somebody else, without a statement
+    fetch(reference=f"models:/m/{plain}", out=tmp_path / "plain")
+    assert not (tmp_path / "never").exists()
 
 
 def test_a_version_that_changed_between_two_attempts_of_a_run_is_not_taken_up(shop: Shop) -> None:
@@ -911,11 +949,11 @@ def test_the_tool_derives_the_verdict_and_refuses_signed_numbers_that_the_scores
         ours = numbers(noisy, "sft", LENIENT)
         mean, p_value, regression = module.derive(noisy, "sft", gate)
         assert mean == pytest.approx(ours["improvement.value"], abs=1e-6)
-        module.differ("p_value", ours["p_value"], p_value, noisy["bootstrap"])
+        module.differ("p_value", ours["p_value"], p_value, noisy["bootstrap_resamples"])
         for lang, value in regression.items():
-            module.differ(lang, ours[f"regression_p.{lang}"], value, noisy["bootstrap"])
+            module.differ(lang, ours[f"regression_p.{lang}"], value, noisy["bootstrap_resamples"])
         with pytest.raises(ValueError, match="the scores give"):
-            module.differ("p_value", abs(ours["p_value"] - 0.3), p_value, noisy["bootstrap"])
+            module.differ("p_value", abs(ours["p_value"] - 0.3), p_value, noisy["bootstrap_resamples"])
 
 
 @pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.long)])
