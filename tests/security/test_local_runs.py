@@ -67,12 +67,12 @@ def test_a_container_gets_a_listed_environment(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_container_signs_with_the_key_that_is_given_as_text_or_as_a_file(
-    own_home: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the step would sign with a key of its own, which the one who started it does not trust."""
     pem = os.environ[SIGNING_KEY_VARIABLE]
-    (own_home / "key.pem").write_text(pem)
-    for given in (pem, str(own_home / "key.pem")):
+    (tmp_path / "key.pem").write_text(pem)
+    for given in (pem, str(tmp_path / "key.pem")):
         monkeypatch.setenv(SIGNING_KEY_VARIABLE, given)
         assert containers._environment()[SIGNING_KEY_VARIABLE] == pem
     monkeypatch.delenv(SIGNING_KEY_VARIABLE)
