@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.services import free_ports, server
+from tests.support.services import await_bucket, free_ports, server
 from tests.support.waiting import wait_until
 from tests.tools.manifests import build
 
@@ -142,7 +142,12 @@ class Cluster:
         words = [changed.get(word, word) for word in container["command"]]
         words[0] = str(Path(sys.executable).with_name("weed"))
         words += [f"-{name}.port={self.ports[name]}" for name in ("master", "volume", "filer")]
-        with server(words, self.environment(container), self.folder / "weed.log", f"http://127.0.0.1:{port}"):
+        endpoint = f"http://127.0.0.1:{port}"
+        with server(words, self.environment(container), self.folder / "weed.log", endpoint):
+            for name in ("mlflow", "backups", "state", "data"):
+                keys = SECRETS[f"kubealign-s3-{name}"]
+                named = {"AWS_ACCESS_KEY_ID": keys["access_key"], "AWS_SECRET_ACCESS_KEY": keys["secret_key"]}
+                await_bucket(endpoint, f"kubealign-{name}", named)
             yield
 
     @contextmanager
