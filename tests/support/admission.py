@@ -9,6 +9,8 @@ from tests.conftest import ROOT
 
 POLICY = ROOT / "k8s" / "overlays" / "admission" / "admission.yaml"
 ACCOUNT = "system:serviceaccount:kubealign:train-jobs"
+UNREADABLE = (ValueError, RuntimeError, TypeError, KeyError)
+"""How the interpreter says that an expression names what is not there."""
 
 
 def policy() -> dict[str, Any]:
@@ -31,13 +33,13 @@ def refusals(manifest: dict[str, Any], user: str, rules: dict[str, Any] | None =
     for variable in spec["variables"]:
         try:
             variables[variable["name"]] = cel.evaluate(variable["expression"], context | {"variables": variables})
-        except (ValueError, RuntimeError, TypeError):
+        except UNREADABLE:
             continue
     refused = []
     for validation in spec["validations"]:
         try:
             passed = cel.evaluate(validation["expression"], context | {"variables": variables})
-        except (ValueError, RuntimeError, TypeError) as error:
+        except UNREADABLE as error:
             refused.append(f"{validation['message']} ({error})")
             continue
         if passed is not True:
