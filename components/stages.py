@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-
 Secret = Literal["git", "data", "state", "mlflow"]
 
 
@@ -23,8 +22,8 @@ class Stage:
         cached: whether a result is served again for the same order.
         keys: which keys of cluster.signing_secret it gets on Kubeflow.
         secrets: which other secrets it gets there: `git` and `data` read the data repository, its DVC remote and base
-            models in buckets, `state` reads and writes checkpoints, `mlflow` is the pipeline's user in MLflow. Every stage
-            writes its own run there; register alone writes models and the history.
+            models in buckets, `state` reads and writes checkpoints, `mlflow` is the pipeline's user in MLflow. Every
+            stage writes its own run there; register alone writes models and the history.
     """
 
     name: str

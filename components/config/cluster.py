@@ -83,13 +83,13 @@ class ClusterConfig(Section):
     )
     data_secret: str = Field(
         default="",
-        description="secret with keys `access_key` and `secret_key` that read the DVC remote and base models in buckets;"
-        " resolve and fetch alone get it; empty for none",
+        description="secret with keys `access_key` and `secret_key` that read the DVC remote and base models in"
+        " buckets; resolve and fetch alone get it; empty for none",
     )
     state_secret: str = Field(
         default="",
-        description="secret with keys `access_key` and `secret_key` for a `state` in a bucket; sft and dpo alone get it;"
-        " empty for none",
+        description="secret with keys `access_key` and `secret_key` for a `state` in a bucket; sft and dpo alone get"
+        " it; empty for none",
     )
     git_secret: str = Field(
         default="",

@@ -72,7 +72,10 @@ class Cluster:
 
     def environment(self, container: Any) -> dict[str, str]:
         """A container's environment, secrets filled in, and nothing else but this machine's path."""
-        found = {"PATH": ":".join(map(str, [Path(sys.executable).parent, *POSTGRES, "/usr/bin", "/bin"])), "HOME": str(self.folder)}
+        found = {
+            "PATH": ":".join(map(str, [Path(sys.executable).parent, *POSTGRES, "/usr/bin", "/bin"])),
+            "HOME": str(self.folder),
+        }
         found |= {"MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": ""}
         for source in container.get("envFrom", []):
             name = source["configMapRef"]["name"].rpartition("-")[0]

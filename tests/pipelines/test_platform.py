@@ -197,7 +197,10 @@ def test_secrets_are_named_never_copied(tmp_path: Path) -> None:
     documents = compiled(tmp_path, full())
     s3 = {"access_key": "AWS_ACCESS_KEY_ID", "secret_key": "AWS_SECRET_ACCESS_KEY"}
     mlflow = {"mlflow": {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"}}
-    reads = mlflow | {"git": {"username": "GIT_USERNAME", "password": "GIT_PASSWORD", "host": "GIT_HOST"}, "s3-data": s3}
+    reads = mlflow | {
+        "git": {"username": "GIT_USERNAME", "password": "GIT_PASSWORD", "host": "GIT_HOST"},
+        "s3-data": s3,
+    }
     trains = mlflow | {"s3-state": s3}
     expected = dict.fromkeys(STAGE_NAMES, mlflow) | {"resolve": reads, "fetch": reads, "sft": trains, "dpo": trains}
     keys = {"signing_key", "cache_key", "public_keys"}
@@ -270,7 +273,16 @@ def test_our_own_images_have_a_version(tmp_path: Path, target: str) -> None:
 
 
 def test_nothing_that_is_empty_leaves_a_trace(tmp_path: Path) -> None:
-    names = ["mlflow_secret", "s3_endpoint", "data_secret", "state_secret", "git_secret", "state", "train.shm", "ui_url"]
+    names = [
+        "mlflow_secret",
+        "s3_endpoint",
+        "data_secret",
+        "state_secret",
+        "git_secret",
+        "state",
+        "train.shm",
+        "ui_url",
+    ]
     empty = dict.fromkeys(names, "''")
     none = {"pull_secrets": "[]", "labels": "{}", "train.tolerations": "[]", "train.node_selector": "{}"}
     documents = compiled(tmp_path, full(**empty | none, retries="0", ttl_s="0", **{"train.gpus": "0"}))

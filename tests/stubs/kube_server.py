@@ -1,9 +1,10 @@
 """A stub of a Kubernetes API server with Kubeflow Trainer, as strict as the real ones where our client could go wrong.
 
 It grants exactly what the Role in k8s/several-nodes grants the account train-jobs, and refuses what the policy in
-k8s/overlays/admission refuses. TrainJobs are parsed with Kubeflow's own models; unknown fields are refused. Every refusal names the rule that it stands for: `K8s` is https://kubernetes.io/docs, other
-paths are files of kubeflow/trainer v2.3.0. Jobs really run: one local process per node, with the environment that
-Trainer's torch plugin sets.
+k8s/overlays/admission refuses. TrainJobs are parsed with Kubeflow's own models; unknown fields are refused. Every
+refusal names the rule that it stands for: `K8s` is https://kubernetes.io/docs, other paths are files of this project or
+of kubeflow/trainer v2.3.0. Jobs really run: one local process per node, with the environment that Trainer's torch
+plugin sets.
 """
 
 import json

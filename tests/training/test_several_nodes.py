@@ -1,7 +1,7 @@
 """sft and dpo on several nodes: the TrainJob that a step makes, its fate, and what the nodes compute.
 
-The cluster is a stub that refuses what Kubernetes, the Role in k8s/several-nodes and Kubeflow Trainer refuse, and runs the nodes
-as processes, each with a disk of its own.
+The cluster is a stub that refuses what Kubernetes, the Role in k8s/several-nodes, the policy in k8s/overlays/admission
+and Kubeflow Trainer refuse, and runs the nodes as processes, each with a disk of its own.
 """
 
 import json
@@ -327,7 +327,8 @@ def test_two_nodes_give_the_losses_of_one_process(
     kube.secrets["kubealign-s3-state"] = {key: s3.environment[name] for key, name in names.items()}
     location = f"s3://{s3.bucket}/{tmp_path.name}" if state == "s3" else "pvc:kubealign-state"
     with mlflow_server(tmp_path) as address:
-        more = ["state_secret=kubealign-s3-state", f"s3_endpoint={s3.endpoint}", f"mlflow_uri={address}", "train.gpus=0"]
+        more = ["state_secret=kubealign-s3-state", f"s3_endpoint={s3.endpoint}", f"mlflow_uri={address}"]
+        more.append("train.gpus=0")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         cluster = section(f"state={location}", *more)
         inputs = {"dataset": stages.folder / "clean", "base": stages.base}
