@@ -2,9 +2,9 @@
 
     python tools/image_provenance.py IMAGE --target data --engine docker --base python:3.11-slim --sbom FILE > STATEMENT
 
-The subject is the image's id, which is the digest of its configuration and so of its layers: the digest of the manifest is
-known after a push alone (`kubealign images --digest`). The statement is not signed: it is as good as the machine that
-built. Standard library only.
+The subject is the image's id, which is the digest of its configuration and so of its layers: the digest of the manifest
+is known after a push alone (`kubealign images --digest`). The statement is not signed: it is as good as the machine
+that built. Standard library only.
 """
 
 import argparse
