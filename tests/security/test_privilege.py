@@ -1,6 +1,7 @@
 """A step has its own secrets and rights, and no submitter's label or TrainJob gives it another's."""
 
 import copy
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -329,11 +330,13 @@ def selected(policy_: Manifest, labels: dict[str, str]) -> bool:
     selector = policy_["spec"]["podSelector"]
     wanted = selector.get("matchLabels", {}).items() <= labels.items()
     for expression in selector.get("matchExpressions", []):
-        there = expression["key"] in labels
-        wanted &= there if expression["operator"] == "Exists" else labels.get(expression["key"]) in expression["values"]
+        value = labels.get(expression["key"])
+        by_operator = {"Exists": value is not None, "DoesNotExist": value is None}
+        wanted &= by_operator.get(expression["operator"], value in expression.get("values", []))
     return wanted
 
 
+@functools.cache
 def network(overlay: str) -> list[Manifest]:
     if not shutil.which("kubectl"):
         pytest.skip("no kubectl, so no manifest was checked")
@@ -351,7 +354,8 @@ def test_hostile_labels_open_no_port_and_make_no_server_of_a_step(
     policies = [manifest for manifest in manifests if manifest["kind"] == "NetworkPolicy"]
     services = [manifest["spec"]["selector"] for manifest in manifests if manifest["kind"] == "Service"]
     monkeypatch.setattr(cluster_config, "RESERVED_LABELS", ())
-    hostile = "labels={" + ", ".join(f"{key}: {value}" for key, value in (HOSTILE[0] | HOSTILE[1]).items()) + "}"
+    claimed = HOSTILE[0] | HOSTILE[1] | {"app": "ml-pipeline-ui-artifact"}
+    hostile = "labels={" + ", ".join(f"{key}: {value}" for key, value in claimed.items()) + "}"
     plain, attacked = (
         {step: pod["podMetadata"]["labels"] for step, pod in compiled_pods(tmp_path, *more).items()}
         for more in ([], [hostile])
