@@ -202,7 +202,8 @@ def test_secrets_are_named_never_copied(tmp_path: Path) -> None:
         "s3-data": s3,
     }
     trains = mlflow | {"s3-state": s3}
-    expected = dict.fromkeys(STAGE_NAMES, mlflow) | {"resolve": reads, "fetch": reads, "sft": trains, "dpo": trains}
+    expected = dict.fromkeys(STAGE_NAMES, mlflow) | dict.fromkeys(("resolve", "fetch"), reads)
+    expected |= dict.fromkeys(("sft", "dpo"), trains)
     keys = {"signing_key", "cache_key", "public_keys"}
     for stage in STAGE_NAMES:
         named = {
