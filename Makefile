@@ -58,7 +58,7 @@ bench-data: data ## prepare and validate a million pairs with planted defects: t
 test-long: data ## the full counts: kills, races, failures
 	pytest -m long $(PYTEST_ARGS)
 
-# What the images are built from: see components/Containerfile. PIP_CONF is a pip.conf for indexes with a password.
+# What the images are built from: see components/Containerfile. BASE_IMAGE may name a digest, python@sha256:…. PIP_CONF is a pip.conf for indexes with a password.
 ENGINE ?= docker
 comma := ,
 BASE_IMAGE ?= python:3.11-slim-bookworm
@@ -66,13 +66,15 @@ BUILD_ARGS ?=
 PIP_CONF ?=
 
 .PHONY: images
-images: setup ## the container images of steps and MLflow, and their bills of materials below build/
+images: setup ## the container images of steps and MLflow, and their bills of materials and provenance below build/
 	@for kind in data train mlflow; do \
 	  image=$$(kubealign images $$kind); echo "building $$image"; \
 	  DOCKER_BUILDKIT=1 $(ENGINE) build -q -f components/Containerfile --target $$kind -t $$image \
 	    $$(kubealign images --build-args) --build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg TORCH_INDEX=$(TORCH_INDEX) \
 	    $(if $(PIP_CONF),--secret id=pip.conf$(comma)src=$(PIP_CONF)) $(BUILD_ARGS) . >/dev/null; \
 	  mkdir -p build; $(ENGINE) run --rm --network none $$image cat /opt/venv/sbom.cdx.json > build/sbom-$$kind.cdx.json; \
+	  python tools/image_provenance.py $$image --target $$kind --engine $(ENGINE) --base $(BASE_IMAGE) \
+	    --torch-index "$(TORCH_INDEX)" --sbom build/sbom-$$kind.cdx.json > build/provenance-$$kind.json; \
 	  $(ENGINE) image inspect -f "$$image: {{.Size}} bytes" $$image; \
 	done
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+Secret = Literal["git", "data", "state", "mlflow"]
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -19,6 +21,9 @@ class Stage:
         several_nodes: whether `cluster.nodes` above 1 makes it a TrainJob; the step then only starts and follows one.
         cached: whether a result is served again for the same order.
         keys: which keys of cluster.signing_secret it gets on Kubeflow.
+        secrets: which other secrets it gets there: `git` and `data` read the data repository, its DVC remote and base
+            models in buckets, `state` reads and writes checkpoints, `mlflow` is the pipeline's user in MLflow. Every
+            stage writes its own run there; register alone writes models and the history.
     """
 
     name: str
@@ -30,20 +35,38 @@ class Stage:
     several_nodes: bool = False
     cached: bool = True
     keys: tuple[str, ...] = ()
+    secrets: tuple[Secret, ...] = ("mlflow",)
 
 
 STAGES = (
-    Stage("resolve", "data", cached=False, keys=("public_keys",)),
+    Stage("resolve", "data", cached=False, keys=("public_keys",), secrets=("git", "data", "mlflow")),
     Stage(
         "fetch",
         "data",
         facts=("preferences_digest", "instructions_digest", "base_digest", "template_digest"),
         origin=("data_repo", "data_path", "data_commit", "base_reference", "template"),
         keys=("public_keys",),
+        secrets=("git", "data", "mlflow"),
     ),
     Stage("validate", "data", sections=("validate", "model.max_length")),
-    Stage("sft", "train", sections=("sft", "model"), trains=True, several_nodes=True, keys=("cache_key",)),
-    Stage("dpo", "train", sections=("dpo", "model"), trains=True, several_nodes=True, keys=("cache_key",)),
+    Stage(
+        "sft",
+        "train",
+        sections=("sft", "model"),
+        trains=True,
+        several_nodes=True,
+        keys=("cache_key",),
+        secrets=("state", "mlflow"),
+    ),
+    Stage(
+        "dpo",
+        "train",
+        sections=("dpo", "model"),
+        trains=True,
+        several_nodes=True,
+        keys=("cache_key",),
+        secrets=("state", "mlflow"),
+    ),
     Stage(
         "evaluate",
         "train",

@@ -108,11 +108,14 @@ def images(
     build_args: Annotated[
         bool, typer.Option("--build-args", help="Print the build arguments for `make images` instead.")
     ] = False,
+    digest: Annotated[
+        bool, typer.Option("--digest", help="Print references by digest, as the registry got them in a push.")
+    ] = False,
 ) -> None:
     """Print the image references, for steps and for MLflow in a cluster; `make images` builds them."""
     from components.common.images import DATA_IMAGE, MLFLOW_IMAGE, TRAIN_IMAGE, VERSION
     from components.common.provenance import git_commit
-    from pipelines.local.containers import code_in_images
+    from pipelines.local.containers import code_in_images, engine, pushed_reference
 
     if build_args:
         facts = {"VERSION": VERSION, "REVISION": git_commit(), "CODE": code_in_images()}
@@ -121,8 +124,10 @@ def images(
     references = {"data": DATA_IMAGE, "train": TRAIN_IMAGE, "mlflow": MLFLOW_IMAGE}
     if kind and kind not in references:
         raise InputError(f"images {kind}: expected {', '.join(references)}")
-    for reference in [references[kind]] if kind else references.values():
-        print(reference)
+    chosen = [references[kind]] if kind else [*references.values()]
+    client = engine() if digest else None
+    for reference in chosen:
+        print(pushed_reference(client, reference) if client else reference)
 
 
 @app.command(rich_help_panel="This machine")

@@ -14,7 +14,7 @@ from components.config.cluster import ClusterConfig
 from components.config.params import Config
 from components.stages import BY_NAME
 from components.tracking.keys import CACHE_KEY_VARIABLE, PUBLIC_KEYS_VARIABLE, SIGNING_KEY_VARIABLE
-from components.training.train_job import HOME, MLFLOW_KEYS, S3_KEYS, VARIABLE, labels
+from components.training.train_job import ACCOUNT, HOME, MLFLOW_KEYS, S3_KEYS, VARIABLE, labels
 
 RUN_LABEL = "metadata.labels['pipeline/runid']"
 """Kubeflow's label with the run's id; kfp-kubernetes' README documents its use as an environment variable."""
@@ -101,6 +101,7 @@ def configure(task: Any, cluster: ClusterConfig, public_keys: Sequence[str] = ()
     _keys(task, cluster, public_keys)
     if launches_train_job:
         task.set_env_variable(VARIABLE, cluster.model_dump_json())
+        kubernetes.use_secret_as_volume(task, cluster.train_job_secret, str(ACCOUNT))
     _resources(task, cluster, trains)
     kubernetes.set_security_context(task, run_as_user=cluster.run_as_user, run_as_group=0, run_as_non_root=True)
     kubernetes.set_timeout(task, cluster.timeout_s)
@@ -127,11 +128,13 @@ def _environment(task: Any, cluster: ClusterConfig) -> None:
         task.set_env_variable("KUBEALIGN_KFP_URL", cluster.ui_url)
     if cluster.s3_endpoint:
         task.set_env_variable("AWS_ENDPOINT_URL", cluster.s3_endpoint)
-    for secret, keys in (
-        (cluster.mlflow_secret, MLFLOW_KEYS),
-        (cluster.s3_secret, S3_KEYS),
-        (cluster.git_secret, GIT_KEYS),
-    ):
+    named = {
+        "mlflow": (cluster.mlflow_secret, MLFLOW_KEYS),
+        "data": (cluster.data_secret, S3_KEYS),
+        "state": (cluster.state_secret, S3_KEYS),
+        "git": (cluster.git_secret, GIT_KEYS),
+    }
+    for secret, keys in (named[name] for name in BY_NAME[task.name].secrets):
         if secret:
             kubernetes.use_secret_as_env(task, secret, keys)
     kind, _, claim = cluster.state.partition(":")

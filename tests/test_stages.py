@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from components.stages import BY_NAME, CACHED, LINEAGE, ORDERED, STAGE_NAMES
+from components.stages import BY_NAME, CACHED, LINEAGE, ORDERED, STAGE_NAMES, STAGES
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.integration
@@ -69,8 +69,10 @@ def test_the_manifests_and_workflows_name_the_stages_of_the_table() -> None:
             for names in (names for document in documents for names in lists_in_yaml(document)):
                 found.setdefault(str(path), []).append(names)
     assert set(found) == {"k8s/base/network.yaml", "k8s/overlays/dev/network.yaml"}
+    with_s3_key = [stage.name for stage in STAGES if {"data", "state"} & {*stage.secrets}]
     for path, lists in found.items():
-        assert all(names == list(STAGE_NAMES) for names in lists), path
+        expected = with_s3_key if "dev" in path else list(STAGE_NAMES)
+        assert all(names == expected for names in lists), path
 
 
 def test_the_import_contracts_name_the_stages_of_the_table() -> None:

@@ -11,6 +11,10 @@ QUANTITY = r"^\d+(\.\d+)?(Ki|Mi|Gi|Ti|K|M|G|T)?$"
 IMAGE = r"^([^\s@]+(:[\w.-]+|@sha256:[0-9a-f]{64}))?$"
 
 
+RESERVED_LABELS = ("kubealign", "kubernetes.io", "kubeflow.org", "argoproj.io", "jobset.sigs.k8s.io", "pipeline")
+"""Domains of labels by which pods are selected or a run is recognised: a submitter sets none of them."""
+
+
 class StepResources(Section):
     """Resources of a step; requests and limits are the same."""
 
@@ -77,11 +81,20 @@ class ClusterConfig(Section):
     s3_endpoint: str = Field(
         default="", pattern=r"^(https?://[^@\s]+)?$", description="S3-compatible store; empty for AWS's own"
     )
-    s3_secret: str = Field(default="", description="secret with keys `access_key` and `secret_key`; empty for none")
+    data_secret: str = Field(
+        default="",
+        description="secret with keys `access_key` and `secret_key` that read the DVC remote and base models in"
+        " buckets; resolve and fetch alone get it; empty for none",
+    )
+    state_secret: str = Field(
+        default="",
+        description="secret with keys `access_key` and `secret_key` for a `state` in a bucket; sft and dpo alone get"
+        " it; empty for none",
+    )
     git_secret: str = Field(
         default="",
         description="secret with keys `username`, `password` (a token) and `host`, the one https host that gets them,"
-        " for data.repo; or empty",
+        " for data.repo; resolve and fetch alone get it; or empty",
     )
     signing_secret: str = Field(
         default="kubealign-signing",
@@ -107,13 +120,21 @@ class ClusterConfig(Section):
         pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$",
         description="TrainingRuntime of those TrainJobs, from k8s/several-nodes",
     )
+    train_job_secret: str = Field(
+        default="kubealign-train-jobs",
+        min_length=1,
+        description="secret with the token of the account that may start TrainJobs, from k8s/several-nodes; with more"
+        " than one node sft and dpo alone get it",
+    )
     retries: int = Field(default=2, ge=0, description="times that a failed step is retried")
     backoff_s: int = Field(default=60, ge=0, description="seconds before the first retry; doubled for each further one")
     timeout_s: int = Field(default=86400, ge=1, description="seconds after which a step's pod is terminated")
     ttl_s: int = Field(
         default=604800, ge=0, description="seconds for which a finished workflow's pods are kept; 0 keeps them"
     )
-    labels: dict[str, str] = Field(default={}, description="additional labels of every pod")
+    labels: dict[str, str] = Field(
+        default={}, description="additional labels of every pod; none by which Kubernetes, Kubeflow or k8s/ select pods"
+    )
     namespace: str = Field(
         default="", description="Kubeflow profile that runs belong to; empty without multi-user Kubeflow"
     )
@@ -130,6 +151,17 @@ class ClusterConfig(Section):
         if url:
             parse_url(url, ("https", "http"), anywhere=True)
         return url
+
+    @field_validator("labels")
+    @classmethod
+    def _of_no_selector(cls, labels: dict[str, str]) -> dict[str, str]:
+        for label in labels:
+            domain = label.rpartition("/")[0]
+            if any(domain == reserved or domain.endswith(f".{reserved}") for reserved in RESERVED_LABELS):
+                raise ValueError(
+                    f"{label}: network policies, services and Kubeflow go by labels of {domain}; take a name without it"
+                )
+        return labels
 
     @field_validator("data_image", "train_image")
     @classmethod

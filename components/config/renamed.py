@@ -21,5 +21,7 @@ RENAMED = {
     "evaluate.answers": "evaluate.generations_per_language",
     "gate.max_own_loss": "gate.max_policy_loss",
     "gate.clean_data": "gate.require_committed_data",
+    "cluster.s3_secret": "cluster.data_secret (resolve and fetch read data with it) and, for a state in a bucket,"
+    " cluster.state_secret (sft and dpo)",
 }
 """Old key -> new key, with the new values where they changed."""

@@ -174,7 +174,7 @@ def remote_errors(repo: str, revision: str, folder: str, digest: str) -> Iterato
         if isinstance(why, PermissionError):
             raise InputError(
                 f"{where} may not be read from the DVC remote ({reason}); check the key (AWS_ACCESS_KEY_ID,"
-                " AWS_SECRET_ACCESS_KEY, or cluster.s3_secret) and its rights"
+                " AWS_SECRET_ACCESS_KEY, or cluster.data_secret) and its rights"
             ) from error
         raise KubealignError(
             f"{where} cannot be fetched from the DVC remote: {reason}; the files fetched so far are kept;"

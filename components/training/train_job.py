@@ -42,6 +42,8 @@ SECRETS = "/var/run/kubealign"
 MLFLOW_KEYS = {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"}
 S3_KEYS = {"access_key": "AWS_ACCESS_KEY_ID", "secret_key": "AWS_SECRET_ACCESS_KEY"}
 CACHE_KEYS = {"cache_key": CACHE_KEY_VARIABLE}
+ACCOUNT = Path("/var/run/kubealign-train-jobs")
+"""Mount path of `cluster.train_job_secret` in a step that starts TrainJobs: its own account has no right to."""
 PASSED_ON = ("MLFLOW_EXPERIMENT_NAME", "AWS_DEFAULT_REGION", KFP_RUN_VARIABLE)
 KEY_LABEL = "kubealign/key"
 POLL_S = 5.0
@@ -58,8 +60,8 @@ def several_nodes() -> ClusterConfig | None:
 
 
 def labels(step: str, cluster: ClusterConfig) -> dict[str, str]:
-    """Labels of every pod of a step."""
-    return {"app.kubernetes.io/part-of": "kubealign", "app.kubernetes.io/component": step} | cluster.labels
+    """Labels of every pod of a step; network policies go by ours, so none of the configuration replaces them."""
+    return cluster.labels | {"app.kubernetes.io/part-of": "kubealign", "app.kubernetes.io/component": step}
 
 
 def run_on_nodes(
@@ -117,12 +119,12 @@ class TrainJob:
     """
 
     def __init__(self, cluster: ClusterConfig, stage: str, key: str, args: list[str]) -> None:
-        from kubeflow.trainer import KubernetesBackendConfig, TrainerClient
+        from kubeflow.trainer import TrainerClient
 
         logging.getLogger("kubeflow").setLevel(logging.ERROR)
         self.cluster, self.stage, self.key, self.args = cluster, stage, key, args
         with _explained("reach Kubernetes"):
-            self.client = TrainerClient(KubernetesBackendConfig())
+            self.client = TrainerClient(_account())
         self.api = self.client.backend.custom_api
         # By default the client requests no field validation: Kubernetes would silently drop unknown fields.
         self.api.create_namespaced_custom_object = functools.partial(
@@ -281,7 +283,7 @@ def pod_patch(cluster: ClusterConfig, stage: str) -> Any:
         mount("shm", "/dev/shm", {"emptyDir": {"medium": "Memory", "sizeLimit": cluster.train.shm}})  # noqa: S108
     named = (
         (cluster.mlflow_secret, MLFLOW_KEYS),
-        (cluster.s3_secret, S3_KEYS),
+        (cluster.state_secret, S3_KEYS),
         (cluster.signing_secret, CACHE_KEYS),
     )
     sources = [
@@ -323,6 +325,20 @@ def pod_patch(cluster: ClusterConfig, stage: str) -> Any:
             template=options.JobSetTemplatePatch(spec=options.JobSetSpecPatch(replicated_jobs=[node]))
         )
     )
+
+
+def _account() -> Any:
+    """Kubeflow's client as the account of the mounted secret; outside of a pod, as a kubeconfig says."""
+    from kubeflow.trainer import KubernetesBackendConfig
+    from kubernetes.client import Configuration
+    from kubernetes.config.incluster_config import InClusterConfigLoader
+
+    if not (ACCOUNT / "token").is_file():
+        return KubernetesBackendConfig()
+    configuration = Configuration()
+    InClusterConfigLoader(str(ACCOUNT / "token"), str(ACCOUNT / "ca.crt")).load_and_set(configuration)
+    namespace = (ACCOUNT / "namespace").read_text(encoding="utf-8").strip()
+    return KubernetesBackendConfig(namespace=namespace, client_configuration=configuration)
 
 
 @contextmanager

@@ -91,6 +91,25 @@ def check_images(client: Any) -> None:
             raise InputError(f"image {image} was built from different code; `make images` rebuilds it")
 
 
+def pushed_reference(client: Any, image: str) -> str:
+    """An image's name with the digest that a registry gave it, which no later push moves.
+
+    Raises:
+        InputError: the image does not exist, or was not pushed.
+    """
+    import docker
+
+    try:
+        digests = client.images.get(image).attrs.get("RepoDigests") or []
+    except docker.errors.ImageNotFound as error:
+        raise InputError(f"image {image} is not built; `make images` builds it") from error
+    repository = image.rpartition(":")[0]
+    pushed: list[str] = [name for name in digests if name.startswith(f"{repository}@sha256:")]
+    if not pushed:
+        raise InputError(f"image {image} has no digest, because it was not pushed; run `docker push {image}`")
+    return pushed[0]
+
+
 def end_containers(client: Any) -> int:
     """Kill and remove every container of this home folder's steps; returns how many there were."""
     import docker

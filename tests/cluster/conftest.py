@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.services import free_ports, server
+from tests.support.services import await_bucket, free_ports, server
 from tests.support.waiting import wait_until
 from tests.tools.manifests import build
 
@@ -28,7 +28,10 @@ SECRETS = {
         "flask_secret_key": "a-flask-secret",
     },
     "kubealign-mlflow": {"username": "pipeline", "password": "a-pipeline-secret"},
-    "kubealign-s3": {"access_key": "kubealign", "secret_key": "an-s3-secret"},
+    **{
+        f"kubealign-s3-{name}": {"access_key": f"kubealign-{name}", "secret_key": f"a-secret-of-{name}"}
+        for name in ("mlflow", "backups", "state", "data", "contributors")
+    },
 }
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1:]
 
@@ -46,10 +49,10 @@ class Cluster:
         names = ("postgres", "mlflow", "seaweedfs", "master", "volume", "filer")
         self.ports = dict(zip(names, free_ports(len(names)), strict=True))
         self.mlflow_uri = f"http://127.0.0.1:{self.ports['mlflow']}"
-        for name in ("scripts", "mlflow"):
+        for name, place in (("scripts", "scripts"), ("identities", "scripts"), ("mlflow", "mlflow")):
             for key, text in self.find("ConfigMap", name)["data"].items():
-                (folder / name).mkdir(exist_ok=True)
-                (folder / name / key).write_text(text)
+                (folder / place).mkdir(exist_ok=True)
+                (folder / place / key).write_text(text)
 
     def find(self, kind: str, name: str) -> Any:
         """A manifest; config maps by the name before their hash."""
@@ -69,7 +72,10 @@ class Cluster:
 
     def environment(self, container: Any) -> dict[str, str]:
         """A container's environment, secrets filled in, and nothing else but this machine's path."""
-        found = {"PATH": f"{Path(sys.executable).parent}:{POSTGRES[0]}:/usr/bin:/bin", "HOME": str(self.folder)}
+        found = {
+            "PATH": ":".join(map(str, [Path(sys.executable).parent, *POSTGRES, "/usr/bin", "/bin"])),
+            "HOME": str(self.folder),
+        }
         found |= {"MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": ""}
         for source in container.get("envFrom", []):
             name = source["configMapRef"]["name"].rpartition("-")[0]
@@ -88,7 +94,8 @@ class Cluster:
         """A word of a manifest with this machine's places."""
         for name, port in (("seaweedfs", 8333), ("mlflow", 5000)):
             text = text.replace(f"http://{name}:{port}", f"http://127.0.0.1:{self.ports[name]}")
-        for inside, outside in (("/etc/mlflow", "mlflow"), ("/scripts", "scripts"), ("/backup/", "backup/")):
+        places = {"/etc/mlflow": "mlflow", "/scripts": "scripts", "/backup/": "backup/", "/identities/": "identities/"}
+        for inside, outside in places.items():
             if text.startswith(inside):
                 (self.folder / outside).mkdir(exist_ok=True)
                 text = text.replace(inside, f"{self.folder}/{outside}", 1)
@@ -125,16 +132,25 @@ class Cluster:
     @contextmanager
     def seaweedfs(self) -> Iterator[None]:
         """The StatefulSet's S3."""
-        container = self.container("StatefulSet", "seaweedfs")
         (self.folder / "s3").mkdir()
+        identities = self.container("StatefulSet", "seaweedfs")
+        words = [self.here(word) for word in identities["command"]]
+        subprocess.run(words, env=self.environment(identities), check=True, capture_output=True)
+        container = self.container("StatefulSet", "seaweedfs", 1)
         port = self.ports["seaweedfs"]
         changed = {"-dir=/data": f"-dir={self.folder}/s3", "-ip.bind=0.0.0.0": "-ip.bind=127.0.0.1"}
         changed |= {"-s3.port=8333": f"-s3.port={port}"}
+        changed |= {"-s3.config=/identities/s3.json": f"-s3.config={self.folder}/identities/s3.json"}
         assert not [word for word in changed if word not in container["command"]]
         words = [changed.get(word, word) for word in container["command"]]
         words[0] = str(Path(sys.executable).with_name("weed"))
         words += [f"-{name}.port={self.ports[name]}" for name in ("master", "volume", "filer")]
-        with server(words, self.environment(container), self.folder / "weed.log", f"http://127.0.0.1:{port}"):
+        endpoint = f"http://127.0.0.1:{port}"
+        with server(words, self.environment(container), self.folder / "weed.log", endpoint):
+            for name in ("mlflow", "backups", "state", "data"):
+                keys = SECRETS[f"kubealign-s3-{name}"]
+                named = {"AWS_ACCESS_KEY_ID": keys["access_key"], "AWS_SECRET_ACCESS_KEY": keys["secret_key"]}
+                await_bucket(endpoint, f"kubealign-{name}", named)
             yield
 
     @contextmanager

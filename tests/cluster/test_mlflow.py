@@ -107,7 +107,7 @@ def test_the_backup_brings_back_a_database_that_was_lost_and_the_champion_with_i
 ) -> None:
     before = cluster.sql("SELECT count(*) FROM runs"), cluster.sql("SELECT count(*) FROM metrics")
     assert "dumped" in cluster.run("mlflow-backup", 0)
-    assert "backup s3://kubealign/backups/" in cluster.run("mlflow-backup", 1)
+    assert "backup s3://kubealign-backups/mlflow/" in cluster.run("mlflow-backup", 1)
     cluster.sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
     assert cluster.sql("SELECT count(*) FROM information_schema.tables WHERE table_schema = 'public'") == "0"
     (cluster.folder / "backup" / "mlflow.dump").unlink()
@@ -160,10 +160,10 @@ def test_a_database_of_the_minor_version_before_is_migrated(cluster: Cluster, tm
     program = (
         "import json, mlflow\n"
         "client = mlflow.MlflowClient('postgresql+psycopg2://', 'postgresql+psycopg2://')\n"
-        "run = client.create_run(client.create_experiment('old', 's3://kubealign/old'))\n"
+        "run = client.create_run(client.create_experiment('old', 's3://kubealign-mlflow/old'))\n"
         "client.log_metric(run.info.run_id, 'loss', 0.5)\n"
         "client.create_registered_model('old')\n"
-        "client.create_model_version('old', 's3://kubealign/old', run.info.run_id)\n"
+        "client.create_model_version('old', 's3://kubealign-mlflow/old', run.info.run_id)\n"
         "client.set_registered_model_alias('old', 'champion', '1')\n"
         "print(json.dumps([mlflow.__version__, run.info.run_id]))\n"
     )

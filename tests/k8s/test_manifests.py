@@ -1,6 +1,7 @@
 """k8s/ holds, and its check has teeth: each rule is broken once, and found."""
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ BROKEN: dict[str, tuple[Callable[[list[Manifest]], Any], str]] = {
     ),
     "key of a secret": (
         lambda m: box(m)["env"][-1]["valueFrom"]["secretKeyRef"].update(key="gone"),
-        "Secret kubealign-s3 has no key gone",
+        "Secret kubealign-s3-mlflow has no key gone",
     ),
     "config map": (lambda m: box(m)["envFrom"][0]["configMapRef"].update(name="gone"), "ConfigMap gone does not exist"),
     "volume's map": (
@@ -122,8 +123,6 @@ BROKEN: dict[str, tuple[Callable[[list[Manifest]], Any], str]] = {
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_what_is_broken_is_found(dev: list[Manifest], what: str) -> None:
-    import re
-
     change, message = BROKEN[what]
     change(dev)
     found = problems(dev)
@@ -146,8 +145,8 @@ def test_secrets_have_no_values_and_params_name_the_same_ones(overlays: dict[str
     assert secrets and not any(value for secret in secrets for value in secret["stringData"].values())
     guide = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
     names = {secret["metadata"]["name"] for secret in secrets}
-    assert "cluster.mlflow_secret=kubealign-mlflow" in guide and "cluster.s3_secret=kubealign-s3" in guide
-    assert names >= {"kubealign-mlflow", "kubealign-s3"}
+    used = dict(re.findall(r"cluster\.(\w+_secret)=(kubealign-[\w-]+)", guide))
+    assert used.keys() == {"mlflow_secret", "data_secret", "state_secret"} and set(used.values()) <= names
     assert MLFLOW_IMAGE.endswith(box(overlays["dev"])["image"].rpartition("/")[2])
 
 
@@ -247,4 +246,4 @@ def test_the_steps_of_a_run_are_restricted(tmp_path: Path) -> None:
 def test_every_pod_of_the_manifests_is_looked_at(overlays: dict[str, list[Manifest]]) -> None:
     """A kind that hides its pods from the check would pass it."""
     found = {name: sum(1 for _ in pods(manifests)) for name, manifests in overlays.items()}
-    assert found == {"dev": 7, "prod": 6}
+    assert found == {"dev": 7, "prod": 6, "admission": 0}

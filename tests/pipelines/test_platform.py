@@ -35,7 +35,8 @@ FULL = {
     "ui_url": "https://kubeflow.example.com/pipeline",
     "mlflow_secret": "mlflow",
     "s3_endpoint": "https://s3.example.com",
-    "s3_secret": "s3",
+    "data_secret": "s3-data",
+    "state_secret": "s3-state",
     "git_secret": "git",
     "signing_secret": "signing",
     "state": "pvc:alignment-state",
@@ -55,7 +56,7 @@ FULL = {
     "labels": "{team: nlp}",
 }
 """Every feature of the section that reaches the IR."""
-OTHER = {"namespace", "experiment", "service_account", "nodes", "runtime"}
+OTHER = {"namespace", "experiment", "service_account", "nodes", "runtime", "train_job_secret"}
 """Keys that a run is started with, of which the IR has nothing, and those of training on several nodes."""
 CHANGES = {
     "data_image": f"x@sha256:{'a' * 64}",
@@ -73,7 +74,8 @@ CHANGES = {
     "ui_url": "https://x",
     "mlflow_secret": "''",
     "s3_endpoint": "''",
-    "s3_secret": "''",
+    "data_secret": "''",
+    "state_secret": "''",
     "git_secret": "''",
     "signing_secret": "other",
     "train.shm": "''",
@@ -82,7 +84,7 @@ CHANGES = {
 )
 """Another value for each of them."""
 
-DATA_STEP, TRAIN_STEP = "validate", "sft"
+DATA_STEP, TRAIN_STEP = "fetch", "sft"
 """The steps of the golden file."""
 
 pytestmark = pytest.mark.usefixtures("fast_compiler")
@@ -109,11 +111,10 @@ def of_the_section(documents: list[Any], stage: str) -> dict[str, Any]:
     }
 
 
-def without_keys(documents: list[Any], stage: str) -> dict[str, Any]:
-    """What a step has from the section, but for the keys of the signing secret, of which each step has its own."""
+def without_secrets(documents: list[Any], stage: str) -> dict[str, Any]:
+    """What a step has from the section, but for secrets, of which each step has its own."""
     found = of_the_section(documents, stage)
-    found["pod"]["secretAsEnv"] = [entry for entry in found["pod"]["secretAsEnv"] if entry["secretName"] != "signing"]
-    return found
+    return found | {"pod": {key: value for key, value in found["pod"].items() if key != "secretAsEnv"}}
 
 
 def comparable(documents: list[Any]) -> dict[str, Any]:
@@ -152,8 +153,8 @@ def test_the_other_steps_have_what_the_golden_ones_have(tmp_path: Path) -> None:
     documents = compiled(tmp_path, full())
     for stage in STAGE_NAMES:
         golden = DATA_STEP if BY_NAME[stage].image == "data" else TRAIN_STEP
-        text = yaml.safe_dump(without_keys(documents, golden)).replace(f"component: {golden}", f"component: {stage}")
-        assert without_keys(documents, stage) == yaml.safe_load(text)
+        text = yaml.safe_dump(without_secrets(documents, golden)).replace(f"component: {golden}", f"component: {stage}")
+        assert without_secrets(documents, stage) == yaml.safe_load(text)
 
 
 @pytest.mark.parametrize("key", FULL)
@@ -194,11 +195,15 @@ def test_every_parameter_has_a_description_a_type_and_the_default_of_the_configu
 
 def test_secrets_are_named_never_copied(tmp_path: Path) -> None:
     documents = compiled(tmp_path, full())
-    secret = {
-        "mlflow": {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"},
-        "s3": {"access_key": "AWS_ACCESS_KEY_ID", "secret_key": "AWS_SECRET_ACCESS_KEY"},
+    s3 = {"access_key": "AWS_ACCESS_KEY_ID", "secret_key": "AWS_SECRET_ACCESS_KEY"}
+    mlflow = {"mlflow": {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"}}
+    reads = mlflow | {
         "git": {"username": "GIT_USERNAME", "password": "GIT_PASSWORD", "host": "GIT_HOST"},
+        "s3-data": s3,
     }
+    trains = mlflow | {"s3-state": s3}
+    expected = dict.fromkeys(STAGE_NAMES, mlflow) | dict.fromkeys(("resolve", "fetch"), reads)
+    expected |= dict.fromkeys(("sft", "dpo"), trains)
     keys = {"signing_key", "cache_key", "public_keys"}
     for stage in STAGE_NAMES:
         named = {
@@ -206,12 +211,13 @@ def test_secrets_are_named_never_copied(tmp_path: Path) -> None:
             for entry in platform(documents)[stage]["secretAsEnv"]
         }
         given = named.pop("signing", {})
-        assert named == secret and all(variable == f"KUBEALIGN_{key.upper()}" for key, variable in given.items())
+        assert named == expected[stage], stage
+        assert all(variable == f"KUBEALIGN_{key.upper()}" for key, variable in given.items())
         assert keys >= given.keys() == set(BY_NAME[stage].keys)
         assert ("signing_key" in given) == (stage == "register"), "the one step that signs"
         assert ("cache_key" in given) == (BY_NAME[stage].image == "train" or stage == "register")
         plain = variables(containers(documents)[stage])
-        assert not {variable for keys in secret.values() for variable in keys.values()} & plain.keys()
+        assert not {variable for pairs in (reads | trains).values() for variable in pairs.values()} & plain.keys()
         assert set(plain) == {"MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "KUBEALIGN_HOME", "KUBEALIGN_KFP_URL"}
 
 
@@ -268,14 +274,23 @@ def test_our_own_images_have_a_version(tmp_path: Path, target: str) -> None:
 
 
 def test_nothing_that_is_empty_leaves_a_trace(tmp_path: Path) -> None:
-    names = ["mlflow_secret", "s3_endpoint", "s3_secret", "git_secret", "state", "train.shm", "ui_url"]
+    names = [
+        "mlflow_secret",
+        "s3_endpoint",
+        "data_secret",
+        "state_secret",
+        "git_secret",
+        "state",
+        "train.shm",
+        "ui_url",
+    ]
     empty = dict.fromkeys(names, "''")
     none = {"pull_secrets": "[]", "labels": "{}", "train.tolerations": "[]", "train.node_selector": "{}"}
     documents = compiled(tmp_path, full(**empty | none, retries="0", ttl_s="0", **{"train.gpus": "0"}))
     assert "pipelineConfig" not in documents[1]["platforms"]["kubernetes"]
     for stage in STAGE_NAMES:
         known = {"imagePullPolicy", "fieldPathAsEnv", "activeDeadlineSeconds", "podMetadata", "securityContext"}
-        keys = {"secretAsEnv"} if stage not in ("fetch", "validate") else set()
+        keys = {"secretAsEnv"} if BY_NAME[stage].keys else set()
         assert set(platform(documents)[stage]) == known | keys
         assert set(variables(containers(documents)[stage])) == {"MLFLOW_TRACKING_URI"}
         assert "accelerator" not in containers(documents)[stage]["resources"]
@@ -293,6 +308,8 @@ def test_on_several_nodes_sft_and_dpo_only_start_and_follow_a_job(tmp_path: Path
         assert ("accelerator" in container["resources"]) == trains and ("emptyDirMounts" in more) == trains
         told = variables(container).get("KUBEALIGN_CLUSTER")
         assert (told is not None) == follows
+        tokens = [(mount["secretName"], mount["mountPath"]) for mount in more.get("secretAsVolume", [])]
+        assert tokens == ([("kubealign-train-jobs", "/var/run/kubealign-train-jobs")] if follows else [])
         if told:
             section = ClusterConfig.model_validate_json(told)
             assert section == load_config(PARAMS, [*REMOTE, *full(nodes="2", runtime="our-torch")]).cluster
@@ -326,6 +343,7 @@ def test_a_pods_name_is_told_from_the_settings() -> None:
         ("cluster.train.memory=lots", "cluster.train.memory: string should match"),
         ("cluster.train.gpu=1", "cluster.train.gpu: no such key; did you mean cluster.train.gpus"),
         ("cluster.train.tolerations=[{kee: gpu}]", "no such key"),
+        ("cluster.s3_secret=s3", "cluster.s3_secret: renamed; write cluster.data_secret .*cluster.state_secret"),
     ],
 )
 def test_a_setting_that_would_not_hold_in_a_cluster_is_refused(override: str, message: str) -> None:

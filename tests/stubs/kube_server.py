@@ -1,9 +1,10 @@
 """A stub of a Kubernetes API server with Kubeflow Trainer, as strict as the real ones where our client could go wrong.
 
-It grants exactly what the Role in k8s/base grants the pipeline runner. TrainJobs are parsed with Kubeflow's own models;
-unknown fields are refused. Every refusal names the rule that it stands for: `K8s` is https://kubernetes.io/docs, other
-paths are files of kubeflow/trainer v2.3.0. Jobs really run: one local process per node, with the environment that
-Trainer's torch plugin sets.
+It grants exactly what the Role in k8s/several-nodes grants the account train-jobs, and refuses what the policy in
+k8s/overlays/admission refuses. TrainJobs are parsed with Kubeflow's own models; unknown fields are refused. Every
+refusal names the rule that it stands for: `K8s` is https://kubernetes.io/docs, other paths are files of this project or
+of kubeflow/trainer v2.3.0. Jobs really run: one local process per node, with the environment that Trainer's torch
+plugin sets.
 """
 
 import json
@@ -24,6 +25,7 @@ import yaml
 from kubeflow_trainer_api import models
 
 from tests.conftest import ROOT
+from tests.support.admission import ACCOUNT, refusals
 from tests.support.services import free_port
 from tests.tools.manifests import dropped
 
@@ -89,7 +91,7 @@ class KubeServer:
         self.folder = folder
         self.secrets = secrets or {}
         self.runtime = next(yaml.safe_load_all((ROOT / "k8s" / "several-nodes" / "runtime.yaml").read_text()))
-        role = yaml.safe_load_all((ROOT / "k8s" / "base" / "rights.yaml").read_text())
+        role = yaml.safe_load_all((ROOT / "k8s" / "several-nodes" / "rights.yaml").read_text())
         self.rules = next(manifest for manifest in role if manifest["kind"] == "Role")["rules"]
         self.jobs: dict[str, Job] = {}
         self.created: list[Manifest] = []
@@ -205,6 +207,8 @@ class KubeServer:
             )
         if name in self.jobs:
             raise RefusalError(409, f'trainjobs.{GROUP} "{name}" already exists', "K8s/reference/using-api")
+        if refused := refusals(manifest, ACCOUNT):
+            raise RefusalError(422, f"denied request: {refused}", "k8s/overlays/admission")
         self._admit(manifest["spec"])
         self.created.append(manifest)
         whole = manifest | {"metadata": manifest["metadata"] | {"namespace": NAMESPACE, "creationTimestamp": NOW}}

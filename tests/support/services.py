@@ -236,11 +236,11 @@ def s3_server(folder: Path, port: int = 0) -> Iterator[S3]:
     folder.mkdir(parents=True, exist_ok=True)
     more = {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
     with server(command, environment, folder / "weed.log", endpoint) as process:
-        _await_bucket(endpoint, "kubealign", keys)
+        await_bucket(endpoint, "kubealign", keys)
         yield S3(endpoint, "kubealign", keys | more, process)
 
 
-def _await_bucket(endpoint: str, bucket: str, keys: dict[str, str]) -> None:
+def await_bucket(endpoint: str, bucket: str, keys: dict[str, str]) -> None:
     """Wait for the bucket: the store answers before it has created it."""
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError

@@ -23,7 +23,7 @@ from components.stages import STAGE_NAMES
 from tests.tools.pod_security import violations
 
 K8S = Path(__file__).resolve().parents[2] / "k8s"
-OVERLAYS = ("dev", "prod")
+OVERLAYS = ("dev", "prod", "admission")
 SECRETS = "secrets.template.yaml"
 KUBERNETES = "1.33"
 """The oldest version of Kubernetes that the manifests are for."""
@@ -192,6 +192,8 @@ def _references(manifest: Manifest, all_: list[Manifest]) -> Iterator[str]:
         for what in [manifest["roleRef"], *manifest["subjects"]]:
             if not _named(what["kind"], what["name"], all_):
                 yield f"{what['kind']} {what['name']} does not exist"
+    if kind == "ValidatingAdmissionPolicyBinding" and not _named("ValidatingAdmissionPolicy", spec["policyName"], all_):
+        yield f"policy {spec['policyName']} does not exist"
     if kind == "NetworkPolicy":
         yield from _policy(spec, all_)
 

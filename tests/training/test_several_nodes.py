@@ -1,7 +1,7 @@
 """sft and dpo on several nodes: the TrainJob that a step makes, its fate, and what the nodes compute.
 
-The cluster is a stub that refuses what Kubernetes, its Role in k8s/base and Kubeflow Trainer refuse, and runs the nodes
-as processes, each with a disk of its own.
+The cluster is a stub that refuses what Kubernetes, the Role in k8s/several-nodes, the policy in k8s/overlays/admission
+and Kubeflow Trainer refuse, and runs the nodes as processes, each with a disk of its own.
 """
 
 import json
@@ -35,7 +35,7 @@ from tests.tools.manifests import dropped
 from tests.tools.pod_security import violations
 
 SECRETS = {
-    "kubealign-s3": {"access_key": "pipeline", "secret_key": "a-password-for-tests"},
+    "kubealign-s3-state": {"access_key": "pipeline", "secret_key": "a-password-for-tests"},
     "kubealign-mlflow": {"username": "pipeline", "password": "a-password-for-tests"},
     "kubealign-signing": {"cache_key": "a-key-for-tests-that-is-long-enough"},
 }
@@ -64,7 +64,7 @@ def section(*settings: str) -> ClusterConfig:
 FULL = [
     "mlflow_uri=http://mlflow.kubealign.svc:5000",
     "mlflow_secret=kubealign-mlflow",
-    "s3_secret=kubealign-s3",
+    "state_secret=kubealign-s3-state",
     "s3_endpoint=http://seaweedfs:8333",
     "pull_secrets=[registry]",
     "train.gpus=4",
@@ -324,10 +324,11 @@ def test_two_nodes_give_the_losses_of_one_process(
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     names = {"access_key": "AWS_ACCESS_KEY_ID", "secret_key": "AWS_SECRET_ACCESS_KEY"}
-    kube.secrets["kubealign-s3"] = {key: s3.environment[name] for key, name in names.items()}
+    kube.secrets["kubealign-s3-state"] = {key: s3.environment[name] for key, name in names.items()}
     location = f"s3://{s3.bucket}/{tmp_path.name}" if state == "s3" else "pvc:kubealign-state"
     with mlflow_server(tmp_path) as address:
-        more = ["s3_secret=kubealign-s3", f"s3_endpoint={s3.endpoint}", f"mlflow_uri={address}", "train.gpus=0"]
+        more = ["state_secret=kubealign-s3-state", f"s3_endpoint={s3.endpoint}", f"mlflow_uri={address}"]
+        more.append("train.gpus=0")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         cluster = section(f"state={location}", *more)
         inputs = {"dataset": stages.folder / "clean", "base": stages.base}
