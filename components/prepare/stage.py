@@ -22,7 +22,7 @@ from components.common.documents import JsonObject
 from components.common.errors import InputError, RowError
 from components.common.files import folder_digest, replacing, replacing_folder, write_json
 from components.dataset.distribution import PREVIOUS, STATISTICS, Distribution, remember
-from components.dataset.records import SPLITS, content_id, iter_lines, line_of
+from components.dataset.records import SPLITS, check_names, content_id, iter_lines, line_of
 from components.dataset.similarity import FRAMES, find_frames
 from components.dataset.sketches import Sketches, join_sketches, prompt_key, prompt_text, sketch
 from components.prepare.config import PrepareConfig
@@ -61,7 +61,8 @@ def prepare_data(config: PrepareConfig, data: Path) -> None:
         """All rows; those of added sources are re-read each time to save memory."""
         yield from packaged
         for path in added:
-            for _, row in iter_lines(path):
+            for number, row in iter_lines(path):
+                check_names(row, f"{path}:{number}")
                 yield row
 
     prompts = _sketched(rows())

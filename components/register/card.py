@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from components.dataset.validation import ValidationSummary, data_sets
 from components.gate.results import Estimate, Evaluation, Metrics
 from components.gate.verdict import Verdict
+from components.report.markdown import code, markdown, table_row
 
 METRICS = {
     "preference_log_loss": "preference log-loss, nats",
@@ -33,10 +34,10 @@ def model_card(
     """
     parts = [
         f"---\n{_head(name, facts, evaluation, validation).to_yaml()}\n---\n",
-        f"# {name}\n",
+        f"# {markdown(name)}\n",
         "A causal language model, fine-tuned on instructions (SFT) and aligned to preference pairs by Direct Preference"
-        f" Optimization (loss `{evaluation['loss_type']}`, beta {evaluation['beta']:g}) against the SFT model.\n",
-        f"**Verdict.** {verdict['sentence']}\n",
+        f" Optimization (loss {code(evaluation['loss_type'])}, beta {evaluation['beta']:g}) against the SFT model.\n",
+        f"**Verdict.** {markdown(verdict['sentence'])}\n",
         "## Evaluation\n",
         f"{evaluation['pairs']['test']} held-out pairs, {evaluation['confidence']:.0%} intervals by bootstrap over"
         " prompt groups. Rewards are log-probability ratios to the base model.\n",
@@ -47,7 +48,7 @@ def model_card(
         _limits(verdict, evaluation, facts),
         "## Lineage\n",
         "\n".join(
-            ["| fact | value |", "|---|---|", *(f"| {key} | `{_public(value)}` |" for key, value in facts.items())]
+            ["| fact | value |", "|---|---|", *(table_row(key, code(_public(value))) for key, value in facts.items())]
         ),
     ]
     return "\n".join(parts) + "\n"
@@ -93,7 +94,7 @@ def _public(reference: str) -> str:
 
 
 def _metrics(evaluation: Evaluation) -> str:
-    lines = ["| model | " + " | ".join(METRICS.values()) + " |", "|---|" + "---|" * len(METRICS)]
+    lines = [table_row("model", *METRICS.values()), "|---|" + "---|" * len(METRICS)]
     lines += [_line(NAMES[model], results["overall"]) for model, results in evaluation["models"].items()]
     for lang, metrics in evaluation["models"]["policy"]["languages"].items():
         lines.append(_line(f"this model, {lang} ({metrics['rewards/accuracies']['n']} pairs)", metrics))
@@ -101,7 +102,7 @@ def _metrics(evaluation: Evaluation) -> str:
 
 
 def _line(title: str, metrics: Metrics) -> str:
-    return f"| {title} | " + " | ".join(_text(metrics[metric]) for metric in METRICS) + " |"
+    return table_row(title, *(_text(metrics[metric]) for metric in METRICS))
 
 
 def _text(estimate: Estimate) -> str:
@@ -112,7 +113,7 @@ def _data(validation: ValidationSummary) -> str:
     lines = ["| data set | source | licence | rows |", "|---|---|---|---:|"]
     for name, summary in data_sets(validation).items():
         for source, counts in sorted(summary["sources"].items()):
-            lines.append(f"| {name} | {source} | {counts['license']} | {counts['rows']} |")
+            lines.append(table_row(name, source, counts["license"], counts["rows"]))
     return "\n".join(lines) + "\n"
 
 
@@ -123,8 +124,12 @@ def _limits(verdict: Verdict, evaluation: Evaluation, facts: dict[str, str]) -> 
         "- Evaluated only on preferences of these data sets and languages; factuality and safety were not measured.",
         "- The licences of the base model and of the data above apply.",
     ]
-    lines += [f"- {rule['name']}: {rule['sentence']}." for rule in verdict["rules"] if rule["outcome"] == "fail"]
-    lines += [f"- {finding['evidence']} {finding['advice']}" for finding in evaluation["findings"]]
+    lines += [
+        f"- {markdown(rule['name'])}: {markdown(rule['sentence'])}."
+        for rule in verdict["rules"]
+        if rule["outcome"] == "fail"
+    ]
+    lines += [f"- {markdown(finding['evidence'])} {markdown(finding['advice'])}" for finding in evaluation["findings"]]
     if facts["data_clean"] != "true":
         lines.append("- No commit records the training data; this model cannot be reproduced from its data revision.")
     return "\n".join(lines) + "\n"
