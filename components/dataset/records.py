@@ -218,8 +218,9 @@ def read_rows(path: Path, kind: type[RowT]) -> list[RowT]:
 def schema_problem(error: ValidationError) -> str:
     """First schema violation of a row: the field and what was expected; the value of a name, but none of a text."""
     first = error.errors(include_url=False)[0]
-    if first["loc"] in ((name,) for name in NAMES) and isinstance(first["input"], str):
-        return f"'{first['loc'][0]}' is '{shown(first['input'])}'; expected {NAME_MEANING}"
+    name = first["loc"][0]
+    if name in NAMES and isinstance(first["input"], str):
+        return f"'{name}' is '{shown(first['input'])}'; expected {NAME_MEANING}"
     return f"'{shown('.'.join(map(str, first['loc'])))}': {first['msg']}"
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from components.common.errors import InputError
 from components.common.files import read_json, write_text
+from components.report.markdown import markdown as harmless
 from components.report.markdown import table_row
 from pipelines.commands.options import Overrides, Project
 from pipelines.project import project_folder
@@ -63,7 +64,7 @@ def plan_(
     elif markdown:
         lines = ["| step | state | why |", "|---|---|---|"]
         lines += [table_row(row.step, row.state, "; ".join(row.reasons)) for row in plan.rows]
-        print(document("\n".join([*lines, "", markdown(plan.sentence()), *map(markdown, plan.errors)])))
+        print(document("\n".join([*lines, "", harmless(plan.sentence()), *map(harmless, plan.errors)])))
     else:
         table = Table("step", "state", "why")
         for row in plan.rows:
