@@ -13,9 +13,9 @@ SHOWN_CHARACTERS = 120
 NO_BREAK_SPACE = "\u00a0"
 JOINERS = "\u200c\u200d"
 """Characters that some scripts and emoji need inside a word."""
-NAME_PATTERN = r"^\w[\w .,:/+()&'-]{0,98}[\w.+)]$|^\w$"
+NAME_PATTERN = r"^[\w(（][\w .,:/+()（）&'-]{0,98}[\w.+)）]$|^\w$"
 """Sources and licences of rows: ids as on model hubs, SPDX expressions, file names, in any script; one line."""
-NAME_MEANING = "1 to 100 letters, digits, spaces and . , : / + - _ ( ) & ' in one line, a letter or digit first"
+NAME_MEANING = "1 to 100 letters, digits, spaces and . , : / + - _ ( ) & ' in one line, a letter, digit or ( first"
 
 
 def one_line(text: object, indented: bool = False) -> str:

@@ -173,8 +173,9 @@ def markdown(evaluation: Evaluation, verdict: Verdict) -> str:
     table = _metrics({name: model["overall"] for name, model in evaluation["models"].items()}, METRICS)
     lines = ["# Evaluation", "", bold(verdict["sentence"]), ""]
     lines += [table_row(*table.head), "|---" * len(table.head) + "|", *(table_row(*cells) for cells in table.rows)]
-    findings = [(harmless(finding["name"]), harmless(finding["evidence"])) for finding in evaluation["findings"]]
-    lines += ["", *(f"- {name}: {evidence}." for name, evidence in findings), ""]
+    lines += [""]
+    lines += [f"- {harmless(found['name'])}: {harmless(found['evidence'])}." for found in evaluation["findings"]]
+    lines += [""]
     return "\n".join(lines)
 
 
@@ -395,12 +396,12 @@ def _rows(validation: ValidationSummary) -> Table:
 
 
 def _quarantined(validation: ValidationSummary) -> str:
-    parts = [
+    sentences = [
         f"{name}: {summary['quarantined']} of {summary['rows']} rows quarantined, {summary['too_long']} of them only"
         " because they are too long"
         for name, summary in data_sets(validation).items()
     ]
-    return f"{'; '.join(parts)}."
+    return f"{'; '.join(sentences)}."
 
 
 def _sources(validation: ValidationSummary) -> Table:

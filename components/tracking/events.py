@@ -113,7 +113,7 @@ def progress(
 def emit(event: Event) -> None:
     """Print the event for people and append it to the events file; no credential of a URL gets into either."""
     event = event.model_copy(update={"message": one_line(event.message), "stage": one_line(event.stage)})
-    print(event.line(), flush=True)
+    print(one_line(event.line()), flush=True)
     path = os.environ.get(EVENTS_VARIABLE)
     if path:
         # The printed line is what counts: a full disk must not hide the failure that it caused.

@@ -241,7 +241,7 @@ class TrainJob:
             for step in self.client.get_job(self.name).steps[: self.cluster.nodes]:
                 if step.name != "node-0":
                     for line in list(self.client.get_job_logs(self.name, step=step.name))[-TAIL:]:
-                        print(f"{step.name}: {one_line(line, indented=True)}", flush=True)
+                        print(one_line(f"{step.name}: {line}"), flush=True)
 
     def _remove(self, name: str) -> None:
         from kubernetes.client import ApiException

@@ -30,6 +30,7 @@ from pipelines.data.versions import KINDS, diff
 from pipelines.git import find_commit
 from pipelines.local.runner import with_absolute_paths
 from pipelines.quiet import QUIET
+from pipelines.terminal import document
 
 MARKER = "<!-- kubealign:data -->"
 MAX_ROWS = 50
@@ -114,7 +115,9 @@ def _validation(root: Path, config: Config, commit: str) -> tuple[bool, list[str
         lines += _quarantine_lines(folder)
         report = folder / "out" / "report.md"
         if report.is_file():
-            lines += [line for line in report.read_text(encoding="utf-8").splitlines() if not line.startswith("# ")]
+            lines += [
+                document(line) for line in report.read_text(encoding="utf-8").splitlines() if not line.startswith("# ")
+            ]
         return not problem, lines
 
 
@@ -146,8 +149,8 @@ def _quarantine_lines(folder: Path) -> list[str]:
     if not rows:
         return []
     counts = Counter(str(reason) for row in rows for reason in row["reasons"])
-    checks = markdown(", ".join(f"{name} {n}" for name, n in counts.most_common()))
-    lines = [f"{len(rows)} rows quarantined: {checks}", ""]
+    checks = ", ".join(f"{name} {n}" for name, n in counts.most_common())
+    lines = [f"{len(rows)} rows quarantined: {markdown(checks)}", ""]
     lines += ["| file | line | row | checks |", "|---|---:|---|---|"]
     rows = [row for row in rows if row["reasons"] != ["too_long"]]
     line_numbers = {name: _line_numbers(folder / "dataset" / name) for name in {_file(row) for row in rows[:MAX_ROWS]}}
@@ -158,7 +161,7 @@ def _quarantine_lines(folder: Path) -> list[str]:
         shown = identity if ID.fullmatch(identity) else "(no id)"
         lines.append(table_row(f"data/{name}", line, shown, ", ".join(map(str, row["reasons"]))))
     if len(rows) > MAX_ROWS:
-        lines.append(f"\n… and {len(rows) - MAX_ROWS} more")
+        lines.append(f"\n… and {len(rows) - MAX_ROWS:d} more")
     return [*lines, ""]
 
 
@@ -168,5 +171,5 @@ def _file(row: JsonObject) -> str:
 
 def _line_numbers(path: Path) -> dict[str, int]:
     """The line number of every row of a file, by the row as JSON with sorted keys."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    return {json.dumps(_object(line), sort_keys=True): n for n, line in enumerate(lines, start=1) if line.strip()}
+    texts = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    return {json.dumps(_object(text), sort_keys=True): n for n, text in enumerate(texts, start=1) if text.strip()}
