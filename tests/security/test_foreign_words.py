@@ -59,7 +59,7 @@ class Rule:
         is_table = self.has_tables and name_of(function) == "Table"
         return is_table or name_of(function) in PRINTERS or ast.unparse(function) in PRINTERS
 
-    def is_harmless(self, part: ast.expr) -> bool:
+    def is_harmless(self, part: ast.expr) -> bool:  # noqa: PLR0911 - a case for each kind of expression
         match part:
             case ast.Constant():
                 return True
@@ -83,7 +83,7 @@ class Rule:
                 return self.is_harmless(value)
         return False
 
-    def are_harmless(self, lines: ast.expr) -> bool:
+    def are_harmless(self, lines: ast.expr) -> bool:  # noqa: PLR0911 - the same
         """Whether each of the lines is harmless; a function with `_` that gives lines makes its own `lines`."""
         match lines:
             case ast.List(elts=parts):
@@ -131,7 +131,7 @@ MODULES = sorted(path for room in ("components", "pipelines") for path in (ROOT 
 
 
 def test_nothing_foreign_is_shown_another_way() -> None:
-    product = [path for path in MODULES if "tests" not in path.parts]
+    product = [path for path in MODULES if "tests" not in path.parts and path.name != "markdown.py"]
     found = {str(path.relative_to(ROOT)): violations(path.read_text(encoding="utf-8")) for path in product}
     assert {path: lines for path, lines in found.items() if lines} == {}
 
@@ -228,19 +228,19 @@ def test_names_that_real_data_has_stay_as_they_are() -> None:
     for name in (
         "openbmb/UltraFeedback",
         "Anthropic/hh-rlhf v1.0",
-        "知乎-问答（2024）".replace("（", "(").replace("）", ")"),
+        "知乎-问答（2024）",
     ):
         assert records.is_name(name)
         assert str(terminal.terminal(name)) == name
     for name in ("Apache-2.0", "(MIT AND CC-BY-SA-4.0) OR GPL-2.0+", "LicenseRef-scancode-x", "proprietary"):
-        assert records.is_name(name) or name.startswith("(")
+        assert records.is_name(name)
     assert markdown.markdown("openbmb/UltraFeedback_v1.0-binarized (en)") == "openbmb/UltraFeedback_v1.0-binarized (en)"
 
 
 def test_without_the_functions_the_attacks_succeed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(markdown, "one_line", str)
     monkeypatch.setattr(markdown, "SPECIAL", re.compile("(?!)"))
-    assert "\n## Validation: accepted" in markdown.markdown(EVIL["lines"])
+    assert "\n\n| a | b |" in markdown.markdown(EVIL["lines"])
     assert table_row(EVIL["cells"]).count(" | ") > 1
     monkeypatch.setattr(terminal, "one_line", lambda text, indented: str(text))
     assert "\x1b]0;PWNED" in str(terminal.terminal(EVIL["control"]))
