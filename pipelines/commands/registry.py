@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from components.common.errors import EvidenceError, InputError, KubealignError
+from components.common.foreign import one_line
 from components.common.secrets import without_credentials
 from components.config.gate import GateConfig
 from components.config.params import PARAMS, Config, load_config
@@ -50,7 +51,8 @@ def promote_(
 
     client, name = _registry(project, name)
     _version(client, name, version)
-    if force and not reason.strip():
+    reason = one_line(reason)  # it is recorded for ever
+    if force and not reason:
         raise InputError("--force overrides the gate; give the reason with --reason, which is recorded and signed")
     if to:
         console.print(terminal(_copy(client, name, version, to, force, reason, _config(project))), soft_wrap=True)
@@ -77,7 +79,8 @@ def rollback_(
     """Restore the previous champion."""
     from components.registry.champion import rollback
 
-    if not reason.strip():
+    reason = one_line(reason)  # it is recorded for ever
+    if not reason:
         raise InputError("--reason is empty; say why the champion is rolled back")
     client, name = _registry(project, name)
 
@@ -106,7 +109,8 @@ def history(
 
     client, name = _registry(project, name)
     if begin:
-        if not reason.strip():
+        reason = one_line(reason)
+        if not reason:
             raise InputError("--begin forgets every earlier champion and use of a test set; say why with --reason")
         Audit.begin(client, name, _rules(_config(project)), reason)
     audit = Audit.find(client, name)
@@ -162,7 +166,7 @@ def rules_(reason: Reason = "", name: Name = "", project: Project = None) -> Non
     if not audit:
         raise InputError(f"{name}: no version yet; its first run's section `gate` becomes its rules")
     if reason.strip():
-        audit.set_rules(_rules(_config(project)), reason)
+        audit.set_rules(_rules(_config(project)), one_line(reason))
     rules = audit.rules()
     assert rules, "there are versions"
     for key, value in (rules["gate"] | {"answers must be generated": rules["answers"]}).items():

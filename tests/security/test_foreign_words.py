@@ -13,14 +13,27 @@ from rich.console import Console
 from rich.table import Table
 
 from components.common.errors import InputError
+from components.config.params import load_config
 from components.dataset import records
-from components.dataset.records import Preference, check_names, read_rows, write_lines
+from components.dataset.records import SPLITS, Preference, check_names, read_rows, write_lines
+from components.registry.champion import promote
 from components.report import html, markdown
 from components.report.html import environment
 from components.report.markdown import code, link, table_row
+from components.sources.data import DATA_SETS
+from components.tracking import store
+from components.validate import scan
+from components.validate.stage import run_validate
 from pipelines import terminal
 from pipelines.ci import outcome
+from pipelines.cli import app
+from pipelines.commands import registry
+from pipelines.data import versions
 from tests.conftest import ROOT
+from tests.support.component_kit import empty_mlflow, own_home
+from tests.support.versions import NAME, with_versions
+
+__all__ = ["empty_mlflow", "own_home"]  # an MLflow with its tables made
 
 # ---- the rule: nothing foreign is printed or written as Markdown another way
 
@@ -300,3 +313,65 @@ def test_a_failed_retraining_is_no_markup_in_its_summary(tmp_path: Path) -> None
     assert described.isprintable()
     told = json.loads((tmp_path / "verdict.json").read_text())["error"]
     assert told.replace("\n", "").isprintable()
+
+
+def history() -> Any:
+    return CliRunner().invoke(app, ["history", "--name", NAME, "--project", str(ROOT)], env={"COLUMNS": "300"})
+
+
+@pytest.mark.integration
+def test_a_history_is_shown_whatever_a_reason_says(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reason is a parameter of MLflow, which nobody can write again; these were written past the command."""
+    client = with_versions(store.client(), 2)
+    promote(client, NAME, "1", "force", EVIL["markup"], expected="")
+    promote(client, NAME, "2", "force", EVIL["control"] + EVIL["direction"], expected="1")
+    done = history()
+    assert done.exit_code == 0
+    assert "fixes [/issue-12] [red]x[/red]" in done.output
+    assert done.output.replace("\n", "").isprintable()
+    monkeypatch.setattr(registry, "terminal", str)
+    assert isinstance(history().exception, MarkupError)
+
+
+@pytest.mark.integration
+def test_a_forged_source_reaches_neither_pages_nor_the_terminal(
+    tmp_path: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [a_row(id=f"{i:016x}", group=f"{i:016x}", source=evil) for i, evil in enumerate(EVIL.values(), start=100)]
+    data = tmp_path / "data"
+    for name in DATA_SETS:
+        for number, split in enumerate(SPLITS):
+            made = [a_row(id=f"{i:016x}", group=f"{i:016x}") for i in (10 * number, 10 * number + 1)]
+            made += rows if (name, split) == (DATA_SETS[0], "train") else []
+            answers = {"chosen", "rejected"} if name == "instructions" else set()
+            with_response = {"response": "Because."} if answers else {}
+            (data / name).mkdir(parents=True, exist_ok=True)
+            lines = ({k: v for k, v in row.items() if k not in answers} | with_response for row in made)
+            write_lines(data / name / f"{split}.jsonl", lines)
+    config = load_config(ROOT / "params.yaml", ["validate.min_rows=1", "validate.max_quarantined=0.9"])
+    pages = tmp_path / "report.html", tmp_path / "report.md"
+
+    def validate() -> tuple[str, str]:
+        run_validate(config.validate_, 256, data, base_model, tmp_path / "clean", *pages)
+        return pages[0].read_text(encoding="utf-8"), pages[1].read_text(encoding="utf-8")
+
+    page, report = validate()
+    for word in ("PWNED", "acme", "onerror", "evil.example", "## Validation"):
+        assert word not in page + report
+    aside = [json.loads(line) for line in (tmp_path / "clean" / "quarantine.jsonl").read_text().splitlines()]
+    named = [entry for entry in aside if "'source' is '" in entry.get("detail", "")]
+    assert len(named) == len(EVIL)
+    assert all(entry["detail"].isprintable() and entry["line"] > 2 for entry in named)
+    monkeypatch.setattr(scan, "name_of", str)
+    page, report = validate()
+    assert "onerror" in page, "counted by what the rows say"
+    assert "<script>" not in page + report, "and even then it is text"
+
+
+def test_rows_of_another_version_are_counted_by_names(tmp_path: Path) -> None:
+    for name in DATA_SETS:
+        for split in SPLITS:
+            (tmp_path / name).mkdir(exist_ok=True)
+            write_lines(tmp_path / name / f"{split}.jsonl", [a_row(source=EVIL["html"], lang="\x1b[2J")])
+    entries = versions._entries(tmp_path / DATA_SETS[0])
+    assert {(entry.lang, entry.source) for found in entries.values() for entry in found} == {(records.NO_NAME,) * 2}
