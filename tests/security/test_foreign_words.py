@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
+from rich.errors import MarkupError
 from rich.table import Table
+from typer.testing import CliRunner
 
 from components.common.errors import InputError
-from components.config.params import load_config
 from components.dataset import records
 from components.dataset.records import SPLITS, Preference, check_names, read_rows, write_lines
 from components.registry.champion import promote
@@ -23,7 +24,6 @@ from components.report.markdown import code, link, table_row
 from components.sources.data import DATA_SETS
 from components.tracking import store
 from components.validate import scan
-from components.validate.stage import run_validate
 from pipelines import terminal
 from pipelines.ci import outcome
 from pipelines.cli import app
@@ -32,6 +32,7 @@ from pipelines.data import versions
 from tests.conftest import ROOT
 from tests.support.component_kit import empty_mlflow, own_home
 from tests.support.versions import NAME, with_versions
+from tests.validate.test_validate import GOOD, Project, pair
 
 __all__ = ["empty_mlflow", "own_home"]  # an MLflow with its tables made
 
@@ -337,31 +338,19 @@ def test_a_history_is_shown_whatever_a_reason_says(own_home: Path, monkeypatch: 
 def test_a_forged_source_reaches_neither_pages_nor_the_terminal(
     tmp_path: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [a_row(id=f"{i:016x}", group=f"{i:016x}", source=evil) for i, evil in enumerate(EVIL.values(), start=100)]
-    data = tmp_path / "data"
-    for name in DATA_SETS:
-        for number, split in enumerate(SPLITS):
-            made = [a_row(id=f"{i:016x}", group=f"{i:016x}") for i in (10 * number, 10 * number + 1)]
-            made += rows if (name, split) == (DATA_SETS[0], "train") else []
-            answers = {"chosen", "rejected"} if name == "instructions" else set()
-            with_response = {"response": "Because."} if answers else {}
-            (data / name).mkdir(parents=True, exist_ok=True)
-            lines = ({k: v for k, v in row.items() if k not in answers} | with_response for row in made)
-            write_lines(data / name / f"{split}.jsonl", lines)
-    config = load_config(ROOT / "params.yaml", ["validate.min_rows=1", "validate.max_quarantined=0.9"])
-    pages = tmp_path / "report.html", tmp_path / "report.md"
+    rows = [pair(f"forged {name}") | {"source": evil} for name, evil in EVIL.items()]
+    project = Project(tmp_path, base_model, [*GOOD, *rows])
 
     def validate() -> tuple[str, str]:
-        run_validate(config.validate_, 256, data, base_model, tmp_path / "clean", *pages)
-        return pages[0].read_text(encoding="utf-8"), pages[1].read_text(encoding="utf-8")
+        project.validate("validate.max_quarantined=0.99")
+        return project.html.read_text(encoding="utf-8"), project.markdown.read_text(encoding="utf-8")
 
     page, report = validate()
     for word in ("PWNED", "acme", "onerror", "evil.example", "## Validation"):
         assert word not in page + report
-    aside = [json.loads(line) for line in (tmp_path / "clean" / "quarantine.jsonl").read_text().splitlines()]
-    named = [entry for entry in aside if "'source' is '" in entry.get("detail", "")]
+    named = [entry for entry in project.quarantine() if "'source' is '" in entry.get("detail", "")]
     assert len(named) == len(EVIL)
-    assert all(entry["detail"].isprintable() and entry["line"] > 2 for entry in named)
+    assert all(entry["detail"].isprintable() and entry["line"] > len(GOOD) for entry in named)
     monkeypatch.setattr(scan, "name_of", str)
     page, report = validate()
     assert "onerror" in page, "counted by what the rows say"
