@@ -342,7 +342,7 @@ def test_a_forged_source_reaches_neither_pages_nor_the_terminal(
     project = Project(tmp_path, base_model, [*GOOD, *rows])
 
     def validate() -> tuple[str, str]:
-        project.validate("validate.max_quarantined=0.99")
+        project.validate("validate.max_quarantined=1")
         return project.html.read_text(encoding="utf-8"), project.markdown.read_text(encoding="utf-8")
 
     page, report = validate()

@@ -87,9 +87,8 @@ def test_a_secret_of_the_environment_is_masked_in_every_way_it_is_written(
 
 
 def test_a_secret_of_many_lines_is_masked_line_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(
-        "KUBEALIGN_SIGNING_KEY", "-----BEGIN PRIVATE KEY-----\nMIGHAgEAMBMG\n-----END PRIVATE KEY-----\n"
-    )
+    pem = "-----BEGIN PRIVATE KEY-----\nMIGHAgEAMBMG\n-----END PRIVATE KEY-----\n"
+    monkeypatch.setenv("KUBEALIGN_SIGNING_KEY", pem)
     assert "MIGHAgEA" not in without_credentials("read MIGHAgEAMBMG from it")
     assert "MIGHAgEA" not in str(terminal(pem))
 
