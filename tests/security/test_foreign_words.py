@@ -335,26 +335,25 @@ def test_a_history_is_shown_whatever_a_reason_says(own_home: Path, monkeypatch: 
 
 
 @pytest.mark.integration
-def test_a_forged_source_reaches_neither_pages_nor_the_terminal(
-    tmp_path: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forged_source_reaches_no_page(tmp_path: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [pair(f"forged {name}") | {"source": evil} for name, evil in EVIL.items()]
     project = Project(tmp_path, base_model, [*GOOD, *rows])
 
-    def validate() -> tuple[str, str]:
-        project.validate("validate.max_quarantined=1")
-        return project.html.read_text(encoding="utf-8"), project.markdown.read_text(encoding="utf-8")
+    def validate() -> tuple[set[str], str]:
+        summary = project.validate("validate.max_quarantined=1")
+        pages = project.html.read_text(encoding="utf-8") + project.markdown.read_text(encoding="utf-8")
+        return set(summary["preferences"]["sources"]), pages
 
-    page, report = validate()
+    sources, pages = validate()
+    assert sources == {"test", records.NO_NAME}
     for word in ("PWNED", "acme", "onerror", "evil.example", "## Validation"):
-        assert word not in page + report
+        assert word not in pages
     named = [entry for entry in project.quarantine() if "'source' is '" in entry.get("detail", "")]
     assert len(named) == len(EVIL)
     assert all(entry["detail"].isprintable() and entry["line"] > len(GOOD) for entry in named)
     monkeypatch.setattr(scan, "name_of", str)
-    page, report = validate()
-    assert "onerror" in page, "counted by what the rows say"
-    assert "<script>" not in page + report, "and even then it is text"
+    sources, _ = validate()
+    assert EVIL["html"] in sources, "what the model card and the evaluation list"
 
 
 def test_rows_of_another_version_are_counted_by_names(tmp_path: Path) -> None:
