@@ -15,8 +15,9 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from components.common.errors import InputError
+from components.config.params import load_config
 from components.dataset import records
-from components.dataset.records import SPLITS, Preference, check_names, read_rows, write_lines
+from components.dataset.records import SPLITS, Preference, check_names, content_id, read_rows, write_lines
 from components.registry.champion import promote
 from components.report import html, markdown
 from components.report.html import environment
@@ -24,6 +25,7 @@ from components.report.markdown import code, link, table_row
 from components.sources.data import DATA_SETS
 from components.tracking import store
 from components.validate import scan
+from components.validate.stage import run_validate
 from pipelines import terminal
 from pipelines.ci import outcome
 from pipelines.cli import app
@@ -32,7 +34,6 @@ from pipelines.data import versions
 from tests.conftest import ROOT
 from tests.support.component_kit import empty_mlflow, own_home
 from tests.support.versions import NAME, with_versions
-from tests.validate.test_validate import GOOD, Project, pair
 
 __all__ = ["empty_mlflow", "own_home"]  # an MLflow with its tables made
 
@@ -334,23 +335,46 @@ def test_a_history_is_shown_whatever_a_reason_says(own_home: Path, monkeypatch: 
     assert isinstance(history().exception, MarkupError)
 
 
+TRAIN = ("preferences", "train")
+
+
+def pair(question: str, **changes: str) -> dict[str, Any]:
+    prompt = [{"role": "user", "content": question}]
+    row = a_row(id=content_id(prompt, "Because.", "No."), group=content_id(prompt), prompt=prompt)
+    return row | changes
+
+
+def instruction(row: dict[str, Any]) -> dict[str, Any]:
+    shared = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
+    return shared | {"id": content_id(row["prompt"], "Because."), "response": "Because."}
+
+
 @pytest.mark.integration
 def test_a_forged_source_reaches_no_page(tmp_path: Path, base_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [pair(f"forged {name}") | {"source": evil} for name, evil in EVIL.items()]
-    project = Project(tmp_path, base_model, [*GOOD, *rows])
+    data, pages = tmp_path / "data", (tmp_path / "report.html", tmp_path / "report.md")
+    forged = [pair(f"forged {name}", source=evil) for name, evil in EVIL.items()]
+    for name in DATA_SETS:
+        (data / name).mkdir(parents=True)
+        for split in SPLITS:
+            rows = [pair(f"{split} {name} {number}") for number in range(3)]
+            if name == "instructions":
+                rows = [instruction(row) for row in rows]
+            write_lines(data / name / f"{split}.jsonl", rows + (forged if (name, split) == TRAIN else []))
+    config = load_config(ROOT / "params.yaml", ["validate.min_rows=1", "validate.max_quarantined=1"])
 
     def validate() -> tuple[set[str], str]:
-        summary = project.validate("validate.max_quarantined=1")
-        pages = project.html.read_text(encoding="utf-8") + project.markdown.read_text(encoding="utf-8")
-        return set(summary["preferences"]["sources"]), pages
+        run_validate(config.validate_, 256, data, base_model, tmp_path / "clean", *pages)
+        summary = json.loads((tmp_path / "clean" / "validation.json").read_text(encoding="utf-8"))
+        return set(summary["preferences"]["sources"]), "".join(page.read_text(encoding="utf-8") for page in pages)
 
     sources, pages = validate()
-    assert sources == {"test", records.NO_NAME}
+    assert sources == {"mine", records.NO_NAME}
     for word in ("PWNED", "acme", "onerror", "evil.example", "## Validation"):
         assert word not in pages
-    named = [entry for entry in project.quarantine() if "'source' is '" in entry.get("detail", "")]
+    aside = [json.loads(line) for line in (tmp_path / "clean" / "quarantine.jsonl").read_text().splitlines()]
+    named = [entry for entry in aside if "'source' is '" in entry.get("detail", "")]
     assert len(named) == len(EVIL)
-    assert all(entry["detail"].isprintable() and entry["line"] > len(GOOD) for entry in named)
+    assert all(entry["detail"].isprintable() and entry["line"] > 3 for entry in named)
     monkeypatch.setattr(scan, "name_of", str)
     sources, _ = validate()
     assert EVIL["html"] in sources, "what the model card and the evaluation list"
