@@ -367,10 +367,10 @@ def test_a_forged_source_reaches_no_page(tmp_path: Path, base_model: Path, monke
         summary = json.loads((tmp_path / "clean" / "validation.json").read_text(encoding="utf-8"))
         return set(summary["preferences"]["sources"]), "".join(page.read_text(encoding="utf-8") for page in pages)
 
-    sources, pages = validate()
+    sources, shown = validate()
     assert sources == {"mine", records.NO_NAME}
     for word in ("PWNED", "acme", "onerror", "evil.example", "## Validation"):
-        assert word not in pages
+        assert word not in shown
     aside = [json.loads(line) for line in (tmp_path / "clean" / "quarantine.jsonl").read_text().splitlines()]
     named = [entry for entry in aside if "'source' is '" in entry.get("detail", "")]
     assert len(named) == len(EVIL)
