@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from components.common.errors import KubealignError
+from components.common.foreign import one_line
 from components.config.params import PARAMS, load_config
 from components.tracking import storage
 from components.tracking.errors import explain_os_error
@@ -156,10 +157,10 @@ def main() -> None:
         read_secrets()
         app()
     except KubealignError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        print(f"error: {explain_os_error(error)}", file=sys.stderr)
+        print(f"error: {one_line(explain_os_error(error))}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import traceback
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ from components.tracking.errors import explain_mlflow_error, explain_os_error, i
 from pipelines.commands import ci, data, kubeflow, registry
 from pipelines.commands.options import Overrides, Project
 from pipelines.project import home_in_use, project_folder, run_config
+from pipelines.terminal import document, terminal
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(kubeflow.app)
@@ -99,7 +101,7 @@ def compile_(
         compiled = staging.with_suffix(".yaml")  # KFP's compiler requires the suffix
         compile_pipeline(config, compiled, target.value)
         compiled.replace(staging)
-    console.print(f"{final}", soft_wrap=True)
+    console.print(terminal(final), soft_wrap=True)
 
 
 @app.command(rich_help_panel="This machine")
@@ -119,7 +121,7 @@ def images(
 
     if build_args:
         facts = {"VERSION": VERSION, "REVISION": git_commit(), "CODE": code_in_images()}
-        print(" ".join(f"--build-arg {name}={value}" for name, value in facts.items()))
+        print(terminal(" ".join(f"--build-arg {name}={value}" for name, value in facts.items())))
         return
     references = {"data": DATA_IMAGE, "train": TRAIN_IMAGE, "mlflow": MLFLOW_IMAGE}
     if kind and kind not in references:
@@ -127,7 +129,7 @@ def images(
     chosen = [references[kind]] if kind else [*references.values()]
     client = engine() if digest else None
     for reference in chosen:
-        print(pushed_reference(client, reference) if client else reference)
+        print(terminal(pushed_reference(client, reference) if client else reference))
 
 
 @app.command(rich_help_panel="This machine")
@@ -142,7 +144,7 @@ def report(
     project_folder(project)
     result = load_result(find_run(run))
     if as_json:
-        print(json.dumps(result, indent=1, ensure_ascii=False))
+        print(document(json.dumps(result, indent=1, ensure_ascii=False)))
     else:
         show_result(console, result)
 
@@ -156,11 +158,11 @@ def ui(
     project_folder(project)
     uri = store.tracking_uri()
     if uri.startswith("http"):
-        console.print(f"MLflow is at {store.without_credentials(uri)}")
+        console.print(terminal(f"MLflow is at {uri}"))
         return
     store.client()
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-    console.print(f"MLflow: http://127.0.0.1:{port}  (Ctrl-C to stop)")
+    console.print(terminal(f"MLflow: http://127.0.0.1:{port} (Ctrl-C to stop)"))
     program = str(Path(sys.executable).with_name("mlflow"))
     artifacts = (store.home() / "mlartifacts").as_uri()
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # not on the command line, as it may hold a password
@@ -177,11 +179,11 @@ def config(
     """Show the effective configuration."""
     effective = load_config(project_folder(project) / PARAMS, overrides)
     if not explain:
-        print(yaml.safe_dump(effective.sections(), sort_keys=False, allow_unicode=True), end="")
+        print(document(yaml.safe_dump(effective.sections(), sort_keys=False, allow_unicode=True)), end="")
         return
     table = Table("key", "value", "meaning")
     for key, value, meaning in _explained(effective):
-        table.add_row(key, value, meaning)
+        table.add_row(*map(terminal, (key, value, meaning)))
     console.print(table)
 
 
@@ -214,17 +216,18 @@ def clean(
         raise InputError(f"clean {unknown[0]}: expected {', '.join(PARTS)} or all")
     table = Table("part", "MB", "contents")
     for part, meaning in PARTS.items():
-        table.add_row(part, f"{_size(home / part) / 1e6:.0f}", meaning)
+        table.add_row(*map(terminal, (part, f"{_size(home / part) / 1e6:.0f}", meaning)))
     console.print(table)
     if not chosen:
-        console.print(f"{home}: name parts to remove, such as `kubealign clean checkpoints`, or `all`", soft_wrap=True)
+        sentence = f"{home}: name parts to remove, such as `kubealign clean checkpoints`, or `all`"
+        console.print(terminal(sentence), soft_wrap=True)
         return
-    if not yes and not typer.confirm(f"remove {', '.join(chosen)} below {home}?"):
+    if not yes and not typer.confirm(str(terminal(f"remove {', '.join(chosen)} below {home}?"))):
         return
     with home_in_use(alone=True):
         for part in chosen:
             shutil.rmtree(home / part, ignore_errors=True)
-    console.print(f"removed {', '.join(chosen)}")
+    console.print(terminal(f"removed {', '.join(chosen)}"))
 
 
 def _size(folder: Path) -> int:
@@ -240,15 +243,17 @@ def main() -> None:
     try:
         app()
     except KubealignError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(terminal(f"error: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        print(f"error: {explain_os_error(error)}", file=sys.stderr)
+        print(terminal(f"error: {explain_os_error(error)}"), file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        if not is_mlflow_failure(error):
-            raise
-        print(f"error: {explain_mlflow_error(error)}", file=sys.stderr)
+        if is_mlflow_failure(error):
+            print(terminal(f"error: {explain_mlflow_error(error)}"), file=sys.stderr)
+        else:
+            for line in traceback.format_exc().splitlines():
+                print(terminal(line, indented=True), file=sys.stderr)
         sys.exit(1)
 
 

@@ -24,10 +24,10 @@ from typing import Any
 from components.common.errors import InputError, KubeflowApiError, WaitTimeoutError, single_line
 from components.common.files import sha256_file
 from components.common.provenance import git_commit
+from components.common.secrets import without_credentials, without_query
 from components.config.cluster import ClusterConfig
 from components.config.params import Config, pipeline_arguments
 from components.stages import STAGE_NAMES
-from components.tracking.store import without_credentials
 from pipelines.alignment import DESCRIPTION, NAME, compile_pipeline
 from pipelines.platform import for_its_hardware, pod_template
 
@@ -70,7 +70,7 @@ class Server:
 
     def __init__(self, cluster: ClusterConfig) -> None:
         self.endpoint = os.environ.get(ENDPOINT, "").rstrip("/")
-        shown = without_credentials(self.endpoint) or "(not set)"
+        shown = without_query(self.endpoint) or "(not set)"
         if not self.endpoint.startswith(("http://", "https://")):
             raise InputError(
                 f"{ENDPOINT}={shown}: expected the address of Kubeflow Pipelines, such as"
@@ -260,7 +260,7 @@ def _api_errors(endpoint: str, api: type[Exception], http: type[Exception]) -> I
         raise KubeflowApiError(f"{endpoint} does not answer: {text}", True) from error
     except ValueError as error:  # the client raises it for an answer that is not JSON or lacks a field
         raise KubeflowApiError(
-            f"{endpoint} gave an answer that cannot be read: {single_line(str(error))[:300]}", True
+            f"{endpoint} gave an answer that cannot be read: {without_credentials(single_line(str(error)))[:300]}", True
         ) from error
 
 

@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from components.common.errors import InputError
+from components.common.secrets import without_query
 from components.config.renamed import RENAMED
 from components.config.section import Section
-from components.tracking.store import without_credentials
 
 S = TypeVar("S", bound=Section)
 
@@ -61,4 +61,4 @@ def _explain(kind: type[BaseModel], entry: Any) -> str:
     name = str(location[-1]) if location else ""
     field = next((f for n, f in parent.model_fields.items() if name in (n, f.alias)), None)
     meaning = f" ({field.description})" if field and field.description else ""
-    return f"{key}: {problem}, found {without_credentials(repr(entry['input']))}{meaning}"
+    return f"{key}: {problem}, found {without_query(repr(entry['input']))}{meaning}"

@@ -3,7 +3,7 @@
 from typing import Any
 
 from components.common.errors import RowError
-from components.dataset.records import shown
+from components.common.foreign import shown
 
 Message = dict[str, str]
 

@@ -10,19 +10,24 @@ from pathlib import Path
 from typing import IO, Annotated, Any, Literal, TypeVar, cast
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from components.common.documents import JsonObject
 from components.common.errors import InputError
 from components.common.files import replacing
+from components.common.foreign import NAME_MEANING, NAME_PATTERN, shown
 
 SPLITS = ("train", "validation", "test")
 LANGUAGES = ("en", "zh")
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+"""What pages and messages show of a row, where its texts are never shown."""
+NAMES = ("source", "license")
+NO_NAME = "(no name)"
+_NAME = TypeAdapter(Name)
 MAX_LINE_BYTES = 16 << 20
 """Longest accepted line: a longer one means that the file is of another kind, and would exhaust memory."""
 MAX_DEPTH = 100
-SHOWN_CHARACTERS = 120
 GZIP_MAGIC = b"\x1f\x8b"
 NO_DATA = "`dvc repro` makes the data, `dvc pull` fetches it"
 """What to do where there is none."""
@@ -46,8 +51,8 @@ class Row(BaseModel):
     group: str = Field(pattern=r"^[0-9a-f]{16}$", description="shared by prompts that are the same or near-duplicates")
     prompt: list[Message] = Field(min_length=1)
     lang: Literal["en", "zh"]
-    source: Text
-    license: Text
+    source: Name
+    license: Name
 
 
 class Preference(Row):
@@ -211,15 +216,41 @@ def read_rows(path: Path, kind: type[RowT]) -> list[RowT]:
 
 
 def schema_problem(error: ValidationError) -> str:
-    """First schema violation of a row: the field and what was expected, without the row's text."""
-    first = error.errors(include_input=False, include_url=False)[0]
+    """First schema violation of a row: the field and what was expected; the value of a name, but none of a text."""
+    first = error.errors(include_url=False)[0]
+    name = first["loc"][0]
+    if name in NAMES and isinstance(first["input"], str):
+        return f"'{name}' is '{shown(first['input'])}'; expected {NAME_MEANING}"
     return f"'{shown('.'.join(map(str, first['loc'])))}': {first['msg']}"
 
 
-def shown(names: str) -> str:
-    """Column names, made safe to show in a message: one line, bounded length."""
-    printable = "".join(character if character.isprintable() else "?" for character in names[:SHOWN_CHARACTERS])
-    return printable + ("…" if len(names) > SHOWN_CHARACTERS else "")
+def check_names(row: JsonObject, where: str) -> None:
+    """Check the source and the licence of a row that is shown by them.
+
+    Args:
+        row: the row.
+        where: file and line, for the message.
+
+    Raises:
+        InputError: one of them is missing or no name.
+    """
+    for name in NAMES:
+        if not is_name(row.get(name)):
+            raise InputError(f"{where}: '{name}' is '{shown(row.get(name))}'; expected {NAME_MEANING}")
+
+
+def name_of(value: object) -> str:
+    """A row's language, source or licence, to count and show rows by; NO_NAME for one that the schema refuses."""
+    return value if isinstance(value, str) and is_name(value) else NO_NAME
+
+
+def is_name(value: object) -> bool:
+    """Whether a value can be a source or licence."""
+    try:
+        _NAME.validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:

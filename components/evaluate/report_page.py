@@ -23,6 +23,8 @@ from components.gate.results import (
 )
 from components.gate.verdict import Verdict
 from components.report.html import FIRST, SECOND, THIRD, Plot, Row, Table, downsample, finish_plot, new_plot, render
+from components.report.markdown import bold, table_row
+from components.report.markdown import markdown as harmless
 
 NAMES = {"base": "base model", "sft": "SFT", "policy": "policy (DPO)", "incumbent": "incumbent champion"}
 METRICS = {
@@ -169,10 +171,11 @@ def report(
 def markdown(evaluation: Evaluation, verdict: Verdict) -> str:
     """Render the Markdown summary."""
     table = _metrics({name: model["overall"] for name, model in evaluation["models"].items()}, METRICS)
-    lines = ["# Evaluation", "", f"**{verdict['sentence']}**", ""]
-    lines += [f"| {' | '.join(table.head)} |", "|---" * len(table.head) + "|"]
-    lines += [f"| {' | '.join(map(str, row))} |" for row in table.rows]
-    lines += ["", *(f"- {finding['name']}: {finding['evidence']}." for finding in evaluation["findings"]), ""]
+    lines = ["# Evaluation", "", bold(verdict["sentence"]), ""]
+    lines += [table_row(*table.head), "|---" * len(table.head) + "|", *(table_row(*cells) for cells in table.rows)]
+    lines += [""]
+    lines += [f"- {harmless(found['name'])}: {harmless(found['evidence'])}." for found in evaluation["findings"]]
+    lines += [""]
     return "\n".join(lines)
 
 
@@ -393,12 +396,12 @@ def _rows(validation: ValidationSummary) -> Table:
 
 
 def _quarantined(validation: ValidationSummary) -> str:
-    parts = [
+    sentences = [
         f"{name}: {summary['quarantined']} of {summary['rows']} rows quarantined, {summary['too_long']} of them only"
         " because they are too long"
         for name, summary in data_sets(validation).items()
     ]
-    return f"{'; '.join(parts)}."
+    return f"{'; '.join(sentences)}."
 
 
 def _sources(validation: ValidationSummary) -> Table:

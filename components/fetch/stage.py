@@ -20,6 +20,7 @@ from components.common.files import (
     write_manifest,
 )
 from components.common.limits import ANSWER_S, time_limit
+from components.common.secrets import without_credentials
 from components.config.data import DataConfig
 from components.dataset.chat import check_template, choose_template
 from components.registry.evidence import STATEMENT, check_files, read_statement
@@ -99,7 +100,7 @@ def run_fetch(
     }
     with stage_run("fetch", params) as run:
         fetch_data(data, digests, dataset_out)
-        repo = store.without_credentials(data.repo)
+        repo = without_credentials(data.repo)
         for folder, md5 in digests.items():
             source = {"repo": repo, "commit": data.revision, "path": folder}
             run.log_dataset(Path(folder).name, source, md5, "alignment")
@@ -140,12 +141,12 @@ def _download(data: DataConfig, folder: str, expected: str, out: Path) -> None:
     partial = _partial_folder(data.repo, folder, expected)
     reading = remote_errors(data.repo, data.revision, folder, expected)
     with reading, opened(data.repo, data.revision, (folder,)) as fs:
-        actual = recorded_digest(fs, folder, f"{data.repo}@{data.revision}")
+        actual = recorded_digest(fs, folder, f"{data.repo} at {data.revision}")
         if actual != expected:
-            raise InputError(f"{data.repo}@{data.revision}: {folder} has digest {actual}, expected {expected}")
+            raise InputError(f"{data.repo} at {data.revision}: {folder} has digest {actual}, expected {expected}")
         for number, (path, name) in enumerate(tracked_files(fs, folder)):
             target, kept = inside(out, name), partial / str(number)
-            md5 = _recorded_md5(fs, path, f"{data.repo}@{data.revision}")
+            md5 = _recorded_md5(fs, path, f"{data.repo} at {data.revision}")
             if not kept.exists() or _md5(kept) != md5:
                 size = int(fs.info(path).get("size") or 0)
                 limit = time_limit(ANSWER_S + size / MIN_BYTES_PER_S, f"{path}: the remote is too slow; run it again")
@@ -153,8 +154,8 @@ def _download(data: DataConfig, folder: str, expected: str, out: Path) -> None:
                     fs.get_file(path, str(staging))
                     if _md5(staging) != md5:
                         raise KubealignError(
-                            f"{data.repo}@{data.revision}: {path} does not match its md5 {md5}: the remote is damaged;"
-                            f" delete {object_path(md5)} and {object_path(expected)} in it, then"
+                            f"{data.repo} at {data.revision}: {path} does not match its md5 {md5}: the remote is"
+                            f" damaged; delete {object_path(md5)} and {object_path(expected)} in it, then"
                             f" {push_again(data.revision)}"
                         )
             target.parent.mkdir(parents=True, exist_ok=True)

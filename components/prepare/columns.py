@@ -13,8 +13,8 @@ from typing import Any
 
 from components.common.documents import JsonObject
 from components.common.errors import RowError
+from components.common.foreign import shown
 from components.dataset.messages import is_empty, kind_of
-from components.dataset.records import shown
 
 ALIASES = {
     "系统": "system",

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from components.common.errors import RowError
+from components.common.foreign import shown
 from components.dataset.messages import Message, is_empty, kind_of, turn
-from components.dataset.records import shown
 from components.dataset.rendered import parse_literal
 from components.prepare.columns import RATINGS, SIGNED, TIES, Columns, canonical, is_harmless, number_in
 from components.prepare.pairs import Example, pair_answers, was_rendered

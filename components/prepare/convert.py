@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from components.common.documents import JsonObject
 from components.common.errors import InputError, RowError
 from components.common.files import replacing, sha256_file
+from components.common.foreign import shown
 from components.dataset.language import guess_language
-from components.dataset.records import LANGUAGES, Instruction, Preference, line_of, schema_problem, shown
+from components.dataset.records import LANGUAGES, Instruction, Preference, line_of, schema_problem
 from components.prepare.files import Located, read_rows
 from components.prepare.formats import FORMATS, convert, detect, language_of
 from components.prepare.pairs import Example

@@ -12,10 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from components.common.errors import InputError, single_line
 from components.common.files import inside, replacing, sha256_file, write_text
+from components.common.foreign import one_line
 from components.common.limits import time_limit
+from components.common.secrets import without_credentials
+from components.dataset.records import Name
 from components.prepare import package_index
 from components.sources.remotes import check_repository
-from components.tracking.store import without_credentials
 
 ADDED = "added"
 """Folder below data/ and section of the lock file for sources added by `kubealign data add`."""
@@ -42,7 +44,7 @@ class Member(BaseModel):
     package: str
     member: str
     sha256: str = Hash
-    license: str
+    license: Name
     lang: str = ""
 
 
@@ -63,9 +65,9 @@ class Sources(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     packages: dict[str, Package]
     model: Member
-    preferences: dict[str, Member]
-    instructions: dict[str, Member]
-    added: dict[str, Added]
+    preferences: dict[Name, Member]
+    instructions: dict[Name, Member]
+    added: dict[Name, Added]
 
 
 def read_sources(path: Path) -> Sources:
@@ -153,7 +155,7 @@ def unpack(sources: Sources, member: Member, downloads: Path, out: Path) -> None
 
 def _download(name: str, package: Package, folder: Path) -> None:
     """Download a package's file as the bytes that they are: pip would build an sdist, and run its code, to read it."""
-    print(f"downloading {package.file}", flush=True)
+    print(f"downloading {one_line(package.file)}", flush=True)
     problems = []
     for where in package_index.places(name, package.file):
         try:

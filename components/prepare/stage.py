@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from components.common.documents import JsonObject
 from components.common.errors import InputError, RowError
 from components.common.files import folder_digest, replacing, replacing_folder, write_json
+from components.common.foreign import one_line
 from components.dataset.distribution import PREVIOUS, STATISTICS, Distribution, remember
-from components.dataset.records import SPLITS, content_id, iter_lines, line_of
+from components.dataset.records import SPLITS, check_names, content_id, iter_lines, line_of
 from components.dataset.similarity import FRAMES, find_frames
 from components.dataset.sketches import Sketches, join_sketches, prompt_key, prompt_text, sketch
 from components.prepare.config import PrepareConfig
@@ -61,7 +62,8 @@ def prepare_data(config: PrepareConfig, data: Path) -> None:
         """All rows; those of added sources are re-read each time to save memory."""
         yield from packaged
         for path in added:
-            for _, row in iter_lines(path):
+            for number, row in iter_lines(path):
+                check_names(row, f"{path}:{number}")
                 yield row
 
     prompts = _sketched(rows())
@@ -100,10 +102,10 @@ def prepare_data(config: PrepareConfig, data: Path) -> None:
         write_json(preferences / FRAMES, {"shingles": frames.shingles.tolist(), "grams": frames.grams.tolist()})
     write_splits(data / "splits.lock", known | assignments)
     counts = ", ".join(f"{split} {writer.pairs[split]}" for split in SPLITS)
-    print(f"preference pairs: {counts}; quarantined {writer.quarantined}", flush=True)
+    print(one_line(f"preference pairs: {counts}; quarantined {writer.quarantined}"), flush=True)
     if disputed := len(bridges.keys() & known.keys()):
         print(
-            f"splits.lock has {disputed} prompts that ask the same as one nearer to the test, which keeps its side;"
+            f"splits.lock has {disputed:d} prompts that ask the same as one nearer to the test, which keeps its side;"
             " their rows are in data/quarantine.jsonl",
             flush=True,
         )
@@ -141,7 +143,7 @@ def _sketched(rows: Iterable[JsonObject]) -> _Prompts:
                 futures.append(thread.submit(sketch, waiting))
                 waiting = []
             if number % LOG_EVERY == 0:
-                print(f"{number} rows read", flush=True)
+                print(f"{number:d} rows read", flush=True)
         parts = [future.result() for future in futures] + ([sketch(waiting)] if waiting else [])
     return _Prompts(np.array(keys, np.uint64), [f"{key:016x}" for key in unique], join_sketches(parts), named)
 
@@ -191,7 +193,7 @@ class _Writer:
 
 def _log_progress(done: int, total: int, what: str) -> None:
     if done % LOG_EVERY == 0:
-        print(f"{done}/{total} rows {what}", flush=True)
+        print(one_line(f"{done}/{total} rows {what}"), flush=True)
 
 
 def _rows(sources: Sources, kind: str, names: list[str]) -> list[JsonObject]:

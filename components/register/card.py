@@ -6,9 +6,11 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from components.common.secrets import without_credentials
 from components.dataset.validation import ValidationSummary, data_sets
 from components.gate.results import Estimate, Evaluation, Metrics
 from components.gate.verdict import Verdict
+from components.report.markdown import Markdown, code, markdown, table_row
 
 METRICS = {
     "preference_log_loss": "preference log-loss, nats",
@@ -32,13 +34,13 @@ def model_card(
         validation: validation.json, for rows, languages and licences of the data.
     """
     parts = [
-        f"---\n{_head(name, facts, evaluation, validation).to_yaml()}\n---\n",
-        f"# {name}\n",
+        _front_matter(name, facts, evaluation, validation),
+        f"# {markdown(name)}\n",
         "A causal language model, fine-tuned on instructions (SFT) and aligned to preference pairs by Direct Preference"
-        f" Optimization (loss `{evaluation['loss_type']}`, beta {evaluation['beta']:g}) against the SFT model.\n",
-        f"**Verdict.** {verdict['sentence']}\n",
+        f" Optimization (loss {code(evaluation['loss_type'])}, beta {evaluation['beta']:g}) against the SFT model.\n",
+        f"**Verdict.** {markdown(verdict['sentence'])}\n",
         "## Evaluation\n",
-        f"{evaluation['pairs']['test']} held-out pairs, {evaluation['confidence']:.0%} intervals by bootstrap over"
+        f"{evaluation['pairs']['test']:d} held-out pairs, {evaluation['confidence']:.0%} intervals by bootstrap over"
         " prompt groups. Rewards are log-probability ratios to the base model.\n",
         _metrics(evaluation),
         "## Data\n",
@@ -46,16 +48,15 @@ def model_card(
         "## Limits\n",
         _limits(verdict, evaluation, facts),
         "## Lineage\n",
-        "\n".join(
-            ["| fact | value |", "|---|---|", *(f"| {key} | `{_public(value)}` |" for key, value in facts.items())]
-        ),
+        _lineage(facts),
     ]
     return "\n".join(parts) + "\n"
 
 
-def _head(name: str, facts: dict[str, str], evaluation: Evaluation, validation: ValidationSummary) -> ModelCardData:
+def _front_matter(name: str, facts: dict[str, str], evaluation: Evaluation, validation: ValidationSummary) -> Markdown:
+    """What model hubs read; YAML quotes what needs it."""
     policy = evaluation["models"]["policy"]
-    return ModelCardData(
+    data = ModelCardData(
         license="other",
         license_name="that-of-the-base-model-and-the-data",
         language=sorted(policy["languages"]),
@@ -85,6 +86,13 @@ def _head(name: str, facts: dict[str, str], evaluation: Evaluation, validation: 
             for metric, title in METRICS.items()
         ],
     )
+    return Markdown(f"---\n{without_credentials(data.to_yaml())}\n---\n")
+
+
+def _lineage(facts: dict[str, str]) -> Markdown:
+    lines = ["| fact | value |", "|---|---|"]
+    lines += [table_row(key, code(_public(value))) for key, value in facts.items()]
+    return Markdown("\n".join(lines))
 
 
 def _public(reference: str) -> str:
@@ -92,39 +100,43 @@ def _public(reference: str) -> str:
     return Path(reference).name if reference.startswith("/") else reference
 
 
-def _metrics(evaluation: Evaluation) -> str:
-    lines = ["| model | " + " | ".join(METRICS.values()) + " |", "|---|" + "---|" * len(METRICS)]
+def _metrics(evaluation: Evaluation) -> Markdown:
+    lines = [table_row("model", *METRICS.values()), "|---|" + "---|" * len(METRICS)]
     lines += [_line(NAMES[model], results["overall"]) for model, results in evaluation["models"].items()]
     for lang, metrics in evaluation["models"]["policy"]["languages"].items():
         lines.append(_line(f"this model, {lang} ({metrics['rewards/accuracies']['n']} pairs)", metrics))
-    return "\n".join(lines) + "\n"
+    return Markdown("\n".join(lines) + "\n")
 
 
-def _line(title: str, metrics: Metrics) -> str:
-    return f"| {title} | " + " | ".join(_text(metrics[metric]) for metric in METRICS) + " |"
+def _line(title: str, metrics: Metrics) -> Markdown:
+    return table_row(title, *(_text(metrics[metric]) for metric in METRICS))
 
 
 def _text(estimate: Estimate) -> str:
     return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
 
 
-def _data(validation: ValidationSummary) -> str:
+def _data(validation: ValidationSummary) -> Markdown:
     lines = ["| data set | source | licence | rows |", "|---|---|---|---:|"]
     for name, summary in data_sets(validation).items():
         for source, counts in sorted(summary["sources"].items()):
-            lines.append(f"| {name} | {source} | {counts['license']} | {counts['rows']} |")
-    return "\n".join(lines) + "\n"
+            lines.append(table_row(name, source, counts["license"], counts["rows"]))
+    return Markdown("\n".join(lines) + "\n")
 
 
-def _limits(verdict: Verdict, evaluation: Evaluation, facts: dict[str, str]) -> str:
+def _limits(verdict: Verdict, evaluation: Evaluation, facts: dict[str, str]) -> Markdown:
     lines = [
-        f"- The verdict is decision {verdict['decision_index']} on this test set, tested at the level"
+        f"- The verdict is decision {verdict['decision_index']:d} on this test set, tested at the level"
         f" {verdict['alpha_for_decision']:.2g}.",
         "- Evaluated only on preferences of these data sets and languages; factuality and safety were not measured.",
         "- The licences of the base model and of the data above apply.",
     ]
-    lines += [f"- {rule['name']}: {rule['sentence']}." for rule in verdict["rules"] if rule["outcome"] == "fail"]
-    lines += [f"- {finding['evidence']} {finding['advice']}" for finding in evaluation["findings"]]
+    lines += [
+        f"- {markdown(rule['name'])}: {markdown(rule['sentence'])}."
+        for rule in verdict["rules"]
+        if rule["outcome"] == "fail"
+    ]
+    lines += [f"- {markdown(finding['evidence'])} {markdown(finding['advice'])}" for finding in evaluation["findings"]]
     if facts["data_clean"] != "true":
         lines.append("- No commit records the training data; this model cannot be reproduced from its data revision.")
-    return "\n".join(lines) + "\n"
+    return Markdown("\n".join(lines) + "\n")

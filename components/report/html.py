@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from components.common.foreign import JOINERS, NO_BREAK_SPACE, visible
+from components.common.secrets import without_credentials
+
 TEMPLATES = Path(__file__).with_name("templates")
 STYLE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
 MAX_POINTS = 400
@@ -43,12 +46,23 @@ def render(template: str, view: object) -> str:
     return environment().get_template(template).render(view=view)
 
 
+def html(value: object) -> object:
+    """What a template shows of a value: foreign text without secrets, control and direction characters.
+
+    Line breaks stay, as answers have them; the environment escapes what this returns. Markup of ours passes.
+    """
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return visible(without_credentials(value), f"\n\t{NO_BREAK_SPACE}{JOINERS}")
+
+
 @cache
 def environment() -> Environment:
     """The jinja2 environment of all pages, with autoescape; a name that the view lacks is an error."""
     jinja = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
+        finalize=html,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from components.common.errors import InputError
+from components.common.secrets import without_credentials
 from components.config.model import ModelConfig
 from components.config.params import Config
 from components.gate.rules_of_model import check_rules
@@ -20,7 +21,6 @@ from components.registry.audit import Audit, next_use
 from components.registry.champion import champion_version
 from components.registry.evidence import check_history, fetch_statement
 from components.sources.facts import resolve_facts
-from components.tracking import store
 from components.tracking.run import SETTINGS, StageRun, stage_run
 
 ORDERS = "orders.json"
@@ -42,7 +42,7 @@ def run_resolve(config: Config) -> tuple[dict[str, str], str]:
     data, register = config.data, config.register_
     if register.format == "adapter" and config.model.finetuning == "full":
         raise InputError("register.format=adapter: full fine-tuning produces no adapter; set register.format=merged")
-    named = {"data_repo": _public(data.repo), "data_revision": data.revision, "data_path": data.path}
+    named = {"data_repo": data.repo, "data_revision": data.revision, "data_path": data.path}
     with stage_run("resolve", named) as run:
         model = with_resolved_hardware(config.model)
         run.log(f"precision {model.precision}, for {model.hardware} (model.precision, model.hardware)")
@@ -88,15 +88,11 @@ def _record(run: StageRun, config: Config, facts: dict[str, Any], orders: dict[s
     """Log facts, orders and the settings, from which the run can be repeated."""
     code = {f"code_{stage}": value for stage, value in facts.pop("code").items()}
     facts["template"] = facts["template_digest"]  # its text may be longer than MLflow takes; SETTINGS has it
-    run.log_params({key: _public(value) for key, value in (facts | code).items()})
+    run.log_params(facts | code)
     run.client.log_dict(run.run_id, {stage: asdict(order) for stage, order in orders.items()}, ORDERS)
     settings = {name: values for name, values in config.sections().items() if name not in ("prepare", "cluster")}
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    run.client.log_text(run.run_id, store.without_credentials(text), SETTINGS)
-
-
-def _public(value: Any) -> Any:
-    return store.without_credentials(value) if isinstance(value, str) else value
+    run.client.log_text(run.run_id, without_credentials(text), SETTINGS)
 
 
 def _history(run: StageRun, config: Config) -> Audit | None:

@@ -14,10 +14,11 @@ import yaml
 from components.common.errors import InputError, KubealignError, error_chain, single_line
 from components.common.files import inside
 from components.common.limits import ANSWER_S, answer_limit, time_limit
+from components.common.secrets import without_credentials, without_query
 from components.common.urls import check_repository, is_url, parse_url
 from components.dataset.records import NO_DATA
 from components.sources import remotes
-from components.tracking.store import in_pod, without_credentials
+from components.tracking.store import in_pod
 
 WORKSPACE = "workspace"
 DATA_SETS = ("preferences", "instructions")
@@ -93,7 +94,7 @@ def resolve_data(repo: str, revision: str, folders: Folders) -> DataVersion:
         digests = {folder: workspace_digest(root, folder) for folder in folders}
         return DataVersion(WORKSPACE, digests, _workspace_test_set(root, folders), _is_committed(root, digests))
     with opened(repo, revision, folders) as fs:
-        digests = {folder: recorded_digest(fs, folder, f"{repo}@{revision}") for folder in folders}
+        digests = {folder: recorded_digest(fs, folder, f"{repo} at {revision}") for folder in folders}
         test_file = _test_file(folders)
         # The list of a folder's files is content too, and may have to come from a remote.
         preferences = str(PurePosixPath(test_file).parent)
@@ -155,7 +156,7 @@ def remote_errors(repo: str, revision: str, folder: str, digest: str) -> Iterato
     from dvc.exceptions import DvcException
     from dvc_data.index import DataIndexDirError
 
-    where = f"{without_credentials(repo)}@{revision}: the content of {folder}"
+    where = f"{without_credentials(repo)} at {revision}: the content of {folder}"
     try:
         yield
     except (OSError, BotoCoreError, DvcException, DataIndexDirError) as error:
@@ -184,7 +185,8 @@ def remote_errors(repo: str, revision: str, folder: str, digest: str) -> Iterato
 
 def _remote_limit(repo: str, revision: str) -> AbstractContextManager[None]:
     """Limit the reading of a revision's records from its DVC remote."""
-    return time_limit(OPEN_LIMIT_S, f"{without_credentials(repo)}@{revision}: the DVC remote is too slow; run it again")
+    where = f"{without_credentials(repo)} at {revision}"
+    return time_limit(OPEN_LIMIT_S, f"{where}: the DVC remote is too slow; run it again")
 
 
 def object_path(digest: str) -> str:
@@ -253,7 +255,7 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
                 fs = DVCFileSystem(url=self.repo, rev=revision, config=config)
                 # The repository is opened lazily, here; nothing in it may be read before it is checked.
                 self._check_top(Path(fs.repo.scm.root_dir).resolve())
-                remotes.check_repository(fs.repo, f"{name}@{revision or 'now'}", is_url(self.repo))
+                remotes.check_repository(fs.repo, f"{name} at {revision or 'now'}", is_url(self.repo))
         except (DvcException, SCMError) as error:
             # The message "SCM error" alone says nothing; its causes do.
             reason = ": ".join(dict.fromkeys(single_line(str(cause)) for cause in error_chain(error) if str(cause)))
@@ -263,7 +265,7 @@ class opened:  # noqa: N801 - reads as the context manager it is: `with opened(r
                     " is up"
                 ) from error
             raise InputError(
-                f"data.repo={self.repo}, data.revision={self.revision}: {without_credentials(reason)};"
+                f"data.repo={name}, data.revision={self.revision}: {without_credentials(reason)};"
                 " expected a git repository with DVC data and a branch, tag or commit of it"
             ) from error
         return fs
@@ -334,7 +336,7 @@ def check_address(repo: str) -> None:
         if in_pod():
             parse_url(repo, ("https",))
     except ValueError as error:
-        raise InputError(f"data.repo={without_credentials(repo)}: {error}") from error
+        raise InputError(f"data.repo={without_query(repo)}: {error}") from error
     if not is_url(repo) and not Path(repo).is_dir():
         raise InputError(f"data.repo={repo}: no such folder; expected a git repository with DVC data, or its URL")
 

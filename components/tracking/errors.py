@@ -14,8 +14,10 @@ from typing_extensions import TypedDict
 from components.common.documents import read_document
 from components.common.errors import InputError, KubealignError, single_line
 from components.common.files import digest, write_json
+from components.common.foreign import one_line
+from components.common.secrets import without_credentials
 from components.tracking import events
-from components.tracking.store import KFP_RUN_VARIABLE, home, in_pod, tracking_uri, without_credentials
+from components.tracking.store import KFP_RUN_VARIABLE, home, in_pod, tracking_uri
 
 REFUSED_FOR_S = 600.0
 """How long a refusal counts; `cluster.backoff_s` of 60 seconds makes the first two retries within three minutes."""
@@ -42,7 +44,8 @@ def report_errors(stage: str) -> Iterator[None]:
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:  # a library in Rust panics with what is no Exception
-        print(without_credentials(traceback.format_exc()), flush=True)
+        for line in traceback.format_exc().splitlines():
+            print(one_line(line, indented=True), flush=True)
         events.error(stage, explain_error(error))
         sys.exit(1)
     events.finished(stage)

@@ -15,8 +15,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from components.common.errors import single_line
-from components.tracking.store import without_credentials
+from components.common.foreign import one_line
 
 EVENTS_VARIABLE = "KUBEALIGN_EVENTS"
 """Environment variable with the path of the file that events are appended to."""
@@ -113,10 +112,8 @@ def progress(
 
 def emit(event: Event) -> None:
     """Print the event for people and append it to the events file; no credential of a URL gets into either."""
-    # A path that is not UTF-8 contains surrogates, which neither JSON nor a terminal accepts.
-    message = without_credentials(single_line(event.message)).encode(errors="replace").decode()
-    event = event.model_copy(update={"message": message})
-    print(event.line(), flush=True)
+    event = event.model_copy(update={"message": one_line(event.message), "stage": one_line(event.stage)})
+    print(one_line(event.line()), flush=True)
     path = os.environ.get(EVENTS_VARIABLE)
     if path:
         # The printed line is what counts: a full disk must not hide the failure that it caused.

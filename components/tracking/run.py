@@ -12,6 +12,7 @@ from typing import Any
 from components.common.errors import error_chain
 from components.common.files import write_json
 from components.common.memory import peak_memory_mib
+from components.common.secrets import without_credentials
 from components.stages import STAGE_NAMES
 from components.tracking import events
 from components.tracking.errors import is_unreachable
@@ -84,7 +85,7 @@ class StageRun:
         """Record parameters."""
         from mlflow.entities import Param
 
-        entities = [Param(key, str(value)[:6000]) for key, value in params.items()]
+        entities = [Param(key, without_credentials(str(value))[:6000]) for key, value in params.items()]
         for first in range(0, len(entities), 100):
             self.client.log_batch(self.run_id, params=entities[first : first + 100])
 

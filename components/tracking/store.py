@@ -1,7 +1,6 @@
 """Location of runs, models and local state: the home folder, the MLflow client and its experiment."""
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,6 @@ def tracking_uri() -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home()}/mlflow.db"
     scheme, relative, path = uri.partition("sqlite:///")
     return f"{relative}{Path(path).resolve()}" if relative and not scheme else uri
-
-
-def without_credentials(text: str) -> str:
-    """The text with user and password removed from every URL."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "***@", text)
 
 
 def client() -> Any:

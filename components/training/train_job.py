@@ -22,7 +22,9 @@ import yaml
 from components.common.documents import parse_document
 from components.common.errors import KubealignError, KubernetesApiError, single_line
 from components.common.files import digest, verify_manifest
+from components.common.foreign import one_line
 from components.common.images import TRAIN_IMAGE
+from components.common.secrets import without_credentials
 from components.config.cluster import ClusterConfig
 from components.config.loading import validated
 from components.config.model import ExecutionConfig
@@ -229,7 +231,7 @@ class TrainJob:
             try:
                 for index, line in enumerate(self.client.get_job_logs(self.name, follow=True)):
                     if index >= printed:
-                        print(line, flush=True)
+                        print(one_line(line, indented=True), flush=True)
                         printed = index + 1
             except (RuntimeError, TimeoutError) as error:
                 if last and not printed:
@@ -241,7 +243,7 @@ class TrainJob:
             for step in self.client.get_job(self.name).steps[: self.cluster.nodes]:
                 if step.name != "node-0":
                     for line in list(self.client.get_job_logs(self.name, step=step.name))[-TAIL:]:
-                        print(f"{step.name}: {line}", flush=True)
+                        print(one_line(f"{step.name}: {line}"), flush=True)
 
     def _remove(self, name: str) -> None:
         from kubernetes.client import ApiException
@@ -357,7 +359,7 @@ def _explained(what: str) -> Iterator[None]:
         reason = f"{error}: {reason}" if cause is not error else reason
         if isinstance(error, ConfigException):
             reason = f"{reason}; a step on several nodes has to run in a cluster"
-        text = store.without_credentials(single_line(reason))[:600]
+        text = without_credentials(single_line(reason))[:600]
         raise KubernetesApiError(f"cannot {what}: {text}", not 400 <= status < 500 or status == 429) from error
 
 

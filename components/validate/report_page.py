@@ -14,6 +14,7 @@ from components.dataset.validation import (
     data_sets,
 )
 from components.report.html import Row, Table, render
+from components.report.markdown import bold, markdown, table_row
 from components.validate.bias import part_name
 from components.validate.formats import FORMATS
 
@@ -83,25 +84,29 @@ def html_page(summary: ValidationSummary) -> str:
 
 def markdown_page(summary: ValidationSummary) -> str:
     """The summary as Markdown."""
-    lines = ["# Data validation", "", _verdict(summary), ""]
+    lines = ["# Data validation", "", markdown(_verdict(summary)), ""]
     for name, data_set in data_sets(summary).items():
-        lines += [f"**{name}**: {_rows(data_set)}", ""]
+        lines += [f"{bold(name)}: {markdown(_rows(data_set))}", ""]
     lines += ["| data set | check | severity | failing | what to do |", "|---|---|---|---:|---|"]
     lines += [
-        f"| {name} | {check['name']} | {check['severity']} | {check['failed']} | {check['advice']} |"
+        table_row(name, check["name"], check["severity"], check["failed"], check["advice"])
         for name, check in _failing(summary)
     ]
     lines += ["", "| pairs | number | longer answer wins, 95 % interval | refusal is rejected |", "|---|---:|---|---|"]
     lines += [
-        f"| {_part(part)} | {part['pairs']} | {_share(part['longer_wins'])} | {_share(part['refusal_loses'])} |"
+        table_row(_part(part), part["pairs"], _share(part["longer_wins"]), _share(part["refusal_loses"]))
         for part in summary["preferences"]["bias"]
     ]
-    lines += ["", f"| pairs | {' | '.join(FORMAT_NAMES)} is chosen |", f"|---|{'---|' * len(FORMAT_NAMES)}"]
     lines += [
-        f"| {_part(part)} | {' | '.join(_share(share) for share in part['formats'].values())} |"
+        "",
+        table_row("pairs", *(f"{name} is chosen" for name in FORMAT_NAMES)),
+        f"|---|{'---|' * len(FORMAT_NAMES)}",
+    ]
+    lines += [
+        table_row(_part(part), *(_share(share) for share in part["formats"].values()))
         for part in summary["preferences"]["bias"]
     ]
-    lines += ["", _drift(summary), "", _decontamination(summary), ""]
+    lines += ["", markdown(_drift(summary)), "", markdown(_decontamination(summary)), ""]
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from components.common.documents import JsonObject
 from components.dataset.chat import load_tokenizer, special_names
 from components.dataset.language import REFUSAL_SAMPLE, is_refusal
-from components.dataset.records import LANGUAGES, Preference, Row, parse_line, raw_lines
+from components.dataset.records import LANGUAGES, Preference, Row, name_of, parse_line, raw_lines
 from components.dataset.rendered import has_hints, has_markers
 from components.dataset.sketches import Sketches, Turns, join_sketches, normalize_text, prompt_key, sketch_turns
 from components.validate.characters import BROKEN, HAS_BROKEN, HAS_GARBLED, HAS_NUMBER, HAS_TOKEN, kinds_of
@@ -202,7 +202,7 @@ class _Chunk:
         self.numbers: Columns = {name: np.zeros(n, kind) for name, kind in NUMBERS.items()}
         values = [parse_line(path, number, line) for number, line in lines]
         self.numbers["line"][:] = [number for number, _ in lines]
-        names = {name: [str(value.get(field)) for value in values] for name, field in NAMES.items()}
+        names = {name: [name_of(value.get(field)) for value in values] for name, field in NAMES.items()}
         texts = [self._texts(row, value) for row, value in enumerate(values)]
         prompts, answers = [prompt for prompt, _ in texts], [answer for _, answer in texts]
         joined = ["\n".join([*[turn["content"] for turn in prompt], *answer]) for prompt, answer in texts]

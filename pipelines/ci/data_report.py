@@ -18,7 +18,9 @@ import yaml
 
 from components.common.documents import JsonObject
 from components.common.errors import InputError
+from components.common.secrets import without_credentials
 from components.config.params import PARAMS, Config, load_config
+from components.report.markdown import code, markdown, table_row
 from components.tracking import store
 from components.tracking.run import PARENT_VARIABLES
 from components.tracking.store import KFP_RUN_VARIABLE
@@ -28,6 +30,7 @@ from pipelines.data.versions import KINDS, diff
 from pipelines.git import find_commit
 from pipelines.local.runner import with_absolute_paths
 from pipelines.quiet import QUIET
+from pipelines.terminal import document
 
 MARKER = "<!-- kubealign:data -->"
 MAX_ROWS = 50
@@ -61,14 +64,14 @@ def data_report(root: Path, base: str, head: str) -> Report:
     if not is_own(repo, folder, config.data.repo):
         raise InputError(f"data.repo={config.data.repo} is another repository; run the report in that one")
     unchanged = not data_changed(Revision(repo, folder, base_commit), Revision(repo, folder, head_commit))
-    lines = [MARKER, f"## Data: `{base_commit[:12]}` → `{head_commit[:12]}`", ""]
+    lines = [MARKER, f"## Data: {code(base_commit[:12])} → {code(head_commit[:12])}", ""]
     if unchanged:
         return Report("\n".join([*lines, "Neither the data nor its settings changed.", ""]), accepted=True)
     try:
         lines += _difference(config, root, base_commit, head_commit)
         accepted, findings = _validation(root, config, head_commit)
     except InputError as error:
-        accepted, findings = False, [f"**Rejected**: {error}"]
+        accepted, findings = False, [f"**Rejected**: {markdown(error)}"]
     lines += ["", f"## Validation: {'accepted' if accepted else 'rejected'}", "", *findings]
     return Report("\n".join(lines) + "\n", accepted)
 
@@ -83,13 +86,8 @@ def _difference(config: Config, root: Path, base: str, head: str) -> list[str]:
     total: Counter[str] = Counter()
     for key, counts in difference.items():
         total += counts
-        lines.append(f"| {' | '.join([*map(_safe_label, key), *(str(counts[kind]) for kind in KINDS)])} |")
-    return [*lines, f"| all | | | {' | '.join(str(total[kind]) for kind in KINDS)} |"]
-
-
-def _safe_label(text: str) -> str:
-    """A label from the data, if it is a plain word; the report must not leak row text, nor its tables break on it."""
-    return text if re.fullmatch(r"[\w.-]{1,60}", text) else "(other)"
+        lines.append(table_row(*key, *(counts[kind] for kind in KINDS)))
+    return [*lines, table_row("all", "", "", *(total[kind] for kind in KINDS))]
 
 
 def _object(line: str) -> JsonObject:
@@ -111,13 +109,15 @@ def _validation(root: Path, config: Config, commit: str) -> tuple[bool, list[str
         inputs = ["--dataset", str(folder / "dataset"), "--base", str(folder / "base")]
         problem = _step(folder, "fetch", "--out", str(folder), *common)
         if problem:
-            return False, [f"**The data cannot be fetched**: {problem}"]
+            return False, [f"**The data cannot be fetched**: {markdown(problem)}"]
         problem = _step(folder, "validate", *inputs, "--out", str(folder / "out"), *common)
-        lines = [f"**Rejected**: {problem}", ""] if problem else []
+        lines = [f"**Rejected**: {markdown(problem)}", ""] if problem else []
         lines += _quarantine_lines(folder)
         report = folder / "out" / "report.md"
         if report.is_file():
-            lines += [line for line in report.read_text(encoding="utf-8").splitlines() if not line.startswith("# ")]
+            lines += [
+                document(line) for line in report.read_text(encoding="utf-8").splitlines() if not line.startswith("# ")
+            ]
         return not problem, lines
 
 
@@ -139,7 +139,7 @@ def _step(folder: Path, *args: str) -> str:
         return ""
     errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     message = errors[-1].removeprefix("error: ") if errors else f"{args[0]} exited with code {process.returncode}"
-    return store.without_credentials(message).replace(f"{folder}/", "")
+    return without_credentials(message).replace(f"{folder}/", "")
 
 
 def _quarantine_lines(folder: Path) -> list[str]:
@@ -149,7 +149,8 @@ def _quarantine_lines(folder: Path) -> list[str]:
     if not rows:
         return []
     counts = Counter(str(reason) for row in rows for reason in row["reasons"])
-    lines = [f"{len(rows)} rows quarantined: {', '.join(f'{name} {n}' for name, n in counts.most_common())}", ""]
+    checks = ", ".join(f"{name} {n}" for name, n in counts.most_common())
+    lines = [f"{len(rows)} rows quarantined: {markdown(checks)}", ""]
     lines += ["| file | line | row | checks |", "|---|---:|---|---|"]
     rows = [row for row in rows if row["reasons"] != ["too_long"]]
     line_numbers = {name: _line_numbers(folder / "dataset" / name) for name in {_file(row) for row in rows[:MAX_ROWS]}}
@@ -158,9 +159,9 @@ def _quarantine_lines(folder: Path) -> list[str]:
         identity = str(value.get("id")) if isinstance(value, dict) else ""
         line = row.get("line") or line_numbers[name].get(json.dumps(value, sort_keys=True), "")
         shown = identity if ID.fullmatch(identity) else "(no id)"
-        lines.append(f"| data/{name} | {line} | {shown} | {', '.join(map(str, row['reasons']))} |")
+        lines.append(table_row(f"data/{name}", line, shown, ", ".join(map(str, row["reasons"]))))
     if len(rows) > MAX_ROWS:
-        lines.append(f"\n… and {len(rows) - MAX_ROWS} more")
+        lines.append(f"\n… and {len(rows) - MAX_ROWS:d} more")
     return [*lines, ""]
 
 
@@ -170,5 +171,5 @@ def _file(row: JsonObject) -> str:
 
 def _line_numbers(path: Path) -> dict[str, int]:
     """The line number of every row of a file, by the row as JSON with sorted keys."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    return {json.dumps(_object(line), sort_keys=True): n for n, line in enumerate(lines, start=1) if line.strip()}
+    texts = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    return {json.dumps(_object(text), sort_keys=True): n for n, text in enumerate(texts, start=1) if text.strip()}

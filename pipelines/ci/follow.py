@@ -24,11 +24,13 @@ from components.common.errors import (
     WaitTimeoutError,
 )
 from components.common.files import read_json, write_json
+from components.common.secrets import without_credentials
 from components.config.params import PARAMS, load_config
 from components.tracking import store
 from pipelines.alignment import NAME
 from pipelines.ci.job import Job
 from pipelines.kubeflow import RunState, Server, submit
+from pipelines.terminal import terminal
 
 STATE = "retrain.json"
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0
@@ -169,7 +171,7 @@ def _cancel(job: Job, server: Server, state: dict[str, str]) -> None:
     try:
         _retry(job, CANCEL_WITHIN_S, cancel)
     except KubeflowApiError as error:
-        print(f"warning: the run could not be canceled: {error}; try `kubealign ci cancel`", file=sys.stderr)
+        print(terminal(f"warning: the run could not be canceled: {error}; try `kubealign ci cancel`"), file=sys.stderr)
     else:
         (job.out / STATE).unlink(missing_ok=True)
 
@@ -189,7 +191,7 @@ def _parent_of(kfp_run: str) -> str:
     query = f"tags.`kubealign.kfp_run` = '{kfp_run}'"
     runs = client.search_runs([store.experiment_id(client)], query, max_results=1)
     if not runs:
-        where = store.without_credentials(store.tracking_uri())
+        where = without_credentials(store.tracking_uri())
         raise KubealignError(
             f"run {kfp_run} succeeded, but MLflow at {where} has no record of it; is MLFLOW_TRACKING_URI the server of"
             " cluster.mlflow_uri?"

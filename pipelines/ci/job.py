@@ -17,6 +17,7 @@ from pipelines.git import changed_files, find_commit
 from pipelines.local.runner import with_absolute_paths
 from pipelines.platform import for_its_hardware
 from pipelines.project import run_config
+from pipelines.terminal import terminal
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Job:
         return outcome.RetrainRequest(self.commit, self.key, self.facts.preferences_digest)
 
     def log(self, message: str) -> None:
-        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        for line in message.splitlines():
+            self.console.print(terminal(line, indented=True), soft_wrap=True)
 
 
 def make_job(

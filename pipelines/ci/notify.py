@@ -27,6 +27,8 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from components.common.errors import ApiError, InputError, KubealignError, RequestRejectedError
+from components.common.secrets import without_credentials
+from pipelines.terminal import document
 
 URL, SECRET = "KUBEALIGN_WEBHOOK_URL", "KUBEALIGN_WEBHOOK_SECRET"
 TRIES = 5
@@ -124,7 +126,7 @@ class Webhook:
         """
         now = datetime.now(UTC)
         event = {"type": kind, "timestamp": now.isoformat(timespec="seconds"), "data": data}
-        body = json.dumps(event, ensure_ascii=False).encode()
+        body = without_credentials(json.dumps(event, ensure_ascii=False)).encode()
         delivery, seconds = f"msg_{uuid.uuid4().hex}", str(int(now.timestamp()))
         headers = {
             "content-type": "application/json",
@@ -194,6 +196,7 @@ class GitHub:
         marker = MARKER.match(text)
         if not marker:
             raise InputError("the comment's first line is not a marker such as <!-- kubealign:data -->")
+        text = document(text)
         if len(text) > MAX_COMMENT:
             text = f"{text[:MAX_COMMENT]}\n\n(truncated to GitHub's comment limit)"
         for attempt in range(TRIES):

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from components.common.files import write_json, write_text
+from components.common.foreign import one_line
 from components.gate.verdict import Rule, VerdictName
 from components.register.result import Decision
+from components.report.markdown import bold, code, link, markdown, table_row
 from pipelines.local.results import NAMES, FinishedRun, estimate_text
 
 MARKER = "<!-- kubealign:verdict -->"
@@ -100,7 +102,7 @@ def write_verdict(out: Path, request: RetrainRequest, result: FinishedRun, new: 
         "link": request.link,
     }
     write_json(out / "verdict.json", facts)
-    write_text(out / "summary.md", markdown(request, result, new))
+    write_text(out / "summary.md", summary(request, result, new))
     write_text(out / "report.html", Path(result["report"]).read_text(encoding="utf-8"))
     state = "failure" if verdict["verdict"] in NEGATIVE_VERDICTS else "success"
     _status(out, request, state, f"{verdict['verdict']}: {state_words(result)}. {verdict['sentence']}")
@@ -111,14 +113,14 @@ def write_failure(out: Path, request: RetrainRequest, state: str, message: str) 
     """Write the files of a run that ended without a verdict; `state` is `failed`, `canceled` or `unfinished`."""
     facts: FailureFile = {
         "state": state,
-        "error": message,
+        "error": "\n".join(map(one_line, message.splitlines())),
         "commit": request.commit,
         "key": request.key,
         "link": request.link,
     }
     write_json(out / "verdict.json", facts)
-    quoted = "\n".join(f"> {line}" for line in message.splitlines())
-    lines = [MARKER, f"## Retraining: {state}", "", quoted, "", *_facts_lines(request)]
+    quoted = [f"> {markdown(line)}" for line in message.splitlines()]
+    lines = [MARKER, f"## Retraining: {markdown(state)}", "", *quoted, "", *_facts_lines(request)]
     write_text(out / "summary.md", "\n".join(lines) + "\n")
     _status(out, request, "error" if state == "canceled" else "failure", f"{state}: {message}")
     return facts
@@ -126,13 +128,13 @@ def write_failure(out: Path, request: RetrainRequest, state: str, message: str) 
 
 def _facts_lines(request: RetrainRequest) -> list[str]:
     facts = {"commit": request.commit, "cache key": request.key, "data": request.data}
-    lines = [f"- {name}: `{value}`" for name, value in facts.items() if value]
-    return [*lines, f"- [the run]({request.link})"] if request.link else lines
+    lines = [f"- {markdown(name)}: {code(value)}" for name, value in facts.items() if value]
+    return [*lines, f"- {link('the run', request.link)}"] if request.link else lines
 
 
 def _status(out: Path, request: RetrainRequest, state: str, text: str) -> None:
     """Write status.json, the request body of GitHub's API for commit statuses."""
-    line = " ".join(text.split())
+    line = one_line(text)
     description = line if len(line) <= MAX_DESCRIPTION else f"{line[: MAX_DESCRIPTION - 1]}…"
     server, repository, job = (os.environ.get(f"GITHUB_{name}", "") for name in ("SERVER_URL", "REPOSITORY", "RUN_ID"))
     link = request.link or (f"{server}/{repository}/actions/runs/{job}" if job else "")
@@ -140,22 +142,23 @@ def _status(out: Path, request: RetrainRequest, state: str, text: str) -> None:
     write_json(out / "status.json", status | ({"target_url": link} if link.startswith("http") else {}))
 
 
-def markdown(request: RetrainRequest, result: FinishedRun, new: bool) -> str:
+def summary(request: RetrainRequest, result: FinishedRun, new: bool) -> str:
     """The verdict as Markdown: every rule, failed ones first, and the metrics."""
     verdict = result["verdict"]
-    lines = [MARKER, f"## Verdict: {verdict['verdict']} ({state_words(result)})", "", verdict["sentence"], ""]
+    lines = [MARKER, f"## Verdict: {markdown(verdict['verdict'])} ({markdown(state_words(result))})", ""]
+    lines += [markdown(verdict["sentence"]), ""]
     lines += ["| rule | outcome | found | expected |", "|---|---|---|---|"]
     for rule in sorted(verdict["rules"], key=lambda rule: rule["outcome"] != "fail"):
-        outcome = f"**{rule['outcome']}**" if rule["outcome"] == "fail" else rule["outcome"]
-        lines.append(f"| {rule['name']} | {outcome} | {_found(rule)} | {rule['expected']} |")
+        outcome = bold(rule["outcome"]) if rule["outcome"] == "fail" else rule["outcome"]
+        lines.append(table_row(rule["name"], outcome, _found(rule), rule["expected"]))
     lines += ["", "| model | held-out pairs | log-loss, nats | accuracy | margin, nats |", "|---|---:|---|---|---|"]
     for name, title in NAMES.items():
         if name in result["metrics"]:
             metrics = result["metrics"][name]
             keys = ("preference_log_loss", "rewards/accuracies", "rewards/margins")
             cells = [title, str(metrics["rewards/accuracies"]["n"]), *(estimate_text(metrics[key]) for key in keys)]
-            lines.append(f"| {' | '.join(cells)} |")
-    model = f"- model: `{result['model_uri']}` ({', '.join(result['aliases']) or 'no alias'})"
+            lines.append(table_row(*cells))
+    model = f"- model: {code(result['model_uri'])} ({markdown(', '.join(result['aliases']) or 'no alias')})"
     note = [] if new else ["- nothing was trained: this commit's data, settings and code had been evaluated before"]
     return "\n".join([*lines, "", model, *note, *_facts_lines(request)]) + "\n"
 

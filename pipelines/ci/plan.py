@@ -176,7 +176,8 @@ def _data(revision: Revision, data: dict[str, Any]) -> tuple[dict[str, Any], lis
     repo, name = str(data["repo"]), str(data["revision"])
     preferences, instructions = data_folders(_path(data))
     if not is_own(revision.repo, revision.folder, repo):
-        facts = {"preferences_digest": f"{repo}@{name}", "instructions_digest": f"{repo}@{name}", "data_commit": name}
+        where = f"{repo} at {name}"
+        facts = {"preferences_digest": where, "instructions_digest": where, "data_commit": name}
         return facts, [] if len(name) == 40 else [f"data.revision {name}"]
     digests = {folder: revision.outputs.get(folder, "") for folder in (preferences, instructions)}
     facts = {"preferences_digest": digests[preferences], "instructions_digest": digests[instructions]}

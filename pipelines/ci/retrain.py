@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from components.common.errors import EvidenceError, InputError, InterruptedRunError, KubealignError, RunPendingError
+from components.common.secrets import without_credentials
 from components.config.params import PARAMS, load_config
 from components.tracking import store
 from components.tracking.errors import explain_mlflow_error, is_mlflow_failure
@@ -17,6 +18,7 @@ from pipelines.ci.job import Job
 from pipelines.local.display import Display
 from pipelines.local.results import FinishedRun, load_result, show_result
 from pipelines.local.runner import run_pipeline
+from pipelines.terminal import terminal
 
 
 def retrain(job: Job) -> int:
@@ -82,7 +84,7 @@ def _notify(hook: notify.Webhook | None, job: Job, kind: str, data: Mapping[str,
     try:
         hook.send(f"retrain.{kind}", data)
     except KubealignError as error:
-        print(f"warning: not notified: {error}", file=sys.stderr)
+        print(terminal(f"warning: not notified: {error}"), file=sys.stderr)
 
 
 def judged_before(job: Job) -> FinishedRun | None:
@@ -150,7 +152,7 @@ def version_summary(root: Path, version: str) -> str:
     order = ["attributes.start_time DESC"]
     runs = client.search_runs([store.experiment_id(client)], query, order_by=order, max_results=1)
     if not runs:
-        where = store.without_credentials(store.tracking_uri())
+        where = without_credentials(store.tracking_uri())
         raise InputError(f"{uri}: no run at {where} made or evaluated it")
     result = load_result(runs[0].info.run_id)
     if result["model_uri"] != uri:
@@ -158,4 +160,4 @@ def version_summary(root: Path, version: str) -> str:
             f"run {result['run_id']}: tagged with {uri}, but its signed result is {result['model_uri']}"
         )
     facts = outcome.RetrainRequest(result["git_commit"], "", result["preferences_digest"])
-    return outcome.markdown(facts, result, new=True)
+    return outcome.summary(facts, result, new=True)

@@ -12,8 +12,11 @@ from rich.table import Table
 
 from components.common.errors import InputError
 from components.common.files import read_json, write_text
+from components.report.markdown import markdown as harmless
+from components.report.markdown import table_row
 from pipelines.commands.options import Overrides, Project
 from pipelines.project import project_folder
+from pipelines.terminal import document, terminal
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 console = Console()
@@ -57,24 +60,22 @@ def plan_(
 
     plan = make_plan(project_folder(project), base, head, runner.value)
     if as_json:
-        print(json.dumps(plan.as_dict(), indent=1, ensure_ascii=False))
+        print(document(json.dumps(plan.as_dict(), indent=1, ensure_ascii=False)))
     elif markdown:
         lines = ["| step | state | why |", "|---|---|---|"]
-        lines += [
-            f"| {row.step} | {row.state} | {'; '.join(row.reasons).replace('|', '&#124;')} |" for row in plan.rows
-        ]
-        print("\n".join([*lines, "", plan.sentence(), *plan.errors]))
+        lines += [table_row(row.step, row.state, "; ".join(row.reasons)) for row in plan.rows]
+        print(document("\n".join([*lines, "", harmless(plan.sentence()), *map(harmless, plan.errors)])))
     else:
         table = Table("step", "state", "why")
         for row in plan.rows:
-            table.add_row(row.step, row.state, "; ".join(row.reasons))
+            table.add_row(*map(terminal, (row.step, row.state, "; ".join(row.reasons))))
         console.print(table)
-        console.print(plan.sentence(), markup=False, highlight=False, soft_wrap=True)
+        console.print(terminal(plan.sentence()), soft_wrap=True)
     if outputs:
         with outputs.open("a", encoding="utf-8") as file:
             file.writelines(f"{name}={str(value).lower()}\n" for name, value in plan.outputs().items())
     for error in plan.errors:
-        print(f"error: {error}", file=sys.stderr)
+        print(terminal(f"error: {error}"), file=sys.stderr)
     if plan.errors:
         sys.exit(1)
 
@@ -86,7 +87,7 @@ def data_report_(base: Base = "", head: Head = "HEAD", out: Out = OUT, project: 
 
     report = data_report(project_folder(project), base, head)
     write_text(out / "data.md", report.text)
-    print(report.text, end="")
+    print(document(report.text), end="")
     if not report.accepted:
         print("error: the data was rejected; the report says which rows and why", file=sys.stderr)
         sys.exit(1)
@@ -125,7 +126,7 @@ def cancel(out: Out = OUT, project: Project = None) -> None:
     from pipelines.ci.follow import cancel_left
 
     for line in cancel_left(project_folder(project), out):
-        console.print(line, soft_wrap=True)
+        console.print(terminal(line), soft_wrap=True)
 
 
 @app.command()
@@ -138,11 +139,11 @@ def summary(
     if version:
         from pipelines.ci.retrain import version_summary
 
-        print(version_summary(project_folder(project), version), end="")
+        print(document(version_summary(project_folder(project), version)), end="")
         return
     if not (out / "summary.md").is_file():
         raise InputError(f"{out / 'summary.md'}: not found; `kubealign ci retrain` writes it")
-    print((out / "summary.md").read_text(encoding="utf-8"), end="")
+    print(document((out / "summary.md").read_text(encoding="utf-8")), end="")
 
 
 @app.command()
@@ -164,7 +165,7 @@ def comment(
     github = GitHub()
     for number in [pull_request] if pull_request else github.pull_requests(commit):
         done = github.comment(file.read_text(encoding="utf-8"), number, update_only)
-        console.print(f"pull request {number}: comment {done}")
+        console.print(terminal(f"pull request {number}: comment {done}"))
 
 
 @app.command()
@@ -174,4 +175,4 @@ def status(commit: Annotated[str, typer.Option(help="The commit.")], out: Out = 
 
     found = read_json(out / "status.json")
     GitHub().status(commit, found)
-    console.print(f"{commit[:12]}: {found['state']}: {found['description']}", markup=False, highlight=False)
+    console.print(terminal(f"{commit[:12]}: {found['state']}: {found['description']}"))

@@ -17,6 +17,7 @@ from components.config.data import DataConfig
 from components.config.params import PARAMS, load_config
 from pipelines.commands.options import Project
 from pipelines.project import project_folder
+from pipelines.terminal import document, terminal
 
 if TYPE_CHECKING:  # imports pandas indirectly, for which the other commands need not wait
     from collections.abc import Callable
@@ -147,11 +148,11 @@ def diff(
     if as_json:
         keys = ("data_set", "language", "source")
         rows = [dict(zip(keys, key, strict=True)) | _counts(counts) for key, counts in difference.items()]
-        print(json.dumps(rows, ensure_ascii=False, indent=1))
+        print(document(json.dumps(rows, ensure_ascii=False, indent=1)))
     elif difference:
         console.print(_table(difference))
     else:
-        console.print(f"{old} and {new} hold the same rows")
+        console.print(terminal(f"{old} and {new} hold the same rows"))
 
 
 @app.command()
@@ -170,7 +171,7 @@ def log(
         scm = fs.repo.scm
         versions = data_versions.log(Path(scm.root_dir), scm.resolve_rev(revision), data.path)
     if as_json:
-        print(json.dumps(versions, ensure_ascii=False, indent=1))
+        print(document(json.dumps(versions, ensure_ascii=False, indent=1)))
         return
     if not versions:
         where = data.repo if is_url(data.repo) else "this repository"
@@ -184,7 +185,8 @@ def log(
         day = time.strftime("%Y-%m-%d", time.gmtime(version["time"]))
         digests = (version[key][:10] for key in ("preferences", "instructions"))
         megabytes = f"{version['bytes'] / 1e6:.1f}"
-        table.add_row(name, day, *digests, megabytes, ", ".join(version["added"]), version["message"])
+        cells = (name, day, *digests, megabytes, ", ".join(version["added"]), version["message"])
+        table.add_row(*map(terminal, cells))
     console.print(table)
 
 
@@ -202,27 +204,29 @@ def _show(preview: "Preview") -> None:
     for name, converted in preview.converted.items():
         for index, (path, format_name) in enumerate(converted.formats.items()):
             counts = (str(converted.rows), str(converted.quarantined)) if index == 0 else ("", "")
-            table.add_row(name if index == 0 else "", Path(path).name, format_name, *counts)
+            table.add_row(*map(terminal, (name if index == 0 else "", Path(path).name, format_name, *counts)))
     if preview.converted:
         console.print(table)
     for name, rows in preview.removed.items():
         what = "replaces" if name in preview.converted else "removes"
-        console.print(f"{what} the source {name} of now ({rows} rows)", soft_wrap=True)
+        console.print(terminal(f"{what} the source {name} of now ({rows} rows)"), soft_wrap=True)
     for converted in preview.converted.values():
         for reason, count in converted.reasons.most_common(SHOWN):
-            console.print(f"quarantined: {count} because {reason}, first at {converted.first[reason]}", soft_wrap=True)
+            sentence = f"quarantined: {count} because {reason}, first at {converted.first[reason]}"
+            console.print(terminal(sentence), soft_wrap=True)
         for note, count in converted.notes.items():
-            console.print(f"warning: {count} rows: {note}; first at {converted.first[note]}", soft_wrap=True)
+            sentence = f"warning: {count} rows: {note}; first at {converted.first[note]}"
+            console.print(terminal(sentence), soft_wrap=True)
         for number, row in enumerate(converted.samples, start=1):
-            console.print(f"row {number} as it will be trained:")
+            console.print(terminal(f"row {number} as it will be trained:"))
             for speaker, text in _turns(row):
-                console.print(f"  {speaker:>9}: {_short(text)}", soft_wrap=True, markup=False, highlight=False)
+                console.print(" ", terminal(f"{speaker}: {_short(text)}"), soft_wrap=True)
     if preview.converted:
         _show_findings(preview)
     for refusal in preview.refusals:
-        console.print(f"warning: a run with these data would stop: {refusal}", soft_wrap=True)
+        console.print(terminal(f"warning: a run with these data would stop: {refusal}"), soft_wrap=True)
     sides = ", ".join(f"{pairs} in {split}" for split, pairs in preview.sides.items())
-    console.print(f"preference pairs afterwards: {sides}")
+    console.print(terminal(f"preference pairs afterwards: {sides}"))
     console.print(_table(preview.difference) if preview.difference else "no rows change")
 
 
@@ -248,7 +252,7 @@ def _show_findings(preview: "Preview") -> None:
         return
     table = Table("check", "severity", "new rows", "what to do")
     for finding in preview.findings:
-        table.add_row(finding.check, finding.severity, str(finding.rows), finding.advice)
+        table.add_row(*map(terminal, (finding.check, finding.severity, finding.rows, finding.advice)))
     console.print(table if preview.findings else "the new pairs pass every validation check")
 
 
@@ -256,10 +260,10 @@ def _table(difference: dict[tuple[str, str, str], Counter[str]]) -> Table:
     table = Table("data set", "language", "source", "added", "removed", "changed")
     total: Counter[str] = Counter()
     for key, counts in difference.items():
-        table.add_row(*key, *(str(count) for count in _counts(counts).values()))
+        table.add_row(*map(terminal, (*key, *_counts(counts).values())))
         total += counts
     table.add_section()
-    table.add_row("all", "", "", *(str(count) for count in _counts(total).values()))
+    table.add_row("all", "", "", *map(terminal, _counts(total).values()))
     return table
 
 

@@ -14,6 +14,7 @@ from components.config.params import PARAMS, load_config
 from components.tracking import store
 from pipelines.commands.options import Overrides, Project
 from pipelines.project import project_folder, run_config
+from pipelines.terminal import terminal
 
 if TYPE_CHECKING:  # KFP takes half a second to import, which the other commands need not wait for
     from pipelines.kubeflow import RunState, Server
@@ -55,7 +56,8 @@ def submit_(
     server = Server(config.cluster)
     run_id, version = submit(config, server)
     write_json(_last(), {"run_id": run_id, "version": version, "endpoint": server.endpoint})
-    console.print(f"run {run_id} of version {version}\n{server.link(run_id)}", soft_wrap=True)
+    console.print(terminal(f"run {run_id} of version {version}"), soft_wrap=True)
+    console.print(terminal(server.link(run_id)), soft_wrap=True)
     if wait_for_it:
         _follow(server, run_id, config.cluster.timeout_s)
 
@@ -75,7 +77,8 @@ def schedule(
     server = Server(config.cluster)
     recurring, version = submit(config, server, cron)
     link = f"{server.endpoint}/#/recurringrun/details/{recurring}"
-    console.print(f"recurring run {recurring} of version {version}\n{link}", soft_wrap=True)
+    console.print(terminal(f"recurring run {recurring} of version {version}"), soft_wrap=True)
+    console.print(terminal(link), soft_wrap=True)
 
 
 @app.command(rich_help_panel="Kubeflow")
@@ -85,9 +88,10 @@ def status(run_id: RunId = "", project: Project = None) -> None:
     state = server.state(_run_id(run_id))
     table = Table("step", "state", "message")
     for step in state.steps:
-        table.add_row(step.name, step.state, step.error)
+        table.add_row(*map(terminal, (step.name, step.state, step.error)))
     console.print(table)
-    console.print(f"{state.state} {state.error}\n{server.link(state.run_id)}", soft_wrap=True)
+    console.print(terminal(f"{state.state} {state.error}"), soft_wrap=True)
+    console.print(terminal(server.link(state.run_id)), soft_wrap=True)
 
 
 @app.command(rich_help_panel="Kubeflow")
@@ -107,7 +111,7 @@ def cancel(run_id: RunId = "", project: Project = None) -> None:
     server = _server(project)
     run_id = _run_id(run_id)
     server.cancel(run_id)
-    console.print(f"{run_id}: cancellation requested")
+    console.print(terminal(f"{run_id}: cancellation requested"))
 
 
 def _follow(server: "Server", run_id: str, timeout_s: float) -> None:
@@ -117,16 +121,16 @@ def _follow(server: "Server", run_id: str, timeout_s: float) -> None:
         for step in state.steps:
             if shown.get(step.name) != step.state:
                 shown[step.name] = step.state
-                console.print(f"{step.name}: {step.state.lower()}")
+                console.print(terminal(f"{step.name}: {step.state.lower()}"))
 
     state = server.wait(run_id, on_change, timeout_s)
     if state.state == "SUCCEEDED":
-        console.print(f"succeeded: {server.link(run_id)}", soft_wrap=True)
+        console.print(terminal(f"succeeded: {server.link(run_id)}"), soft_wrap=True)
         return
-    print(f"error: run {run_id} ended as {state.state} {state.error}".rstrip(), file=sys.stderr)
+    print(terminal(f"error: run {run_id} ended as {state.state} {state.error}"), file=sys.stderr)
     for step in state.steps:
         if step.state == "FAILED":
-            print(f"error: step {step.name} failed {step.error}".rstrip(), file=sys.stderr)
+            print(terminal(f"error: step {step.name} failed {step.error}"), file=sys.stderr)
             for line in server.log_tail(run_id, step):
-                print(f"  {line}", file=sys.stderr)
+                print("  ", terminal(line), sep="", file=sys.stderr)
     sys.exit(1)

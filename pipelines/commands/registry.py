@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from components.common.errors import EvidenceError, InputError, KubealignError
+from components.common.foreign import one_line
+from components.common.secrets import without_credentials
 from components.config.gate import GateConfig
 from components.config.params import PARAMS, Config, load_config
 from components.gate.rules_of_model import check_rules, rules_of
@@ -22,6 +24,7 @@ from components.registry.evidence import CheckedVersion
 from components.tracking import store
 from pipelines.commands.options import Project
 from pipelines.project import project_folder
+from pipelines.terminal import document, terminal
 from pipelines.verification import accept
 
 app = typer.Typer()
@@ -48,10 +51,11 @@ def promote_(
 
     client, name = _registry(project, name)
     _version(client, name, version)
-    if force and not reason.strip():
+    reason = one_line(reason)  # it is recorded for ever
+    if force and not reason:
         raise InputError("--force overrides the gate; give the reason with --reason, which is recorded and signed")
     if to:
-        console.print(_copy(client, name, version, to, force, reason, _config(project)), soft_wrap=True)
+        console.print(terminal(_copy(client, name, version, to, force, reason, _config(project))), soft_wrap=True)
         return
     with tempfile.TemporaryDirectory() as scratch:
         checked, verdict = accept(client, name, version, Path(scratch))
@@ -63,9 +67,7 @@ def promote_(
     record = promote(client, name, version, how, why, expected, statement=checked.evidence.digest)
     _note_force(client, name, version, record, force)
     by_force = f", by force: {record.reason}" if force else ""
-    console.print(
-        f"{name} version {record.version} is champion since {record.at}{by_force}", markup=False, soft_wrap=True
-    )
+    console.print(terminal(f"{name} version {record.version} is champion since {record.at}{by_force}"), soft_wrap=True)
 
 
 @app.command("rollback", rich_help_panel="Registry")
@@ -77,7 +79,8 @@ def rollback_(
     """Restore the previous champion."""
     from components.registry.champion import rollback
 
-    if not reason.strip():
+    reason = one_line(reason)  # it is recorded for ever
+    if not reason:
         raise InputError("--reason is empty; say why the champion is rolled back")
     client, name = _registry(project, name)
 
@@ -86,7 +89,8 @@ def rollback_(
             return accept(client, name, version, Path(scratch))[0].evidence.digest
 
     record, removed = rollback(client, name, reason, accepted)
-    console.print(f"{name} version {record.version} is champion again, version {removed} is not", soft_wrap=True)
+    sentence = f"{name} version {record.version} is champion again, version {removed} is not"
+    console.print(terminal(sentence), soft_wrap=True)
 
 
 @app.command(rich_help_panel="Registry")
@@ -105,31 +109,32 @@ def history(
 
     client, name = _registry(project, name)
     if begin:
-        if not reason.strip():
+        reason = one_line(reason)
+        if not reason:
             raise InputError("--begin forgets every earlier champion and use of a test set; say why with --reason")
         Audit.begin(client, name, _rules(_config(project)), reason)
     audit = Audit.find(client, name)
     if not audit:
-        console.print(f"{name}: no decision yet")
+        console.print(terminal(f"{name}: no decision yet"))
         return
     check_history(client, audit)
     records = audit.champions()
     table = Table("#", "version", "since", "until", "how", "by", "why", box=box.SIMPLE_HEAD)
     for record, later in zip(records, [*records[1:], None][: len(records)], strict=True):
         until = later.at if later else "now"
-        row = (record.version or "none", record.at, until, record.how, record.by, record.reason)
-        table.add_row(str(record.number), *row)
+        row = (record.number, record.version or "none", record.at, until, record.how, record.by, record.reason)
+        table.add_row(*map(terminal, row))
     console.print(table)
     for test_set, uses in audit.test_sets().items():
-        console.print(f"test set {test_set}: {uses} decision{'s' if uses > 1 else ''}", highlight=False)
-    console.print(f"audit run {audit.run_id}, {len(audit.entries())} signed entries", highlight=False)
+        console.print(terminal(f"test set {test_set}: {uses} decision{'s' if uses > 1 else ''}"))
+    console.print(terminal(f"audit run {audit.run_id}, {len(audit.entries())} signed entries"))
     alias = champion_alias(client, name)
     if records and alias != records[-1].version:
-        console.print(
+        sentence = (
             f"the alias champion points to version {alias or 'none'}: it was moved by other means, or a promotion was"
-            " interrupted; the next run or promotion sets it to the champion of this history",
-            soft_wrap=True,
+            " interrupted; the next run or promotion sets it to the champion of this history"
         )
+        console.print(terminal(sentence), soft_wrap=True)
 
 
 @app.command("verify", rich_help_panel="Registry")
@@ -144,7 +149,7 @@ def verify_(
     checks = verify(client, *_named(client, uri or f"models:/{name}@champion"))
     table = Table("check", "outcome", "details", box=box.SIMPLE_HEAD)
     for check in checks:
-        table.add_row(check.name, check.outcome, check.sentence)
+        table.add_row(*map(terminal, (check.name, check.outcome, check.sentence)))
     console.print(table)
     failed = [check for check in checks if check.outcome == "fail"]
     if failed:
@@ -161,11 +166,11 @@ def rules_(reason: Reason = "", name: Name = "", project: Project = None) -> Non
     if not audit:
         raise InputError(f"{name}: no version yet; its first run's section `gate` becomes its rules")
     if reason.strip():
-        audit.set_rules(_rules(_config(project)), reason)
+        audit.set_rules(_rules(_config(project)), one_line(reason))
     rules = audit.rules()
     assert rules, "there are versions"
     for key, value in (rules["gate"] | {"answers must be generated": rules["answers"]}).items():
-        console.print(f"{key}: {value}", markup=False, highlight=False)
+        console.print(terminal(f"{key}: {value}"))
 
 
 @app.command("keys", rich_help_panel="Registry")
@@ -190,16 +195,16 @@ def keys_(
         pem = made.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
         values = {"signing_key": pem, "cache_key": secrets.token_hex(32), "public_keys": public_line(made.public_key())}
         found = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "kubealign-signing"}, "type": "Opaque"}
-        print(yaml.safe_dump(found | {"stringData": values}, sort_keys=False), end="")
+        print(document(yaml.safe_dump(found | {"stringData": values}, sort_keys=False)), end="")
         return
     own = signing_key().public_key()
     if line:
-        print(public_line(own))
+        print(terminal(public_line(own)))
         return
-    print(f"key      {key_id(own)}")
-    print(f"line     {public_line(own)}")
+    print("key     ", terminal(key_id(own)))
+    print("line    ", terminal(public_line(own)))
     for trusted in trusted_keys():
-        print(f"trusted  {trusted}")
+        print("trusted ", terminal(trusted))
 
 
 @app.command("reproduce", rich_help_panel="Registry")
@@ -215,7 +220,7 @@ def reproduce_(
     root = project_folder(project)
     client, name = _registry(project, name)
     for line in reproduce(_version(client, name, version), root, out):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(terminal(line), soft_wrap=True)
 
 
 def _registry(project: Path | None, name: str) -> tuple[Any, str]:
@@ -233,7 +238,7 @@ def _version(client: Any, name: str, version: str) -> Any:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        where = store.without_credentials(store.tracking_uri())
+        where = without_credentials(store.tracking_uri())
         raise InputError(f"{name} version {version}: not in the registry at {where}") from error
 
 

@@ -39,6 +39,7 @@ from components.tracking import store
 from components.tracking.run import NoOpRun
 from pipelines.data.versions import SliceKey, compare
 from pipelines.quiet import QUIET
+from pipelines.terminal import terminal
 
 KNOWN = ("sources.lock", "splits.lock", "statistics.json", "decontaminate.jsonl")
 """Files of the data folder that `prepare` reads."""
@@ -349,7 +350,7 @@ def _check_quarantined(name: str, converted: Converted, max_quarantined: float) 
 
 
 def _print(sentence: str) -> None:
-    print(sentence, flush=True)
+    print(terminal(sentence), flush=True)
 
 
 def _dvc(root: Path, *args: str) -> None:

@@ -13,7 +13,7 @@ import yaml
 from components.common.errors import InputError
 from components.common.files import inside
 from components.config.data import DataConfig
-from components.dataset.records import NO_DATA, SPLITS, iter_lines
+from components.dataset.records import NO_DATA, SPLITS, iter_lines, name_of
 from components.prepare.sources import ADDED
 from components.sources.data import (
     DATA_SETS,
@@ -116,7 +116,7 @@ def _entries(folder: Path) -> dict[str, list[Entry]]:
     entries: dict[str, list[Entry]] = {}
     for split in SPLITS if folder.is_dir() else ():
         for _, row in iter_lines(folder / f"{split}.jsonl"):
-            lang, source = str(row.get("lang")), str(row.get("source"))
+            lang, source = name_of(row.get("lang")), name_of(row.get("source"))
             entry = Entry(lang, source, hash(orjson.dumps(row.get("prompt"))), hash((split, orjson.dumps(row))))
             entries.setdefault(str(row.get("id")), []).append(entry)
     return entries
@@ -138,7 +138,7 @@ def _fetch_version(data: DataConfig, revision: str, out: Path) -> Path:
     folders = data_folders(data.path)
     with opened(data.repo, revision, folders) as fs:
         for name, folder_name in zip(DATA_SETS, folders, strict=True):
-            digest = recorded_digest(fs, folder_name, f"{data.repo}@{revision}")
+            digest = recorded_digest(fs, folder_name, f"{data.repo} at {revision}")
             with remote_errors(data.repo, revision, folder_name, digest):
                 for path, file in tracked_files(fs, folder_name):
                     target = inside(out / name, file)

@@ -86,6 +86,7 @@ def main() -> None:
     from kfp.local import subprocess_task_handler
 
     from components.common.files import digest
+    from components.common.foreign import one_line
     from components.config.params import PARAMS, load_config
     from components.tracking import events
     from components.tracking.errors import explain_os_error
@@ -114,7 +115,7 @@ def main() -> None:
         pipeline(**request["arguments"])
     except RuntimeError as error:
         # The step has reported its own error; KFP only adds the step's name.
-        print(error, file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         sys.exit(1)
     except OSError as error:
         events.error("pipeline", explain_os_error(error))

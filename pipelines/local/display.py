@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from components.tracking.events import Event
+from pipelines.terminal import terminal
 
 LINE_EVERY_S = 15.0
 
@@ -19,7 +20,7 @@ class Display:
         self._live = console.is_terminal
         self._bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description:<9}"),
+            TextColumn("{task.description:<9}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[details]}", markup=False),
             TimeElapsedColumn(),
@@ -83,11 +84,11 @@ class Display:
                 self._tasks[event.stage],
                 total=event.total,
                 completed=event.done,
-                details=f"{event.count()} {details}".rstrip(),
+                details=str(terminal(f"{event.count()} {details}")),
             )
         elif not self._live and (time.monotonic() - self._last_line > LINE_EVERY_S or event.done == event.total):
             self._last_line = time.monotonic()
             self._print(f"{event.stage}: {event.count()} {event.details()}".rstrip())
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(terminal(text), soft_wrap=True)

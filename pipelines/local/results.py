@@ -9,11 +9,13 @@ from rich.table import Table
 from components.common.documents import parse_document
 from components.common.errors import EvidenceError, InputError, KubealignError
 from components.common.files import write_text
+from components.common.secrets import without_credentials
 from components.gate.results import Estimate
 from components.register.result import Result
 from components.registry.evidence import RESULT_SIGNATURE, check_result
 from components.tracking import store
 from pipelines.local.runner import run_folder
+from pipelines.terminal import terminal
 
 
 class FinishedRun(Result):
@@ -40,7 +42,7 @@ def find_run(run: str) -> str:
         try:
             pipeline_run = client.get_run(run)
         except MlflowException as error:
-            raise InputError(f"run {run}: not found in {store.without_credentials(store.tracking_uri())}") from error
+            raise InputError(f"run {run}: not found in {without_credentials(store.tracking_uri())}") from error
     else:
         runs = client.search_runs(
             [store.experiment_id(client)],
@@ -107,9 +109,8 @@ def show_result(console: Console, result: FinishedRun) -> None:
         if name in result["metrics"]:
             metrics = result["metrics"][name]
             keys = ("preference_log_loss", "rewards/accuracies", "rewards/margins")
-            table.add_row(
-                title, str(metrics["rewards/accuracies"]["n"]), *(estimate_text(metrics[key]) for key in keys)
-            )
+            estimates = (estimate_text(metrics[key]) for key in keys)
+            table.add_row(*map(terminal, (title, metrics["rewards/accuracies"]["n"], *estimates)))
     console.print(
         "Held-out pairs: preference log-loss (nats), reward accuracy, margin, with intervals", highlight=False
     )
@@ -125,7 +126,7 @@ def show_result(console: Console, result: FinishedRun) -> None:
         "MLflow    kubealign ui",
     ]
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(terminal(line, indented=True), soft_wrap=True)
 
 
 def estimate_text(estimate: Estimate) -> str:

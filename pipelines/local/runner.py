@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from components.common.errors import InputError, InterruptedRunError, StepFailedError
 from components.common.provenance import git_commit
+from components.common.secrets import MaskedStream, without_credentials
 from components.common.urls import is_url
 from components.config.params import Config, pipeline_arguments
 from components.stages import BY_NAME
@@ -155,16 +156,17 @@ def _follow(
 ) -> None:
     """Copy the child's output to the log and handle its events until it closes its output.
 
-    The output is copied byte for byte, whatever libraries print; only events are parsed.
+    The output is copied byte for byte, whatever libraries print, but for secrets; only events are parsed.
     """
     assert child.stdout
+    masked = MaskedStream()
     with log_file.open("wb", buffering=0) as log, selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)
         is_open = True
         while is_open:
             if selector.select(POLL_S):
                 chunk = os.read(child.stdout.fileno(), 1 << 16)
-                log.write(chunk)
+                log.write(masked.feed(chunk))
                 is_open = bool(chunk)
             for event in reader.read():
                 _handle_event(event, state, display)
@@ -181,7 +183,7 @@ def run_arguments(config: Config, project: Path) -> dict[str, Any]:
         if isinstance(value, str) and "python3" in value:
             raise InputError(
                 "a path or setting contains `python3`, which KFP's local runner replaces everywhere;"
-                f" rename it: {store.without_credentials(value)}"
+                f" rename it: {without_credentials(value)}"
             )
     return arguments
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from components.common.secrets import without_credentials
 from components.tracking import store
 from components.tracking.errors import report_errors
 
 
 def test_credentials_are_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert store.without_credentials("postgresql://u:pw@host/db") == "postgresql://***@host/db"
-    assert store.without_credentials("sqlite:////a@b/c.db") == "sqlite:////a@b/c.db"
+    assert without_credentials("postgresql://u:pw@host/db") == "postgresql://***@host/db"
+    assert without_credentials("sqlite:////a@b/c.db") == "sqlite:////a@b/c.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///x.db")
     assert store.tracking_uri() == f"sqlite:///{Path.cwd() / 'x.db'}"
 
