@@ -140,6 +140,7 @@ def train(
     yield from history
 
     def save() -> None:
+        _check_finite(parameters, len(history))
         whole = {name: checkpoints.whole(parameter) for name, parameter in parameters.items()}
         state = checkpoints.pack_optimizer(optimizer, names)
         rng = {
@@ -176,6 +177,13 @@ def train(
         log(f"step {best_step(history)} of {len(history)} has the lowest validation loss; its parameters are kept")
         checkpoints.restore(parameters, checkpoints.load(checkpoint_folder, best_step(history)).parameters)
     model.eval()
+
+
+def _check_finite(parameters: Mapping[str, Tensor], number: int) -> None:
+    """Look at what the last update left; before every other, the gradient tells."""
+    for name, parameter in parameters.items():
+        if not bool(checkpoints.whole(parameter).isfinite().all()):
+            raise TrainingError(f"{name} is not finite after step {number}; lower the learning rate")
 
 
 def _random_state() -> dict[str, Tensor]:
@@ -353,7 +361,8 @@ def completion_logps(
 ) -> list[list[Tensor]]:
     """Log-probability of each token of every completion of every example, nats: fp32 [tokens] on the CPU.
 
-    Each example is a pack of its own, so its values never depend on the rest of the data. Several processes divide the examples, and all of them get all values.
+    Each example is a pack of its own, so its values never depend on the rest of the data. Several processes divide the
+    examples, and all of them get all values.
 
     Args:
         progress: called with the number of examples done.
