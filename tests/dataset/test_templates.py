@@ -1,16 +1,12 @@
 """Chat templates as models ship them: named lists, ends of turn, thoughts, no system role, SentencePiece's spaces.
 
-The templates are written here after the published ones' structure; the tokenizers are the embedded one and one that is
-trained here, of Llama 2's kind.
+The templates are written here after the published ones' structure.
 """
 
-import io
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
-from transformers import LlamaTokenizer
 
 from components.common.errors import InputError
 from components.dataset.chat import (
@@ -24,11 +20,15 @@ from components.dataset.chat import (
     with_beginning,
 )
 from components.dataset.records import Message
+from tests.dataset.test_llama2_chat import chinese_llama, pieces
+
+__all__ = ["chinese_llama", "pieces"]
 
 USER = Message(role="user", content="Why?")
 SYSTEM = Message(role="system", content="Be brief.")
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
     "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
@@ -36,8 +36,9 @@ GEMMA = (
 SILENT = GEMMA.replace("{{ raise_exception('System role not supported') }}", "{% set messages = messages[1:] %}")
 R1 = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|User|>' + message['content'] }}{% else %}"
-    "{% set content = message['content'] %}{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}"
-    "{% endif %}{{ '<|Assistant|>' + content + eos_token }}{% endif %}{% endfor %}"
+    "{% set content = message['content'] %}"
+    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{ '<|Assistant|>' + content + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
 )
 ZEPHYR = (
@@ -51,24 +52,10 @@ def tokenizer(tiny_model: Path) -> Any:
     return load_tokenizer(tiny_model)
 
 
-@pytest.fixture(scope="module")
-def spaced(tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture
+def spaced(chinese_llama: Path) -> Any:
     """A tokenizer of Llama 2's kind, which puts a space before every piece of text."""
-    model = io.BytesIO()
-    lines = [
-        "Sure, yes.",
-        "the sky is blue",
-        "assistant user system",
-        "好的，天空",
-        "Why? Because.",
-        "Paris\nLondon",
-    ] * 20
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=330, byte_fallback=True
-    )
-    file = tmp_path_factory.mktemp("spaced") / "tokenizer.model"
-    file.write_bytes(model.getvalue())
-    found = LlamaTokenizer(str(file), legacy=True)
+    found = load_tokenizer(chinese_llama)
     found.chat_template = ZEPHYR
     return found
 
@@ -143,7 +130,7 @@ def test_a_conversation_that_the_template_rejects_is_an_error_with_its_reason(to
         encode_prompt(tokenizer, [USER, Message(role="assistant", content="x"), USER])
 
 
-@pytest.mark.parametrize("answer", ["Sure, yes.", "好的", "Paris\nLondon", " Sure"])
+@pytest.mark.parametrize("answer", ["Sure, yes.", "好的", "Paris\nLondon"])
 def test_tokens_are_those_of_the_rendered_whole(spaced: Any, answer: str) -> None:
     """SentencePiece would put a space that is not in the text before an answer tokenized apart."""
     before, completion = both_ways(spaced, [USER], answer)
@@ -162,7 +149,6 @@ def test_the_shipped_templates_begin_as_the_tokenizer_wants(spaced: Any, tokeniz
         rendered = spaced.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
         assert rendered.count(spaced.bos_token) == 1 and rendered.startswith(spaced.bos_token)
         assert with_beginning(choose_template(name, None), tokenizer) == choose_template(name, None)
-    spaced.chat_template = ZEPHYR
 
 
 def test_llama_2s_template_needs_no_beginning_token(tokenizer: Any) -> None:

@@ -1,5 +1,6 @@
-"""One matrix, walked whole: a tiny model of every architecture goes through validate, sft, dpo, evaluate and export, and
-the exported folders are read by transformers 4, which many a server is still built on.
+"""One matrix, walked whole: a tiny model of every architecture goes through validate, sft, dpo, evaluate and export.
+
+The exported folders are then read by transformers 4, which many a server is still built on.
 """
 
 import json
