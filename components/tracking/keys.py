@@ -42,16 +42,20 @@ def signing_key() -> Any:
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    given = os.environ.get(SIGNING_KEY_VARIABLE, "")
-    where = SIGNING_KEY_VARIABLE if given else str(store.home() / KEY_FILE)
+    where = SIGNING_KEY_VARIABLE if os.environ.get(SIGNING_KEY_VARIABLE) else str(store.home() / KEY_FILE)
     try:
-        pem = (given.encode() if "-----BEGIN" in given else Path(given).read_bytes()) if given else _own_key()
-        key = load_pem_private_key(pem, password=None)
+        key = load_pem_private_key(given_key() or _own_key(), password=None)
     except (ValueError, TypeError, OSError) as error:
         raise InputError(f"{where}: no readable private key (expected PEM without a password, or its path)") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != "secp256r1":
         raise InputError(f"{where}: expected an ECDSA key on P-256, such as `kubealign keys --secret` makes")
     return key
+
+
+def given_key() -> bytes:
+    """The private key of KUBEALIGN_SIGNING_KEY as PEM, which may be a path; empty if it is not set."""
+    given = os.environ.get(SIGNING_KEY_VARIABLE, "")
+    return given.encode() if not given or "-----BEGIN" in given else Path(given).read_bytes()
 
 
 def trusted_keys() -> dict[str, Any]:

@@ -25,6 +25,7 @@ from components.common.images import DATA_IMAGE, TRAIN_IMAGE
 from components.common.provenance import PACKAGES
 from components.common.urls import is_url
 from components.tracking import store
+from components.tracking.keys import CACHE_KEY_VARIABLE, PUBLIC_KEYS_VARIABLE, SIGNING_KEY_VARIABLE, given_key
 
 HOME_LABEL = "kubealign.home"
 CODE_LABEL = "kubealign.code"
@@ -34,6 +35,7 @@ INHERITED = (
     *("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "MLFLOW_EXPERIMENT_NAME"),
     *("GIT_USERNAME", "GIT_PASSWORD", "GIT_HOST"),
     *("KUBEALIGN_EVENTS", "KUBEALIGN_PARENT_RUN", "KUBEALIGN_STATE"),
+    *(PUBLIC_KEYS_VARIABLE, CACHE_KEY_VARIABLE),
     *("OMP_NUM_THREADS", "GOMP_SPINCOUNT"),
 )
 """The environment variables that a step's container inherits from this process; no other does, whatever its name."""
@@ -161,6 +163,8 @@ def runner(project: Path, arguments: dict[str, Any]) -> Any:
 
 def _environment() -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name in INHERITED}
+    if key := given_key():  # the text, as the path of a file means nothing in a container
+        inherited[SIGNING_KEY_VARIABLE] = key.decode()
     return inherited | {"MLFLOW_TRACKING_URI": store.tracking_uri(), store.HOME_VARIABLE: str(store.home())}
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from components.common.errors import InputError
 from components.sources import remotes
+from components.tracking.keys import SIGNING_KEY_VARIABLE
 from pipelines.local import containers
 from pipelines.project import home_in_use
 from tests.conftest import ROOT
@@ -62,7 +63,20 @@ def test_a_container_gets_a_listed_environment(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv(name, "x")
     found = containers._environment()
     assert not set(SECRETS) & set(found)
-    assert set(found) == {*containers.INHERITED, "MLFLOW_TRACKING_URI", "KUBEALIGN_HOME"}
+    assert set(found) == {*containers.INHERITED, "MLFLOW_TRACKING_URI", "KUBEALIGN_HOME", SIGNING_KEY_VARIABLE}
+
+
+def test_a_container_signs_with_the_key_that_is_given_as_text_or_as_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the step would sign with a key of its own, which the one who started it does not trust."""
+    pem = os.environ[SIGNING_KEY_VARIABLE]
+    (tmp_path / "key.pem").write_text(pem)
+    for given in (pem, str(tmp_path / "key.pem")):
+        monkeypatch.setenv(SIGNING_KEY_VARIABLE, given)
+        assert containers._environment()[SIGNING_KEY_VARIABLE] == pem
+    monkeypatch.delenv(SIGNING_KEY_VARIABLE)
+    assert SIGNING_KEY_VARIABLE not in containers._environment()
 
 
 # ---- ssh
