@@ -20,7 +20,7 @@ from components.dataset.chat import (
     with_beginning,
 )
 from components.dataset.records import Message
-from tests.dataset.test_llama2_chat import chinese_llama, pieces
+from tests.support.llama2 import chinese_llama, pieces
 
 __all__ = ["chinese_llama", "pieces"]
 

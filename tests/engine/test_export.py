@@ -41,7 +41,7 @@ from components.engine.models import (
     select_packing,
 )
 from components.engine.packing import Example
-from tests.engine.test_architectures import EXAMPLES, PACKABLE, build
+from tests.support.architectures import EXAMPLES, PACKABLE, build
 
 EN, ZH = ["q_proj", "v_proj"], ["k_proj", "up_proj"]
 
