@@ -29,9 +29,6 @@ from components.registry.evidence import SCORES, CheckedVersion, check_version, 
 from components.training.documents import DpoTraining
 from pipelines import git
 
-TOLERANCE = 1e-3
-"""Largest difference of a logit, in fp32, between machines; another adapter or base differs by far more."""
-
 
 @dataclass(frozen=True)
 class VersionCheck:
@@ -97,7 +94,7 @@ def verify(client: Any, name: str, version: Any) -> list[VersionCheck]:
         checks.append(VersionCheck("evidence", "pass", sentence))
         checks.append(_check_code(checked.folder))
         checks.append(_check_verdict(client, checked, verdict))
-        checks.append(_check_logits(checked.folder / "artifacts"))
+        checks.append(_check_logps(checked.folder / "artifacts"))
     return checks
 
 
@@ -143,20 +140,18 @@ def _check_verdict(client: Any, checked: CheckedVersion, verdict: Verdict) -> Ve
     return VersionCheck("verdict", "pass", sentence)
 
 
-def _check_logits(artifacts: Path) -> VersionCheck:
-    import torch
-
-    from components.engine.models import Fingerprint
+def _check_logps(artifacts: Path) -> VersionCheck:
+    from components.engine.export import EXPORT_TOLERANCE, Fingerprint, logp_error, plain_logps
 
     stored = read_document(artifacts / "fingerprint.json", Fingerprint)
-    model = _load(artifacts)
-    with torch.no_grad():
-        logits_V = model(input_ids=torch.tensor([stored["tokens"]]), use_cache=False).logits[0, -1].float()
-    sample = torch.linspace(0, len(logits_V) - 1, len(stored["logits"])).long()
-    difference = float((logits_V[sample] - torch.tensor(stored["logits"])).abs().max())
-    outcome: Literal["pass", "fail"] = "pass" if difference <= TOLERANCE else "fail"
+    found = plain_logps(_load(artifacts), stored["prompt"], stored["completion"]).tolist()
+    error, tolerance = logp_error(stored["logps"], found, stored["precision"]), EXPORT_TOLERANCE[stored["precision"]]
+    outcome: Literal["pass", "fail"] = "pass" if error <= tolerance else "fail"
     return VersionCheck(
-        "logits", outcome, f"loaded; they differ by at most {difference:.1e} from those recorded at registration"
+        "log-probs",
+        outcome,
+        f"loaded; they differ by {error:.1e} nats a token from those of the policy that was trained; at most"
+        f" {tolerance:g} is expected",
     )
 
 
@@ -167,11 +162,14 @@ def _load(artifacts: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     merged = (artifacts / "model").is_dir()
-    folder = artifacts / "model" if merged else _base(read_document(artifacts / "base.json", BaseReference))
+    recorded = None if merged else read_document(artifacts / "base.json", BaseReference)
+    folder = _base(recorded) if recorded else artifacts / "model"
     options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
-    if merged:
+    if not recorded:
         return model
+    if recorded.get("precision") == "bf16":
+        model = model.bfloat16().float()  # as the adapter was trained on it
     return PeftModel.from_pretrained(model, artifacts / "adapter", local_files_only=True).eval()
 
 

@@ -8,10 +8,10 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from components.common.errors import InputError
 from components.config.cluster import ClusterConfig
@@ -58,6 +58,15 @@ class Config(Section):
     gate: GateConfig = GateConfig()
     register_: RegisterConfig = Field(default=RegisterConfig(), alias="register")
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _adapters_belong_to_their_base(self) -> Self:
+        if self.register_.format == "adapter" and self.model.quantization != "none":
+            raise ValueError(
+                "register.format=adapter with model.quantization=nf4: the adapter belongs to the 4-bit base, and"
+                " readers would put it on the full one, which nobody judged; set register.format=merged"
+            )
+        return self
 
     def sections(self) -> dict[str, dict[str, Any]]:
         """The configuration as plain values, with the keys of params.yaml."""

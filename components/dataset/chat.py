@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,6 +34,10 @@ PROBE_LIMIT_S, PROBE_CPU_S, PROBE_BYTES = 60.0, 10, 2**30
 RENDER_LIMIT_S, RENDER_ONE_LIMIT_S = 60.0, 0.1
 """Limits on rendering conversations, in all and for each; one takes about 0.1 ms."""
 REFUSALS = (KeyError, TypeError, ValueError, AttributeError, TemplateError)
+OPENS_THOUGHT = re.compile(r"<(?P<tag>think|thinking|thought|reasoning)>\s*$")
+"""End of a prompt after which a model writes its thoughts."""
+SEEN = ("Kq", "Zv 7", "好的", "1", "The sky")
+"""Short texts on which the habits of a tokenizer and its template are seen."""
 CHANGES_PROMPT = "the chat template renders the prompt differently once an answer follows; choose another one"
 
 
@@ -57,20 +62,28 @@ def shipped_templates() -> dict[str, Path]:
     return {path.stem: path for path in sorted(TEMPLATES.glob("*.jinja"))}
 
 
-def choose_template(value: str, own: str | None) -> str:
+def choose_template(value: str, own: Any) -> str:
     """The configured chat template; no file is read but those that ship with this package.
 
     Args:
         value: `model`, `chatml`, `llama2`, or the text of a template.
-        own: the template that came with the model, if any.
+        own: the template that came with the model: its text, or a list of named ones, of which `default` is taken.
 
     Raises:
-        InputError: `model` without a template, or an unknown name.
+        InputError: `model` without a template, an unknown name, or named templates without a default.
     """
     shipped = shipped_templates()
     if value == MODEL_TEMPLATE:
+        if isinstance(own, list):
+            named = {str(entry.get("name")): entry.get("template") for entry in own if isinstance(entry, dict)}
+            if not named.get("default"):
+                raise InputError(
+                    f"the base model's chat templates are {', '.join(named) or 'unreadable'}, none of them `default`;"
+                    " put the text of one into a file and name it in model.chat_template"
+                )
+            own = named["default"]
         if own:
-            return own
+            return str(own)
         raise InputError(
             f"the base model has no chat template; set model.chat_template to {', '.join(shipped)} or a Jinja file"
         )
@@ -111,6 +124,17 @@ def read_template(value: str, root: Path) -> str:
     if not is_template(text):
         raise InputError(f"{where}: no Jinja template; expected a text with {{% … %}} or {{{{ … }}}}")
     return text
+
+
+def with_beginning(template: str, tokenizer: Any) -> str:
+    """A template with the beginning-of-sequence token in front, where the tokenizer puts it before every text, so that
+    whoever renders the template gets it.
+    """
+    bos = tokenizer.bos_token
+    wanted = bos is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if not wanted or _rendered(tokenizer, [{"role": "user", "content": SEEN[0]}], True).startswith(bos):
+        return template
+    return "{{ bos_token }}" + template
 
 
 def template_digest(value: str) -> str:
@@ -164,17 +188,18 @@ def encode_prompt(tokenizer: Any, prompt: Sequence[Message]) -> list[int]:
 def encode(tokenizer: Any, prompt: Sequence[Message], answer: str) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of the answer that follows it, including the end-of-sequence token.
 
-    They are tokenized separately, as in generation. Template text after the end-of-sequence token is left out, since
+    The tokens are those of the rendered whole, cut where the prompt ends; where the prompt's own tokens are no prefix
+    of them, both are tokenized apart, as in generation. What the template puts after the end token is left out, since
     the model never generates it.
 
     Raises:
-        InputError: the template changes the prompt once an answer follows, or does not end it with the end token.
+        InputError: the template changes the prompt once an answer follows, does not end an answer with a special
+            token, or rejects the conversation.
     """
     before = _render(tokenizer, prompt, answer=None)
-    whole = _render(tokenizer, prompt, answer)
-    if not whole.startswith(before):
-        raise InputError(CHANGES_PROMPT)
-    return _ids(tokenizer, before), _until_end(tokenizer, _ids(tokenizer, whole[len(before) :]))
+    completion = _completion(before, _render(tokenizer, prompt, answer), _shield(tokenizer).hide(answer))
+    before_ids, (completion_ids,) = _split(tokenizer, [before], [0], [completion])[0]
+    return before_ids, completion_ids
 
 
 def encode_many(
@@ -194,34 +219,77 @@ def encode_many(
         InputError: as `encode`.
     """
     shield = _shield(tokenizer)
-    prompts = [[turn | {"content": shield.hide(turn["content"])} for turn in prompt] for prompt in prompts]
-    befores = _render_many(tokenizer, prompts, True)
-    good = [row for row, before in enumerate(befores) if before is not None]
-    owners = [row for row in good for _ in answers[row]]
-    asked = [
-        [*prompts[row], {"role": "assistant", "content": shield.hide(answer)}]
-        for row in good
-        for answer in answers[row]
+    prompts = [
+        _folded(tokenizer, [turn | {"content": shield.hide(turn["content"])} for turn in prompt]) for prompt in prompts
     ]
-    wholes = _render_many(tokenizer, asked, False)
-    refused = {row for row, whole in zip(owners, wholes, strict=True) if whole is None}
-    texts = [befores[row] or "" for row in good]
-    for row, whole in zip(owners, wholes, strict=True):
-        before = befores[row] or ""
-        if whole is not None and not whole.startswith(before):
-            raise InputError(CHANGES_PROMPT)
-        texts.append("" if whole is None else whole[len(before) :])
-    if not texts:
-        return [None] * len(prompts)
-    ids = _many_ids(tokenizer, texts)
+    befores = _render_many(tokenizer, prompts, True)
+    rows = [row for row, before in enumerate(befores) if before is not None]
+    asked = [(row, shield.hide(answer)) for row in rows for answer in answers[row]]
+    wholes = _render_many(
+        tokenizer, [[*prompts[row], {"role": "assistant", "content": answer}] for row, answer in asked], False
+    )
+    refused = {row for (row, _), whole in zip(asked, wholes, strict=True) if whole is None}
+    good = [row for row in rows if row not in refused]
+    places = {row: place for place, row in enumerate(good)}
+    owners, completions = [], []
+    for (row, answer), whole in zip(asked, wholes, strict=True):
+        if row in places:
+            owners.append(places[row])
+            completions.append(_completion(befores[row] or "", whole or "", answer))
     encoded: list[tuple[list[int], list[list[int]]] | None] = [None] * len(prompts)
-    for row, prompt_ids in zip(good, ids, strict=False):
-        encoded[row] = None if row in refused else (prompt_ids, [])
-    for row, completion in zip(owners, ids[len(good) :], strict=True):
-        entry = encoded[row]
-        if entry is not None:
-            entry[1].append(_until_end(tokenizer, completion))
+    texts = [befores[row] or "" for row in good]
+    for row, found in zip(good, _split(tokenizer, texts, owners, completions), strict=True):
+        encoded[row] = found
     return encoded
+
+
+def _completion(before: str, whole: str, answer: str) -> str:
+    """What follows a rendered prompt when an answer is rendered.
+
+    Where the prompt ends by opening a thought, as that of DeepSeek-R1 does, and the rendered answer has none, the
+    completion is the answer's own thought, or an empty one, and the rest.
+
+    Raises:
+        InputError: the template changes the prompt.
+    """
+    if whole.startswith(before):
+        return whole[len(before) :]
+    opened = OPENS_THOUGHT.search(before)
+    if not opened or not whole.startswith(before[: opened.start()]):
+        raise InputError(CHANGES_PROMPT)
+    closing = f"</{opened['tag']}>"
+    thought, closed, _ = answer.partition(closing)
+    thought = thought.strip().removeprefix(f"<{opened['tag']}>").strip("\n") if closed else ""
+    rest = whole[opened.start() :].rpartition(closing)[2].lstrip("\n")
+    return f"{thought}\n{closing}\n\n{rest}"
+
+
+def _split(
+    tokenizer: Any, befores: Sequence[str], owners: Sequence[int], completions: Sequence[str]
+) -> list[tuple[list[int], list[list[int]]]]:
+    """Token ids of prompts and of what follows each of them.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        befores: the rendered prompts.
+        owners: for each completion the index of its prompt.
+        completions: the rendered completions, up to the end of the conversation.
+    """
+    if not befores:
+        return []
+    habits = _habits(tokenizer)
+    ids = _many_ids(tokenizer, [*befores, *completions])
+    split: list[tuple[list[int], list[list[int]]]] = [(found, []) for found in ids[: len(befores)]]
+    apart = ids[len(befores) :]
+    joined = apart
+    if habits.joins and completions:
+        wholes = [befores[owner] + text for owner, text in zip(owners, completions, strict=True)]
+        joined = _many_ids(tokenizer, wholes)
+    for owner, alone, whole in zip(owners, apart, joined, strict=True):
+        prompt = split[owner][0]
+        holds = habits.joins and whole[: len(prompt)] == prompt
+        split[owner][1].append(_until_end(tokenizer, whole[len(prompt) :] if holds else alone))
+    return split
 
 
 def encode_conversation(
@@ -238,13 +306,14 @@ def encode_conversation(
     """
     before, completion = encode(tokenizer, prompt, answer)
     text = _render(tokenizer, prompt, answer=None)
+    end = str(tokenizer.convert_ids_to_tokens(end_of_answer(tokenizer)))
     spans = []
     for index, message in enumerate(prompt):
         if message.role != "assistant":
             continue
         start = len(_render(tokenizer, prompt[:index], answer=None))
         whole = _render(tokenizer, prompt[:index], message.content)
-        stop = whole.rfind(tokenizer.eos_token) + len(tokenizer.eos_token)
+        stop = whole.rfind(end) + len(end)
         if stop <= start or not text.startswith(whole[:stop]):
             raise InputError(
                 "the chat template renders an earlier answer differently once a turn follows, so it cannot be trained"
@@ -344,9 +413,91 @@ def _render(tokenizer: Any, prompt: Sequence[Message], answer: str | None) -> st
     messages = [{"role": message.role, "content": shield.hide(message.content)} for message in prompt]
     if answer is not None:
         messages.append({"role": "assistant", "content": shield.hide(answer)})
+    messages = _folded(tokenizer, messages)
+    return _rendered(tokenizer, messages, answer is None)
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, str]], generate: bool) -> str:
     with render_limit(1):
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+        try:
+            text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        except REFUSALS as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise InputError(
+                f"the chat template rejects a conversation of {roles}: {str(error).strip() or type(error).__name__};"
+                " choose another one (model.chat_template)"
+            ) from error
     return text
+
+
+@dataclass(frozen=True)
+class _Habits:
+    """What a tokenizer with its template does, seen once on short conversations."""
+
+    end: int
+    """Id of the token that ends an answer."""
+    joins: bool
+    """Whether an answer's tokens depend on what stands before it, as those of SentencePiece do."""
+    folds: bool
+    """Whether a system message has to be the beginning of the user's first, since the template knows no such role."""
+
+
+_seen: WeakKeyDictionary[Any, tuple[str, _Habits]] = WeakKeyDictionary()
+
+
+def end_of_answer(tokenizer: Any) -> int:
+    """Id of the token with which the template ends an answer: the tokenizer's end of sequence if it stands there, else
+    the first special token after the answer, such as Gemma's `<end_of_turn>`.
+
+    Raises:
+        InputError: no special token stands there.
+    """
+    return _habits(tokenizer).end
+
+
+def _habits(tokenizer: Any) -> _Habits:
+    template = str(tokenizer.chat_template)
+    if tokenizer not in _seen or _seen[tokenizer][0] != template:
+        _seen[tokenizer] = template, _look(tokenizer)
+    return _seen[tokenizer][1]
+
+
+def _look(tokenizer: Any) -> _Habits:
+    user = {"role": "user", "content": SEEN[0]}
+    before = _rendered(tokenizer, [user], True)
+    wholes = [_rendered(tokenizer, [user, {"role": "assistant", "content": answer}], False) for answer in SEEN]
+    after = tokenizer(wholes[0].rpartition(SEEN[0])[2], add_special_tokens=False)["input_ids"]
+    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = [id_ for id_ in after if id_ in special]
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id in after else next(iter(ends), None)
+    if end is None:
+        raise InputError(f"the chat template does not end an answer with {tokenizer.eos_token!r}; choose another one")
+    joins = False
+    for whole in wholes:
+        if whole.startswith(before):
+            prompt, rest, all_of_it = _plain_ids(tokenizer, [before, whole[len(before) :], whole])
+            joins = joins or (all_of_it[: len(prompt)] == prompt and all_of_it[len(prompt) :] != rest)
+    system = {"role": "system", "content": SEEN[1]}
+    try:
+        folds = SEEN[1] not in _rendered(tokenizer, [system, user], True)
+    except InputError:
+        folds = True
+    return _Habits(int(end), joins, folds)
+
+
+def _plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    return ids
+
+
+def _folded(tokenizer: Any, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """A conversation whose system message begins the user's first where the template has no such role, as Gemma's
+    authors have it.
+    """
+    if [message["role"] for message in messages[:2]] != ["system", "user"] or not _habits(tokenizer).folds:
+        return messages
+    first = messages[1] | {"content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    return [first, *messages[2:]]
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -354,7 +505,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _many_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    ids = _plain_ids(tokenizer, texts)
     hidden = [row for row, text in enumerate(texts) if "\ue000" in text]
     for row, tokens in zip(
         hidden, _shield(tokenizer).encode([texts[row] for row in hidden]) if hidden else (), strict=True
@@ -364,9 +515,10 @@ def _many_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _until_end(tokenizer: Any, completion: list[int]) -> list[int]:
-    end = tokenizer.eos_token_id
+    end = end_of_answer(tokenizer)
     if end not in completion:
-        raise InputError(f"the chat template does not end an answer with {tokenizer.eos_token!r}; choose another one")
+        name = str(tokenizer.convert_ids_to_tokens(end))
+        raise InputError(f"the chat template does not end an answer with {name!r}; choose another one")
     last = len(completion) - 1 - completion[::-1].index(end)
     return completion[: last + 1]
 

@@ -13,29 +13,29 @@ from components.common.errors import TrainingError
 from components.common.files import CACHE_DIR, verify_manifest, write_json, write_manifest, write_text
 from components.common.provenance import environment, versions
 from components.config.model import ExecutionConfig
-from components.dataset.chat import load_tokenizer
-from components.dataset.records import Preference, read_rows
+from components.dataset.chat import encode, end_of_answer, load_tokenizer
+from components.dataset.records import Message, Preference, read_rows
 from components.dpo.config import DpoConfig
 from components.engine import objectives
-from components.engine.history import StepRecord, write_history
-from components.engine.loop import Objective, TrainingSet, evaluate, sequence_logps
-from components.engine.models import (
-    DPO_ADAPTER,
+from components.engine.export import (
     EXPORT_ADAPTER,
-    SFT_ADAPTER,
-    PackedModel,
-    activate,
+    Fingerprint,
+    check_export,
     concatenate_adapters,
-    fingerprint,
+    finish_folder,
     load_plain,
     merge,
     save_adapter,
     save_model,
 )
+from components.engine.hardware import Precision
+from components.engine.history import StepRecord, write_history
+from components.engine.loop import Objective, TrainingSet, completion_logps, evaluate, sequence_logps
+from components.engine.models import DPO_ADAPTER, SFT_ADAPTER, PackedModel, activate, disable_dropout
 from components.engine.objectives import LOSSES, LossOptions
-from components.engine.packing import Pack
+from components.engine.packing import Example, Pack
 from components.tracking.result import StageResult
-from components.tracking.run import is_main_process, stage_run
+from components.tracking.run import StageRun, is_main_process, stage_run
 from components.training.documents import DpoTraining
 from components.training.run import (
     add_adapter,
@@ -52,6 +52,13 @@ from components.training.scoring import Scores, score, weights_digest
 MODEL_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 """Libraries whose versions the model is known to load with; the registry names them."""
 REFERENCE_PAIRS = 4
+EXPORTED_PAIRS = 8
+"""Pairs on which the exported model is held against the policy."""
+KNOWN_TEXT = (
+    [Message(role="user", content="Why is the sky blue? 天空为什么是蓝色的？")],
+    "Air scatters blue light more than red. 空气散射的蓝光比红光多。",
+)
+"""A conversation whose log-probs identify a registered model; it tells nothing of anybody's data."""
 REFERENCE_TOLERANCE_NATS = 0.05
 """How far the untrained policy's log-ratio margins may be from 0 before its reference is the wrong one."""
 
@@ -87,6 +94,7 @@ def run_dpo(
         }
         examples = {split: pair_examples(tokenizer, found) for split, found in rows.items()}
         policy = open_tuned(run, base_model, sft_model, model, SFT_ADAPTER, trains=True)
+        disable_dropout(policy)
         lora = model.finetuning == "lora"
         references: dict[str, Reference] = {}
         if LOSSES[config.loss_type].reference_free:
@@ -109,7 +117,7 @@ def run_dpo(
             check_reference(policy, examples["train"], logps["train"])
             references = {split: cached_reference(values) for split, values in logps.items()}
         if lora:
-            add_adapter(policy, DPO_ADAPTER, config)
+            add_adapter(run, policy, DPO_ADAPTER, config)
         if not references:
             frozen = None if lora else open_tuned(run, base_model, sft_model, model, SFT_ADAPTER)
             references = dict.fromkeys(examples, live_reference(policy, frozen))
@@ -130,13 +138,14 @@ def run_dpo(
             loss, validation = best_validation_metrics(records, validate)
             metrics = {"validation_loss": loss} | {f"validation_{name}": value for name, value in validation.items()}
             with stage_output(out) as folder:
-                _write_policy(folder, policy, model, base_model, base_digest, tokenizer)
+                _write_policy(run, folder, policy, model, base_model, base_digest, tokenizer, examples["validation"])
                 write_history(folder / "history.jsonl", records)
                 training: DpoTraining = {
                     "metrics": metrics,
                     "beta": config.beta,
                     "loss": config.loss_type,
                     "precision": model.precision,
+                    "quantization": model.quantization,
                     "base_digest": base_digest,
                     "sft_digest": sft_digest,
                     "reference_rank": cast(Any, policy.lm).peft_config[SFT_ADAPTER].r if lora else 0,
@@ -226,11 +235,13 @@ def make_objective(reference: Reference, config: DpoConfig) -> Objective:
 def check_reference(policy: PackedModel, examples: Sequence[Any], reference_logps: Scores) -> None:
     """Before the first step policy and reference are one model: every margin is 0 and the loss ln 2, or the run stops.
 
+    The policy is in training mode, in which it will be trained.
+
     Raises:
         TrainingError: the reference log-probs are those of another model, data set or layout.
     """
     some = list(examples[:REFERENCE_PAIRS])
-    ratios = np.asarray(sequence_logps(policy, some)) - reference_logps[: len(some)]
+    ratios = np.asarray(sequence_logps(policy, some, training=True)) - reference_logps[: len(some)]
     worst = float(np.abs(ratios).max())
     if not worst <= REFERENCE_TOLERANCE_NATS:
         raise TrainingError(
@@ -241,17 +252,37 @@ def check_reference(policy: PackedModel, examples: Sequence[Any], reference_logp
 
 
 def _write_policy(
-    folder: Path, policy: PackedModel, model: ExecutionConfig, base_model: Path, base_digest: str, tokenizer: Any
+    run: StageRun,
+    folder: Path,
+    policy: PackedModel,
+    model: ExecutionConfig,
+    base_model: Path,
+    base_digest: str,
+    tokenizer: Any,
+    held_out: Sequence[Example],
 ) -> None:
+    """Write what is registered, and hold it against the policy in memory."""
+    pairs = held_out[:EXPORTED_PAIRS]
+    prompt, completion = encode(tokenizer, *KNOWN_TEXT)
+    *logps, (known,) = completion_logps(policy, [*pairs, Example(prompt, [completion])])
     if model.finetuning == "full":
         save_model(policy, folder / "model")
     elif is_main_process():
-        concatenate_adapters(policy.lm)
-        save_adapter(policy.lm, EXPORT_ADAPTER, folder / "adapter", f"sha256:{base_digest}")
-        merge(base_model, folder / "adapter", folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+        concatenate_adapters(cast(Any, policy.lm))
+        save_adapter(cast(Any, policy.lm), EXPORT_ADAPTER, folder / "adapter", f"sha256:{base_digest}")
+        merge(base_model, folder / "adapter", folder / "model", cast(Precision, model.precision), model.quantization)
     if is_main_process():
-        write_json(folder / "fingerprint.json", fingerprint(load_plain(folder / "model")))
+        finish_folder(folder / "model", base_model, end_of_answer(tokenizer), tokenizer.pad_token_id)
+        rounds: Precision = "bf16" if policy.precision == "bf16" or model.quantization != "none" else "fp32"
+        error = check_export(lambda: load_plain(folder / "model"), pairs, logps, rounds, "the exported model")
+        run.log(f"the exported model, loaded anew, has the policy's log-probs: {error:.1e} nats a token apart")
+        found: Fingerprint = {
+            "prompt": prompt,
+            "completion": completion,
+            "logps": known.tolist(),
+            "precision": rounds,
+        }
+        write_json(folder / "fingerprint.json", found)
         write_text(folder / "environment.txt", environment())
 
 

@@ -140,6 +140,7 @@ def train(
     yield from history
 
     def save() -> None:
+        _check_finite(parameters, len(history))
         whole = {name: checkpoints.whole(parameter) for name, parameter in parameters.items()}
         state = checkpoints.pack_optimizer(optimizer, names)
         rng = {
@@ -176,6 +177,13 @@ def train(
         log(f"step {best_step(history)} of {len(history)} has the lowest validation loss; its parameters are kept")
         checkpoints.restore(parameters, checkpoints.load(checkpoint_folder, best_step(history)).parameters)
     model.eval()
+
+
+def _check_finite(parameters: Mapping[str, Tensor], number: int) -> None:
+    """Look at what the last update left; before every other, the gradient tells."""
+    for name, parameter in parameters.items():
+        if not bool(checkpoints.whole(parameter).isfinite().all()):
+            raise TrainingError(f"{name} is not finite after step {number}; lower the learning rate")
 
 
 def _random_state() -> dict[str, Tensor]:
@@ -346,18 +354,22 @@ def _not_finite(what: str, number: int, data: TrainingSet, indices: Sequence[int
 
 @torch.no_grad()
 def completion_logps(
-    model: PackedModel, examples: Sequence[Example], progress: Callable[[int], None] | None = None
+    model: PackedModel,
+    examples: Sequence[Example],
+    progress: Callable[[int], None] | None = None,
+    training: bool = False,
 ) -> list[list[Tensor]]:
     """Log-probability of each token of every completion of every example, nats: fp32 [tokens] on the CPU.
 
-    Each example is a pack of its own, so its values never depend on the rest of the data. The model runs in eval mode.
-    Several processes divide the examples, and all of them get all values.
+    Each example is a pack of its own, so its values never depend on the rest of the data. Several processes divide the
+    examples, and all of them get all values.
 
     Args:
         progress: called with the number of examples done.
+        training: whether the model runs as in training, dropout included; in eval mode otherwise.
     """
     was_training = model.training
-    model.eval()
+    model.train(training)
     state = processes()
     values: dict[int, list[Tensor]] = {}
     # Every process does the same number, see `local_packs`; a repeated example gives the same value again.
@@ -375,9 +387,10 @@ def completion_logps(
     return [merged[index] for index in range(len(examples))]
 
 
-def sequence_logps(model: PackedModel, examples: Sequence[Example]) -> list[list[float]]:
+def sequence_logps(model: PackedModel, examples: Sequence[Example], training: bool = False) -> list[list[float]]:
     """Summed log-probability of every completion of every example, nats; see `completion_logps`."""
-    return [[float(logps_T.double().sum()) for logps_T in logps] for logps in completion_logps(model, examples)]
+    every = completion_logps(model, examples, training=training)
+    return [[float(logps_T.double().sum()) for logps_T in logps] for logps in every]
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ The policy is base + SFT adapter + DPO adapter; its reference is the same withou
 """
 
 import importlib.util
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,15 +12,13 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from typing_extensions import TypedDict
 
 from components.common.errors import InputError
-from components.common.files import replacing_folder
-from components.engine import checkpoints
 from components.engine.cpu import threads
 from components.engine.cpu.memory import configure_malloc
 from components.engine.cpu.precision import compute_in_fp32
@@ -33,12 +30,18 @@ from components.engine.lora import patch_lora
 from components.engine.packing import Example, Pack, pack
 from components.engine.processes import processes
 
-SFT_ADAPTER, DPO_ADAPTER, EXPORT_ADAPTER = "sft", "dpo", "policy"
+SFT_ADAPTER, DPO_ADAPTER = "sft", "dpo"
 PACKED_TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.5}
 """Largest difference, in nats, between packed and plain log-probs of a token."""
+ROUNDING_FACTOR = 3.0
+"""How much further packed log-probs may be from plain ones than two plain computations are from one another."""
 PACKED_LAYERS = {"full_attention", "sliding_attention"}
 ADAPTER_CONFIG = "adapter_config.json"
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+ALL_LINEAR = "all-linear"
+SCANNED_MODELS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+SCANNED = ["out_proj", "conv1d"]
+"""Layers whose weights the scan kernels of state-space models read themselves, past any adapter."""
 
 
 class PackedModel(nn.Module):
@@ -163,7 +166,7 @@ def load_causal_lm(
     dtype = torch.bfloat16 if low else torch.float32
     options: dict[str, Any] = {"device_map": {"": processes().device}} if torch.cuda.is_available() else {}
     if quantization == "nf4":
-        options["quantization_config"] = _nf4(torch.bfloat16 if computes_low else torch.float32)
+        options["quantization_config"] = nf4_config(torch.bfloat16 if computes_low else torch.float32)
     if _takes_attention(path):
         options["attn_implementation"] = PACKED
     try:
@@ -177,9 +180,9 @@ def load_causal_lm(
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a wrong config.json makes the classes of a model raise whatever Python has
         raise InputError(
-            f"{path}: cannot be loaded as a causal language model in safetensors: {str(error).splitlines()[0]}"
+            f"{path}: cannot be loaded as a causal language model in safetensors: {first_line(error)}"
         ) from error
     check_tensors(loaded, str(path))
     model.requires_grad_(full)
@@ -196,6 +199,25 @@ def load_causal_lm(
     if computes_low:
         _round_norms(model)
     return model
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, in one line, with its kind if that is all there is."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Switch off every dropout of a model, that of its frozen adapters included.
+
+    DPO compares the policy with a reference that has none: noise on one side alone would be taken for a reward. Source:
+    arXiv 2305.18290, whose code does the same.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+                setattr(module, name, 0.0)
 
 
 def check_tensors(loaded: Mapping[str, Any], path: str) -> None:
@@ -245,7 +267,7 @@ def _takes_attention(path: Path) -> bool:
     return bool(getattr(kind, "_supports_attention_backend", False))
 
 
-def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
             "model.quantization=nf4 needs bitsandbytes, which is not installed; pip install 'kubealign[qlora]', or set"
@@ -273,19 +295,62 @@ def add_lora(
     """Add a LoRA adapter (fp32, trainable, initially zero) to those that the model already has.
 
     Afterwards all adapters are active, and only the new one trains. Source: LoRA, arXiv 2106.09685.
+
+    Raises:
+        InputError: peft cannot adapt these layers of this model, or they are embeddings or the output layer.
     """
     torch.manual_seed(seed)
+    inner: Any = lm.get_base_model() if isinstance(lm, PeftModel) else lm
+    ends = {
+        module_name: module
+        for module_name, module in inner.named_modules()
+        if module in (inner.get_output_embeddings(), inner.get_input_embeddings())
+    }
+    for module_name in ends:
+        if isinstance(targets, list) and module_name.rpartition(".")[2] in {t.rpartition(".")[2] for t in targets}:
+            raise InputError(
+                f"lora_targets={','.join(targets)}: {module_name} is an embedding or the output layer, whose adapter"
+                " would not be trained; name linear layers of the decoder, or train all of the model"
+                " (model.finetuning=full)"
+            )
+    excluded = _not_adaptable(inner) if targets == ALL_LINEAR else None
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM", bias="none"
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        exclude_modules=excluded or None,
+        task_type="CAUSAL_LM",
+        bias="none",
     )
-    if isinstance(lm, PeftModel):
-        lm.add_adapter(name, config)
-        model = lm
-    else:
-        model = get_peft_model(lm, config, adapter_name=name)
+    try:
+        if isinstance(lm, PeftModel):
+            lm.add_adapter(name, config)
+            model = lm
+        else:
+            model = get_peft_model(lm, config, adapter_name=name)
+    except Exception as error:  # peft raises whatever the layer's own class does
+        wanted = targets if isinstance(targets, str) else ",".join(targets)
+        raise InputError(
+            f"lora_targets={wanted}, lora_dropout={dropout:g}: peft cannot adapt {type(inner).__name__} so:"
+            f" {first_line(error)}"
+        ) from error
     patch_lora(model)
     activate(model, list(model.peft_config), trainable=name)
     return model
+
+
+def _not_adaptable(lm: PreTrainedModel) -> list[str]:
+    """Names of the linear layers that peft counts among all of them and that no adapter can be put on.
+
+    The scan of state-space models reads some weights itself, and the routers of Llama 4 return more than a product.
+    """
+    names = set(SCANNED if lm.config.model_type in SCANNED_MODELS else ())
+    for name, module in lm.named_modules():
+        own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+        if own and not type(module).__module__.startswith("bitsandbytes"):
+            names.add(name.rpartition(".")[2])
+    return sorted(names)
 
 
 def load_adapter(lm: nn.Module, path: Path, name: str) -> PeftModel:
@@ -294,6 +359,16 @@ def load_adapter(lm: nn.Module, path: Path, name: str) -> PeftModel:
     patch_lora(model)
     activate(model, [name], trainable=None)
     return model
+
+
+def adapted_share(model: nn.Module) -> float:
+    """Share of a model's weights that adapters change."""
+    total = sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" not in name)
+    adapted = {}
+    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+        weight = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
+        adapted[id(weight)] = weight.numel()
+    return float(sum(adapted.values()) / total)
 
 
 def activate(model: PeftModel, names: Sequence[str], trainable: str | None) -> None:
@@ -306,70 +381,6 @@ def activate(model: PeftModel, names: Sequence[str], trainable: str | None) -> N
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """The trainable parameters by name, in a fixed order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def save_adapter(model: PeftModel, name: str, out: Path, base_name: str) -> None:
-    """Write one adapter as a standard peft folder; `base_name` names the base model in it."""
-    with replacing_folder(out) as aside:
-        model.save_pretrained(aside, selected_adapters=[name], safe_serialization=True, save_embedding_layers=False)
-        for file in (aside / name).iterdir():
-            file.replace(aside / file.name)
-        (aside / name).rmdir()
-        (aside / "README.md").unlink(missing_ok=True)
-        config = json.loads((aside / "adapter_config.json").read_text())
-        config["base_model_name_or_path"] = base_name
-        (aside / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-
-
-def concatenate_adapters(model: PeftModel) -> None:
-    """Concatenate the SFT and DPO adapters by rank into the exported one: exactly their sum."""
-    model.add_weighted_adapter(
-        [SFT_ADAPTER, DPO_ADAPTER], [1.0, 1.0], adapter_name=EXPORT_ADAPTER, combination_type="cat"
-    )
-
-
-@torch.no_grad()
-def keep_first_ranks(model: nn.Module, name: str, rank: int) -> None:
-    """Zero all but the first ranks of an adapter; the first of the exported one are the SFT adapter's."""
-    for parameter_name, parameter in model.named_parameters():
-        if f".lora_B.{name}." in parameter_name:
-            parameter[:, rank:] = 0.0
-
-
-def merge(base: Path, adapter: Path, out: Path) -> None:
-    """Write base + adapter as one plain model folder in fp32; logits are kept up to rounding."""
-    lm = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True, use_safetensors=True)
-    merged = PeftModel.from_pretrained(lm, adapter, local_files_only=True).merge_and_unload(safe_merge=True)
-    with replacing_folder(out) as aside:
-        merged.save_pretrained(aside, safe_serialization=True)
-
-
-class Fingerprint(TypedDict):
-    """fingerprint.json: some of a model's logits on fixed tokens."""
-
-    tokens: list[int]
-    logits: list[float]
-
-
-@torch.no_grad()
-def fingerprint(lm: nn.Module) -> Fingerprint:
-    """Some logits of a causal LM on fixed tokens, in its own precision, to recognise a loaded model.
-
-    Returns:
-        `tokens` [16], and `logits` [64] after the last of them, at ids spread over the vocabulary.
-    """
-    vocabulary = lm.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    tokens = [(11 + 997 * position) % vocabulary for position in range(16)]
-    logits_V = lm(torch.tensor([tokens], device=next(lm.parameters()).device), use_cache=False).logits[0, -1].float()
-    picked = torch.linspace(0, len(logits_V) - 1, 64).long()
-    return {"tokens": tokens, "logits": logits_V[picked].tolist()}
-
-
-def load_plain(folder: Path) -> PreTrainedModel:
-    """Load a model folder with plain transformers, in fp32."""
-    options = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-    return model
 
 
 def shard(model: PackedModel) -> None:
@@ -391,15 +402,6 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-@torch.no_grad()
-def save_model(model: PackedModel, out: Path) -> None:
-    """Write a fully fine-tuned model as a transformers folder in fp32; all processes call this, one writes."""
-    state = {name: checkpoints.whole(tensor) for name, tensor in model.causal_lm.state_dict().items()}
-    if processes().is_main_process:
-        with replacing_folder(out) as aside:
-            model.causal_lm.save_pretrained(aside, state_dict=state, safe_serialization=True)
-
-
 def select_packing(model: PackedModel, longest: int) -> str:
     """Compare packed with plain log-probs, and run the model one sequence at a time if packing is not exact.
 
@@ -415,9 +417,12 @@ def select_packing(model: PackedModel, longest: int) -> str:
     """
     name = type(model.causal_lm).__name__
     # 4-bit kernels round to bf16 inside, differently for different numbers of rows.
-    tolerance = PACKED_TOLERANCE["bf16" if getattr(model.causal_lm, "is_quantized", False) else model.precision]
+    rounds = model.precision == "bf16" or getattr(model.causal_lm, "is_quantized", False)
+    tolerance = PACKED_TOLERANCE["bf16" if rounds else "fp32"]
     try:
         difference = max_packing_error(model)
+        if rounds and not difference < tolerance:
+            difference, tolerance = _beside_rounding(model)
         reason = f"differ by {difference:.1e} nats"
     except (TypeError, ValueError) as error:
         difference, reason = math.inf, f"cannot be computed ({str(error).splitlines()[0]})"
@@ -437,6 +442,21 @@ def select_packing(model: PackedModel, longest: int) -> str:
     return f"{name} cannot be packed: its packed log-probs {reason}; it runs one sequence at a time, which is slower"
 
 
+def _beside_rounding(model: PackedModel) -> tuple[float, float]:
+    """Mean difference of packed from plain log-probs, and how large it may be where rounding alone makes differences.
+
+    In bf16 a model with large biases or activations, such as Qwen2.5, has log-probs of random tokens that differ by
+    whole nats between two right computations. Two plain ones, with torch's attention and with the model's own, tell by
+    how much; a wrong layout is off by far more.
+    """
+    with plain_attention(model.causal_lm, "sdpa"):
+        fused = _all_plain_logps(model)
+    with plain_attention(model.causal_lm, "eager"):
+        eager = _all_plain_logps(model)
+    rounding = float((fused - eager).abs().mean())
+    return float((_packed_logps(model) - eager).abs().mean()), max(PACKED_TOLERANCE["bf16"], ROUNDING_FACTOR * rounding)
+
+
 def _beyond_a_short_check(model: PackedModel, longest: int) -> str:
     """The feature that makes packed log-probs inexact on long rows only, or nothing."""
     config = model.causal_lm.config.get_text_config()
@@ -453,10 +473,16 @@ def _beyond_a_short_check(model: PackedModel, longest: int) -> str:
 
 @contextmanager
 def plain_attention(lm: PreTrainedModel, kind: str) -> Iterator[None]:
-    """Switch a packed model to the attention implementation `kind`, for plain forward passes and generation."""
+    """Switch a packed model to the attention implementation `kind`, for plain forward passes and generation.
+
+    A model that refuses `kind` (torch's own attention cannot cap logits, as Gemma 2 does) gets its eager one.
+    """
     was_packed = lm.config._attn_implementation == PACKED
     if was_packed:
-        lm.set_attn_implementation(kind)
+        try:
+            lm.set_attn_implementation(kind)
+        except ValueError:
+            lm.set_attn_implementation("eager")
     try:
         yield
     finally:
@@ -467,18 +493,31 @@ def plain_attention(lm: PreTrainedModel, kind: str) -> Iterator[None]:
 @torch.no_grad()
 def max_packing_error(model: PackedModel) -> float:
     """Largest difference of a token's log-prob between packed and plain forward passes, on random tokens, nats."""
-    lm = model.causal_lm
+    ours = _packed_logps(model)
+    with plain_attention(model.causal_lm, "eager"):
+        plain = _all_plain_logps(model)
+    return float((ours - plain).abs().max())
+
+
+def _random_examples(model: PackedModel) -> list[Example]:
     generator = torch.Generator().manual_seed(0)
-    vocabulary = lm.config.get_text_config().vocab_size
+    vocabulary = model.causal_lm.config.get_text_config().vocab_size
 
     def draw(n: int) -> list[int]:
         return torch.randint(vocabulary, (n,), generator=generator).tolist()
 
-    examples = [Example(draw(9), [draw(5), draw(7)]), Example(draw(6), [draw(8), draw(3)])]
-    ours = model(pack(examples).to(model.device))
-    with plain_attention(lm, "eager"):
-        plain = torch.cat([_plain_logps(model, p, completion) for p, both, _ in examples for completion in both])
-    return float((ours - plain).abs().max())
+    return [Example(draw(9), [draw(5), draw(7)]), Example(draw(6), [draw(8), draw(3)])]
+
+
+@torch.no_grad()
+def _packed_logps(model: PackedModel) -> Tensor:
+    logps_N: Tensor = model(pack(_random_examples(model)).to(model.device))
+    return logps_N
+
+
+@torch.no_grad()
+def _all_plain_logps(model: PackedModel) -> Tensor:
+    return torch.cat([_plain_logps(model, prompt, c) for prompt, both, _ in _random_examples(model) for c in both])
 
 
 def _plain_logps(model: PackedModel, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:

@@ -20,7 +20,7 @@ from components.common.documents import read_document
 from components.common.errors import InputError
 from components.common.files import digest, write_json
 from components.common.provenance import modules_digest
-from components.dataset.chat import encode_prompt
+from components.dataset.chat import encode_prompt, end_of_answer
 from components.dataset.language import count_han, count_latin_words, is_refusal
 from components.dataset.records import LANGUAGES, Preference
 from components.engine.models import PackedModel, plain_attention
@@ -161,7 +161,8 @@ def _generate(
     The model runs with its plain attention; prompts are left-padded and masked.
     """
     width = max(map(len, prompts))
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    end = end_of_answer(tokenizer)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
     ids = torch.tensor([[padding] * (width - len(p)) + list(p) for p in prompts] * 2, device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts] * 2, device=model.device)
     lm = model.causal_lm
@@ -180,17 +181,17 @@ def _generate(
                 top_p=1.0,
                 logits_processor=LogitsProcessorList([_FirstRowsGreedy(progress)]),
                 pad_token_id=padding,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=end,
             )
     finally:
         lm.generation_config = generation_config
-    return [_truncate_at_eos(tokenizer, row) for row in output[:, width:].tolist()]
+    return [_truncate_at_end(tokenizer, end, row) for row in output[:, width:].tolist()]
 
 
-def _truncate_at_eos(tokenizer: Any, tokens: list[int]) -> Answer:
-    finished = tokenizer.eos_token_id in tokens
+def _truncate_at_end(tokenizer: Any, end: int, tokens: list[int]) -> Answer:
+    finished = end in tokens
     if finished:
-        tokens = tokens[: tokens.index(tokenizer.eos_token_id) + 1]
+        tokens = tokens[: tokens.index(end) + 1]
     # The token limit can split a character; its first half is not part of the answer.
     text = tokenizer.decode(tokens, skip_special_tokens=True).strip().rstrip("\ufffd")
     return Answer(tokens, text, finished)

@@ -16,7 +16,8 @@ from components.common.errors import InputError, single_line
 from components.common.files import digest, read_json, sha256_file, verify_manifest
 from components.config.model import ExecutionConfig
 from components.dataset.chat import load_tokenizer
-from components.engine.models import PackedModel, keep_first_ranks
+from components.engine.export import keep_first_ranks
+from components.engine.models import PackedModel
 from components.registry.base import BaseReference
 from components.registry.evidence import check_version
 from components.tracking import store

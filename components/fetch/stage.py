@@ -22,7 +22,13 @@ from components.common.files import (
 from components.common.limits import ANSWER_S, time_limit
 from components.common.secrets import without_credentials
 from components.config.data import DataConfig
-from components.dataset.chat import check_template, choose_template
+from components.dataset.chat import (
+    check_template,
+    choose_template,
+    load_tokenizer,
+    shipped_templates,
+    with_beginning,
+)
 from components.registry.evidence import STATEMENT, check_files, read_statement
 from components.sources.base_model import EMBEDDED, bucket_digest
 from components.sources.data import (
@@ -36,6 +42,7 @@ from components.sources.data import (
     tracked_files,
     workspace_digest,
 )
+from components.sources.model_folder import check_weights
 from components.tracking import store
 from components.tracking.run import stage_run
 from components.tracking.storage import S3, s3_filesystem
@@ -283,3 +290,6 @@ def _clean_model_folder(template: str, base: str, folder: Path) -> None:
     template_file.write_text(chosen, encoding="utf-8")
     settings.pop("chat_template", None)
     write_json(settings_file, settings)
+    check_weights(folder, base)
+    if template in shipped_templates():
+        template_file.write_text(with_beginning(chosen, load_tokenizer(folder)), encoding="utf-8")

@@ -23,14 +23,19 @@ class ChatModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         from transformers import AutoTokenizer
 
         found = {name: Path(path) for name, path in context.artifacts.items()}
-        folder = found.get("tokenizer", found.get("model"))
+        folder = found["tokenizer"] if "tokenizer" in found else found["model"]
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+        self.ends = {name: generation[name] for name in ("eos_token_id", "pad_token_id")}
         if "base" not in found:
             self.model = _load(found["model"])
             return
         from peft import PeftModel
 
-        base = _load(_base(json.loads(found["base"].read_text(encoding="utf-8"))))
+        wanted = json.loads(found["base"].read_text(encoding="utf-8"))
+        base = _load(_base(wanted))
+        if wanted.get("precision") == "bf16":
+            base = base.bfloat16().float()  # as the adapter was trained on it
         self.model = PeftModel.from_pretrained(base, found["adapter"], local_files_only=True).eval()
 
     def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
@@ -57,8 +62,7 @@ class ChatModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
                 output = self.model.generate(
                     **inputs,
                     max_new_tokens=settings["max_new_tokens"],
-                    pad_token_id=self.tokenizer.eos_token_id,
-                    eos_token_id=self.tokenizer.eos_token_id,
+                    **self.ends,
                     **sampling,
                 )
             new = output[0, inputs["input_ids"].shape[1] :]

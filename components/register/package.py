@@ -71,7 +71,12 @@ def staged(inputs: PackageInputs, kind: str, card: str, base_reference: str) -> 
             shutil.copytree(policy / "model", folder / "tokenizer", ignore=shutil.ignore_patterns(*_globs(WEIGHTS)))
             # Otherwise the folder would look like a model without weights.
             (folder / "tokenizer" / "config.json").unlink()
-            base: BaseReference = {"reference": base_reference, "files": file_hashes(inputs.base)}
+            precision = read_dpo_training(policy)["precision"]
+            base: BaseReference = {
+                "reference": base_reference,
+                "files": file_hashes(inputs.base),
+                "precision": precision,
+            }
             write_json(folder / "base.json", base)
             artifacts |= {"tokenizer": folder / "tokenizer", "base": folder / "base.json"}
         yield {name: str(path) for name, path in artifacts.items()}

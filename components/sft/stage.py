@@ -9,12 +9,13 @@ from torch import Tensor
 
 from components.common.files import CACHE_DIR, verify_manifest, write_json, write_manifest
 from components.config.model import ExecutionConfig
-from components.dataset.chat import load_tokenizer
+from components.dataset.chat import end_of_answer, load_tokenizer
 from components.dataset.records import Instruction, Preference, read_rows
 from components.engine import objectives
+from components.engine.export import finish_folder, save_adapter, save_model
 from components.engine.history import StepRecord, write_history
 from components.engine.loop import TrainingSet, evaluate
-from components.engine.models import SFT_ADAPTER, PackedModel, save_adapter, save_model
+from components.engine.models import SFT_ADAPTER, PackedModel
 from components.engine.packing import Pack
 from components.sft.config import SftConfig
 from components.tracking.result import StageResult
@@ -57,7 +58,7 @@ def run_sft(config: SftConfig, model: ExecutionConfig, dataset: Path, base_model
         }
         lm = open_model(run, base_model, model, trains=True)
         if model.finetuning == "lora":
-            add_adapter(lm, SFT_ADAPTER, config)
+            add_adapter(run, lm, SFT_ADAPTER, config)
         validate = partial(evaluate, lm, sets["validation"], objective, config.max_tokens_per_microbatch)
         before, _ = validate()
         with checkpoint_folder("sft", config, model, base_digest, data_digest) as checkpoints:
@@ -67,7 +68,8 @@ def run_sft(config: SftConfig, model: ExecutionConfig, dataset: Path, base_model
             with stage_output(out) as folder:
                 if model.finetuning == "full":
                     save_model(lm, folder / "model")
-                    tokenizer.save_pretrained(folder / "model")
+                    if is_main_process():
+                        finish_folder(folder / "model", base_model, end_of_answer(tokenizer), tokenizer.pad_token_id)
                 else:
                     save_adapter(lm.lm, SFT_ADAPTER, folder / "adapter", f"sha256:{base_digest}")
                 write_history(folder / "history.jsonl", records)

@@ -1,14 +1,18 @@
 """Configuration shared by the sections `sft` and `dpo`."""
 
-from typing import Annotated, Literal, Self
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from components.config.section import Positive, Probability, Section
 
 LearningRate = Annotated[Positive, Field(description="peak learning rate of AdamW")]
 BatchSize = Annotated[int, Field(ge=1, description="examples or pairs per optimizer step")]
 Seed = Annotated[int, Field(ge=0, description="random seed of the example order, LoRA initialization and dropout")]
+
+ALL_LINEAR = "all-linear"
+LAYER_NAME = re.compile(r"[A-Za-z_][\w.]*")
 
 
 class OptimizerConfig(Section):
@@ -33,7 +37,7 @@ class OptimizerConfig(Section):
     lora_alpha: Positive = Field(default=32.0, description="LoRA's scale times its rank")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout before the LoRA update")
     lora_targets: str | list[str] = Field(
-        default="all-linear", description="`all-linear`, or names of the linear layers to adapt"
+        default="all-linear", description="`all-linear`, or names of the linear layers to adapt, such as q_proj,v_proj"
     )
     seed: Seed = 1
     checkpoint_every_s: Positive = Field(default=30.0, description="seconds between checkpoints")
@@ -48,6 +52,26 @@ class OptimizerConfig(Section):
         ge=0,
         description="evaluations without a better validation loss after which training stops; 0 for never",
     )
+
+    @field_validator("lora_targets", mode="before")
+    @classmethod
+    def _names(cls, targets: Any) -> Any:
+        """Names may come as a list or, from the command line, as a text with commas; peft reads a text as a pattern."""
+        if not isinstance(targets, str) or targets.strip() == ALL_LINEAR:
+            return targets
+        inner = targets.strip().removeprefix("[").removesuffix("]")
+        return [name.strip().strip("'\"") for name in inner.split(",")]
+
+    @field_validator("lora_targets")
+    @classmethod
+    def _are_names(cls, targets: str | list[str]) -> str | list[str]:
+        wrong = [name for name in ([] if isinstance(targets, str) else targets) if not LAYER_NAME.fullmatch(name)]
+        if wrong or not targets:
+            raise ValueError(
+                f"{wrong[0] if wrong else targets!r} is no layer's name; expected `{ALL_LINEAR}` or names such as"
+                " q_proj,v_proj"
+            )
+        return targets
 
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> Self:

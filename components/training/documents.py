@@ -29,6 +29,8 @@ class DpoTraining(TypedDict):
     loss: str
     """The preference loss, such as `sigmoid`."""
     precision: str
+    quantization: NotRequired[str]
+    """Of the base that was trained on; version 0.1 did not write it."""
     base_digest: str
     sft_digest: str
     reference_rank: int

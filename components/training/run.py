@@ -19,6 +19,7 @@ from components.engine.history import StepRecord
 from components.engine.loop import LoopSettings, Objective, TrainingSet, Validation, best_step, train
 from components.engine.models import (
     PackedModel,
+    adapted_share,
     add_lora,
     load_adapter,
     load_causal_lm,
@@ -109,8 +110,8 @@ def open_tuned(
     return model
 
 
-def add_adapter(model: PackedModel, name: str, config: OptimizerConfig) -> None:
-    """Add a trainable adapter as a stage configures it."""
+def add_adapter(run: StageRun, model: PackedModel, name: str, config: OptimizerConfig) -> None:
+    """Add a trainable adapter as a stage configures it, and say how much of the model it changes."""
     model.lm = add_lora(
         model.lm,
         name,
@@ -120,6 +121,7 @@ def add_adapter(model: PackedModel, name: str, config: OptimizerConfig) -> None:
         config.lora_targets,
         config.seed,
     )
+    run.log(f"LoRA of rank {config.lora_rank} on {adapted_share(model.lm):.1%} of the weights")
 
 
 def loop_settings(config: OptimizerConfig) -> LoopSettings:

@@ -26,6 +26,7 @@ from components.dataset.language import REFUSAL_SAMPLE, is_refusal
 from components.dataset.records import LANGUAGES, Preference, Row, name_of, parse_line, raw_lines
 from components.dataset.rendered import has_hints, has_markers
 from components.dataset.sketches import Sketches, Turns, join_sketches, normalize_text, prompt_key, sketch_turns
+from components.sources.model_folder import check_use
 from components.validate.characters import BROKEN, HAS_BROKEN, HAS_GARBLED, HAS_NUMBER, HAS_TOKEN, kinds_of
 from components.validate.encoding import is_mojibake
 from components.validate.formats import formats_of
@@ -182,10 +183,16 @@ _counters: dict[tuple[Path, int], TokenCounter] = {}
 
 
 def scan_lines(scan: Scan, path: Path, lines: list[tuple[int, bytes]]) -> RowTable:
-    """The table of some lines of a file."""
+    """The table of some lines of a file.
+
+    Raises:
+        InputError: a line is not a JSON object, or the base model does not fit its tokenizer or the longest row.
+    """
     key = (scan.base_model, scan.max_length)
     if key not in _counters:
-        _counters[key] = TokenCounter(load_tokenizer(scan.base_model), scan.max_length)
+        tokenizer = load_tokenizer(scan.base_model)
+        check_use(scan.base_model, tokenizer, scan.max_length)
+        _counters[key] = TokenCounter(tokenizer, scan.max_length)
     return _Chunk(scan, _counters[key]).read(path, lines)
 
 

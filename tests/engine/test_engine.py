@@ -18,22 +18,19 @@ from components.common.errors import InputError, TrainingError
 from components.config.params import load_config
 from components.dpo.stage import cached_reference, check_reference, make_objective
 from components.engine import checkpoints, fused, loop
+from components.engine.export import EXPORT_ADAPTER, concatenate_adapters, merge, save_adapter
 from components.engine.head import FrozenHeadLogps, chunk_logps
 from components.engine.lora import LoraFunction
 from components.engine.models import (
     DPO_ADAPTER,
-    EXPORT_ADAPTER,
     SFT_ADAPTER,
     PackedModel,
     Precision,
     activate,
     add_lora,
-    concatenate_adapters,
     load_adapter,
     load_causal_lm,
     max_packing_error,
-    merge,
-    save_adapter,
     select_packing,
     trainable_state,
 )
@@ -283,7 +280,7 @@ def test_the_shipped_adapter_and_the_merged_model_are_the_policy(tiny_model: Pat
     save_adapter(adapted, EXPORT_ADAPTER, tmp_path / "adapter", "sha256:abc")
     shipped = PackedModel(load_adapter(load_causal_lm(tiny_model, "fp32"), tmp_path / "adapter", "x"), "fp32")
     assert torch.allclose(shipped(pack(EXAMPLES)), policy, atol=1e-5)
-    merge(tiny_model, tmp_path / "adapter", tmp_path / "merged")
+    merge(tiny_model, tmp_path / "adapter", tmp_path / "merged", "fp32", "none")
     assert torch.allclose(packed(tmp_path / "merged")(pack(EXAMPLES)), policy, atol=1e-5)
     assert not list(tmp_path.rglob("*.bin"))
 

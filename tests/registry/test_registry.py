@@ -178,11 +178,11 @@ def test_verify_recomputes_hashes_and_logits_and_notices_a_changed_byte(shop: Sh
 def test_verify_notices_logits_that_are_not_those_of_registration(shop: Shop) -> None:
     judged = shop.judged("one", True, LINEAGE)
     stored = read_json(judged.policy / "fingerprint.json")
-    write_json(judged.policy / "fingerprint.json", stored | {"logits": [x + 0.01 for x in stored["logits"]]})
+    write_json(judged.policy / "fingerprint.json", stored | {"logps": [x + 0.01 for x in stored["logps"]]})
     write_manifest(judged.policy)
     shop.register()
     broken = cli("verify", "models:/m@champion")
-    assert broken.exit_code and "differ by at most 1.0e-02" in str(broken.exception)
+    assert broken.exit_code and "differ by 1.0e-02 nats a token" in str(broken.exception)
 
 
 OUTSIDER = """

@@ -1,0 +1,121 @@
+"""Tiny random models of the supported architectures, and examples for them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from components.engine.packing import Example
+
+VOCABULARY = 97
+WINDOW = 7
+"""Shorter than every example, and than most of the completions alone."""
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+PACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", MIXED | {"use_sliding_window": True}),
+    "qwen3": ("Qwen3Config", {"head_dim": 8}),
+    "mistral": ("MistralConfig", {"sliding_window": WINDOW}),
+    "gemma": ("GemmaConfig", {"head_dim": 8}),
+    "gemma2": (
+        "Gemma2Config",
+        MIXED
+        | {"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    ),
+    "gemma3": ("Gemma3TextConfig", MIXED | {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "gpt_oss": ("GptOssConfig", MIXED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phi3": ("Phi3Config", {"sliding_window": WINDOW}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW}),
+    "olmo2": ("Olmo2Config", {}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+    "gpt2": ("GPT2Config", {}),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 6,
+        },
+    ),
+    "cohere2": ("Cohere2Config", MIXED | {"logit_scale": 0.25}),
+    "granite": (
+        "GraniteConfig",
+        {
+            "logits_scaling": 3.0,
+            "attention_multiplier": 0.4,
+            "residual_multiplier": 0.6,
+            "embedding_multiplier": 2.0,
+        },
+    ),
+}
+UNPACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
+    "mamba": ("MambaConfig", {"state_size": 4}),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            "head_dim": 8,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 2,
+            "attention_chunk_size": 20,
+            "layer_types": ["chunked_attention", "full_attention"],
+        },
+    ),
+}
+
+SOME_LINEAR = {"mamba": ["in_proj", "x_proj"], "llama4": ["q_proj", "v_proj", "down_proj"]}
+"""Where peft cannot adapt all linear layers: Mamba's output and Llama 4's router."""
+
+
+def draw(number: int, *lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(number)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+def example(number: int, prompt: int, chosen: int, rejected: int) -> Example:
+    ids, *answers = draw(number, prompt, chosen, rejected)
+    return Example(ids, answers)
+
+
+EXAMPLES = [example(0, 13, 9, 17), example(1, 8, 14, 3), example(2, 11, 2, 12)]
+COMPLETIONS = [(e.prompt, completion) for e in EXAMPLES for completion in e.completions]
+WEIGHTS = torch.linspace(-1, 1, sum(len(completion) for _, completion in COMPLETIONS))
+
+
+def build(kind: tuple[str, dict[str, Any]], folder: Path) -> Path:
+    """Save a tiny random model of an architecture, its zero-initialised vectors shaken too."""
+    torch.manual_seed(0)
+    name, own = kind
+    config = getattr(transformers, name)(**SIZES | own)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder

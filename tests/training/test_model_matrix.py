@@ -1,0 +1,114 @@
+"""One matrix, walked whole: a tiny model of every architecture goes through validate, sft, dpo, evaluate and export.
+
+The exported folders are then read by transformers 4, which many a server is still built on.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from components.common.files import read_json
+from components.dataset.chat import load_tokenizer
+from components.engine.export import load_plain, plain_logps
+from tests.support.architectures import PACKABLE, SIZES, UNPACKABLE
+from tests.support.stages import Stages
+
+ARCHITECTURES = PACKABLE | UNPACKABLE
+NORMAL = ("llama", "qwen2", "gemma2", "gpt2", "mixtral", "mamba", "gemma3", "deepseek_v3")
+MATRIX = [pytest.param(name, marks=() if name in NORMAL else (pytest.mark.long,)) for name in ARCHITECTURES]
+
+
+def make_base(name: str, tokenizer_of: Path, folder: Path) -> Path:
+    """A tiny random model of an architecture with the embedded tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(tokenizer_of)
+    kind, own = ARCHITECTURES[name]
+    end = tokenizer.eos_token_id
+    ids = {"pad_token_id": end, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": end}
+    config = getattr(transformers, kind)(**SIZES | own | {"vocab_size": len(tokenizer)} | ids)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for path in tokenizer_of.iterdir():
+        if path.name not in ("config.json", "generation_config.json", "model.safetensors"):
+            shutil.copyfile(path, folder / path.name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported() -> dict[str, Path]:
+    """The policy folders of the architectures that were walked, by name."""
+    return {}
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_an_architecture_goes_through_all_stages_and_is_exported_as_it_was_judged(
+    name: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, exported: dict[str, Path]
+) -> None:
+    folder = tmp_path_factory.mktemp(name)
+    stages = Stages(folder / "stages", make_base(name, tiny_model, folder / "made"))
+    found = stages.align("one", "dpo.max_steps=2")
+    assert found["held_out"] and found["models"]["policy"]
+    policy = folder / "stages" / "one" / "policy"
+    stored = read_json(policy / "fingerprint.json")
+    plain = plain_logps(load_plain(policy / "model"), stored["prompt"], stored["completion"])
+    assert (plain - torch.tensor(stored["logps"])).abs().max() < 1e-3
+    exported[name] = policy
+
+
+OF_YESTERDAY = ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2")
+NEW_SINCE: tuple[str, ...] = ()
+"""Architectures that transformers 4 does not know."""
+READER = """
+import json, sys
+from pathlib import Path
+import torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+assert transformers.__version__.startswith("4.57")
+found = {}
+for name in sys.argv[1:]:
+    policy = Path(name)
+    stored = json.loads((policy / "fingerprint.json").read_text())
+    lm = AutoModelForCausalLM.from_pretrained(policy / "model", local_files_only=True).eval()
+    assert lm.dtype == torch.float32
+    ids = stored["prompt"] + stored["completion"]
+    with torch.no_grad():
+        logits = lm(input_ids=torch.tensor([ids]), use_cache=False).logits[0, len(stored["prompt"]) - 1 : -1]
+    logps = logits.float().log_softmax(-1).gather(1, torch.tensor(stored["completion"])[:, None])[:, 0]
+    tokenizer = AutoTokenizer.from_pretrained(policy / "model", local_files_only=True)
+    turns = [{"role": "user", "content": "Why is the sky blue? 天空为什么是蓝色的？"}]
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+    ends = GenerationConfig.from_pretrained(policy / "model").eos_token_id
+    found[name] = [float((logps - torch.tensor(stored["logps"])).abs().max()), prompt == stored["prompt"], ends]
+print(json.dumps(found))
+"""
+
+
+def test_transformers_of_yesterday_reads_the_same_model(exported: dict[str, Path], tmp_path: Path) -> None:
+    """Its log-probs, its prompts and its end tokens, for every architecture that was walked before."""
+    names = [name for name in exported if name not in NEW_SINCE]
+    assert names
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "site")]
+    subprocess.run([*install, "--disable-pip-version-check", *OF_YESTERDAY], check=True)
+    environment: dict[str, Any] = dict(os.environ) | {"PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONSAFEPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-c", READER, *(str(exported[name]) for name in names)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name in names:
+        error, same_prompt, ends = found[str(exported[name])]
+        assert error < 1e-3 and same_prompt and ends == 2, (name, error, same_prompt, ends)
