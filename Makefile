@@ -54,6 +54,10 @@ gate-demo: data ## a better, an equal, a worse and a lucky model before the gate
 bench-data: data ## prepare and validate a million pairs with planted defects: time, memory, recall and precision
 	python tests/bench/data.py $(ARGS)
 
+.PHONY: test-models
+test-models: data ## every architecture through all stages, exported and read again by transformers 5 and 4
+	pytest -m "long or not long" tests/training/test_model_matrix.py $(PYTEST_ARGS)
+
 .PHONY: test-long
 test-long: data ## the full counts: kills, races, failures
 	pytest -m long $(PYTEST_ARGS)

@@ -463,9 +463,12 @@ def _habits(tokenizer: Any) -> _Habits:
 
 
 def _look(tokenizer: Any) -> _Habits:
-    user = {"role": "user", "content": SEEN[0]}
-    before = _rendered(tokenizer, [user], True)
-    wholes = [_rendered(tokenizer, [user, {"role": "assistant", "content": answer}], False) for answer in SEEN]
+    user, system = {"role": "user", "content": SEEN[0]}, {"role": "system", "content": SEEN[1]}
+    try:
+        before, asked = _rendered(tokenizer, [user], True), [user]
+    except InputError:  # some want a system message first
+        before, asked = _rendered(tokenizer, [system, user], True), [system, user]
+    wholes = [_rendered(tokenizer, [*asked, {"role": "assistant", "content": answer}], False) for answer in SEEN]
     after = tokenizer(wholes[0].rpartition(SEEN[0])[2], add_special_tokens=False)["input_ids"]
     special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends = [id_ for id_ in after if id_ in special]
@@ -477,7 +480,6 @@ def _look(tokenizer: Any) -> _Habits:
         if whole.startswith(before):
             prompt, rest, all_of_it = _plain_ids(tokenizer, [before, whole[len(before) :], whole])
             joins = joins or (all_of_it[: len(prompt)] == prompt and all_of_it[len(prompt) :] != rest)
-    system = {"role": "system", "content": SEEN[1]}
     try:
         folds = SEEN[1] not in _rendered(tokenizer, [system, user], True)
     except InputError:

@@ -15,7 +15,7 @@ from components.common.documents import JsonObject
 from components.common.errors import InputError
 from components.config.data import DataConfig
 from components.config.params import PARAMS, load_config
-from pipelines.commands.options import Project
+from pipelines.commands.options import Overrides, Project
 from pipelines.project import project_folder
 from pipelines.terminal import document, terminal
 
@@ -153,6 +153,41 @@ def diff(
         console.print(_table(difference))
     else:
         console.print(terminal(f"{old} and {new} hold the same rows"))
+
+
+@app.command()
+def show(
+    row: Annotated[str, typer.Argument(help="Its number among the training rows, or the beginning of its id.")] = "1",
+    tokens: Annotated[bool, typer.Option("--tokens", help="Its tokens, and which of them are predicted.")] = False,
+    instructions: Annotated[bool, typer.Option("--instructions", help="A row for SFT instead of a pair.")] = False,
+    as_json: Json = False,
+    overrides: Overrides = [],  # noqa: B006 - typer's way
+    project: Project = None,
+) -> None:
+    """Show a row of the data as the model reads it."""
+    from components.dataset.records import Instruction, Preference
+    from pipelines.data.tokens import find_row, tokens_of
+
+    root = project_folder(project)
+    config = load_config(root / PARAMS, overrides)
+    folder = root / "data" / ("instructions" if instructions else "preferences")
+    split, found = find_row(folder, Instruction if instructions else Preference, row)
+    facts = {"split": split} | found.model_dump(mode="json")
+    every = tokens_of(config, root, found) if tokens else []
+    if as_json:
+        print(document(json.dumps(facts | {"tokens": [vars(token) for token in every]}, ensure_ascii=False, indent=1)))
+        return
+    for name, value in facts.items():
+        if name == "prompt":
+            for message in found.prompt:
+                console.print(terminal(f"{message.role}: {message.content}"))
+        else:
+            console.print(terminal(f"{name}: {value}"))
+    if tokens:
+        table = Table("part", "id", "token", "predicted")
+        for token in every:
+            table.add_row(*map(terminal, (token.part, token.id, repr(token.text), "yes" if token.predicted else "")))
+        console.print(table)
 
 
 @app.command()

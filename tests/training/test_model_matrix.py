@@ -64,8 +64,8 @@ def test_an_architecture_goes_through_all_stages_and_is_exported_as_it_was_judge
 
 
 OF_YESTERDAY = ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2")
-NEW_SINCE: tuple[str, ...] = ()
-"""Architectures that transformers 4 does not know."""
+CAPPED = ("gemma2",)
+"""Transformers 4 takes torch's attention for them by itself, which leaves their soft cap out."""
 READER = """
 import json, sys
 from pathlib import Path
@@ -73,11 +73,12 @@ import torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 assert transformers.__version__.startswith("4.57")
-found = {}
-for name in sys.argv[1:]:
+found, capped = {}, sys.argv[1].split(",")
+for name in sys.argv[2:]:
     policy = Path(name)
     stored = json.loads((policy / "fingerprint.json").read_text())
-    lm = AutoModelForCausalLM.from_pretrained(policy / "model", local_files_only=True).eval()
+    options = {"attn_implementation": "eager"} if name in capped else {}
+    lm = AutoModelForCausalLM.from_pretrained(policy / "model", local_files_only=True, **options).eval()
     assert lm.dtype == torch.float32
     ids = stored["prompt"] + stored["completion"]
     with torch.no_grad():
@@ -94,14 +95,15 @@ print(json.dumps(found))
 
 def test_transformers_of_yesterday_reads_the_same_model(exported: dict[str, Path], tmp_path: Path) -> None:
     """Its log-probs, its prompts and its end tokens, for every architecture that was walked before."""
-    names = [name for name in exported if name not in NEW_SINCE]
+    names = list(exported)
     assert names
+    capped = ",".join(str(exported[name]) for name in CAPPED if name in exported)
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "site")]
     subprocess.run([*install, "--disable-pip-version-check", *OF_YESTERDAY], check=True)
     environment: dict[str, Any] = dict(os.environ) | {"PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONSAFEPATH", None)
     done = subprocess.run(
-        [sys.executable, "-c", READER, *(str(exported[name]) for name in names)],
+        [sys.executable, "-c", READER, capped, *(str(exported[name]) for name in names)],
         env=environment,
         capture_output=True,
         text=True,
