@@ -290,11 +290,19 @@ def _round_norms(model: nn.Module) -> None:
 
 
 def add_lora(
-    lm: nn.Module, name: str, rank: int, alpha: float, dropout: float, targets: str | list[str], seed: int
+    lm: nn.Module,
+    name: str,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: str | list[str],
+    seed: int,
+    rslora: bool = False,
 ) -> PeftModel:
     """Add a LoRA adapter (fp32, trainable, initially zero) to those that the model already has.
 
-    Afterwards all adapters are active, and only the new one trains. Source: LoRA, arXiv 2106.09685.
+    Afterwards all adapters are active, and only the new one trains. Sources: LoRA, arXiv 2106.09685; rsLoRA, arXiv
+    2312.03732.
 
     Raises:
         InputError: peft cannot adapt these layers of this model, or they are embeddings or the output layer.
@@ -320,6 +328,7 @@ def add_lora(
         lora_dropout=dropout,
         target_modules=targets,
         exclude_modules=excluded or None,
+        use_rslora=rslora,
         task_type="CAUSAL_LM",
         bias="none",
     )

@@ -11,6 +11,7 @@ from components.dataset.validation import ValidationSummary, data_sets
 from components.gate.results import Estimate, Evaluation, Metrics
 from components.gate.verdict import Verdict
 from components.report.markdown import Markdown, code, markdown, table_row
+from components.training.documents import DpoTraining
 
 METRICS = {
     "preference_log_loss": "preference log-loss, nats",
@@ -22,7 +23,12 @@ NAMES = {"base": "base model", "sft": "SFT", "policy": "this model", "incumbent"
 
 
 def model_card(
-    name: str, facts: dict[str, str], verdict: Verdict, evaluation: Evaluation, validation: ValidationSummary
+    name: str,
+    facts: dict[str, str],
+    verdict: Verdict,
+    evaluation: Evaluation,
+    validation: ValidationSummary,
+    training: DpoTraining,
 ) -> str:
     """Render the card.
 
@@ -32,6 +38,7 @@ def model_card(
         verdict: verdict.json.
         evaluation: evaluation.json.
         validation: validation.json, for rows, languages and licences of the data.
+        training: training.json of dpo.
     """
     parts = [
         _front_matter(name, facts, evaluation, validation),
@@ -39,6 +46,7 @@ def model_card(
         "A causal language model, fine-tuned on instructions (SFT) and aligned to preference pairs by Direct Preference"
         f" Optimization (loss {code(evaluation['loss_type'])}, beta {evaluation['beta']:g}) against the SFT model.\n",
         f"**Verdict.** {markdown(verdict['sentence'])}\n",
+        f"It was judged in {_trained(training)}. The files here, computed in fp32, have the log-probs of that model.\n",
         "## Evaluation\n",
         f"{evaluation['pairs']['test']:d} held-out pairs, {evaluation['confidence']:.0%} intervals by bootstrap over"
         " prompt groups. Rewards are log-probability ratios to the base model.\n",
@@ -51,6 +59,12 @@ def model_card(
         _lineage(facts),
     ]
     return "\n".join(parts) + "\n"
+
+
+def _trained(training: DpoTraining) -> str:
+    if training.get("quantization", "none") != "none":
+        return "4 bits, as it was trained, and its base was taken back from them"
+    return {"bf16": "bf16, as it was trained, and its base rounded to it", "fp32": "fp32"}[training["precision"]]
 
 
 def _front_matter(name: str, facts: dict[str, str], evaluation: Evaluation, validation: ValidationSummary) -> Markdown:

@@ -267,7 +267,7 @@ def _version(
         base = package.register_base(run, config.name, inputs.base, tags["kubealign.base_content"])
         tags["kubealign.base_version"] = base
     validation = read_document(inputs.dataset / "validation.json", ValidationSummary)
-    card = model_card(config.name, lineage.tags(), verdict, evaluation, validation)
+    card = model_card(config.name, lineage.tags(), verdict, evaluation, validation, read_dpo_training(inputs.policy))
     package_inputs = package.PackageInputs(inputs.policy, inputs.base, inputs.evaluation, _settings(stage_runs))
     judgement = _judgement(config.name, audit, lineage, model_digest, verdict, evaluation)
     with package.staged(package_inputs, config.format, card, base) as artifacts:

@@ -35,6 +35,9 @@ class OptimizerConfig(Section):
     max_grad_norm: Positive = Field(default=1.0, description="norm to which gradients are clipped")
     lora_rank: int = Field(default=16, ge=1, description="rank of the LoRA update")
     lora_alpha: Positive = Field(default=32.0, description="LoRA's scale times its rank")
+    use_rslora: bool = Field(
+        default=False, description="scale the LoRA update by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)"
+    )
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout before the LoRA update")
     lora_targets: str | list[str] = Field(
         default="all-linear", description="`all-linear`, or names of the linear layers to adapt, such as q_proj,v_proj"

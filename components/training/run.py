@@ -120,8 +120,11 @@ def add_adapter(run: StageRun, model: PackedModel, name: str, config: OptimizerC
         config.lora_dropout,
         config.lora_targets,
         config.seed,
+        config.use_rslora,
     )
     run.log(f"LoRA of rank {config.lora_rank} on {adapted_share(model.lm):.1%} of the weights")
+    if getattr(model.causal_lm.config.get_text_config(), "router_aux_loss_coef", None):
+        run.log("the router's auxiliary loss is no part of the objective; its weights train by the answers alone")
 
 
 def loop_settings(config: OptimizerConfig) -> LoopSettings:

@@ -43,6 +43,10 @@ from components.engine.models import (
 from components.engine.packing import Example
 from tests.support.architectures import EXAMPLES, PACKABLE, build
 
+MOE = (
+    *("mixtral", "deepseek_v3", "qwen3_moe", "qwen2_moe", "olmoe"),
+    *("phimoe", "granitemoe", "glm4_moe", "ernie4_5_moe", "minimax_m2"),
+)
 EN, ZH = ["q_proj", "v_proj"], ["k_proj", "up_proj"]
 
 
@@ -65,8 +69,7 @@ def logps(model: PackedModel) -> Tensor:
         ("llama", "all-linear", "all-linear"),
         ("llama", EN, "all-linear"),
         ("llama", EN, ZH),
-        ("mixtral", "all-linear", "all-linear"),
-        ("deepseek_v3", "all-linear", "all-linear"),
+        *((name, "all-linear", "all-linear") for name in MOE),
     ],
 )
 def test_the_exported_adapter_is_both_and_its_first_ranks_are_the_reference(
@@ -80,7 +83,7 @@ def test_the_exported_adapter_is_both_and_its_first_ranks_are_the_reference(
     shaken(model.lm, SFT_ADAPTER, 1)
     reference = logps(model)
     assert (reference - plain).abs().max() > 1e-2
-    model.lm = add_lora(model.lm, DPO_ADAPTER, 6, 24, 0.0, dpo, 2)
+    model.lm = add_lora(model.lm, DPO_ADAPTER, 6, 24, 0.0, dpo, 2, rslora=True)
     shaken(model.lm, DPO_ADAPTER, 2)
     policy = logps(model)
     assert (policy - reference).abs().max() > 1e-2

@@ -26,6 +26,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 PACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "qwen2": ("Qwen2Config", MIXED | {"use_sliding_window": True}),
@@ -62,6 +63,17 @@ PACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
             "v_head_dim": 6,
         },
     ),
+    "qwen3_moe": ("Qwen3MoeConfig", EXPERTS | {"head_dim": 8, "num_experts": 4}),
+    "qwen2_moe": ("Qwen2MoeConfig", EXPERTS | {"shared_expert_intermediate_size": 16, "num_experts": 4}),
+    "olmoe": ("OlmoeConfig", EXPERTS | {"num_experts": 4}),
+    "phimoe": ("PhimoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
+    "granitemoe": ("GraniteMoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        EXPERTS | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "head_dim": 8},
+    ),
+    "ernie4_5_moe": ("Ernie4_5_MoeConfig", EXPERTS | {"moe_num_experts": 4, "moe_k": 2}),
+    "minimax_m2": ("MiniMaxM2Config", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
     "cohere2": ("Cohere2Config", MIXED | {"logit_scale": 0.25}),
     "granite": (
         "GraniteConfig",

@@ -62,9 +62,15 @@ def rows(split: str, kind: str) -> list[dict[str, Any]]:
 
 
 class Stages:
-    """Runs the stages in a folder."""
+    """Runs the stages in a folder.
 
-    def __init__(self, folder: Path, tiny: Path) -> None:
+    Args:
+        folder: gets everything.
+        tiny: the base model.
+        sets: settings of sft besides `SETTINGS`.
+    """
+
+    def __init__(self, folder: Path, tiny: Path, *sets: str) -> None:
         self.folder = folder
         self.base = folder / "base"
         shutil.copytree(tiny, self.base)
@@ -74,7 +80,7 @@ class Stages:
             for split in COUNTS:
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(split, kind))
                 (folder / "data" / kind / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-        config = load_config(ROOT / "params.yaml", SETTINGS)
+        config = load_config(ROOT / "params.yaml", [*SETTINGS, *sets])
         reports = (folder / "v.html", folder / "v.md")
         run_validate(config.validate_, config.model.max_length, folder / "data", self.base, folder / "clean", *reports)
         run_sft(config.sft, config.model, folder / "clean", self.base, folder / "sft")

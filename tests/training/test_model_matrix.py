@@ -24,6 +24,8 @@ from tests.support.stages import Stages
 
 ARCHITECTURES = PACKABLE | UNPACKABLE
 NORMAL = ("llama", "qwen2", "gemma2", "gpt2", "mixtral", "mamba", "gemma3", "deepseek_v3")
+FULL = ("model.finetuning=full", "dpo.learning_rate=1e-4")
+WAYS = [pytest.param((), id="lora"), pytest.param(FULL, id="full", marks=pytest.mark.long)]
 MATRIX = [pytest.param(name, marks=() if name in NORMAL else (pytest.mark.long,)) for name in ARCHITECTURES]
 
 
@@ -48,19 +50,26 @@ def exported() -> dict[str, Path]:
     return {}
 
 
+@pytest.mark.parametrize(
+    "settings", [pytest.param((), id="lora"), pytest.param(FULL, id="full", marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("name", MATRIX)
 def test_an_architecture_goes_through_all_stages_and_is_exported_as_it_was_judged(
-    name: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, exported: dict[str, Path]
+    name: str,
+    settings: tuple[str, ...],
+    tiny_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    exported: dict[str, Path],
 ) -> None:
     folder = tmp_path_factory.mktemp(name)
-    stages = Stages(folder / "stages", make_base(name, tiny_model, folder / "made"))
-    found = stages.align("one", "dpo.max_steps=2")
+    stages = Stages(folder / "stages", make_base(name, tiny_model, folder / "made"), *settings)
+    found = stages.align("one", "dpo.max_steps=2", *settings)
     assert found["held_out"] and found["models"]["policy"]
     policy = folder / "stages" / "one" / "policy"
     stored = read_json(policy / "fingerprint.json")
     plain = plain_logps(load_plain(policy / "model"), stored["prompt"], stored["completion"])
     assert (plain - torch.tensor(stored["logps"])).abs().max() < 1e-3
-    exported[name] = policy
+    exported["-".join((name, *settings))] = policy
 
 
 OF_YESTERDAY = ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2")
@@ -97,7 +106,7 @@ def test_transformers_of_yesterday_reads_the_same_model(exported: dict[str, Path
     """Its log-probs, its prompts and its end tokens, for every architecture that was walked before."""
     names = list(exported)
     assert names
-    capped = ",".join(str(exported[name]) for name in CAPPED if name in exported)
+    capped = ",".join(str(exported[name]) for name in exported if name.startswith(CAPPED))
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "site")]
     subprocess.run([*install, "--disable-pip-version-check", *OF_YESTERDAY], check=True)
     environment: dict[str, Any] = dict(os.environ) | {"PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1"}
@@ -114,3 +123,12 @@ def test_transformers_of_yesterday_reads_the_same_model(exported: dict[str, Path
     for name in names:
         error, same_prompt, ends = found[str(exported[name])]
         assert error < 1e-3 and same_prompt and ends == 2, (name, error, same_prompt, ends)
+
+
+def test_dpo_alone_aligns_the_base_model_itself(tiny_model: Path, tmp_path: Path) -> None:
+    """`sft.epochs: 0` trains nothing: the SFT model is the base model, and the reference too."""
+    stages = Stages(tmp_path / "stages", tiny_model, "sft.epochs=0")
+    found = stages.align("one", "dpo.max_steps=2")
+    sft, base = (found["models"][name]["overall"]["preference_log_loss"]["value"] for name in ("sft", "base"))
+    assert sft == pytest.approx(base, abs=1e-6)
+    assert found["models"]["policy"]["overall"]["rewards/margins"]["value"] != 0.0
