@@ -32,8 +32,12 @@ def write_history(path: Path, records: Sequence[StepRecord]) -> None:
     write_text(path, "".join(json.dumps(asdict(record)) + "\n" for record in records))
 
 
-def read_history(path: Path) -> list[StepRecord]:
+def read_history(path: Path, may_be_empty: bool = False) -> list[StepRecord]:
     """Read the step records.
+
+    Args:
+        path: the file.
+        may_be_empty: whether a training without a step is expected, as of `sft.epochs: 0`.
 
     Raises:
         InputError: the file is missing or has no line, or a line is no step record.
@@ -42,6 +46,6 @@ def read_history(path: Path) -> list[StepRecord]:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError as error:
         raise InputError(f"{path}: not found; run the step that writes it") from error
-    if not lines:
+    if not lines and not may_be_empty:
         raise InputError(f"{path}: no steps; expected at least one")
     return [parse_document(line, StepRecord, f"{path}:{number}") for number, line in enumerate(lines, start=1)]

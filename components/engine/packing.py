@@ -166,12 +166,12 @@ def plan_steps(n_examples: int, epochs: float, batch_size: int, seed: int) -> li
 
     Args:
         n_examples: size of the data set.
-        epochs: passes over the examples, > 0.
+        epochs: passes over the examples; 0 for no step.
         batch_size: examples in an optimiser step, over all packs and processes.
         seed: of the order.
     """
     steps_per_epoch = -(-n_examples // batch_size)
-    total = max(1, round(epochs * steps_per_epoch))
+    total = max(1, round(epochs * steps_per_epoch)) if epochs else 0
     steps: list[list[int]] = []
     epoch = 0
     while len(steps) < total:

@@ -94,7 +94,8 @@ def run_evaluate(
         for finding in evaluation["findings"]:
             run.log(f"{finding['severity']}: {finding['evidence']}")
         run.log(verdict["sentence"])
-        histories = {"sft": read_history(inputs.sft_model / "history.jsonl"), "dpo": history}
+        sft_history = read_history(inputs.sft_model / "history.jsonl", may_be_empty=True)
+        histories = ({"sft": sft_history} if sft_history else {}) | {"dpo": history}
         validation = read_document(inputs.dataset / "validation.json", ValidationSummary)
         write_text(html_out, report(evaluation, verdict, histories, validation))
         write_text(markdown_out, markdown(evaluation, verdict))
