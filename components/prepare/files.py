@@ -78,7 +78,7 @@ def read_rows(path: Path) -> Iterator[Located]:
         head = unpacked.peek()
         _refuse_foreign(path, head)
         if _is_table(path):
-            yield from _table(path, unpacked)
+            yield from _table(path, unpacked, head)
         elif head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
             yield from _array(path, unpacked)
         else:
@@ -316,7 +316,15 @@ def _is_table(path: Path) -> bool:
     return ".csv" in names[-2:] or ".tsv" in names[-2:]
 
 
-def _table(path: Path, unpacked: _Unpacked) -> Iterator[Located]:
+def _delimiter(path: Path, head: bytes) -> str:
+    """What separates the fields of a table: a tab in a file named so, else what its first line has most of."""
+    if ".tsv" in [suffix.lower() for suffix in path.suffixes]:
+        return "\t"
+    header = re.sub(rb'"[^"]*"', b"", head.split(b"\n", 1)[0])
+    return max(",;\t", key=lambda mark: header.count(mark.encode()))
+
+
+def _table(path: Path, unpacked: _Unpacked, head: bytes) -> Iterator[Located]:
     """CSV and TSV; every value is text, and a list of messages in it is read as JSON or as Python writes it."""
     import csv
     import io
@@ -330,7 +338,7 @@ def _table(path: Path, unpacked: _Unpacked) -> Iterator[Located]:
             buffer[: len(block)] = block
             return len(block)
 
-    delimiter = "\t" if ".tsv" in [suffix.lower() for suffix in path.suffixes] else ","
+    delimiter = _delimiter(path, head)
     csv.field_size_limit(MAX_LINE_BYTES)
     text = io.TextIOWrapper(io.BufferedReader(Raw(), 1 << 20), encoding="utf-8-sig", newline="")
     try:

@@ -771,13 +771,13 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path: Path) -> None:
     with pa.output_stream(str(tmp_path / "a.jsonl.zst"), compression="zstd") as stream:
         stream.write(content)
     pa.parquet.write_table(table, tmp_path / "a.parquet")
-    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
+    for name, delimiter in (("a.csv", ","), ("semicolons.csv", ";"), ("tabs.csv", "\t"), ("a.tsv", "\t")):
         with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(GOOD), delimiter=delimiter)
             writer.writeheader()
             writer.writerows(rows[:2])
     files = [path for path in sorted(tmp_path.iterdir()) if path.is_file()]
-    assert len(files) == 11
+    assert len(files) == 13
     assert len({converted(tmp_path, file)[1].sha256 for file in files}) == 1
 
 
