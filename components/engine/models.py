@@ -5,6 +5,7 @@ The policy is base + SFT adapter + DPO adapter; its reference is the same withou
 
 import importlib.util
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from components.common.cpus import available_cpus
 from components.common.errors import InputError
 from components.engine.cpu import threads
 from components.engine.cpu.memory import configure_malloc
@@ -160,6 +162,8 @@ def load_causal_lm(
             bitsandbytes is missing.
     """
     configure_malloc()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
     if (path / ADAPTER_CONFIG).exists():
         raise InputError(f"{path}: {ADAPTER_CONFIG} beside the model's weights, which transformers would add to them")
     low, computes_low = precision == "bf16" and not full, precision == native_precision() == "bf16"

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from components.common.cpus import available_cpus
 from components.common.documents import JsonObject
 from components.dataset.chat import load_tokenizer, special_names
 from components.dataset.language import REFUSAL_SAMPLE, is_refusal
@@ -147,7 +148,7 @@ def _chunks(lines: Iterable[tuple[int, bytes]]) -> Iterator[list[tuple[int, byte
 
 def processes_for(paths: Iterable[Path]) -> ProcessPoolExecutor | None:
     """A process pool for reading the files; None where one process is faster."""
-    cores = min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
+    cores = min(MAX_PROCESSES, available_cpus())
     if cores < 2 or sum(path.stat().st_size for path in paths if path.is_file()) < LARGE:
         return None
     return ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
