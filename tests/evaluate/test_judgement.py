@@ -21,6 +21,7 @@ from components.evaluate.report_page import markdown, report
 from components.gate import statistics
 from components.gate.rules import GateContext, apply_gate
 from components.gate.statistics import GroupBootstrap
+from components.report.markdown import markdown as escaped
 from components.training.scoring import TokenLogps
 from tests.conftest import ROOT
 
@@ -406,7 +407,7 @@ def test_the_report_is_self_contained_escaped_and_follows_its_input() -> None:
         "What was it trained on",
         "How do I reproduce it",
     ]
-    assert str(judged["sentence"]) in markdown(found, judged) and "KL blow-up" in markdown(found, judged)
+    assert escaped(judged["sentence"]) in markdown(found, judged) and "KL blow-up" in markdown(found, judged)
 
 
 def test_the_report_of_a_long_training_and_many_pairs_stays_small() -> None:
