@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,12 +10,19 @@ from pathlib import Path
 import yaml
 
 from components.common.errors import InputError
+from components.common.files import write_json
 from components.config.params import PARAMS, Config, load_config
 from components.tracking import store
 from components.tracking.keys import PUBLIC_KEYS_VARIABLE
 
 IN_USE = ".in-use.lock"
 """File in the home folder that is locked while a run lives."""
+MARK = "kubealign-home.json"
+"""File with the home folder's own id."""
+SIGNS = ("mlflow.db", "signing.key", IN_USE, "kubeflow.json")
+"""Files by which the home folder of a version without the mark is known."""
+MADE_BEFORE = {"downloads", "remote"}
+"""What DVC and `make data` may put there before the first run."""
 
 
 def project_folder(project: Path | None) -> Path:
@@ -27,7 +35,8 @@ def project_folder(project: Path | None) -> Path:
     folders = [project.resolve()] if project else [here, *here.parents]
     for folder in folders:
         if (folder / PARAMS).is_file():
-            os.environ.setdefault(store.HOME_VARIABLE, str(folder / ".kubealign"))
+            if not os.environ.get(store.HOME_VARIABLE, "").strip():
+                os.environ[store.HOME_VARIABLE] = str(folder / store.DEFAULT_HOME)
             _trust(folder / PARAMS)
             return folder
     raise InputError(f"{folders[0]}: no {PARAMS} here or above; go to the project's folder or name it with --project")
@@ -48,16 +57,35 @@ def home_in_use(alone: bool = False) -> Iterator[None]:
     The lock ends with the process that holds it, however that ends.
 
     Raises:
-        InputError: with `alone`, a run is using the folder.
+        InputError: the folder holds other people's files; or, with `alone`, a run is using it.
     """
     home = store.home()
     home.mkdir(parents=True, exist_ok=True)
+    _mark(home)
     with (home / IN_USE).open("w") as lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_EX | fcntl.LOCK_NB) if alone else fcntl.LOCK_SH)
         except BlockingIOError as error:
             raise InputError(f"{home}: a run is using it; wait for it, or stop it, and try again") from error
         yield
+
+
+def _mark(home: Path) -> None:
+    """Mark a home folder as ours, by a file with an id of its own; what is not ours is never marked, and never used.
+
+    Raises:
+        InputError: the folder holds files, and nothing says that they are ours.
+    """
+    if (home / MARK).exists():
+        return
+    found = sorted(path.name for path in home.iterdir())
+    ours = home.name == store.DEFAULT_HOME or set(found) <= MADE_BEFORE or any((home / sign).exists() for sign in SIGNS)
+    if not ours:
+        raise InputError(
+            f"{store.HOME_VARIABLE}={home}: holds files that kubealign did not make, such as {found[0]}; name an empty"
+            " or a new folder"
+        )
+    write_json(home / MARK, {"id": uuid.uuid4().hex})
 
 
 def run_config(root: Path, overrides: list[str]) -> Config:

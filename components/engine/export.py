@@ -52,6 +52,8 @@ def save_adapter(model: PeftModel, name: str, out: Path, base_name: str) -> None
         (aside / "README.md").unlink(missing_ok=True)
         config = json.loads((aside / ADAPTER_CONFIG).read_text())
         config["base_model_name_or_path"] = base_name
+        # peft keeps them as sets, whose order is another in every process: the same adapter would be another file.
+        config |= {name: sorted(value) for name, value in config.items() if isinstance(value, list)}
         (aside / ADAPTER_CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 

@@ -4,15 +4,28 @@ import os
 from pathlib import Path
 from typing import Any
 
+from components.common.errors import InputError
+
 HOME_VARIABLE = "KUBEALIGN_HOME"
+DEFAULT_HOME = ".kubealign"
 EXPERIMENT = "kubealign"
 KFP_RUN_VARIABLE = "KUBEALIGN_KFP_RUN"
 """Environment variable with the id of the run on Kubeflow, which its parent run in MLflow carries as a tag."""
 
 
 def home() -> Path:
-    """The folder for everything that outlives a stage: checkpoints, caches, the local MLflow."""
-    return Path(os.environ.get(HOME_VARIABLE, ".kubealign")).resolve()
+    """The folder for everything that outlives a stage: checkpoints, caches, the local MLflow.
+
+    An empty variable is one that is not set: `KUBEALIGN_HOME=$UNSET` names no folder.
+
+    Raises:
+        InputError: it is the root folder or a person's own, where nothing of ours may be mixed with theirs.
+    """
+    named = os.environ.get(HOME_VARIABLE, "").strip() or DEFAULT_HOME
+    folder = Path(named).resolve()
+    if folder in (Path("/"), Path(os.path.expanduser("~")).resolve()):  # noqa: PTH111 - Path's raises without a name
+        raise InputError(f"{HOME_VARIABLE}={named}: expected a folder of its own, such as {folder / DEFAULT_HOME}")
+    return folder
 
 
 def in_pod() -> bool:

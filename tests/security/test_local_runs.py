@@ -12,9 +12,10 @@ import pytest
 
 from components.common.errors import InputError
 from components.sources import remotes
+from components.tracking import store
 from components.tracking.keys import SIGNING_KEY_VARIABLE
 from pipelines.local import containers
-from pipelines.project import home_in_use
+from pipelines.project import MARK, home_in_use
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.integration
@@ -137,6 +138,7 @@ def clean(home: Path) -> subprocess.CompletedProcess[str]:
 
 def test_clean_takes_nothing_from_a_live_run(own_home: Path) -> None:
     (own_home / "checkpoints" / "sft").mkdir(parents=True)
+    (own_home / "mlflow.db").touch()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "KUBEALIGN_HOME": str(own_home)}
     run = subprocess.Popen(
         [sys.executable, "-P", "-c", HOLD], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -149,6 +151,37 @@ def test_clean_takes_nothing_from_a_live_run(own_home: Path) -> None:
         run.kill()  # and one that is killed holds nothing
         run.wait()
     assert clean(own_home).returncode == 0 and not (own_home / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("value", ["", " ", "theirs"])
+def test_clean_never_touches_what_is_not_ours(tmp_path: Path, value: str) -> None:
+    """An empty variable names no folder, and a folder with other files is no home, whatever their names are."""
+    theirs = tmp_path / "theirs"
+    for name in ("cache/my-embeddings.npy", "runs/notes.md", "workspace/draft.txt"):
+        (theirs / name).parent.mkdir(parents=True, exist_ok=True)
+        (theirs / name).write_text("mine")
+    shutil.copy(ROOT / "params.yaml", theirs)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "KUBEALIGN_HOME": str(theirs) if value == "theirs" else value}
+    command = [sys.executable, "-P", "-m", "pipelines.cli", "clean", "all", "--yes"]
+    done = subprocess.run(command, cwd=theirs, env=environment, capture_output=True, text=True, check=False)
+    assert (theirs / "cache" / "my-embeddings.npy").exists() and (theirs / "runs" / "notes.md").exists()
+    assert (done.returncode, "such as cache" in done.stderr) == ((2, True) if value == "theirs" else (0, False))
+
+
+@pytest.mark.parametrize("folder", ["/", "~"])
+def test_the_root_folder_and_a_persons_own_are_no_home(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBEALIGN_HOME", os.path.expanduser(folder))  # noqa: PTH111
+    with pytest.raises(InputError, match="expected a folder of its own"):
+        store.home()
+
+
+def test_a_home_is_marked_once_and_known_by_the_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBEALIGN_HOME", str(tmp_path / "new"))
+    with home_in_use():
+        mark = (tmp_path / "new" / MARK).read_text()
+    (tmp_path / "new" / "notes.txt").write_text("put there later")
+    with home_in_use(alone=True):
+        assert (tmp_path / "new" / MARK).read_text() == mark
 
 
 def test_a_run_holds_its_home(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
