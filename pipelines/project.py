@@ -21,8 +21,8 @@ MARK = "kubealign-home.json"
 """File with the home folder's own id."""
 SIGNS = ("mlflow.db", "signing.key", IN_USE, "kubeflow.json")
 """Files by which the home folder of a version without the mark is known."""
-MADE_BEFORE = {"downloads", "remote"}
-"""What DVC and `make data` may put there before the first run."""
+MADE_BEFORE = {"downloads", "remote", "workspace", "inputs", "refusals"}
+"""What DVC, `make data`, `data add` and single steps may put there before the first run."""
 
 
 def project_folder(project: Path | None) -> Path:
