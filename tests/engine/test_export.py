@@ -118,6 +118,25 @@ def test_a_base_that_was_rounded_for_the_training_is_merged_rounded(tmp_path: Pa
     assert torch.equal(found["bf16"], weights[name].bfloat16().float()) and not torch.equal(*found.values())
 
 
+def test_a_base_in_4_bits_is_merged_as_it_was_trained_on(tmp_path: Path) -> None:
+    """On the full base the same adapter makes another model, which nobody judged."""
+    pytest.importorskip("bitsandbytes", reason="pip install 'kubealign[qlora]'")
+    name, own = PACKABLE["llama"]
+    base = build((name, own | {"hidden_size": 128, "intermediate_size": 256}), tmp_path / "base")
+    model = PackedModel(load_causal_lm(base, "fp32", quantization="nf4"), "fp32")
+    for adapter in (SFT_ADAPTER, DPO_ADAPTER):
+        model.lm = add_lora(model.lm, adapter, 4, 6, 0.0, "all-linear", 1)
+        shaken(model.lm, adapter, 1)
+    trained = completion_logps(model, EXAMPLES)
+    concatenate_adapters(model.lm)
+    save_adapter(model.lm, EXPORT_ADAPTER, tmp_path / "adapter", "sha256:abc")
+    merge(base, tmp_path / "adapter", tmp_path / "merged", "fp32", "nf4")
+    assert check_export(lambda: load_plain(tmp_path / "merged"), EXAMPLES, trained, "fp32", "x") < 1e-4
+    merge(base, tmp_path / "adapter", tmp_path / "other", "fp32", "none")
+    with pytest.raises(TrainingError, match="its log-probs differ by"):
+        check_export(lambda: load_plain(tmp_path / "other"), EXAMPLES, trained, "fp32", "x")
+
+
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0} | {
     "original_max_position_embeddings": 64
 }
