@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import typer
+from markdown_it import MarkdownIt
 from rich.console import Console
 
 from components.common.errors import EvidenceError, InputError, InterruptedRunError, KubealignError, RunPendingError
@@ -178,14 +179,17 @@ def test_a_verdict_is_told_in_files_and_to_the_webhook_and_not_asked_for_twice(
     assert verdict["link"] == f"{kfp.url}/#/runs/details/{run_id}" == state["target_url"]
     assert state["state"] == "success" and state["description"].startswith("no evidence: gate failed. There is no")
     assert len(state["description"]) <= 140
-    assert "| superiority | **fail** | 0.31 | p <= 0.025 |" in summary and "| min_pairs | pass | 98 |" in summary
-    assert summary.index("superiority") < summary.index("min_pairs") and "| DPO | 98 | 0.610 [0.500, 0.700]" in summary
+    shown = MarkdownIt("commonmark", {"html": False}).enable("table").render(summary)
+    cells = [cell.split("</td>")[0] for cell in shown.split("<td>")[1:]]
+    assert cells[:4] == ["superiority", "<strong>fail</strong>", "0.31", "p &lt;= 0.025"], cells
+    assert cells[4:7] == ["min_pairs", "pass", "98"], cells
+    assert any(cell.startswith("0.610 [0.500,") for cell in cells), cells
     assert (out / "report.html").read_text() == "<!doctype html>" and not (out / follow.STATE).exists()
     assert receiver.events[0]["type"] == "retrain.verdict" and receiver.events[0]["data"] == verdict
     capsys.readouterr()
     assert retrain.retrain(make_job(clone, out)) == 0
     said = capsys.readouterr()
-    assert f"key       {job.key}" in said.out and "were judged before; --rerun forces" in said.out
+    assert f"key {job.key}" in said.out and "were judged before; --rerun forces" in said.out
     assert len(kfp.runs) == 1 and len(receiver.events) == 1 and not written(out)[0]["new"]
     assert "t0k3n" not in said.out + said.err + summary
 
