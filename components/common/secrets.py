@@ -79,8 +79,12 @@ def _pattern(values: tuple[str, ...]) -> re.Pattern[str] | None:
 
 
 def _forms(value: str) -> Iterator[str]:
-    """A value as it is, on one line, line by line, as part of a URL, and within JSON or a Python literal."""
+    """A value as it is, on one line, line by line, as part of a URL, and within JSON or a Python literal.
+
+    The frame of a PEM file is the same in all of them, and no secret.
+    """
     plain = value.strip()
-    yield from (plain, " ".join(plain.split()), *(line.strip() for line in plain.splitlines()))
+    lines = [line.strip() for line in plain.splitlines() if not line.startswith("-----")]
+    yield from (plain, " ".join(plain.split()), *lines)
     yield from (quote(plain), quote(plain, safe=""), unquote(plain))
     yield from (json.dumps(plain)[1:-1], json.dumps(plain, ensure_ascii=False)[1:-1], repr(plain)[1:-1])

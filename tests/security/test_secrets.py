@@ -218,3 +218,12 @@ def test_the_command_says_nothing_of_the_servers_password(kind: str, tmp_path: P
     assert done.returncode == 1
     assert "MLflow at http://" in done.stderr
     assert secret not in done.stdout + done.stderr
+
+
+def test_the_frame_of_a_key_is_no_secret_and_its_lines_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else `kubealign keys --secret` would print a key that nothing reads, wherever another one is set."""
+    frame = ("-----BEGIN PRIVATE KEY-----", "-----END PRIVATE KEY-----")
+    monkeypatch.setenv("KUBEALIGN_SIGNING_KEY", f"{frame[0]}\nMIGHAgEAMBMG\nByqGSM49AgEG\n{frame[1]}\n")
+    text = f"{frame[0]}\nsomebody's other line\n{frame[1]}\n"
+    assert without_credentials(text) == text
+    assert without_credentials("x MIGHAgEAMBMG y ByqGSM49AgEG z") == "x *** y *** z"

@@ -33,6 +33,7 @@ from components.tracking.run import NoOpRun
 from components.validate.stage import check_rows, refusals, summarize
 from pipelines import git as pipelines_git
 from pipelines.cli import app
+from pipelines.platform import check
 from tests.conftest import ROOT
 from tests.support.data_project import kubealign, make_project, rows, write
 from tests.support.repositories import dvc, git
@@ -50,6 +51,7 @@ ADVICE = re.compile(
     r"|(?<![\w`-])(--[a-z][a-z-]*)(?![\w=-])",  # an option
     re.MULTILINE,
 )
+CLUSTER = ("cluster.mlflow_uri=http://mlflow:5000", "data.repo=https://git.example.com/a.git", "data.revision=main")
 NOT_FOLLOWED = {
     "components/prepare/files.py: git lfs pull": "Git LFS is not among the programs of the tests",
     "components/dataset/chat.py: --set": "said by a step; tests/security/test_settings.py names the file",
@@ -577,6 +579,26 @@ def test_a_setting_is_written_as_the_message_shows_it() -> None:
     key, value = re.findall(r"such as (\w+\.\w+)=(\S+)", str(error.value))[0]
     section, name = key.split(".")
     assert getattr(getattr(load_config(ROOT / "params.yaml", [f"{key}={value}"]), section), name) == float(value)
+
+
+@shows("pipelines/platform.py: kubealign keys --secret")
+def test_a_cluster_without_signing_keys_gets_the_secret_that_the_command_prints() -> None:
+    config = load_config(ROOT / "params.yaml", ["cluster.signing_secret=", *CLUSTER])
+    with pytest.raises(InputError) as error:
+        check(config)
+    (command,) = re.findall(r"`(kubealign [^`]+)`", str(error.value))
+    done = CliRunner().invoke(app, [*command.split()[1:], "--project", str(ROOT)])
+    secret = yaml.safe_load(done.output)
+    assert secret["kind"] == "Secret" and secret["stringData"]["signing_key"].startswith("-----BEGIN")
+    check(load_config(ROOT / "params.yaml", [f"cluster.signing_secret={secret['metadata']['name']}", *CLUSTER]))
+
+
+@shows("pipelines/data/tokens.py: --set")
+def test_tokens_are_shown_with_the_folder_that_the_message_asks_for(base_model: Path) -> None:
+    shown = ["data", "show", "1", "--tokens", "--project", str(ROOT)]
+    refused = CliRunner().invoke(app, [*shown, "--set", "model.base=s3://bucket/model"])
+    (option, setting) = re.findall(r"(--set) (model\.base=)FOLDER", str(refused.exception))[0]
+    assert CliRunner().invoke(app, [*shown, option, f"{setting}{base_model}"]).exit_code == 0
 
 
 # ---- nothing is left out
