@@ -408,16 +408,16 @@ def test_reproduce_says_what_it_takes_and_checks_it_out(
     words = ("reproduce", "1", "--name", "m", "--project", str(project))
     said = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "again")])
     assert said.exit_code == 0, said.exception
-    assert f"commit {commit}" in said.output and "lineage   gg" in said.output
-    assert "warning   the data " in said.output and "as here" in said.output
+    assert f"commit {commit}" in said.output and "lineage gg" in said.output
+    assert "warning the data " in said.output and "as here" in said.output
     settings = yaml.safe_load((tmp_path / "again" / "params.yaml").read_text())
     assert settings["dpo"] == CONFIG.sections()["dpo"] and "prepare" in settings
     assert "torch==" in (tmp_path / "again" / "environment.txt").read_text()
-    assert "hardware  cpu, in fp32" in said.output and "this machine is" not in said.output
+    assert "hardware cpu, in fp32" in said.output and "this machine is" not in said.output
     shop.made_for("gpu")
     shop.register(name="two", git_commit=commit, data_clean=False, decision_index=2, decision="two")
     elsewhere = CliRunner().invoke(app, ["reproduce", "2", *words[2:]])
-    assert "hardware  gpu, in fp32" in elsewhere.output and "this machine is cpu" in elsewhere.output
+    assert "hardware gpu, in fp32" in elsewhere.output and "this machine is cpu" in elsewhere.output
     assert "--set model.hardware=cpu" in elsewhere.output
     full = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "again")])
     assert full.exit_code and "not empty" in str(full.exception)

@@ -324,6 +324,7 @@ def history() -> Any:
 @pytest.mark.integration
 def test_a_history_is_shown_whatever_a_reason_says(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reason is a parameter of MLflow, which nobody can write again; these were written past the command."""
+    monkeypatch.setattr(registry, "console", Console(width=300))
     client = with_versions(store.client(), 2)
     promote(client, NAME, "1", "force", EVIL["markup"], expected="")
     promote(client, NAME, "2", "force", EVIL["control"] + EVIL["direction"], expected="1")
