@@ -134,7 +134,7 @@ def test_reference_log_probs_travel_with_the_sft_model_and_damage_is_seen(
     monkeypatch.setenv("KUBEALIGN_HOME", str(tmp_path / "a-third"))
     run_dpo(config.dpo, config.model, *inputs)
     said = capsys.readouterr().out
-    assert "in the model's folder is damaged and passed over" in said
+    assert "in the model's folder is damaged or not ours, and passed over" in said
     assert "32/32 log-probs of reference_train" in said, "computed again"
     assert losses(tmp_path / "again") == losses(out / "dpo")
 

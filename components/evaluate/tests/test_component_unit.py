@@ -6,6 +6,7 @@ import pytest
 
 from components.common.files import read_json, verify_manifest
 from components.evaluate.component import evaluate
+from components.report.markdown import markdown
 from tests.support.component_kit import Chain, assert_refused, call, order
 
 
@@ -15,7 +16,7 @@ def test_it_writes_numbers_verdict_and_report_on_that_very_policy(chain: Chain, 
     found = read_json(tmp_path / "evaluation" / "evaluation.json")
     verdict = read_json(tmp_path / "evaluation" / "verdict.json")
     assert verdict["policy_digest"] == verify_manifest(chain.policy)
-    assert verdict["sentence"] in (tmp_path / "summary").read_text()
+    assert markdown(verdict["sentence"]) in (tmp_path / "summary").read_text()
     metrics = made["metrics"].metadata
     assert metrics["gate_passed"] == verdict["passed"]
     assert metrics["rewards/accuracies"] == found["models"]["policy"]["overall"]["rewards/accuracies"]["value"]
