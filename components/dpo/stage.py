@@ -52,8 +52,8 @@ from components.training.scoring import Scores, score, weights_digest
 MODEL_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 """Libraries whose versions the model is known to load with; the registry names them."""
 REFERENCE_PAIRS = 4
-EXPORTED_PAIRS = 8
-"""Pairs on which the exported model is held against the policy."""
+EXPORTED_PAIRS = 4
+"""Held-out pairs, the shortest, on which the exported model is held against the policy."""
 KNOWN_TEXT = (
     [Message(role="user", content="Why is the sky blue? 天空为什么是蓝色的？")],
     "Air scatters blue light more than red. 空气散射的蓝光比红光多。",
@@ -262,7 +262,7 @@ def _write_policy(
     held_out: Sequence[Example],
 ) -> None:
     """Write what is registered, and hold it against the policy in memory."""
-    pairs = held_out[:EXPORTED_PAIRS]
+    pairs = sorted(held_out, key=lambda pair: len(pair.prompt) + sum(map(len, pair.completions)))[:EXPORTED_PAIRS]
     prompt, completion = encode(tokenizer, *KNOWN_TEXT)
     *logps, (known,) = completion_logps(policy, [*pairs, Example(prompt, [completion])])
     if model.finetuning == "full":
