@@ -262,7 +262,7 @@ def _write_policy(
     held_out: Sequence[Example],
 ) -> None:
     """Write what is registered, and hold it against the policy in memory."""
-    pairs = sorted(held_out, key=lambda pair: len(pair.prompt) + sum(map(len, pair.completions)))[:EXPORTED_PAIRS]
+    pairs = sorted(held_out, key=lambda pair: pair.n_tokens)[:EXPORTED_PAIRS]
     prompt, completion = encode(tokenizer, *KNOWN_TEXT)
     *logps, (known,) = completion_logps(policy, [*pairs, Example(prompt, [completion])])
     if model.finetuning == "full":
