@@ -61,10 +61,12 @@ def model_card(
     return "\n".join(parts) + "\n"
 
 
-def _trained(training: DpoTraining) -> str:
+def _trained(training: DpoTraining) -> Markdown:
     if training.get("quantization", "none") != "none":
-        return "4 bits, as it was trained, and its base was taken back from them"
-    return {"bf16": "bf16, as it was trained, and its base rounded to it", "fp32": "fp32"}[training["precision"]]
+        return Markdown("4 bits, as it was trained, and its base was taken back from them")
+    if training["precision"] == "bf16":
+        return Markdown("bf16, as it was trained, and its base rounded to it")
+    return markdown(training["precision"])
 
 
 def _front_matter(name: str, facts: dict[str, str], evaluation: Evaluation, validation: ValidationSummary) -> Markdown:
