@@ -60,7 +60,7 @@ class MaskedStream:
 def _secret_values() -> Iterator[str]:
     """The values to mask: of variables named as secrets, and what stands before the host and in the query of URLs."""
     for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and not NO_SECRET_NAME.search(name):
+        if _names_a_secret(name):
             yield value
         if "://" in value:
             rest = value.partition("://")[2]
@@ -69,6 +69,11 @@ def _secret_values() -> Iterator[str]:
                 yield from (user_info, user_info.partition(":")[2])
             for _, parameter in parse_qsl(rest.partition("?")[2]):
                 yield parameter
+
+
+@lru_cache(maxsize=1024)
+def _names_a_secret(name: str) -> bool:
+    return bool(SECRET_NAME.search(name) and not NO_SECRET_NAME.search(name))
 
 
 @lru_cache(maxsize=8)

@@ -244,6 +244,12 @@ def canonical(name: str) -> str:
     return ALIASES.get(plain) or next((key for pattern, key in ANSWER_NAMES if pattern.fullmatch(plain)), plain)
 
 
+@lru_cache(maxsize=1024)
+def _shown_name(name: str) -> str:
+    """A column's name for a message: a file has few, and every row asks for them."""
+    return shown(name)
+
+
 class Columns:
     """A row by canonical column names, which remembers what was taken.
 
@@ -264,8 +270,8 @@ class Columns:
                 continue
             key = canonical(name)
             if key in self._values and self._values[key] != value:
-                raise RowError(f"'{self._names[key]}' and '{shown(name)}' are two names of one column, and differ")
-            self._values[key], self._names[key] = value, shown(name)
+                raise RowError(f"'{self.name(key)}' and '{_shown_name(name)}' are two names of one column, and differ")
+            self._values[key], self._names[key] = value, name
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -275,7 +281,7 @@ class Columns:
 
     def name(self, key: str) -> str:
         """The column's name in the file."""
-        return self._names.get(key, key)
+        return _shown_name(self._names.get(key, key))
 
     def peek(self, key: str) -> Any:
         """A column's value, without taking it; None if it is empty."""
