@@ -141,7 +141,8 @@ def _check_verdict(client: Any, checked: CheckedVersion, verdict: Verdict) -> Ve
 
 
 def _check_logps(artifacts: Path) -> VersionCheck:
-    from components.engine.export import EXPORT_TOLERANCE, Fingerprint, logp_error, plain_logps
+    from components.engine.export import EXPORT_TOLERANCE, Fingerprint, logp_error
+    from components.engine.models import plain_logps
 
     stored = read_document(artifacts / "fingerprint.json", Fingerprint)
     found = plain_logps(_load(artifacts), stored["prompt"], stored["completion"]).tolist()
@@ -157,15 +158,13 @@ def _check_logps(artifacts: Path) -> VersionCheck:
 
 def _load(artifacts: Path) -> Any:
     """The model of a version, by transformers and peft alone; the version's own code is not run."""
-    import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+
+    from components.engine.export import load_plain
 
     merged = (artifacts / "model").is_dir()
     recorded = None if merged else read_document(artifacts / "base.json", BaseReference)
-    folder = _base(recorded) if recorded else artifacts / "model"
-    options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    model: Any = load_plain(_base(recorded) if recorded else artifacts / "model")
     if not recorded:
         return model
     if recorded.get("precision") == "bf16":

@@ -277,18 +277,19 @@ def _split(
     """
     if not befores:
         return []
-    habits = _habits(tokenizer)
-    ids = _many_ids(tokenizer, [*befores, *completions])
+    joins = _habits(tokenizer).joins
+    texts = [befores[owner] + text for owner, text in zip(owners, completions, strict=True)] if joins else completions
+    ids = _many_ids(tokenizer, [*befores, *texts])
     split: list[tuple[list[int], list[list[int]]]] = [(found, []) for found in ids[: len(befores)]]
-    apart = ids[len(befores) :]
-    joined = apart
-    if habits.joins and completions:
-        wholes = [befores[owner] + text for owner, text in zip(owners, completions, strict=True)]
-        joined = _many_ids(tokenizer, wholes)
-    for owner, alone, whole in zip(owners, apart, joined, strict=True):
-        prompt = split[owner][0]
-        holds = habits.joins and whole[: len(prompt)] == prompt
-        split[owner][1].append(_until_end(tokenizer, whole[len(prompt) :] if holds else alone))
+    for owner, completion, found in zip(owners, completions, ids[len(befores) :], strict=True):
+        prompt, answers = split[owner]
+        if not joins:
+            tokens = found
+        elif found[: len(prompt)] == prompt:
+            tokens = found[len(prompt) :]
+        else:
+            tokens = _ids(tokenizer, completion)
+        answers.append(_until_end(tokenizer, tokens))
     return split
 
 

@@ -21,19 +21,25 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from typing_extensions import TypedDict
 
 from components.common.errors import TrainingError
-from components.common.files import read_json, replacing_folder, write_json
+from components.common.files import MANIFEST, read_json, replacing_folder, write_json
 from components.engine import checkpoints
 from components.engine.hardware import Precision
-from components.engine.models import DPO_ADAPTER, SFT_ADAPTER, PackedModel, nf4_config
+from components.engine.models import (
+    ADAPTER_CONFIG,
+    DPO_ADAPTER,
+    SFT_ADAPTER,
+    PackedModel,
+    nf4_config,
+    plain_logps,
+)
 from components.engine.packing import Example
 from components.engine.processes import processes
 
 EXPORT_ADAPTER = "policy"
-ADAPTER_CONFIG = "adapter_config.json"
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-OF_THE_MODEL = (CONFIG, GENERATION, TEMPLATE, "manifest.json", *WEIGHTS)
+OF_THE_MODEL = (CONFIG, GENERATION, TEMPLATE, MANIFEST, *WEIGHTS)
 """Files of a base model's folder that are not its tokenizer's."""
 DIALECT = ("backend", "is_local", "local_files_only")
 """Keys that transformers 5 adds to tokenizer_config.json and transformers 4 stumbles over."""
@@ -244,15 +250,6 @@ def load_plain(folder: Path) -> PreTrainedModel:
     options = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     return model
-
-
-@torch.no_grad()
-def plain_logps(lm: nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
-    """Log-probability of each token of a completion by one plain forward pass, fp32 [T] on the CPU, nats."""
-    ids = torch.tensor([[*prompt, *completion]], device=next(lm.parameters()).device)
-    logits_TV = lm(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-    logps_T: Tensor = logits_TV.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
-    return logps_T
 
 
 class Fingerprint(TypedDict):

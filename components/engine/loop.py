@@ -140,8 +140,8 @@ def train(
     yield from history
 
     def save() -> None:
-        _check_finite(parameters, len(history))
         whole = {name: checkpoints.whole(parameter) for name, parameter in parameters.items()}
+        _check_finite(whole, len(history))
         state = checkpoints.pack_optimizer(optimizer, names)
         rng = {
             f"{rank}{device}": state
@@ -182,7 +182,7 @@ def train(
 def _check_finite(parameters: Mapping[str, Tensor], number: int) -> None:
     """Look at what the last update left; before every other, the gradient tells."""
     for name, parameter in parameters.items():
-        if not bool(checkpoints.whole(parameter).isfinite().all()):
+        if not bool(parameter.isfinite().all()):
             raise TrainingError(f"{name} is not finite after step {number}; lower the learning rate")
 
 

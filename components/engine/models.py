@@ -438,7 +438,7 @@ def select_packing(model: PackedModel, longest: int) -> str:
             difference, tolerance = _beside_rounding(model)
         reason = f"differ by {difference:.1e} nats"
     except (TypeError, ValueError) as error:
-        difference, reason = math.inf, f"cannot be computed ({str(error).splitlines()[0]})"
+        difference, reason = math.inf, f"cannot be computed ({first_line(error)})"
     if beyond := _beyond_a_short_check(model, longest):
         difference, reason = math.inf, f"are not exact with {beyond}"
     if difference < tolerance:
@@ -530,12 +530,15 @@ def _packed_logps(model: PackedModel) -> Tensor:
 
 @torch.no_grad()
 def _all_plain_logps(model: PackedModel) -> Tensor:
-    return torch.cat([_plain_logps(model, prompt, c) for prompt, both, _ in _random_examples(model) for c in both])
-
-
-def _plain_logps(model: PackedModel, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
-    ids = torch.tensor([[*prompt, *completion]], device=model.device)
+    examples = _random_examples(model)
     with model.autocast():
-        logits_TV = model.causal_lm(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        return torch.cat([plain_logps(model.causal_lm, prompt, c) for prompt, both, _ in examples for c in both])
+
+
+@torch.no_grad()
+def plain_logps(lm: nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
+    """Log-probability of each token of a completion by one plain forward pass, fp32 [T] on the model's device, nats."""
+    ids = torch.tensor([[*prompt, *completion]], device=next(lm.parameters()).device)
+    logits_TV = lm(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
     logps_T: Tensor = logits_TV.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
     return logps_T

@@ -161,7 +161,7 @@ def show(
     tokens: Annotated[bool, typer.Option("--tokens", help="Its tokens, and which of them are predicted.")] = False,
     instructions: Annotated[bool, typer.Option("--instructions", help="A row for SFT instead of a pair.")] = False,
     as_json: Json = False,
-    overrides: Overrides = [],  # noqa: B006 - typer's way
+    overrides: Overrides = [],  # noqa: B006 - typer copies the default
     project: Project = None,
 ) -> None:
     """Show a row of the data as the model reads it."""

@@ -77,8 +77,11 @@ def tokens_of(config: Config, project: Path, row: Preference | Instruction) -> l
         trained = {position for start, stop in ranges for position in range(start, stop)}
         answers = {"response": response}
     else:
-        texts = {"response": row.response} if isinstance(row, Instruction) else None
-        texts = texts or {"chosen": row.chosen, "rejected": row.rejected}  # type: ignore[union-attr]
+        texts = (
+            {"response": row.response}
+            if isinstance(row, Instruction)
+            else {"chosen": row.chosen, "rejected": row.rejected}
+        )
         encoded = {name: encode(tokenizer, row.prompt, text) for name, text in texts.items()}
         prompt = next(iter(encoded.values()))[0]
         answers = {name: ids for name, (_, ids) in encoded.items()}

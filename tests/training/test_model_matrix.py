@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from components.common.files import read_json
 from components.dataset.chat import load_tokenizer
-from components.engine.export import load_plain, plain_logps
+from components.engine.export import load_plain
+from components.engine.models import plain_logps
 from tests.support.architectures import PACKABLE, SIZES, UNPACKABLE
 from tests.support.stages import Stages
 
