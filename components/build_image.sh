@@ -4,16 +4,7 @@
 set -eu
 extra=$1
 python -m venv --without-pip /opt/venv
-install() { /opt/tools/bin/python -m pip --python /opt/venv/bin/python install -q --no-compile -c requirements.lock "$@"; }
-python -c "
-import sys, tomllib
-project = tomllib.load(open('pyproject.toml', 'rb'))['project']
-print(*project['dependencies'], *project['optional-dependencies'][sys.argv[1]], sep='\n')
-" "$extra" > wanted.txt
-if [ "$extra" = train ] && [ -n "${TORCH_INDEX:-}" ]; then
-  install --no-deps --index-url "$TORCH_INDEX" torch
-fi
-install -r wanted.txt
+/opt/tools/bin/python tools/install_locked.py "$extra" --venv /opt/venv --torch-index "${TORCH_INDEX:-}"
 /opt/tools/bin/python -m pip --python /opt/venv/bin/python check
 # What no step imports: the packages' own tests, and torch's headers and test programs.
 packages=/opt/venv/lib/python3.11/site-packages

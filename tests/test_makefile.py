@@ -41,8 +41,8 @@ def test_a_machine_that_cannot_do_it_gets_one_line_before_anything_is_installed(
 def test_torch_can_come_from_another_index(tmp_path: Path) -> None:
     index = "https://example.org/whl/cpu"
     with_index = make(tmp_path, "-n", "setup", f"TORCH_INDEX={index}").stdout
-    assert f"--no-deps --index-url {index} $(grep '^torch==' requirements.lock)" in with_index
-    assert "--index-url" not in make(tmp_path, "-n", "setup").stdout
+    assert f"tools/install_locked.py --torch-index {index} local" in with_index
+    assert "--torch-index" not in make(tmp_path, "-n", "setup").stdout
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,11 @@ def test_an_audit_that_could_not_ask_says_so(tmp_path: Path, script: str, code: 
     audit = tmp_path / "audit"
     audit.write_text(f"#!/bin/sh\n{script}\n")
     audit.chmod(0o755)
-    done = make(tmp_path, f"--old-file={tmp_path}/venv/.ready", "audit", f"AUDIT={audit}")
+    done = make(
+        tmp_path,
+        *(f"--old-file={tmp_path}/venv/{name}" for name in (".ready", ".ready-dev")),
+        "audit",
+        f"AUDIT={audit}",
+    )
     assert done.returncode == code and script.split("echo ")[1].split(";", maxsplit=1)[0] in done.stdout
     assert ("error:" in done.stderr) == bool(message) and message in done.stderr

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-INPUTS = ("requirements.lock", "pyproject.toml", "components/Containerfile", "components/build_image.sh")
+INPUTS = (
+    "requirements.lock",
+    "pyproject.toml",
+    "components/Containerfile",
+    "components/build_image.sh",
+    "tools/install_locked.py",
+)
 
 
 def inspected(engine: str, image: str) -> dict[str, Any] | None:

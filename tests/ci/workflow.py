@@ -162,6 +162,6 @@ def use_environment(folder: Path) -> None:
     own = folder / ".venv"
     own.mkdir()
     for path in Path(sys.prefix).iterdir():
-        if path.name != ".ready":
+        if not path.name.startswith(".ready"):
             (own / path.name).symlink_to(path)
     (own / ".ready").touch()

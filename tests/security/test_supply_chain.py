@@ -1,14 +1,23 @@
-"""What runs is what was built: images by digest, and a statement on what each was built from."""
+"""What runs is what was built: packages by hash, images by digest, and a statement on what each was built from."""
 
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+import tomllib
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
 
 from components.common.images import DATA_IMAGE, MLFLOW_IMAGE, TRAIN_IMAGE
@@ -16,6 +25,7 @@ from components.config.params import load_config
 from pipelines.cli import app
 from tests.conftest import ROOT
 from tests.support.services import QuietHandler, serving
+from tools.install_locked import locked, needed
 
 DIGEST = "sha256:" + "a" * 64
 
@@ -146,3 +156,127 @@ def test_updates_of_packages_images_and_actions_are_proposed() -> None:
     for update in updates:
         for folder in update.get("directories", [update.get("directory")]):
             assert (ROOT / folder.lstrip("/")).is_dir()
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def needs(name: str, extra: str) -> list[str]:
+    """The requirements of a package; of one that this machine has no use for, none."""
+    if name == PROJECT["name"]:
+        return PROJECT["dependencies"] + EXTRAS.get(extra, [])
+    try:
+        return importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def wanted(requirements: list[str]) -> set[str]:
+    """Names of all installed packages that some requirements need on this machine, directly or not, as they say it
+    themselves.
+    """
+    found: set[tuple[str, str]] = set()
+    todo = [(Requirement(text), "") for text in requirements]
+    while todo:
+        requirement, extra = todo.pop()
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        for own in ("", *requirement.extras):
+            key = canonicalize_name(requirement.name), own
+            if key not in found:
+                found.add(key)
+                todo += [(Requirement(text), own) for text in needs(*key)]
+    return {name for name, _ in found}
+
+
+@pytest.mark.parametrize("extra", [name for name in EXTRAS if name != "sbom"])
+def test_what_an_extra_installs_is_all_that_it_needs(extra: str) -> None:
+    assert wanted([f"kubealign[{extra}]"]) - {"kubealign"} <= set(needed([extra]))
+
+
+def test_the_lock_has_hashes_for_every_package_and_torch_for_cpus() -> None:
+    packages = locked((ROOT / "requirements.lock").read_text())
+    assert set(packages) >= set(needed([*EXTRAS])) and "triton" in needed(["train"])
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", block) for block in packages.values())
+    assert "triton" not in needed(["train"], {"torch": {"sympy", "filelock"}})
+
+
+def wheel(folder: Path, name: str, version: str, *needs: str) -> str:
+    """Write a wheel; gives its hash."""
+    stem = f"{name}-{version}"
+    requires = "".join(f"Requires-Dist: {need}\n" for need in needs)
+    files = {
+        f"{name}.py": "",
+        f"{stem}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}",
+        f"{stem}.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files[f"{stem}.dist-info/RECORD"] = "".join(f"{path},,\n" for path in files)
+    path = folder / f"{stem}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for inside, text in files.items():
+            archive.writestr(inside, text)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Locked:
+    """A project with a lock, an index of four packages, and an empty environment."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.index = folder, folder / "index"
+        for name in ("tools", "index"):
+            (folder / name).mkdir()
+        shutil.copy(ROOT / "tools" / "install_locked.py", folder / "tools")
+        (folder / "pyproject.toml").write_text(
+            '[project]\nname = "x"\ndependencies = ["branch"]\n'
+            'optional-dependencies = { all = ["torch", "x[z]"], z = [] }\n'
+        )
+        self.lock("2.0", cuda=True)
+
+    def lock(self, torch: str, cuda: bool) -> None:
+        blocks = {
+            "branch==1.0": (wheel(self.index, "branch", "1.0", "leaf"), "x (pyproject.toml)"),
+            "leaf==1.0": (wheel(self.index, "leaf", "1.0"), "branch"),
+            "cuda==3.0": (wheel(self.index, "cuda", "3.0"), "torch"),
+            "torch==2.0": (wheel(self.index, "torch", torch, *(["cuda==3"] if cuda else [])), "x (pyproject.toml)"),
+        }
+        lines = [
+            f"{name} \\\n    --hash=sha256:{digest}\n    # via {by}\n    # for all\n"
+            for name, (digest, by) in blocks.items()
+        ]
+        (self.folder / "requirements.lock").write_text("".join(lines))
+
+    def install(self) -> "subprocess.CompletedProcess[str]":
+        venv = self.folder / "venv"
+        shutil.rmtree(venv, ignore_errors=True)
+        python = sys.executable if importlib.util.find_spec("pip") else sys._base_executable
+        subprocess.run([python, "-m", "venv", "--without-pip", venv], check=True)
+        program = [python, str(self.folder / "tools" / "install_locked.py"), "all", "--venv", str(venv)]
+        environment = {
+            **os.environ,
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": str(self.index),
+            "PIP_CONFIG_FILE": os.devnull,
+        }
+        return subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+
+    def installed(self) -> set[str]:
+        return {path.stem for path in self.folder.glob("venv/lib/*/site-packages/*.py")}
+
+
+def test_the_build_of_torch_that_pip_takes_decides_on_cuda(tmp_path: Path) -> None:
+    project = Locked(tmp_path)
+    assert project.install().returncode == 0 and project.installed() == {"branch", "leaf", "torch", "cuda"}
+    project.lock("2.0+cpu", cuda=False)
+    assert project.install().returncode == 0 and project.installed() == {"branch", "leaf", "torch"}
+
+
+@pytest.mark.parametrize("name", ["leaf", "torch"])
+def test_a_package_of_another_hash_is_not_installed(tmp_path: Path, name: str) -> None:
+    project = Locked(tmp_path)
+    (path,) = project.index.glob(f"{name}-*")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("evil.py", "")
+    done = project.install()
+    assert done.returncode != 0 and name in done.stderr.lower()
+    assert not project.installed() & {"leaf" if name == "leaf" else "torch", "evil"}
