@@ -13,8 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
-from scipy.stats import binomtest
 
 from components.gate.results import Estimate, McNemar, Metrics, ReliabilityBin, RocCurve
 
@@ -52,6 +50,8 @@ def brier(margins_P: Floats, scale: float | Floats = 1.0) -> Floats:
 
     The predicted event is that the chosen answer is preferred, so the outcome is always 1.
     """
+    from scipy.special import expit
+
     squares_P: Floats = expit(-scale * margins_P) ** 2
     return squares_P
 
@@ -73,6 +73,8 @@ def fit_scales(margins_P: Floats, weights_BP: Floats) -> Floats:
     sign do not fit an infinite scale. Source: Platt, "Probabilistic outputs for support vector machines" (1999),
     section 2.2. The slope of the loss rises with the scale, so bisection (on its logarithm) finds where it is 0.
     """
+    from scipy.special import expit
+
     unit = float(np.sqrt(np.mean(margins_P**2)))
     n_B = weights_BP.sum(axis=1)
     if unit == 0.0:
@@ -226,6 +228,8 @@ def mcnemar(policy_P: Floats, rival_P: Floats) -> McNemar:
     policy_only = int(np.count_nonzero((policy_P > 0) & (rival_P < 0)))
     rival_only = int(np.count_nonzero((policy_P < 0) & (rival_P > 0)))
     n = policy_only + rival_only
+    from scipy.stats import binomtest
+
     p_value = float(binomtest(policy_only, n, 0.5).pvalue) if n else 1.0
     return {"policy_only": policy_only, "rival_only": rival_only, "p_value": p_value}
 
@@ -262,6 +266,8 @@ def reliability(bootstrap: GroupBootstrap, margins_P: Floats, scale: float, bins
     Returns:
         for each bin the mean predicted probability, the observed share of correct preferences with its interval, n.
     """
+    from scipy.special import expit
+
     predicted_P, right_P = expit(scale * np.abs(margins_P)), accuracy(margins_P)
     edges = np.unique(np.quantile(predicted_P, np.linspace(0.0, 1.0, bins + 1)))
     bin_P = np.clip(np.searchsorted(edges, predicted_P, side="right") - 1, 0, max(0, len(edges) - 2))

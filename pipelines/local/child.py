@@ -7,7 +7,6 @@ import ctypes
 import json
 import os
 import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -64,16 +63,6 @@ def report_cached_steps(report: Callable[[str], None]) -> None:
     cache.LocalCache = ReportingCache
 
 
-def run_step(full_command: list[str], env_vars: dict[str, str] | None = None) -> int:
-    """Run a step with this process's own standard output; returns its exit code.
-
-    Replaces `kfp.local.subprocess_task_handler.run_local_subprocess`, with the same arguments. KFP's decodes the output
-    line by line: a byte that is not UTF-8 would end the run, and an endless line would have to fit in memory.
-    """
-    environment = {**os.environ, **env_vars} if env_vars else None
-    return subprocess.run(full_command, env=environment, check=False).returncode
-
-
 def main() -> None:
     """Run the pipeline described on standard input: {"project", "arguments", "home", "store", "runner",
     "caching"}."""
@@ -92,6 +81,7 @@ def main() -> None:
     from components.tracking.errors import explain_os_error
     from pipelines.alignment import build_pipeline
     from pipelines.local.containers import runner as container_runner
+    from pipelines.local.steps import run_step
 
     home, project = Path(request["home"]), Path(request["project"])
     config = load_config(project / PARAMS)

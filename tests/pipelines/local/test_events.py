@@ -15,7 +15,7 @@ from rich.console import Console
 
 from components.common.errors import StepFailedError
 from components.tracking.events import EVENTS_VARIABLE, EventReader
-from pipelines.local import child, runner
+from pipelines.local import child, runner, steps
 from pipelines.local.display import Display
 
 
@@ -102,13 +102,13 @@ def double(value: int) -> int:
 
 
 @dsl.component(base_image="python", install_kfp_package=False)
-def fetch(value: int) -> int:
+def increment(value: int) -> int:
     return value + 1
 
 
 @dsl.pipeline(name="two-steps")
 def two_steps(value: int = 1) -> None:
-    first = fetch(value=value)
+    first = increment(value=value)
     double(value=first.output)
 
 
@@ -119,9 +119,9 @@ def test_kfp_reports_each_step_that_it_serves_from_its_cache(kfp_local: None, tm
     two_steps(value=1)
     assert cached == []
     two_steps(value=1)
-    assert cached == ["fetch", "double"]
+    assert cached == ["increment", "double"]
     two_steps(value=2)
-    assert cached == ["fetch", "double"]
+    assert cached == ["increment", "double"]
 
 
 @dsl.component(base_image="python", install_kfp_package=False)
@@ -143,7 +143,7 @@ def test_a_byte_that_is_not_utf8_ends_a_run_by_kfps_own_function_and_not_by_ours
     start_kfp(tmp_path)
     with pytest.raises(UnicodeDecodeError):  # should KFP have fixed this, ours can go
         speaks(code=0)
-    subprocess_task_handler.run_local_subprocess = child.run_step
+    subprocess_task_handler.run_local_subprocess = steps.run_step
     with pytest.raises(RuntimeError):
         speaks(code=3)
     assert b"\xff\xfe colours \x1b[31m and no end" in capfdbinary.readouterr().out
