@@ -109,8 +109,7 @@ def derive(evaluation, rival, gate):
 
     error = spread(mean, [1] * len(test))
     t = (mean - threshold) * len(gain) / error if error else math.inf if mean > threshold else -math.inf
-    percentile = studentized = 0
-    regressed = {pair["lang"]: [] for pair in test}
+    percentile, studentized, regressed = 0, 0, {pair["lang"]: [] for pair in test}
     for _ in range(RESAMPLES):
         weights, now = resampled(test, rng), gains(resampled(validation, rng), 14)
         percentile += mean_of(now, weights) <= threshold
@@ -139,13 +138,13 @@ def rules(said, evaluation, comparison, rival):
     level = gate["language_alpha"] / max(1, len(comparison["regression_p"]))
     yield gate["test"], comparison["p_value"] <= gate["alpha"] / (k * (k + 1))
     yield "min_pairs", len(evaluation["held_out"]) >= gate["min_pairs"]
-    if evaluation["loss_type"] not in PER_TOKEN:
+    if evaluation["beta"] is not None and evaluation["loss_type"] not in PER_TOKEN:
         yield "policy_loss", models["policy"]["policy_metrics"]["loss"]["value"] < gate["max_policy_loss"]
     for name, low, high in (
         ("kl", -math.inf, "max_kl"),
         ("length_ratio", gate["min_length_ratio"], "max_length_ratio"),
     ):
-        if ours and ours[name]:
+        if ours and ours[name] and "sft" in models:
             yield name, low <= ours[name]["value"] <= gate[high]
     if ours and theirs:
         increase = ours["greedy"]["repetition"]["value"] - theirs["greedy"]["repetition"]["value"]
@@ -159,7 +158,8 @@ def verify(folder, key):
     said, files = read_statement(folder / "statement.json", key)
     check_files(folder, files)
     evaluation = json.loads((folder / "artifacts" / "evaluation.json").read_bytes())
-    judged, rival = evaluation["judged"], "incumbent" if said["incumbent"]["version"] else "sft"
+    first = "sft" if "sft" in evaluation["models"] else "base"
+    judged, rival = evaluation["judged"], "incumbent" if said["incumbent"]["version"] else first
     about = {"incumbent": said["incumbent"]["version"], "incumbent_statement": said["incumbent"]["statement"]}
     about |= {"test_set": said["test"]["set"], "decision_index": said["decision_index"]}
     if about != {name: judged[name] for name in about}:

@@ -60,6 +60,12 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
+    def _something_is_trained(self) -> Self:
+        if self.sft.epochs == 0 and self.dpo.epochs == 0:
+            raise ValueError("sft.epochs and dpo.epochs are both 0, which trains nothing; set one of them above 0")
+        return self
+
+    @model_validator(mode="after")
     def _adapters_belong_to_their_base(self) -> Self:
         if self.register_.format == "adapter" and self.model.quantization != "none":
             raise ValueError(

@@ -78,8 +78,10 @@ def run_dpo(
             (`model/`, fp32, with tokenizer and template), some of its logits (fingerprint.json), the installed packages
             (environment.txt), the steps (`history.jsonl`), training.json and a manifest.
 
+    Without an epoch the SFT model itself is the policy, written and checked in the same way.
+
     Returns:
-        the MLflow run, and loss, margin, accuracy and rewards on the validation pairs.
+        the MLflow run, and loss, margin, accuracy and rewards on the validation pairs; none without an epoch.
 
     Raises:
         TrainingError: the policy does not equal its reference before the first step, or a loss is not finite.
@@ -95,71 +97,97 @@ def run_dpo(
         examples = {split: pair_examples(tokenizer, found) for split, found in rows.items()}
         policy = open_tuned(run, base_model, sft_model, model, SFT_ADAPTER, trains=True)
         disable_dropout(policy)
-        lora = model.finetuning == "lora"
-        references: dict[str, Reference] = {}
-        if LOSSES[config.loss_type].reference_free:
-            references = dict.fromkeys(examples, no_reference)
-        elif config.precompute_ref_log_probs:
-            content = weights_digest(base_digest, sft_model)
-            logps = {
-                split: score(
-                    run,
-                    lambda: policy,
-                    model,
-                    content,
-                    found,
-                    f"reference_{split}",
-                    as_trained=True,
-                    read_from=sft_model / CACHE_DIR,
-                ).sums()
-                for split, found in examples.items()
-            }
-            check_reference(policy, examples["train"], logps["train"])
-            references = {split: cached_reference(values) for split, values in logps.items()}
-        if lora:
-            add_adapter(run, policy, DPO_ADAPTER, config)
-        if not references:
-            frozen = None if lora else open_tuned(run, base_model, sft_model, model, SFT_ADAPTER)
-            references = dict.fromkeys(examples, live_reference(policy, frozen))
         sets = {
             split: TrainingSet(examples[split], [row.id for row in rows[split]], [1.0] * len(rows[split]))
             for split in rows
         }
-        objective = {split: make_objective(reference, config) for split, reference in references.items()}
-        validate = partial(
-            evaluate, policy, sets["validation"], objective["validation"], config.max_tokens_per_microbatch
-        )
-        with checkpoint_folder("dpo", config, model, base_digest, data_digest, sft_digest) as checkpoints:
-            # A live reference switches the policy's adapters.
-            stateless = config.precompute_ref_log_probs
-            records = run_training(
-                run, policy, sets["train"], objective["train"], config, checkpoints, _show, validate, stateless
-            )
-            loss, validation = best_validation_metrics(records, validate)
-            metrics = {"validation_loss": loss} | {f"validation_{name}": value for name, value in validation.items()}
-            with stage_output(out) as folder:
-                _write_policy(run, folder, policy, model, base_model, base_digest, tokenizer, examples["validation"])
-                write_history(folder / "history.jsonl", records)
-                training: DpoTraining = {
-                    "metrics": metrics,
-                    "beta": config.beta,
-                    "loss": config.loss_type,
-                    "precision": model.precision,
-                    "quantization": model.quantization,
-                    "base_digest": base_digest,
-                    "sft_digest": sft_digest,
-                    "reference_rank": cast(Any, policy.lm).peft_config[SFT_ADAPTER].r if lora else 0,
-                    "libraries": versions(MODEL_LIBRARIES),
-                }
-                write_json(folder / "training.json", training)
-                write_manifest(folder)
+        records: list[StepRecord] = []
+        metrics: dict[str, float] = {}
+        if config.epochs:
+            with checkpoint_folder("dpo", config, model, base_digest, data_digest, sft_digest) as checkpoints:
+                records, metrics = _align(
+                    run, config, model, policy, sets, base_model, base_digest, sft_model, checkpoints
+                )
+        with stage_output(out) as folder:
+            _write_policy(run, folder, policy, model, base_model, base_digest, tokenizer, examples["validation"])
+            write_history(folder / "history.jsonl", records)
+            ranks = cast(Any, policy.lm).peft_config if model.finetuning == "lora" else {}
+            training: DpoTraining = {
+                "metrics": metrics,
+                "beta": config.beta if config.epochs else None,
+                "loss": config.loss_type if config.epochs else "",
+                "precision": model.precision,
+                "quantization": model.quantization,
+                "base_digest": base_digest,
+                "sft_digest": sft_digest,
+                "reference_rank": ranks[SFT_ADAPTER].r if DPO_ADAPTER in ranks else 0,
+                "libraries": versions(MODEL_LIBRARIES),
+            }
+            write_json(folder / "training.json", training)
+            write_manifest(folder)
         run.log_metrics([(len(records), metrics)])
-        run.log(
-            f"validation: loss {metrics['validation_loss']:.4f},"
-            f" accuracy {metrics['validation_rewards/accuracies']:.3f},"
-            f" margin {metrics['validation_rewards/margins']:.3f}"
-        )
+        if config.epochs:
+            run.log(
+                f"validation: loss {metrics['validation_loss']:.4f},"
+                f" accuracy {metrics['validation_rewards/accuracies']:.3f},"
+                f" margin {metrics['validation_rewards/margins']:.3f}"
+            )
+        else:
+            run.log("dpo.epochs is 0: the SFT model itself is the policy")
         return StageResult(run.run_id, metrics)
+
+
+def _align(
+    run: StageRun,
+    config: DpoConfig,
+    model: ExecutionConfig,
+    policy: PackedModel,
+    sets: dict[str, TrainingSet],
+    base_model: Path,
+    base_digest: str,
+    sft_model: Path,
+    checkpoints: Path,
+) -> tuple[list[StepRecord], dict[str, float]]:
+    """Train the policy, which is the SFT model as loaded.
+
+    Returns:
+        the steps, and the metrics on the validation pairs.
+    """
+    lora = model.finetuning == "lora"
+    references: dict[str, Reference] = {}
+    if LOSSES[config.loss_type].reference_free:
+        references = dict.fromkeys(sets, no_reference)
+    elif config.precompute_ref_log_probs:
+        content = weights_digest(base_digest, sft_model)
+        logps = {
+            split: score(
+                run,
+                lambda: policy,
+                model,
+                content,
+                data.examples,
+                f"reference_{split}",
+                as_trained=True,
+                read_from=sft_model / CACHE_DIR,
+            ).sums()
+            for split, data in sets.items()
+        }
+        check_reference(policy, sets["train"].examples, logps["train"])
+        references = {split: cached_reference(values) for split, values in logps.items()}
+    if lora:
+        add_adapter(run, policy, DPO_ADAPTER, config)
+    if not references:
+        frozen = None if lora else open_tuned(run, base_model, sft_model, model, SFT_ADAPTER)
+        references = dict.fromkeys(sets, live_reference(policy, frozen))
+    objective = {split: make_objective(reference, config) for split, reference in references.items()}
+    validate = partial(evaluate, policy, sets["validation"], objective["validation"], config.max_tokens_per_microbatch)
+    # A live reference switches the policy's adapters.
+    stateless = config.precompute_ref_log_probs
+    records = run_training(
+        run, policy, sets["train"], objective["train"], config, checkpoints, _show, validate, stateless
+    )
+    loss, validation = best_validation_metrics(records, validate)
+    return records, {"validation_loss": loss} | {f"validation_{name}": value for name, value in validation.items()}
 
 
 Reference = Callable[[Pack, list[int]], Tensor]

@@ -67,20 +67,22 @@ def save_adapter(model: PeftModel, name: str, out: Path, base_name: str) -> None
 def concatenate_adapters(model: PeftModel) -> None:
     """Concatenate the SFT and DPO adapters by rank into the exported one: exactly their sum, whatever each adapts.
 
-    The first ranks of every layer are the SFT adapter's, zero where it has none, see `keep_first_ranks`.
+    The first ranks of every layer are the SFT adapter's, zero where it has none, see `keep_first_ranks`. Without a DPO
+    adapter they are all.
     """
-    both = [model.peft_config[name] for name in (SFT_ADAPTER, DPO_ADAPTER)]
-    rank = sum(config.r for config in both)
-    patterns = {pattern for config in both for pattern in config.rank_pattern or ()}
-    ranks = {p: sum((config.rank_pattern or {}).get(p, config.r) for config in both) for p in sorted(patterns)}
+    parts = {name: model.peft_config[name] for name in (SFT_ADAPTER, DPO_ADAPTER) if name in model.peft_config}
+    configs = list(parts.values())
+    rank = sum(config.r for config in configs)
+    patterns = {pattern for config in configs for pattern in config.rank_pattern or ()}
+    ranks = {p: sum((config.rank_pattern or {}).get(p, config.r) for config in configs) for p in sorted(patterns)}
     exported = LoraConfig(
         r=rank,
         lora_alpha=rank,
         rank_pattern=ranks,
         alpha_pattern=dict(ranks),
-        target_modules=sorted({name for config in both for name in config.target_modules or ()}),
-        target_parameters=sorted({name for config in both for name in config.target_parameters or ()}) or None,
-        exclude_modules=sorted({name for config in both for name in config.exclude_modules or ()}) or None,
+        target_modules=sorted({name for config in configs for name in config.target_modules or ()}),
+        target_parameters=sorted({name for config in configs for name in config.target_parameters or ()}) or None,
+        exclude_modules=sorted({name for config in configs for name in config.exclude_modules or ()}) or None,
         task_type="CAUSAL_LM",
         bias="none",
     )
@@ -93,7 +95,7 @@ def concatenate_adapters(model: PeftModel) -> None:
         a_EPI.zero_()
         b_OPE.zero_()
         first = 0
-        for name, config in zip((SFT_ADAPTER, DPO_ADAPTER), both, strict=True):
+        for name, config in parts.items():
             width = a_EPI.shape[1] * config.r // rank
             if name in layer.lora_A:
                 a_ERI, b_ORE = _by_expert(layer, name, experts)

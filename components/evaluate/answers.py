@@ -241,7 +241,8 @@ def generation(
         bootstrap: resamples the groups of the prompts.
         answers: the model's answers.
         langs: language of each prompt.
-        sft_answers: the SFT model's answers, for the length ratio; None for the base.
+        sft_answers: the SFT model's answers, for the length ratio; None for the base, and where the policy is the SFT
+            model.
         kl: estimate of the KL on each sample, nats; None without a reference.
     """
     ratio: Estimate | None = None

@@ -73,7 +73,7 @@ class Candidate:
 
 def find_candidates(run: StageRun, model: ExecutionConfig, inputs: Inputs) -> tuple[list[Candidate], str]:
     """All candidates, each before its reference, so a model's samples exist when its reference is opened; and the
-    sha256 of the incumbent's statement, empty without one.
+    sha256 of the incumbent's statement, empty without one. There is no `sft` where the policy is the SFT model.
 
     Raises:
         InputError: a file changed since it was written, or the incumbent cannot be loaded.
@@ -87,33 +87,42 @@ def find_candidates(run: StageRun, model: ExecutionConfig, inputs: Inputs) -> tu
         return Candidate(name, weights_digest(base_digest, folder), tokenizer, opens, **trained)
 
     training = read_dpo_training(inputs.policy)
-    policy = tuned("policy", inputs.policy, reference="sft", beta=training["beta"], loss=training["loss"])
-    sft = tuned("sft", inputs.sft_model, reference="base")
     opens = partial(open_model, run, inputs.base_model, model, trains=False)
     base = Candidate("base", base_digest, tokenizer, opens)
+    if training["beta"] is None:
+        ours, sft = [tuned("policy", inputs.policy, reference="base"), base], "policy"
+    else:
+        policy = tuned("policy", inputs.policy, reference="sft", beta=training["beta"], loss=training["loss"])
+        ours, sft = [policy, tuned("sft", inputs.sft_model, reference="base"), base], "sft"
     if not inputs.incumbent:
-        return [policy, sft, base], ""
+        return ours, ""
     folder, statement = download_incumbent(inputs.incumbent)
-    return [*_incumbent(run, model, inputs, folder, base_digest, sft_digest), policy, sft, base], statement
+    known = {sft_digest: sft}
+    return [*_incumbent(run, model, inputs, folder, base_digest, known), *ours], statement
 
 
 def _incumbent(
-    run: StageRun, model: ExecutionConfig, inputs: Inputs, folder: Path, base_digest: str, sft_digest: str
+    run: StageRun, model: ExecutionConfig, inputs: Inputs, folder: Path, base_digest: str, sft: dict[str, str]
 ) -> list[Candidate]:
-    """The incumbent, and its reference if that is not the SFT model."""
+    """The incumbent, and its reference if that is none of the candidates.
+
+    Args:
+        sft: the candidate that is this run's SFT model, by that model's digest.
+    """
     training = read_dpo_training(folder)
     beta, loss = training["beta"], training["loss"]
-    same_sft = training["sft_digest"] == sft_digest and training["base_digest"] == base_digest
+    known = sft.get(training["sft_digest"], "") if beta is not None else "base"
+    known = known if training["base_digest"] == base_digest else ""
     trained_base = _base_of(folder / "adapter").removeprefix("sha256:")
     if trained_base != base_digest and (folder / "model" / "config.json").is_file():
         opens = partial(open_model, run, folder / "model", model, trains=False)
         tokenizer, content = load_tokenizer(folder / "model"), whole_digest(folder / "model")
-        return [Candidate("incumbent", content, tokenizer, opens, "sft" if same_sft else "", beta, loss)]
+        return [Candidate("incumbent", content, tokenizer, opens, known, beta, loss)]
     base = inputs.base_model if trained_base == base_digest else _base_in_registry(inputs.incumbent, folder)
     opens = partial(open_tuned, run, base, folder, model, "incumbent")
     content, tokenizer = adapted_digest(trained_base, folder / "adapter"), load_tokenizer(base)
     rank = training["reference_rank"]
-    reference = "sft" if same_sft else INCUMBENT_REFERENCE if rank else ""
+    reference = known or (INCUMBENT_REFERENCE if rank else "")
     incumbent = Candidate("incumbent", content, tokenizer, opens, reference, beta, loss)
     if reference != INCUMBENT_REFERENCE:
         return [incumbent]

@@ -14,6 +14,7 @@ from components.dataset.records import LANGUAGES, Preference
 from components.engine.objectives import LOSSES
 from components.evaluate.config import EvaluateConfig
 from components.gate.results import Comparison, Estimate, McNemar, Metrics, ModelResults, PairResults
+from components.gate.rules import FIRST_RIVALS
 from components.gate.statistics import (
     DISTRIBUTION_POINTS,
     Floats,
@@ -82,7 +83,7 @@ def compare(
         threshold: improvement that the policy must exceed, nats; below 0 for non-inferiority.
         regression: largest regression that a language may have, nats.
         rows: validation and test pairs.
-        scored: `base`, `sft`, `policy` and, if there is one, `incumbent`.
+        scored: `base`, `policy`, `sft` unless the policy is the SFT model and, if there is one, `incumbent`.
     """
     test = rows["test"]
     settings = (config.bootstrap_resamples, config.confidence)
@@ -92,12 +93,11 @@ def compare(
     masks = slices(test, lengths_P)
     base = {split: scored["base"].by_split[split].sums() for split in EVAL_SPLITS}
     models = {name: _evaluate(bootstrap, calibration, masks, test, model, base) for name, model in scored.items()}
-    policy, beta = models["policy"], scored["policy"].beta
-    assert beta is not None, "dpo records the beta of every policy"
+    policy = models["policy"]
+    rivals = [name for name in ("sft", "incumbent") if name in models]
     comparisons: dict[str, Comparison] = {
         rival: _compare(bootstrap, (threshold, regression), masks, policy, models[rival], rival)
-        for rival in ("sft", "incumbent")
-        if rival in models
+        for rival in (rivals if "sft" in models else ["base", *rivals])
     }
     return {
         "pairs": {split: len(rows[split]) for split in EVAL_SPLITS},
@@ -105,7 +105,7 @@ def compare(
         "confidence": config.confidence,
         "bootstrap_resamples": config.bootstrap_resamples,
         "seed": config.seed,
-        "beta": beta,
+        "beta": scored["policy"].beta,
         "loss_type": scored["policy"].loss,
         "models": {name: model.results for name, model in models.items()},
         "comparisons": comparisons,
@@ -299,7 +299,7 @@ def _compare(
     }
 
 
-RIVALS = {"sft": "the SFT model", "incumbent": "the incumbent champion"}
+RIVALS = FIRST_RIVALS | {"incumbent": "the incumbent champion"}
 
 
 def words(improvement: Estimate, ranked: McNemar, error: float, n_groups: int, rival: str) -> str:
@@ -310,7 +310,7 @@ def words(improvement: Estimate, ranked: McNemar, error: float, n_groups: int, r
         ranked: pairs that only one of the two ranks correctly.
         error: standard error of the improvement, nats.
         n_groups: prompt groups of the test pairs.
-        rival: `sft` or `incumbent`.
+        rival: `sft`, `base` or `incumbent`.
     """
     gain, low, high = improvement["value"], improvement["low"], improvement["high"]
     pairs, who = improvement["n"], RIVALS[rival]

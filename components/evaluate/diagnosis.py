@@ -66,14 +66,16 @@ def to_curves(records: Sequence[StepRecord]) -> Curves:
 
 
 def diagnose(records: Sequence[StepRecord], evaluation: PairResults) -> list[Finding]:
-    """The pathologies of a training run, problems first; empty if there are none.
+    """The pathologies of a training run, problems first; empty if there are none, or no step.
 
     Args:
         records: the steps of dpo.
         evaluation: the policy's beta and loss, and the metrics of its answers.
     """
-    curves = to_curves(records)
     beta, loss = evaluation["beta"], evaluation["loss_type"]
+    if beta is None:
+        return []
+    curves = to_curves(records)
     checks = [
         _reference_mismatch(curves),
         _no_learning(curves, loss),

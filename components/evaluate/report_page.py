@@ -21,12 +21,13 @@ from components.gate.results import (
     Metrics,
     ModelResults,
 )
+from components.gate.rules import NO_DPO
 from components.gate.verdict import Verdict
 from components.report.html import FIRST, SECOND, THIRD, Plot, Row, Table, downsample, finish_plot, new_plot, render
 from components.report.markdown import bold, table_row
 from components.report.markdown import markdown as harmless
 
-NAMES = {"base": "base model", "sft": "SFT", "policy": "policy (DPO)", "incumbent": "incumbent champion"}
+NAMES = {"base": "base model", "sft": "SFT", "policy": "policy", "incumbent": "incumbent champion"}
 METRICS = {
     "preference_log_loss": "preference log-loss, nats",
     "rewards/accuracies": "reward accuracy",
@@ -108,6 +109,8 @@ class ReportView:
     comparisons: Table
     rules: Table
     secondary_metrics: Table
+    aligned: bool
+    """Whether there was preference training."""
     training: str
     policy_metrics: Table
     plots: list[Plot]
@@ -132,7 +135,7 @@ def report(
     Args:
         evaluation: evaluation.json.
         verdict: verdict.json.
-        histories: the steps of `sft` and `dpo`.
+        histories: the steps of `sft` and `dpo`, as far as there were any.
         validation: validation.json.
     """
     models, comparisons = evaluation["models"], evaluation["comparisons"]
@@ -146,7 +149,10 @@ def report(
         comparisons=_comparisons(comparisons),
         rules=_rules(verdict),
         secondary_metrics=_metrics({name: model["overall"] for name, model in models.items()}, SECONDARY_METRICS),
-        training=f"The policy: beta = {evaluation['beta']:g}, loss {evaluation['loss_type']}, reference SFT.",
+        aligned=evaluation["beta"] is not None,
+        training=NO_DPO
+        if evaluation["beta"] is None
+        else f"the policy has beta = {evaluation['beta']:g}, loss {evaluation['loss_type']}, reference SFT",
         policy_metrics=_metrics(
             {name: model["policy_metrics"] for name, model in models.items() if model["policy_metrics"]}, POLICY_METRICS
         ),
@@ -287,15 +293,13 @@ def _reliability_plot(evaluation: Evaluation) -> Plot:
         "Calibration of the policy's preferences", "predicted probability", "observed share correct"
     )
     axes.plot([0.5, 1], [0.5, 1], color=THIRD, linewidth=1, linestyle="--")
-    labels = {"fitted": "fitted scale", "as_trained": f"beta {evaluation['beta']:g}, own reference"}
-    policy = evaluation["models"]["policy"]
+    policy, beta = evaluation["models"]["policy"], evaluation["beta"]
     for (kind, bins), colour in zip(policy["reliability"].items(), (FIRST, SECOND), strict=False):
         x, y = [bin_["predicted"] for bin_ in bins], np.array([bin_["observed"] for bin_ in bins])
         error = [y - [bin_["low"] for bin_ in bins], [bin_["high"] for bin_ in bins] - y]
+        label = "fitted scale" if kind == "fitted" else f"beta {beta:g}, own reference"
         # Rounding can put an end of an interval on the wrong side of its value.
-        axes.errorbar(
-            x, y, np.clip(error, 0.0, None), color=colour, marker="o", capsize=2, linewidth=1, label=labels[kind]
-        )
+        axes.errorbar(x, y, np.clip(error, 0.0, None), color=colour, marker="o", capsize=2, linewidth=1, label=label)
     axes.legend()
     return finish_plot(
         figure,
@@ -315,11 +319,12 @@ def _roc_plot(evaluation: Evaluation) -> Plot:
 def _margin_plot(evaluation: Evaluation) -> Plot:
     figure, axes = new_plot("Margins on held-out pairs", "margin against the base model, nats", "pairs")
     pairs = evaluation["held_out"]
-    margins = {name: np.array([pair["margins"][name] for pair in pairs]) for name in ("sft", "policy")}
+    colours = {name: colour for name, colour in (("sft", SECOND), ("policy", FIRST)) if name in evaluation["models"]}
+    margins = {name: np.array([pair["margins"][name] for pair in pairs]) for name in colours}
     both = np.concatenate(list(margins.values()))
     edges = np.linspace(np.quantile(both, 0.01), np.quantile(both, 0.99) + 1e-9, 31)
-    for (name, values), colour in zip(margins.items(), (SECOND, FIRST), strict=True):
-        axes.hist(np.clip(values, edges[0], edges[-1]), edges, color=colour, alpha=0.55, label=NAMES[name])
+    for name, values in margins.items():
+        axes.hist(np.clip(values, edges[0], edges[-1]), edges, color=colours[name], alpha=0.55, label=NAMES[name])
     axes.axvline(0.0, color=THIRD, linewidth=1)
     axes.legend()
     return finish_plot(
@@ -358,8 +363,10 @@ def _prompt(entry: AnsweredPrompt, texts: Mapping[str, str], models: Iterable[st
 
 
 def _curves(histories: Mapping[str, Sequence[StepRecord]]) -> list[Plot]:
-    dpo = histories["dpo"]
     plots = [_curve(f"{stage.upper()} loss", records, {"loss": FIRST}, "nats") for stage, records in histories.items()]
+    dpo = histories.get("dpo")
+    if not dpo:
+        return plots
     rewards = {"rewards/chosen": THIRD, "rewards/rejected": SECOND, "rewards/margins": FIRST}
     plots.append(_curve("DPO rewards in training", dpo, rewards, "beta x nats"))
     plots.append(_curve("DPO reward accuracy in training", dpo, {"rewards/accuracies": FIRST}, "share"))

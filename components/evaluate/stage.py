@@ -71,7 +71,7 @@ def run_evaluate(
     """
     model = resolve_precision(model)
     params = config.model_dump() | {f"gate_{key}": value for key, value in gate.model_dump().items()}
-    params |= {"incumbent": inputs.incumbent or "sft", "precision": model.precision, "hardware": model.hardware}
+    params |= {"incumbent": inputs.incumbent or "none", "precision": model.precision, "hardware": model.hardware}
     with stage_run("evaluate", params) as run:
         rows = {
             split: read_rows(inputs.dataset / "preferences" / f"{split}.jsonl", Preference) for split in EVAL_SPLITS
@@ -79,7 +79,7 @@ def run_evaluate(
         prompt_rows = fixed_prompts(rows["test"], config.generations_per_language)
         candidates, incumbent_statement = find_candidates(run, model, inputs)
         outputs = _run_models(run, config, model, candidates, rows, prompt_rows)
-        history = read_history(inputs.policy / "history.jsonl")
+        history = read_history(inputs.policy / "history.jsonl", may_be_empty="sft" not in outputs)
         judged = _judged(inputs, incumbent_statement, code)
         evaluation = _evaluation(config, gate, rows, outputs, prompt_rows, history, inputs, facts, judged)
         context = GateContext(inputs.incumbent, inputs.decision_index, inputs.data_clean)
@@ -95,7 +95,7 @@ def run_evaluate(
             run.log(f"{finding['severity']}: {finding['evidence']}")
         run.log(verdict["sentence"])
         sft_history = read_history(inputs.sft_model / "history.jsonl", may_be_empty=True)
-        histories = ({"sft": sft_history} if sft_history else {}) | {"dpo": history}
+        histories = {stage: steps for stage, steps in (("sft", sft_history), ("dpo", history)) if steps}
         validation = read_document(inputs.dataset / "validation.json", ValidationSummary)
         write_text(html_out, report(evaluation, verdict, histories, validation))
         write_text(markdown_out, markdown(evaluation, verdict))
@@ -213,7 +213,9 @@ def _generation(
     )
     langs = [row.lang for row in prompt_rows]
     return {
-        name: generation(bootstrap, model_answers, langs, None if name == "base" else answers["sft"], outputs[name].kl)
+        name: generation(
+            bootstrap, model_answers, langs, None if name == "base" else answers.get("sft"), outputs[name].kl
+        )
         for name, model_answers in answers.items()
     }
 

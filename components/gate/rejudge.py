@@ -11,7 +11,7 @@ import numpy as np
 from components.common.errors import EvidenceError
 from components.config.gate import GateConfig
 from components.gate.results import Comparison, Evaluation
-from components.gate.rules import GateContext, apply_gate
+from components.gate.rules import GateContext, apply_gate, rival_of
 from components.gate.statistics import GroupBootstrap, compared_loss, fit_scale, superiority_p
 from components.gate.verdict import Verdict
 
@@ -35,7 +35,7 @@ def judge_again(evaluation: Evaluation, context: GateContext, config: GateConfig
     for name, wanted in vars(context).items():
         if judged[name] != wanted:  # type: ignore[literal-required]
             raise EvidenceError(f"{where}: judged with {name} {judged[name]!r}, expected {wanted!r}; evaluate again")  # type: ignore[literal-required]
-    rival = "incumbent" if context.incumbent else "sft"
+    rival = rival_of(evaluation, context.incumbent)
     if rival not in evaluation["comparisons"] or not evaluation["held_out"]:
         raise EvidenceError(f"{where}: the policy is not compared with the {rival}; evaluate again")
     stated = evaluation["comparisons"][rival]
@@ -52,7 +52,7 @@ def numbers(evaluation: Evaluation, rival: str, config: GateConfig) -> dict[str,
 
     Args:
         evaluation: evaluation.json, of which only scores, resamples and seed are read.
-        rival: `sft` or `incumbent`.
+        rival: `sft`, `base` or `incumbent`.
         config: the gate's rules.
     """
     test, validation = evaluation["held_out"], evaluation["calibration"]

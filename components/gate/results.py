@@ -2,7 +2,8 @@
 
 Losses, rewards and divergences are in nats. Every estimate carries its interval at `confidence`, from the same seeded
 resamples of prompt groups, so two estimates of one evaluation are paired. A model's `reference` is the model it was
-trained from and regularized towards: the base for SFT, its own SFT model for a policy.
+trained from and regularized towards: the base for SFT, its own SFT model for a policy. With `dpo.epochs: 0` the policy
+is the SFT model itself: its reference is the base, and it has neither beta nor preference loss.
 """
 
 from typing_extensions import TypedDict
@@ -52,13 +53,13 @@ class Generation(TypedDict):
     greedy: Metrics
     sampled: Metrics
     length_ratio: Estimate | None
-    """Tokens of the greedy answers over those of the SFT model, a ratio of sums; None for the base."""
+    """Tokens of the greedy answers over those of the SFT model, a ratio of sums; None for the base and without SFT."""
     kl: Estimate | None
     """KL(model || reference) on the model's own samples, nats per answer; None for the base."""
 
 
 class ModelResults(TypedDict):
-    """One of `base`, `sft`, `policy`, `incumbent` on the test pairs.
+    """One of `base`, `sft`, `policy`, `incumbent` on the test pairs; no `sft` where the policy is the SFT model itself.
 
     A set of metrics holds preference_log_loss, rewards/accuracies, rewards/margins, rewards/chosen, rewards/rejected
     (all against the common base), raw_accuracy and raw_accuracy_per_token (rankings by log-prob), bits_per_byte (of
@@ -92,7 +93,7 @@ class McNemar(TypedDict):
 
 
 class Comparison(TypedDict):
-    """The policy against a rival, `sft` or `incumbent`, on the same pairs."""
+    """The policy against a rival on the same pairs: `incumbent`, `sft`, or `base` where the policy is the SFT model."""
 
     improvement: Estimate
     """Mean preference log-loss of the rival minus the policy's: the primary difference."""
@@ -163,9 +164,9 @@ class PairResults(TypedDict):
     confidence: float
     bootstrap_resamples: int
     seed: int
-    beta: float
+    beta: float | None
     loss_type: str
-    """The policy's training loss, such as `sigmoid`."""
+    """The policy's preference loss, such as `sigmoid`; empty, and `beta` None, where the policy is the SFT model."""
     models: dict[str, ModelResults]
     comparisons: dict[str, Comparison]
     roc: RocCurve
@@ -185,7 +186,7 @@ class Judged(TypedDict):
     base: str
     """Digest of the base model's files."""
     incumbent: str
-    """models:/name/version; empty for the SFT model."""
+    """models:/name/version; empty before the first champion."""
     incumbent_statement: str
     """sha256 of the incumbent's signed statement."""
     decision_index: int

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from components.common.errors import KubealignError
 from components.config.gate import GateConfig
 from components.engine.objectives import LOSSES
-from components.gate.results import Comparison, Estimate, Evaluation, Generation
+from components.gate.results import Comparison, Estimate, Evaluation, Generation, PairResults
 from components.gate.verdict import Rule, Verdict, VerdictName
 
 NO_ANSWERS = "no answers were generated (evaluate.generations_per_language is 0)"
+NO_DPO = "the policy is the SFT model itself (dpo.epochs is 0)"
+FIRST_RIVALS = {"sft": "the SFT model", "base": "the base model"}
+"""Whom the policy has to beat before the first champion."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class GateContext:
     """Inputs of the gate other than the metrics.
 
     Args:
-        incumbent: the champion to beat as models:/name/version; empty for the SFT model.
+        incumbent: the champion to beat as models:/name/version; empty before the first one.
         decision_index: number of this decision among those on the same test set, from 1.
         data_clean: whether a commit records exactly this data.
     """
@@ -40,6 +43,15 @@ def alpha_for_decision(alpha: float, decision_index: int) -> float:
     return alpha / (decision_index * (decision_index + 1))
 
 
+def rival_of(evaluation: PairResults, incumbent: str) -> str:
+    """The model that the policy has to beat: the champion; before the first one the SFT model, or the base model where
+    the policy is the SFT model itself.
+
+    Rewards are against the base, whose own are 0 and its loss ln 2: better than the base is better than a coin toss.
+    """
+    return "incumbent" if incumbent else next(name for name in FIRST_RIVALS if name in evaluation["models"])
+
+
 def apply_gate(evaluation: Evaluation, context: GateContext, config: GateConfig) -> Verdict:
     """Apply the rules to an evaluation.
 
@@ -51,8 +63,8 @@ def apply_gate(evaluation: Evaluation, context: GateContext, config: GateConfig)
     Raises:
         KubealignError: the evaluation has no policy_metrics of the policy.
     """
-    rival = "incumbent" if context.incumbent else "sft"
-    name = f"the champion {context.incumbent}" if context.incumbent else "the SFT model"
+    rival = rival_of(evaluation, context.incumbent)
+    name = f"the champion {context.incumbent}" if context.incumbent else FIRST_RIVALS[rival]
     comparison = evaluation["comparisons"][rival]
     level = alpha_for_decision(config.alpha, context.decision_index)
     rules = [
@@ -103,6 +115,8 @@ def _min_pairs(comparison: Comparison, config: GateConfig) -> Rule:
 
 def _policy_loss(evaluation: Evaluation, config: GateConfig) -> Rule:
     expected = f"below {config.max_policy_loss:.4f}"
+    if evaluation["beta"] is None:
+        return _not_applicable("policy_loss", expected, NO_DPO)
     if LOSSES[evaluation["loss_type"]].per_token:  # its beta does not scale log-ratios of whole answers
         return _not_applicable("policy_loss", expected, f"trained by {evaluation['loss_type']}, a loss per token")
     metrics = evaluation["models"]["policy"]["policy_metrics"]
@@ -114,26 +128,30 @@ def _policy_loss(evaluation: Evaluation, config: GateConfig) -> Rule:
 
 
 def _generation(evaluation: Evaluation, rival: str, rival_name: str, config: GateConfig) -> list[Rule]:
-    """Rules on KL, length and repetition of the policy's answers."""
+    """Rules on KL, length and repetition of the policy's answers.
+
+    KL and length bound how far preference training may take a policy from its SFT model. Where the policy is that model
+    they say nothing: SFT is meant to leave the base, whose answers often have no end.
+    """
     policy, rival_generation = (evaluation["models"][name]["generation"] for name in ("policy", rival))
-    kl, ratio = (policy["kl"], policy["length_ratio"]) if policy else (None, None)
+    aligned = policy if "sft" in evaluation["models"] else None
+    kl, ratio = (aligned["kl"], aligned["length_ratio"]) if aligned else (None, None)
+    missing = NO_DPO if policy and not aligned else NO_ANSWERS
+    kl_limit, length_limits = (None, config.max_kl), (config.min_length_ratio, config.max_length_ratio)
     return [
-        _limit("kl", kl, None, config.max_kl, "nats per answer from the SFT model, on its own samples"),
-        _limit(
-            "length_ratio",
-            ratio,
-            config.min_length_ratio,
-            config.max_length_ratio,
-            "times the tokens of the SFT model's answers",
-        ),
+        _limit("kl", kl, kl_limit, "nats per answer from the SFT model, on its own samples", missing),
+        _limit("length_ratio", ratio, length_limits, "times the tokens of the SFT model's answers", missing),
         _repetition(policy, rival_generation, rival_name, config),
     ]
 
 
-def _limit(name: str, estimate: Estimate | None, lowest: float | None, highest: float, meaning: str) -> Rule:
+def _limit(
+    name: str, estimate: Estimate | None, limits: tuple[float | None, float], meaning: str, missing: str
+) -> Rule:
+    lowest, highest = limits
     expected = f"at most {highest:g}" if lowest is None else f"from {lowest:g} to {highest:g}"
     if estimate is None:
-        return _not_applicable(name, expected, NO_ANSWERS)
+        return _not_applicable(name, expected, missing)
     ok = estimate["value"] <= highest and (lowest is None or estimate["value"] >= lowest)
     sentence = f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}] {meaning}"
     return _rule(name, ok, estimate["value"], expected, sentence)

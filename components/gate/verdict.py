@@ -25,7 +25,7 @@ class VerdictSummary(TypedDict):
     verdict: VerdictName
     sentence: str
     incumbent: str
-    """The champion to beat as models:/name/version; empty for the SFT model."""
+    """The champion to beat as models:/name/version; empty before the first one."""
     decision_index: int
     """Number of this decision among those on the same test set, from 1."""
     alpha_for_decision: float

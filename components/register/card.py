@@ -43,8 +43,7 @@ def model_card(
     parts = [
         _front_matter(name, facts, evaluation, validation),
         f"# {markdown(name)}\n",
-        "A causal language model, fine-tuned on instructions (SFT) and aligned to preference pairs by Direct Preference"
-        f" Optimization (loss {code(evaluation['loss_type'])}, beta {evaluation['beta']:g}) against the SFT model.\n",
+        _made(evaluation),
         f"**Verdict.** {markdown(verdict['sentence'])}\n",
         f"It was judged in {_trained(training)}. The files here, computed in fp32, have the log-probs of that model.\n",
         "## Evaluation\n",
@@ -59,6 +58,15 @@ def model_card(
         _lineage(facts),
     ]
     return "\n".join(parts) + "\n"
+
+
+def _made(evaluation: Evaluation) -> Markdown:
+    if evaluation["beta"] is None:
+        return Markdown("A causal language model, fine-tuned on instructions (SFT), without preference training.\n")
+    return Markdown(
+        "A causal language model, fine-tuned on instructions (SFT) and aligned to preference pairs by Direct Preference"
+        f" Optimization (loss {code(evaluation['loss_type'])}, beta {evaluation['beta']:g}) against the SFT model.\n"
+    )
 
 
 def _trained(training: DpoTraining) -> Markdown:
@@ -79,7 +87,7 @@ def _front_matter(name: str, facts: dict[str, str], evaluation: Evaluation, vali
         base_model=_public(facts["base_reference"]),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["dpo", "preference-alignment", "kubealign"],
+        tags=["sft" if evaluation["beta"] is None else "dpo", "preference-alignment", "kubealign"],
         datasets=sorted(
             {
                 name

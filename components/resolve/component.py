@@ -43,9 +43,9 @@ def resolve(
     Args:
         data_revision: Branch, tag or commit of the data; `workspace` for local files as they are.
         base_model: Base model: `embedded`, a folder, s3://, models:/ or a hub id.
-        sft_epochs: Passes over the instructions.
+        sft_epochs: Passes over the instructions; 0 for none.
         sft_learning_rate: Peak learning rate of SFT.
-        dpo_epochs: Passes over the preference pairs.
+        dpo_epochs: Passes over the preference pairs; 0 for none.
         dpo_learning_rate: Peak learning rate of DPO.
         dpo_beta: Strength of the pull towards the reference.
         dpo_loss_type: Preference loss.

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from components.config.section import Positive, Probability, Section
+from components.config.section import NonNegative, Positive, Probability, Section
 
 LearningRate = Annotated[Positive, Field(description="peak learning rate of AdamW")]
 BatchSize = Annotated[int, Field(ge=1, description="examples or pairs per optimizer step")]
@@ -18,7 +18,11 @@ LAYER_NAME = re.compile(r"[A-Za-z_][\w.]*")
 class OptimizerConfig(Section):
     """Training settings; the same fields for sft and dpo."""
 
-    epochs: Positive = Field(default=1.0, description="passes over the training examples; may be a fraction")
+    epochs: NonNegative = Field(
+        default=1.0,
+        description="passes over the training examples; may be a fraction. sft.epochs=0: dpo aligns the base model"
+        " itself; dpo.epochs=0: the SFT model itself is judged",
+    )
     max_steps: int = Field(default=0, ge=0, description="stop after this many optimizer steps; 0 for no limit")
     learning_rate: LearningRate = 2.0e-4
     batch_size: BatchSize = 8

@@ -25,16 +25,17 @@ class DpoTraining(TypedDict):
 
     metrics: NotRequired[dict[str, float]]
     """Loss and rewards on the validation pairs; version 0.1 wrote them at the top level."""
-    beta: float
+    beta: float | None
+    """None without preference training (`dpo.epochs: 0`): the policy is the SFT model."""
     loss: str
-    """The preference loss, such as `sigmoid`."""
+    """The preference loss, such as `sigmoid`; empty likewise."""
     precision: str
     quantization: NotRequired[str]
     """Of the base that was trained on; version 0.1 did not write it."""
     base_digest: str
     sft_digest: str
     reference_rank: int
-    """The first ranks of the exported adapter are the reference; 0 after full fine-tuning."""
+    """The first ranks of the exported adapter are the reference; 0 after full fine-tuning, or without a reference."""
     libraries: dict[str, str]
     """Versions of the libraries that the model was written with and loads with."""
 

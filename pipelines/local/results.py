@@ -25,7 +25,7 @@ class FinishedRun(Result):
     """Path of the report page on this machine."""
 
 
-NAMES = {"sft": "SFT", "policy": "DPO", "incumbent": "incumbent"}
+NAMES = {"sft": "SFT", "policy": "policy", "incumbent": "incumbent"}
 
 
 def find_run(run: str) -> str:

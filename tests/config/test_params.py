@@ -46,6 +46,15 @@ def test_a_renamed_key_of_an_old_file_is_named_with_its_new_name(old: str, new: 
     assert new.split(" ", maxsplit=1)[0].split(".")[1] in Config().sections()[section]
 
 
+def test_training_nothing_is_refused_while_either_stage_may_be_left_out() -> None:
+    assert load_config(PARAMS, ["sft.epochs=0"]).dpo.epochs and load_config(PARAMS, ["dpo.epochs=0"]).sft.epochs
+    with pytest.raises(InputError, match=r"sft\.epochs and dpo\.epochs"):
+        load_config(PARAMS, ["sft.epochs=0", "dpo.epochs=0"])
+    arguments = pipeline_arguments(load_config(PARAMS)) | {"sft_epochs": 0.0, "dpo_epochs": 0.0}
+    with pytest.raises(InputError, match=r"sft\.epochs and dpo\.epochs"):
+        config_from_arguments(arguments)
+
+
 def test_smoothing_that_would_do_nothing_is_refused() -> None:
     with pytest.raises(InputError, match="label_smoothing means nothing to the loss ipo"):
         load_config(PARAMS, ["dpo.loss_type=ipo", "dpo.label_smoothing=0.1"])

@@ -1,17 +1,22 @@
 """The training and judging stages one after another on pairs that can be learnt, without Kubeflow."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from components.common.errors import InputError, KubealignError
 from components.common.files import file_hashes, read_json, write_json, write_manifest
+from components.config.params import load_config
 from components.evaluate import candidates
-from tests.support.stages import Stages
+from components.gate.rejudge import judge_again
+from components.gate.rules import GateContext
+from tests.conftest import ROOT
+from tests.support.stages import SETTINGS, Stages
 
 
 def test_dpo_on_learnable_pairs_passes_the_gate_and_without_its_update_it_does_not(stages: Stages) -> None:
@@ -86,14 +91,54 @@ def test_an_incumbents_own_reference_is_found_in_its_adapter(
     mine, theirs = (
         results["models"][name]["policy_metrics"] for results, name in ((first, "policy"), (found, "incumbent"))
     )
-    for metric, estimate in mine.items():
-        assert theirs[metric] == pytest.approx(estimate, abs=1e-4), metric
+    same_within(theirs, mine)
     assert found["models"]["incumbent"]["generation"]["kl"]["value"] == pytest.approx(
         first["models"]["policy"]["generation"]["kl"]["value"], abs=1e-4
     )
     write_json(made / "base.json", {"reference": "models:/m-base/1", "files": {"config.json": "0"}})
     with pytest.raises(InputError, match="the files of its base model models:/m-base/1 changed"):
         stages.judge("older", incumbent="models:/m/1")
+
+
+def test_the_sft_model_alone_is_judged_against_the_base(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dpo.epochs: 0`: the exported policy is the SFT model, and what bounds preference training does not apply."""
+    alone = stages.align("alone", "dpo.epochs=0")
+    aligned = stages.align("aligned", "dpo.max_steps=1")
+    assert alone["models"].keys() == {"base", "policy"} and alone["comparisons"].keys() == {"base"}
+    same_within(alone["models"]["policy"]["overall"], aligned["models"]["sft"]["overall"])
+    rules = {rule["name"]: rule["outcome"] for rule in alone["verdict"]["rules"]}
+    assert {name for name, outcome in rules.items() if outcome == "not applicable"} == {
+        "policy_loss",
+        "kl",
+        "length_ratio",
+    }
+    gain = alone["comparisons"]["base"]["improvement"]["value"]
+    loss = alone["models"]["policy"]["overall"]["preference_log_loss"]["value"]
+    assert gain == pytest.approx(math.log(2) - loss, abs=1e-9) and "base model" in alone["verdict"]["sentence"]
+    gate = load_config(ROOT / "params.yaml", SETTINGS).gate
+    assert judge_again(cast(Any, alone), GateContext("", 1, True), gate, "x") == alone["verdict"]
+    page = (stages.folder / "alone" / "report.html").read_text()
+    assert "dpo.epochs is 0" in page and "DPO loss" not in page and "SFT loss" in page
+
+    champion = {"name": "aligned"}
+    monkeypatch.setattr(
+        candidates, "download_incumbent", lambda uri: (stages.folder / champion["name"] / "policy", "s")
+    )
+    beaten = stages.judge("alone", "dpo.epochs=0", incumbent="models:/m/1")
+    assert beaten["comparisons"].keys() == {"base", "incumbent"}
+    # The incumbent's reference is the SFT model, which is the policy here.
+    same_within(beaten["models"]["incumbent"]["policy_metrics"], aligned["models"]["policy"]["policy_metrics"])
+    champion["name"] = "alone"
+    challenger = stages.judge("aligned", "dpo.max_steps=1", incumbent="models:/m/1")
+    assert challenger["comparisons"].keys() == {"sft", "incumbent"}
+    assert challenger["models"]["incumbent"]["policy_metrics"] is None
+    assert challenger["models"]["incumbent"]["generation"]["kl"] == alone["models"]["policy"]["generation"]["kl"]
+
+
+def same_within(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for metric, estimate in expected.items():
+        assert found[metric] == pytest.approx(estimate, abs=1e-4), metric
 
 
 def test_swapped_labels_in_training_are_called_worse(stages: Stages) -> None:

@@ -44,6 +44,7 @@ def results(p_value: float = 0.001, gain: float = 0.1, **changed: Any) -> Any:
     models["policy"]["policy_metrics"] = {"loss": estimate(0.6)}
     found = {
         "bootstrap_resamples": RESAMPLES,
+        "beta": 0.1,
         "loss_type": "sigmoid",
         "models": models,
         "comparisons": {"sft": comparison, "incumbent": copy.deepcopy(comparison)},
@@ -120,6 +121,22 @@ def test_rules_without_their_numbers_are_not_applicable_and_say_so() -> None:
     assert judged["passed"]
     for rule in ("policy_loss", "kl", "length_ratio", "repetition"):
         assert outcome(judged, rule) == "not applicable"
+
+
+def test_the_sft_model_alone_has_to_beat_the_base_by_the_rules_that_concern_it() -> None:
+    found = results(beta=None, loss_type="")
+    found["models"]["base"] = found["models"].pop("sft")
+    found["models"]["policy"]["policy_metrics"] = None
+    found["comparisons"]["base"] = found["comparisons"].pop("sft")
+    judged = apply_gate(found, FIRST, GATE)
+    assert judged["passed"] and "better than the base model" in judged["sentence"]
+    for rule in ("policy_loss", "kl", "length_ratio"):
+        assert outcome(judged, rule) == "not applicable"
+    assert outcome(judged, "repetition") == "pass"
+    found["models"]["policy"]["generation"]["greedy"]["repetition"] = estimate(0.9)
+    assert outcome(apply_gate(found, FIRST, GATE), "repetition") == "fail"
+    against = apply_gate(found, GateContext("models:/m/3", 1, True), GATE)
+    assert "the champion models:/m/3" in against["sentence"] and outcome(against, "kl") == "not applicable"
 
 
 def test_no_evidence_worse_and_better_are_told_apart() -> None:
