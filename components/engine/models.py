@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from components.common.cpus import available_cpus
 from components.common.errors import InputError
@@ -219,9 +219,11 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
-                setattr(module, name, 0.0)
+        own = getattr(module, "config", None)  # which Falcon's and GPT-J's layers read in every pass
+        for owner in (module, own) if isinstance(own, PreTrainedConfig) else (module,):
+            for name, value in vars(owner).items():
+                if isinstance(value, float) and "drop" in name:
+                    setattr(owner, name, 0.0)
 
 
 def check_tensors(loaded: Mapping[str, Any], path: str) -> None:
@@ -361,9 +363,20 @@ def _not_adaptable(lm: PreTrainedModel) -> list[str]:
     names = set(SCANNED if lm.config.model_type in SCANNED_MODELS else ())
     for name, module in lm.named_modules():
         own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-        if own and not type(module).__module__.startswith("bitsandbytes"):
+        if own and not type(module).__module__.startswith("bitsandbytes") and not _gives_product(module):
             names.add(name.rpartition(".")[2])
     return sorted(names)
+
+
+@torch.no_grad()
+def _gives_product(layer: nn.Linear) -> bool:
+    """Whether a linear layer with a forward pass of its own, such as Falcon's, returns its product and no more."""
+    ones = torch.ones(2, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+    try:
+        found = layer(ones)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(found, Tensor) and torch.allclose(found, nn.functional.linear(ones, layer.weight, layer.bias))
 
 
 def load_adapter(lm: nn.Module, path: Path, name: str) -> PeftModel:

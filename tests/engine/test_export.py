@@ -209,11 +209,21 @@ def test_tokenizer_files_are_the_base_models_own(tiny_model: Path, tmp_path: Pat
     }
 
 
-def test_dropout_of_the_base_and_of_frozen_adapters_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With it, the untrained policy differs from its reference, which the check in training mode sees."""
-    kind, own = PACKABLE["gpt2"]
-    base = build((kind, own | {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}), tmp_path / "base")
-    model = PackedModel(load_causal_lm(base, "fp32"), "fp32")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ("GPT2Config", {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}),
+        ("FalconConfig", {"attention_dropout": 0.3, "hidden_dropout": 0.3}),
+    ],
+    ids=lambda kind: kind[0],
+)
+def test_dropout_of_the_base_and_of_frozen_adapters_is_off(kind: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    """With it, the untrained policy differs from its reference, which the check in training mode sees.
+
+    Falcon's layers read it from the configuration.
+    """
+    model = PackedModel(load_causal_lm(build(kind, tmp_path / "base"), "fp32"), "fp32")
+    select_packing(model, 64)
     model.lm = add_lora(model.lm, SFT_ADAPTER, 4, 6, 0.5, "all-linear", 1)
     shaken(model.lm, SFT_ADAPTER, 1)
     reference = torch.tensor(sequence_logps(model, EXAMPLES)).double().numpy()

@@ -16,7 +16,14 @@ from components.dpo.stage import cached_reference, make_objective
 from components.engine import loop
 from components.engine.cpu.threads import plan_concurrent_packs as plan
 from components.engine.cpu.threads import side_by_side
-from components.engine.models import DPO_ADAPTER, PackedModel, add_lora, load_causal_lm, trainable_state
+from components.engine.models import (
+    DPO_ADAPTER,
+    PackedModel,
+    add_lora,
+    disable_dropout,
+    load_causal_lm,
+    trainable_state,
+)
 from components.engine.packing import Example
 from tests.conftest import ROOT
 from tests.support.engine import SETTINGS, packed, with_adapter
@@ -130,6 +137,8 @@ def test_one_lane_where_chance_or_the_size_of_gradients_forbids_more(two_threads
     drops = with_adapter(tiny_model)
     drops.causal_lm.config.attention_dropout = 0.1
     assert drops.n_lanes == 1
+    disable_dropout(drops)
+    assert drops.n_lanes == 2, "as in dpo"
     apart = with_adapter(tiny_model)
     apart.packed = False
     assert apart.n_lanes == 1

@@ -87,6 +87,7 @@ PACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 UNPACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
+    "falcon": ("FalconConfig", {"alibi": True}),
     "mamba": ("MambaConfig", {"state_size": 4}),
     "llama4": (
         "Llama4TextConfig",
