@@ -7,7 +7,7 @@ from pydantic import BaseModel, ValidationError
 
 from components.common.errors import InputError
 from components.common.secrets import without_query
-from components.config.renamed import RENAMED
+from components.config.renamed import REFUSED, RENAMED
 from components.config.section import Section
 
 S = TypeVar("S", bound=Section)
@@ -52,6 +52,8 @@ def _explain(kind: type[BaseModel], entry: Any) -> str:
     if entry["type"] == "extra_forbidden":
         if key in RENAMED:
             return f"{key}: renamed; write {RENAMED[key]}"
+        if location[-1] in REFUSED:
+            return f"{key}: {REFUSED[location[-1]]}"
         near = difflib.get_close_matches(str(location[-1]), keys(parent), n=1, cutoff=0.0)
         return f"{key}: no such key; did you mean {'.'.join([*map(str, location[:-1]), *near])}?"
     problem = entry["msg"].removeprefix("Value error, ")

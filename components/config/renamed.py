@@ -1,4 +1,4 @@
-"""Renamed keys of params.yaml, for the error message about an old file."""
+"""Keys that params.yaml does not have, and what to write instead: renamed ones, and those of peft that are refused."""
 
 RENAMED = {
     "model.template": "model.chat_template",
@@ -25,3 +25,10 @@ RENAMED = {
     " cluster.state_secret (sft and dpo)",
 }
 """Old key -> new key, with the new values where they changed."""
+REFUSED = {
+    "use_dora": "DoRA rescales whole weights, which no ranks hold: SFT and DPO would not add up to one ordinary adapter"
+    " whose first ranks are the SFT model; use use_rslora, a higher lora_rank, or model.finetuning=full",
+    "modules_to_save": "copies of modules do not add up over SFT and DPO as ranks do, and the output layer is read past"
+    " them; name linear layers of the decoder in lora_targets, or use model.finetuning=full",
+}
+"""Settings of peft's LoRA in `sft` and `dpo` -> why there are none, and what there is."""

@@ -46,6 +46,14 @@ def test_a_renamed_key_of_an_old_file_is_named_with_its_new_name(old: str, new: 
     assert new.split(" ", maxsplit=1)[0].split(".")[1] in Config().sections()[section]
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("setting", ["use_dora=true", "modules_to_save=[lm_head]"])
+def test_what_peft_could_train_and_we_could_not_export_is_refused_with_its_reason(stage: str, setting: str) -> None:
+    key = f"{stage}.{setting.partition('=')[0]}"
+    with pytest.raises(InputError, match=rf"{key}: .*add up.*model\.finetuning=full$"):
+        load_config(PARAMS, [f"{stage}.{setting}"])
+
+
 def test_training_nothing_is_refused_while_either_stage_may_be_left_out() -> None:
     assert load_config(PARAMS, ["sft.epochs=0"]).dpo.epochs and load_config(PARAMS, ["dpo.epochs=0"]).sft.epochs
     with pytest.raises(InputError, match=r"sft\.epochs and dpo\.epochs"):
