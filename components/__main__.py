@@ -71,7 +71,8 @@ def fetch(out: Out, params: Params = Path(PARAMS)) -> None:
     data = config.data.model_copy(update={"revision": version.commit})
     base = resolve_base(config.model, config.data)
     folders = (out / "dataset", out / "base")
-    run_fetch(data, version.digests, config.model.chat_template, base.reference, base.digest, *folders)
+    template = (config.model.chat_template, config.model.template_date)
+    run_fetch(data, version.digests, *template, base.reference, base.digest, *folders)
 
 
 @app.command()
@@ -120,7 +121,7 @@ def evaluate(
     sft_model: SftIn,
     policy: Annotated[Path, typer.Option(help="Folder that dpo wrote.")],
     out: Out,
-    incumbent: Annotated[str, typer.Option(help="models:/name/version to beat; the SFT model without.")] = "",
+    incumbent: Annotated[str, typer.Option(help="models:/name/version to beat; empty before the first champion.")] = "",
     decision_index: Annotated[int, typer.Option(min=1, help="Number of this decision on the same test set.")] = 1,
     data_clean: Annotated[bool, typer.Option(help="Whether a commit records just this data.")] = False,
     params: Params = Path(PARAMS),

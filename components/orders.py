@@ -45,6 +45,7 @@ class Facts:
     base_digest: str
     template: str
     template_digest: str
+    template_date: str
     git_commit: str
     code: Mapping[str, str]
     """The digest of every stage's code."""

@@ -43,7 +43,7 @@ STAGES = (
     Stage(
         "fetch",
         "data",
-        facts=("preferences_digest", "instructions_digest", "base_digest", "template_digest"),
+        facts=("preferences_digest", "instructions_digest", "base_digest", "template_digest", "template_date"),
         origin=("data_repo", "data_path", "data_commit", "base_reference", "template"),
         keys=("public_keys",),
         secrets=("git", "data", "mlflow"),

@@ -32,6 +32,7 @@ FACTS = Facts(
     base_digest="b",
     template="model",
     template_digest="model",
+    template_date="2024-07-26",
     git_commit="g",
     code=dict.fromkeys(ORDERED, "code"),
 )
@@ -68,6 +69,7 @@ def differing(other: dict[str, Order]) -> set[str]:
         ([], {"preferences_digest": "p2"}, "fetch register"),
         ([], {"base_digest": "b2"}, "fetch register"),
         ([], {"template_digest": "x"}, "fetch"),
+        ([], {"template_date": "2026-11-28"}, "fetch"),
         ([], {"incumbent": "models:/m/3"}, "evaluate register"),
         ([], {"data_commit": "c2", "data_repo": "/there", "base_reference": "embedded@c2", "git_commit": "h"}, ""),
         ([], {"code": dict.fromkeys(ORDERED, "code") | {"dpo": "new"}}, "dpo"),

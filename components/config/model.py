@@ -1,5 +1,6 @@
 """The section `model`: the base model, and how it is executed and fine-tuned."""
 
+from datetime import date
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -29,6 +30,11 @@ class ModelSource(Section):
         min_length=1,
         description="`model` (the model's own chat template), `chatml`, `llama2`, or a Jinja file of the project,"
         " whose text `kubealign` hands to the steps",
+    )
+    template_date: date = Field(
+        default=date(2024, 7, 26),
+        description="the day that the chat template renders where it would render today (Llama 3, gpt-oss, Granite); as"
+        " shipped the one that Llama 3.1's template has by itself",
     )
     allow_network: bool = Field(
         default=False, description="whether to allow downloading a hub id; nothing else uses the network"

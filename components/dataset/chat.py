@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -38,6 +39,11 @@ OPENS_THOUGHT = re.compile(r"<(?P<tag>think|thinking|thought|reasoning)>\s*$")
 """End of a prompt after which a model writes its thoughts."""
 SEEN = ("Kq", "Zv 7", "好的", "1", "The sky")
 """Short texts on which the habits of a tokenizer and its template are seen."""
+CLOCK = "strftime_now"
+"""What a template calls for today's date."""
+READS_CLOCK = re.compile(CLOCK + r"""\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
+CLOCK_KNOWN = re.compile(CLOCK + r"\s+is\s+(?P<not>not\s+)?defined")
+SETS_DATE = re.compile(r"\bset\s+date_string\b")
 CHANGES_PROMPT = "the chat template renders the prompt differently once an answer follows; choose another one"
 
 
@@ -135,6 +141,33 @@ def with_beginning(template: str, tokenizer: Any) -> str:
     if not wanted or _rendered(tokenizer, [{"role": "user", "content": SEEN[0]}], True).startswith(bos):
         return template
     return "{{ bos_token }}" + template
+
+
+def with_date(template: str, day: date) -> str:
+    """A template that renders this day wherever it would render today, whoever renders it.
+
+    Calls of `strftime_now` become the day as text. A `date_string` for which the template has a default of its own, as
+    those of Llama 3 have, is the day unless the caller gives another.
+
+    Raises:
+        InputError: it reads the clock in a way in which it cannot be stopped.
+    """
+
+    def stopped(call: re.Match[str]) -> str:
+        return f"{call['quote']}{day.strftime(call['format'])}{call['quote']}"
+
+    text = CLOCK_KNOWN.sub(lambda found: "false" if found["not"] else "true", READS_CLOCK.sub(stopped, template))
+    if CLOCK in text:
+        place = text.index(CLOCK)
+        raise InputError(
+            f"the chat template reads the clock by {text[place : place + 40]!r}, so prompts change every day;"
+            f' expected {CLOCK}("…") with the format in quotes, which becomes model.template_date: choose another one'
+            " (model.chat_template)"
+        )
+    if SETS_DATE.search(text):
+        default = day.strftime("%d %b %Y")
+        text = f'{{% if date_string is not defined %}}{{% set date_string = "{default}" %}}{{% endif %}}{text}'
+    return text
 
 
 def template_digest(value: str) -> str:

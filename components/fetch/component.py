@@ -22,6 +22,7 @@ def fetch(
     Returns:
         Id of the MLflow run.
     """
+    from datetime import date
     from pathlib import Path
 
     from components.config.data import DataConfig
@@ -41,6 +42,7 @@ def fetch(
             DataConfig(repo=origin["data_repo"], path=origin["data_path"], revision=origin["data_commit"]),
             digests,
             origin["template"],
+            date.fromisoformat(facts["template_date"]),
             origin["base_reference"],
             facts["base_digest"],
             Path(dataset.path),

@@ -4,6 +4,7 @@ import hashlib
 import secrets
 import shutil
 from collections.abc import Iterable
+from datetime import date
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from components.dataset.chat import (
     load_tokenizer,
     shipped_templates,
     with_beginning,
+    with_date,
 )
 from components.registry.evidence import STATEMENT, check_files, read_statement
 from components.sources.base_model import EMBEDDED, bucket_digest
@@ -80,6 +82,7 @@ def run_fetch(
     data: DataConfig,
     digests: dict[str, str],
     template: str,
+    template_date: date,
     base_reference: str,
     base_digest: str,
     dataset_out: Path,
@@ -91,6 +94,7 @@ def run_fetch(
         data: the data repository; its revision is the commit from resolve, or `workspace`.
         digests: expected DVC digest of each data folder.
         template: the chat template for the base model, as `model.chat_template` names it.
+        template_date: the day that the template renders as today.
         base_reference: exact version of the base model, from resolve.
         base_digest: its digest, from resolve.
         dataset_out: gets preferences/ and instructions/.
@@ -113,7 +117,7 @@ def run_fetch(
             run.log_dataset(Path(folder).name, source, md5, "alignment")
         with replacing_folder(base_out) as staging:
             _fetch_base(data, base_reference, base_digest, staging)
-            _clean_model_folder(template, base_reference, staging)
+            _clean_model_folder(template, template_date, base_reference, staging)
             content = write_manifest(staging)
         run.log_params({"base_content": content})
         run.log(f"fetched data set and base model; base model content {content[:12]}")
@@ -271,7 +275,7 @@ def _model_files(names: Iterable[str], base: str) -> list[str]:
     return sorted(name for name in found if any(fnmatchcase(name, pattern) for pattern in MODEL_FILES))
 
 
-def _clean_model_folder(template: str, base: str, folder: Path) -> None:
+def _clean_model_folder(template: str, template_date: date, base: str, folder: Path) -> None:
     """Reduce a model folder to safetensors weights and the configured chat template."""
     kept = _model_files((path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()), base)
     for path in sorted(folder.rglob("*"), reverse=True):
@@ -285,7 +289,7 @@ def _clean_model_folder(template: str, base: str, folder: Path) -> None:
     settings_file = folder / "tokenizer_config.json"
     settings = read_json(settings_file) if settings_file.exists() else {}
     own = template_file.read_text(encoding="utf-8") if template_file.exists() else settings.pop("chat_template", None)
-    chosen = choose_template(template, own)
+    chosen = with_date(choose_template(template, own), template_date)
     check_template(chosen)
     template_file.write_text(chosen, encoding="utf-8")
     settings.pop("chat_template", None)

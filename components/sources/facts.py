@@ -31,6 +31,7 @@ def resolve_facts(data: DataConfig, model: ModelSource) -> Facts:
         base_digest=base.digest,
         template=model.chat_template,
         template_digest=template_digest(model.chat_template),
+        template_date=model.template_date.isoformat(),
         git_commit=git_commit(),
         code={stage: code_digest(stage) for stage in ORDERED},
     )

@@ -198,6 +198,7 @@ def _base_model(revision: Revision, sections: dict[str, dict[str, Any]]) -> tupl
     immutable = in_repository or bool(pinned) or (base.startswith("models:/") and "@" not in base)
     facts = {"base_reference": base, "base_digest": content if in_repository else f"{base}@{pinned}"}
     facts |= {"template": template, "template_digest": revision.files.get(template, template)}
+    facts["template_date"] = str(model.get("template_date"))
     return facts, [] if immutable else [f"model.base {base}"]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from components.common.errors import InputError
 from components.config.params import Config
-from components.dataset.chat import choose_template, encode, encode_conversation, load_tokenizer
+from components.dataset.chat import choose_template, encode, encode_conversation, load_tokenizer, with_date
 from components.dataset.records import SPLITS, Instruction, Preference, iter_lines
 from components.sources.base_model import EMBEDDED
 
@@ -70,7 +70,8 @@ def tokens_of(config: Config, project: Path, row: Preference | Instruction) -> l
             " with --set model.base=FOLDER"
         )
     tokenizer = load_tokenizer(base)
-    tokenizer.chat_template = choose_template(config.model.chat_template, tokenizer.chat_template)
+    template = choose_template(config.model.chat_template, tokenizer.chat_template)
+    tokenizer.chat_template = with_date(template, config.model.template_date)
     trained: set[int] = set()
     if isinstance(row, Instruction) and config.sft.train_on_turns == "all":
         prompt, response, ranges = encode_conversation(tokenizer, row.prompt, row.response)

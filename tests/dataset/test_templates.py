@@ -3,12 +3,14 @@
 The templates are written here after the published ones' structure.
 """
 
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from components.common.errors import InputError
+from components.config.params import load_config
 from components.dataset.chat import (
     choose_template,
     encode,
@@ -18,8 +20,11 @@ from components.dataset.chat import (
     load_tokenizer,
     shipped_templates,
     with_beginning,
+    with_date,
 )
 from components.dataset.records import Message
+from tests.conftest import ROOT
+from tests.support.dated_templates import DATED, LLAMA_3_1
 from tests.support.llama2 import chinese_llama, pieces
 
 __all__ = ["chinese_llama", "pieces"]
@@ -149,6 +154,42 @@ def test_the_shipped_templates_begin_as_the_tokenizer_wants(spaced: Any, tokeniz
         rendered = spaced.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
         assert rendered.count(spaced.bos_token) == 1 and rendered.startswith(spaced.bos_token)
         assert with_beginning(choose_template(name, None), tokenizer) == choose_template(name, None)
+
+
+def rendered(tokenizer: Any, template: str, **more: Any) -> str:
+    tokenizer.chat_template = template
+    text: str = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, **more)
+    return text
+
+
+@pytest.mark.parametrize("name", DATED)
+def test_a_template_renders_the_given_day_and_never_today(tokenizer: Any, name: str) -> None:
+    template, style = DATED[name]
+    day, today = date(2025, 1, 31), datetime.now().astimezone().strftime(style)
+    own = rendered(tokenizer, template)
+    usual = "26 Jul 2024" if name == "llama 3.1" else today
+    assert usual in own
+    fixed = with_date(template, day)
+    assert rendered(tokenizer, fixed) == own.replace(usual, day.strftime(style)) != own
+    assert rendered(tokenizer, with_date(fixed, day)) == rendered(tokenizer, fixed)
+    if "date_string" in template:
+        assert "1 May 2026" in rendered(tokenizer, fixed, date_string="1 May 2026"), "a caller may give another"
+
+
+def test_the_shipped_day_is_llama_3s_own(tokenizer: Any) -> None:
+    day = load_config(ROOT / "params.yaml").model.template_date
+    assert rendered(tokenizer, with_date(LLAMA_3_1, day)) == rendered(tokenizer, LLAMA_3_1)
+
+
+def test_a_template_without_a_date_stays_as_it_is() -> None:
+    for template in (ZEPHYR, GEMMA, "{% if date_string is defined %}{{ date_string }}{% endif %}"):
+        assert with_date(template, date(2025, 1, 31)) == template
+
+
+@pytest.mark.parametrize("call", ["strftime_now(style)", "strftime_now('%d' + rest)", "strftime_now"])
+def test_a_clock_that_cannot_be_stopped_is_refused(call: str) -> None:
+    with pytest.raises(InputError, match=r"strftime_now.*model\.template_date"):
+        with_date(f"{{% set style = '%d' %}}{{{{ {call} }}}}", date(2025, 1, 31))
 
 
 def test_llama_2s_template_needs_no_beginning_token(tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,8 @@ def fetch(base: Path, tmp_path: Path) -> Path:
     version = resolve_data(str(repo), "HEAD", data_folders("data"))
     data = DataConfig(repo=str(repo), revision=version.commit)
     out = tmp_path / "out"
-    run_fetch(data, version.digests, "model", str(base), folder_digest(base), out / "dataset", out / "base")
+    template = ("model", date(2024, 7, 26))
+    run_fetch(data, version.digests, *template, str(base), folder_digest(base), out / "dataset", out / "base")
     return out / "base"
 
 

@@ -183,10 +183,8 @@ def test_mlflow_says_where_the_data_came_from(
     shutil.copy(empty_mlflow, own_home)
     config = load_config(ROOT / "params.yaml")
     data = config.data.model_copy(update=source(remote, url))
-    base = (str(tiny_model), folder_digest(tiny_model))
-    run_fetch(
-        data, remote.digests, config.model.chat_template, *base, tmp_path / "out" / "dataset", tmp_path / "out" / "base"
-    )
+    base = (config.model.chat_template, config.model.template_date, str(tiny_model), folder_digest(tiny_model))
+    run_fetch(data, remote.digests, *base, tmp_path / "out" / "dataset", tmp_path / "out" / "base")
     client = store.client()
     (run,) = client.search_runs([store.experiment_id(client)])
     inputs = {entry.dataset.name: entry.dataset for entry in run.inputs.dataset_inputs}

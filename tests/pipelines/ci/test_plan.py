@@ -72,6 +72,9 @@ CASES = {
         [setting("model.base", "models:/llama@best")], "fetch", "base_reference embedded → models:/llama@best"
     ),
     "the chat template": Case([setting("model.chat_template", "chatml")], "fetch", "template model → chatml"),
+    "the day of the template": Case(
+        [setting("model.template_date", "2025-01-31")], "fetch", "template_date 2024-07-26 → 2025-01-31"
+    ),
     "torch in the lock file": Case(
         [replaced("requirements.lock", r"(?m)^torch==.*", "torch==9.9.9")],
         "sft",

@@ -47,6 +47,15 @@ def test_earlier_answers_are_predicted_where_they_are_trained(tmp_path: Any) -> 
         assert any(token["predicted"] for token in tokens if token["part"] == "prompt") is predicted
 
 
+def test_the_day_of_a_template_that_reads_the_clock_is_the_settings() -> None:
+    template = "{{ strftime_now('%d %b %Y') }}"
+    template += "{% for m in messages %}{{ m.role + m.content + '<|im_end|>' }}{% endfor %}"
+    words = ("1", "--tokens", "--json", "--set", f"model.chat_template={json.dumps(template)}")
+    for more, day in (((), "26 Jul 2024"), (("--set", "model.template_date=2025-01-31"), "31 Jan 2025")):
+        tokens = json.loads(show(*words, *more).output)["tokens"]
+        assert "".join(token["text"] for token in tokens).startswith(day)
+
+
 def test_what_is_not_there_is_named() -> None:
     for words, why in (
         (("999999",), "0 rows of"),
