@@ -17,7 +17,14 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from components.common.cpus import available_cpus
 from components.common.errors import InputError
@@ -487,8 +494,12 @@ def _beyond_a_short_check(model: PackedModel, longest: int) -> str:
     """The feature that makes packed log-probs inexact on long rows only, or nothing."""
     config = model.causal_lm.config.get_text_config()
     chunked = set(getattr(config, "layer_types", None) or ()) - PACKED_LAYERS
-    if chunked:
-        return ", ".join(sorted(chunked))
+    return ", ".join(sorted(chunked)) or _length_dependent_positions(model, longest)
+
+
+def _length_dependent_positions(model: PackedModel, longest: int) -> str:
+    """The positions that differ for all of a batch where one row is so long, or nothing."""
+    config = model.causal_lm.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
         original = int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
@@ -523,6 +534,34 @@ def max_packing_error(model: PackedModel) -> float:
     with plain_attention(model.causal_lm, "eager"):
         plain = _all_plain_logps(model)
     return float((ours - plain).abs().max())
+
+
+@torch.no_grad()
+def batch_matters(model: PackedModel, padding: int, longest: int) -> bool:
+    """Whether a prompt's answer depends on the batch: a state reads the padding or mixes rows, or the longest row
+    decides the positions of all.
+
+    Args:
+        model: which generates two tokens after a padded prompt and after the same alone.
+        padding: token id of the padding.
+        longest: tokens of the longest prompt with its answer.
+    """
+    if _length_dependent_positions(model, longest):
+        return True
+    (prompt, completions, _), _ = _random_examples(model)
+    more = [token for completion in completions for token in completion]
+    rows = [[padding] * len(more) + list(prompt), [*prompt, *more]]
+    mask = [[0] * len(more) + [1] * len(prompt), [1] * len(rows[1])]
+    two = {"max_new_tokens": 2, "eos_token_id": None, "pad_token_id": padding}
+    settings = GenerationConfig(**two, output_logits=True, return_dict_in_generate=True)
+    found = []
+    with plain_attention(model.causal_lm, "sdpa"), model.autocast():
+        for ids, seen in ((rows, mask), ([prompt], [[1] * len(prompt)])):
+            batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(seen)}
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            output: Any = model.causal_lm.generate(**batch, generation_config=settings)
+            found.append(torch.stack([logits_BV[0].float().log_softmax(-1) for logits_BV in output.logits]))
+    return not bool((found[0] - found[1]).abs().max() < PACKED_TOLERANCE[model.precision])
 
 
 def _random_examples(model: PackedModel) -> list[Example]:

@@ -1,7 +1,8 @@
 """A model's greedy and sampled answers to the fixed prompts, batched with the key-value cache, and their metrics.
 
-Both kinds of answer are generated in one batch. Samples are drawn at temperature 1 from the full distribution, so the
-KL can be estimated on them.
+Both kinds of answer are generated in one batch; one at a time where a batch changes what a model says, as padding does
+in RWKV's state. Samples are drawn at temperature 1 from the full distribution, so the KL can
+be estimated on them.
 """
 
 import math
@@ -23,7 +24,7 @@ from components.common.provenance import modules_digest
 from components.dataset.chat import encode_prompt, end_of_answer
 from components.dataset.language import count_han, count_latin_words, is_refusal
 from components.dataset.records import LANGUAGES, Preference
-from components.engine.models import PackedModel, plain_attention
+from components.engine.models import PackedModel, batch_matters, plain_attention
 from components.gate.results import Estimate, Generation, Metrics
 from components.gate.statistics import Floats, GroupBootstrap
 from components.tracking import store
@@ -99,22 +100,44 @@ def answer(
         run.log(f"answers of {what}: {len(rows)} prompts from the cache")
         return cached
     both: list[Answer] = [Answer([], "", False)] * (2 * len(rows))
-    shortest_first = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
-    total = -(-len(rows) // BATCH_PROMPTS) * max_new_tokens
-    for batch_index, first in enumerate(range(0, len(rows), BATCH_PROMPTS)):
-        batch = shortest_first[first : first + BATCH_PROMPTS]
+    model = open_model()
+    longest = max(map(len, prompts)) + max_new_tokens
+    together = not batch_matters(model, _padding(tokenizer), longest)
+    if not together:
+        run.log(f"the answers of {what} would depend on the other prompts of a batch: they are made one at a time")
+    batches = _batches([len(prompt) for prompt in prompts], together)
+    for batch_index, batch in enumerate(batches):
 
         def progress(step: int, before: int = batch_index * max_new_tokens) -> None:
-            run.progress(before + step, total, f"answers of {what}")
+            run.progress(before + step, len(batches) * max_new_tokens, f"answers of {what}")
 
-        texts = _generate(
-            open_model(), tokenizer, [prompts[i] for i in batch], max_new_tokens, seed + batch_index, progress
-        )
-        for position, index in enumerate(batch):
-            both[index], both[len(rows) + index] = texts[position], texts[len(batch) + position]
+        asked, n_greedy = [prompts[place % len(rows)] for place in batch], sum(place < len(rows) for place in batch)
+        texts = _generate(model, tokenizer, asked, n_greedy, max_new_tokens, seed + batch_index, progress)
+        for place, text in zip(batch, texts, strict=True):
+            both[place] = text
     answers = Answers(both[: len(rows)], both[len(rows) :])
     write_json(path, {"seal": seal(path.name, _bytes(answers)), "answers": asdict(answers)})
     return answers
+
+
+def _batches(lengths: Sequence[int], together: bool) -> list[list[int]]:
+    """The answers that are made at a time: of N prompts the greedy ones are 0 to N - 1, the sampled ones N to 2 N - 1.
+
+    Args:
+        lengths: tokens of each prompt.
+        together: whether several may be.
+    """
+    n = len(lengths)
+    shortest_first = sorted(range(n), key=lengths.__getitem__)
+    if not together:
+        return [[place + index] for place in (0, n) for index in shortest_first]
+    batches = (shortest_first[first : first + BATCH_PROMPTS] for first in range(0, n, BATCH_PROMPTS))
+    return [[*batch, *(n + index for index in batch)] for batch in batches]
+
+
+def _padding(tokenizer: Any) -> int:
+    """Token id that stands before shorter prompts of a batch."""
+    return int(end_of_answer(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def _load(path: Path, n: int) -> Answers | None:
@@ -132,18 +155,18 @@ def _bytes(answers: Answers) -> bytes:
 
 
 class _FirstRowsGreedy(LogitsProcessor):  # type: ignore[misc]
-    """Masks all but the likeliest token in the first half of the batch, so sampling is greedy; reports progress."""
+    """Masks all but the likeliest token in the first rows of the batch, so sampling is greedy; reports progress."""
 
-    def __init__(self, progress: Callable[[int], None]) -> None:
-        self._progress, self._step = progress, 0
+    def __init__(self, n_greedy: int, progress: Callable[[int], None]) -> None:
+        self._n_greedy, self._progress, self._step = n_greedy, progress, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._step += 1
         self._progress(self._step)
-        half = len(scores) // 2
-        best = scores[:half].argmax(dim=-1, keepdim=True)
+        first = scores[: self._n_greedy]
+        best = first.argmax(dim=-1, keepdim=True)
         scores = scores.clone()
-        scores[:half] = scores.new_full(scores[:half].shape, -math.inf).scatter(1, best, 0.0)
+        scores[: self._n_greedy] = first.new_full(first.shape, -math.inf).scatter(1, best, 0.0)
         return scores
 
 
@@ -152,19 +175,19 @@ def _generate(
     model: PackedModel,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
+    n_greedy: int,
     max_new_tokens: int,
     seed: int,
     progress: Callable[[int], None],
 ) -> list[Answer]:
-    """The greedy answers to all prompts, then the sampled ones.
+    """Greedy answers to the first prompts, sampled ones to the others.
 
     The model runs with its plain attention; prompts are left-padded and masked.
     """
     width = max(map(len, prompts))
-    end = end_of_answer(tokenizer)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    ids = torch.tensor([[padding] * (width - len(p)) + list(p) for p in prompts] * 2, device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts] * 2, device=model.device)
+    end, padding = end_of_answer(tokenizer), _padding(tokenizer)
+    ids = torch.tensor([[padding] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     lm = model.causal_lm
     generation_config, lm.generation_config = lm.generation_config, GenerationConfig()  # without the model's penalties
     devices = [model.device] if model.device.type == "cuda" else []
@@ -179,7 +202,7 @@ def _generate(
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
-                logits_processor=LogitsProcessorList([_FirstRowsGreedy(progress)]),
+                logits_processor=LogitsProcessorList([_FirstRowsGreedy(n_greedy, progress)]),
                 pad_token_id=padding,
                 eos_token_id=end,
             )

@@ -1,5 +1,6 @@
 """Tiny random models of the supported architectures, and examples for them."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from components.dataset.chat import load_tokenizer
 from components.engine.packing import Example
 
 VOCABULARY = 97
@@ -89,6 +91,7 @@ UNPACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
     "falcon": ("FalconConfig", {"alibi": True}),
     "mamba": ("MambaConfig", {"state_size": 4}),
+    "rwkv": ("RwkvConfig", {"attention_hidden_size": 32}),
     "llama4": (
         "Llama4TextConfig",
         {
@@ -101,6 +104,7 @@ UNPACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+ARCHITECTURES = PACKABLE | UNPACKABLE
 SOME_LINEAR = {"mamba": ["in_proj", "x_proj"], "llama4": ["q_proj", "v_proj", "down_proj"]}
 """Where peft cannot adapt all linear layers: Mamba's output and Llama 4's router."""
 
@@ -118,6 +122,21 @@ def example(number: int, prompt: int, chosen: int, rejected: int) -> Example:
 EXAMPLES = [example(0, 13, 9, 17), example(1, 8, 14, 3), example(2, 11, 2, 12)]
 COMPLETIONS = [(e.prompt, completion) for e in EXAMPLES for completion in e.completions]
 WEIGHTS = torch.linspace(-1, 1, sum(len(completion) for _, completion in COMPLETIONS))
+
+
+def make_base(kind: tuple[str, dict[str, Any]], tokenizer_of: Path, folder: Path) -> Path:
+    """A tiny random model of an architecture with the tokenizer of another one."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(tokenizer_of)
+    name, own = kind
+    end = tokenizer.eos_token_id
+    ids = {"pad_token_id": end, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": end}
+    config = getattr(transformers, name)(**SIZES | own | {"vocab_size": len(tokenizer)} | ids)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for path in tokenizer_of.iterdir():
+        if path.name not in ("config.json", "generation_config.json", "model.safetensors"):
+            shutil.copyfile(path, folder / path.name)
+    return folder
 
 
 def build(kind: tuple[str, dict[str, Any]], folder: Path) -> Path:

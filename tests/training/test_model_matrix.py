@@ -5,7 +5,6 @@ The exported folders are then read by transformers 4, which many a server is sti
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,36 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from transformers import AutoModelForCausalLM
 
 from components.common.files import read_json
-from components.dataset.chat import load_tokenizer
 from components.engine.export import load_plain
 from components.engine.models import plain_logps
-from tests.support.architectures import PACKABLE, SIZES, UNPACKABLE
+from tests.support.architectures import ARCHITECTURES, make_base
 from tests.support.stages import Stages
 
-ARCHITECTURES = PACKABLE | UNPACKABLE
 NORMAL = ("llama", "qwen2", "gemma2", "gpt2", "mixtral", "mamba", "gemma3", "deepseek_v3")
 FULL = ("model.finetuning=full", "dpo.learning_rate=1e-4")
 WAYS = [pytest.param((), id="lora"), pytest.param(FULL, id="full", marks=pytest.mark.long)]
 MATRIX = [pytest.param(name, marks=() if name in NORMAL else (pytest.mark.long,)) for name in ARCHITECTURES]
-
-
-def make_base(name: str, tokenizer_of: Path, folder: Path) -> Path:
-    """A tiny random model of an architecture with the embedded tokenizer."""
-    torch.manual_seed(0)
-    tokenizer = load_tokenizer(tokenizer_of)
-    kind, own = ARCHITECTURES[name]
-    end = tokenizer.eos_token_id
-    ids = {"pad_token_id": end, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": end}
-    config = getattr(transformers, kind)(**SIZES | own | {"vocab_size": len(tokenizer)} | ids)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    for path in tokenizer_of.iterdir():
-        if path.name not in ("config.json", "generation_config.json", "model.safetensors"):
-            shutil.copyfile(path, folder / path.name)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +43,7 @@ def test_an_architecture_goes_through_all_stages_and_is_exported_as_it_was_judge
     exported: dict[str, Path],
 ) -> None:
     folder = tmp_path_factory.mktemp(name)
-    stages = Stages(folder / "stages", make_base(name, tiny_model, folder / "made"), *settings)
+    stages = Stages(folder / "stages", make_base(ARCHITECTURES[name], tiny_model, folder / "made"), *settings)
     found = stages.align("one", "dpo.max_steps=2", *settings)
     assert found["held_out"] and found["models"]["policy"]
     policy = folder / "stages" / "one" / "policy"
