@@ -18,7 +18,9 @@ from components.engine.models import (
 )
 from components.engine.objectives import LossOptions, dpo_sigmoid_loss, preference_loss, sequence_logps
 from components.engine.packing import Example, pack
+from tests.conftest import ROOT
 from tests.support.architectures import COMPLETIONS, EXAMPLES, PACKABLE, SOME_LINEAR, UNPACKABLE, WEIGHTS, build
+from tests.tools.component_readmes import MODELS_START, models, renewed
 
 
 def plain_logps(model: PreTrainedModel, completions: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
@@ -105,6 +107,11 @@ def test_the_examples_reach_past_the_sliding_window(name: str, tmp_path: Path) -
     with torch.no_grad():
         difference = (plain_logps(narrow, COMPLETIONS) - plain_logps(wide, COMPLETIONS)).abs().max()
     assert difference > 1e-2
+
+
+def test_the_readme_lists_what_is_tested() -> None:
+    text = (ROOT / "components" / "engine" / "README.md").read_text(encoding="utf-8")
+    assert text == renewed(text, models(), MODELS_START), "run `make readmes`"
 
 
 @pytest.mark.parametrize("name", UNPACKABLE)

@@ -105,6 +105,8 @@ UNPACKABLE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 ARCHITECTURES = PACKABLE | UNPACKABLE
+EVERY_TIME = ("llama", "qwen2", "gemma2", "gpt2", "mixtral", "mamba", "gemma3", "deepseek_v3")
+"""Those that the normal tier walks through all stages, by LoRA; `make test-models` walks all, also fully fine-tuned."""
 SOME_LINEAR = {"mamba": ["in_proj", "x_proj"], "llama4": ["q_proj", "v_proj", "down_proj"]}
 """Where peft cannot adapt all linear layers: Mamba's output and Llama 4's router."""
 

@@ -1,12 +1,14 @@
-"""The generated sections of READMEs: a component's from its signature, docstring and metadata.yaml; the formats' table.
+"""The generated sections of READMEs: a component's from its signature, docstring and metadata.yaml; the tables of
+formats and of models.
 
-Run after a change to a component or a format: `make readmes`.
+Run after a change to a component, a format or the tested models: `make readmes`.
 """
 
 import importlib
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +21,7 @@ from components.stages import STAGE_NAMES
 ROOT = Path(__file__).resolve().parent.parent.parent
 START, END = "<!-- generated: component -->", "<!-- /generated -->"
 FORMATS_START = "<!-- generated: formats -->"
+MODELS_START = "<!-- generated: models -->"
 
 Row = tuple[str, str, str]
 """Name, type and meaning of an input or output."""
@@ -87,6 +90,18 @@ def formats() -> str:
     return "\n\n".join([FORMATS_START, "\n".join(lines), END])
 
 
+def models() -> str:
+    """The architectures that `tests/training/test_model_matrix.py` walks through all stages."""
+    from tests.support.architectures import ARCHITECTURES, EVERY_TIME, PACKABLE
+
+    lines = ["| architecture | class | rows of tokens | walked by |", "|---|---|---|---|"]
+    for name, (kind, _) in ARCHITECTURES.items():
+        rows = "packed" if name in PACKABLE else "one sequence at a time"
+        tests = "`make test`, `make test-models`" if name in EVERY_TIME else "`make test-models`"
+        lines.append(f"| `{name}` | {kind.removesuffix('Config')} | {rows} | {tests} |")
+    return "\n\n".join([MODELS_START, "\n".join(lines), END])
+
+
 def renewed(text: str, generated: str, start: str = START) -> str:
     """A README with its generated section replaced.
 
@@ -113,8 +128,10 @@ def _table(what: str, rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
+    sys.path.append(str(ROOT))
     for stage in STAGE_NAMES:
         folder = ROOT / "components" / stage
         (folder / "README.md").write_text(expected(folder), encoding="utf-8")
-    prepare = ROOT / "components" / "prepare" / "README.md"
-    prepare.write_text(renewed(prepare.read_text(encoding="utf-8"), formats(), FORMATS_START), encoding="utf-8")
+    for folder, made, start in (("prepare", formats(), FORMATS_START), ("engine", models(), MODELS_START)):
+        readme = ROOT / "components" / folder / "README.md"
+        readme.write_text(renewed(readme.read_text(encoding="utf-8"), made, start), encoding="utf-8")

@@ -16,13 +16,12 @@ import torch
 from components.common.files import read_json
 from components.engine.export import load_plain
 from components.engine.models import plain_logps
-from tests.support.architectures import ARCHITECTURES, make_base
+from tests.support.architectures import ARCHITECTURES, EVERY_TIME, make_base
 from tests.support.stages import Stages
 
-NORMAL = ("llama", "qwen2", "gemma2", "gpt2", "mixtral", "mamba", "gemma3", "deepseek_v3")
-FULL = ("model.finetuning=full", "dpo.learning_rate=1e-4")
-WAYS = [pytest.param((), id="lora"), pytest.param(FULL, id="full", marks=pytest.mark.long)]
-MATRIX = [pytest.param(name, marks=() if name in NORMAL else (pytest.mark.long,)) for name in ARCHITECTURES]
+LORA = pytest.param((), id="lora")
+FULL = pytest.param(("model.finetuning=full", "dpo.learning_rate=1e-4"), id="full", marks=pytest.mark.long)
+MATRIX = [pytest.param(name, marks=() if name in EVERY_TIME else (pytest.mark.long,)) for name in ARCHITECTURES]
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +30,7 @@ def exported() -> dict[str, Path]:
     return {}
 
 
-@pytest.mark.parametrize(
-    "settings", [pytest.param((), id="lora"), pytest.param(FULL, id="full", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("settings", [LORA, FULL])
 @pytest.mark.parametrize("name", MATRIX)
 def test_an_architecture_goes_through_all_stages_and_is_exported_as_it_was_judged(
     name: str,
