@@ -502,9 +502,10 @@ def _length_dependent_positions(model: PackedModel, longest: int) -> str:
     config = model.causal_lm.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
-        original = int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
-        if parameters.get("rope_type") in LENGTH_DEPENDENT_ROPE and longest > original:
-            return f"{parameters['rope_type']} positions, whose frequencies depend on the longest sequence of a row"
+        if parameters.get("rope_type") in LENGTH_DEPENDENT_ROPE:
+            original = int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
+            if longest > original:
+                return f"{parameters['rope_type']} positions, whose frequencies depend on the longest sequence of a row"
     return ""
 
 
@@ -552,8 +553,9 @@ def batch_matters(model: PackedModel, padding: int, longest: int) -> bool:
     more = [token for completion in completions for token in completion]
     rows = [[padding] * len(more) + list(prompt), [*prompt, *more]]
     mask = [[0] * len(more) + [1] * len(prompt), [1] * len(rows[1])]
-    two = {"max_new_tokens": 2, "eos_token_id": None, "pad_token_id": padding}
+    two = {"min_new_tokens": 2, "max_new_tokens": 2, "pad_token_id": padding}
     settings = GenerationConfig(**two, output_logits=True, return_dict_in_generate=True)
+    rounds = model.precision == "bf16" or getattr(model.causal_lm, "is_quantized", False)
     found = []
     with plain_attention(model.causal_lm, "sdpa"), model.autocast():
         for ids, seen in ((rows, mask), ([prompt], [[1] * len(prompt)])):
@@ -561,7 +563,7 @@ def batch_matters(model: PackedModel, padding: int, longest: int) -> bool:
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             output: Any = model.causal_lm.generate(**batch, generation_config=settings)
             found.append(torch.stack([logits_BV[0].float().log_softmax(-1) for logits_BV in output.logits]))
-    return not bool((found[0] - found[1]).abs().max() < PACKED_TOLERANCE[model.precision])
+    return not bool((found[0] - found[1]).abs().max() < PACKED_TOLERANCE["bf16" if rounds else "fp32"])
 
 
 def _random_examples(model: PackedModel) -> list[Example]:

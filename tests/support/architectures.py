@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from components.dataset.chat import load_tokenizer
 from components.engine.packing import Example
@@ -126,14 +126,21 @@ COMPLETIONS = [(e.prompt, completion) for e in EXAMPLES for completion in e.comp
 WEIGHTS = torch.linspace(-1, 1, sum(len(completion) for _, completion in COMPLETIONS))
 
 
+def configuration(kind: tuple[str, dict[str, Any]], **more: Any) -> PreTrainedConfig:
+    """The configuration of a tiny model, with the fields that those of its architecture have and no others."""
+    name, own = kind
+    real: type[PreTrainedConfig] = getattr(transformers, name)
+    sizes = {field: value for field, value in SIZES.items() if field.endswith("token_id") or hasattr(real(), field)}
+    return real(**sizes | own | more)
+
+
 def make_base(kind: tuple[str, dict[str, Any]], tokenizer_of: Path, folder: Path) -> Path:
     """A tiny random model of an architecture with the tokenizer of another one."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(tokenizer_of)
-    name, own = kind
     end = tokenizer.eos_token_id
     ids = {"pad_token_id": end, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": end}
-    config = getattr(transformers, name)(**SIZES | own | {"vocab_size": len(tokenizer)} | ids)
+    config = configuration(kind, vocab_size=len(tokenizer), **ids)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for path in tokenizer_of.iterdir():
         if path.name not in ("config.json", "generation_config.json", "model.safetensors"):
@@ -144,8 +151,7 @@ def make_base(kind: tuple[str, dict[str, Any]], tokenizer_of: Path, folder: Path
 def build(kind: tuple[str, dict[str, Any]], folder: Path) -> Path:
     """Save a tiny random model of an architecture, its zero-initialised vectors shaken too."""
     torch.manual_seed(0)
-    name, own = kind
-    config = getattr(transformers, name)(**SIZES | own)
+    config = configuration(kind)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
