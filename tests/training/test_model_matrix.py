@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from components.common.files import read_json
 from components.engine.export import load_plain
@@ -110,3 +111,21 @@ def test_dpo_alone_aligns_the_base_model_itself(tiny_model: Path, tmp_path: Path
     sft, base = (found["models"][name]["overall"]["preference_log_loss"]["value"] for name in ("sft", "base"))
     assert sft == pytest.approx(base, abs=1e-6)
     assert found["models"]["policy"]["overall"]["rewards/margins"]["value"] != 0.0
+
+
+@pytest.mark.parametrize("settings", [LORA, FULL])
+def test_sft_alone_exports_the_sft_model_itself(settings: tuple[str, ...], tiny_model: Path, tmp_path: Path) -> None:
+    """`dpo.epochs: 0` trains nothing: the policy is the SFT model, whole or as an adapter of the same rank."""
+    stages = Stages(tmp_path / "stages", tiny_model, *settings)
+    found = stages.align("one", *settings, "dpo.epochs=0")
+    assert found["comparisons"].keys() == {"base"} and found["beta"] is None
+    policy, sft = tmp_path / "stages" / "one" / "policy", tmp_path / "stages" / "sft"
+    if settings:
+        whole = [load_file(folder / "model" / "model.safetensors") for folder in (policy, sft)]
+        assert whole[0].keys() == whole[1].keys() and all(
+            torch.equal(whole[0][name], whole[1][name]) for name in whole[0]
+        )
+        assert not (policy / "adapter").exists()
+    else:
+        ranks = [read_json(folder / "adapter" / "adapter_config.json")["r"] for folder in (policy, sft)]
+        assert ranks[0] == ranks[1]
