@@ -10,6 +10,7 @@ import typer
 
 from components.common.errors import KubealignError
 from components.common.foreign import one_line
+from components.common.identity import ensure_identity
 from components.config.params import PARAMS, load_config
 from components.tracking import storage
 from components.tracking.errors import explain_os_error
@@ -155,6 +156,7 @@ def read_secrets() -> None:
 def main() -> None:
     """Run a stage; what a person is meant to read is shown without a traceback."""
     try:
+        ensure_identity()
         read_secrets()
         app()
     except KubealignError as error:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from components.common.errors import InputError, KubealignError
+from components.common.identity import ensure_identity
 from components.config.params import PARAMS, Config, load_config
 from components.tracking import store
 from components.tracking.errors import explain_mlflow_error, explain_os_error, is_mlflow_failure
@@ -241,6 +242,7 @@ def main() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
+        ensure_identity()
         app()
     except KubealignError as error:
         print(terminal(f"error: {error}"), file=sys.stderr)

@@ -388,8 +388,4 @@ def _pointer(name: str) -> str:
 
 
 def _user() -> str:
-    named = os.environ.get("MLFLOW_TRACKING_USERNAME")
-    try:
-        return named or getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return str(os.getuid())
+    return os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()

@@ -15,6 +15,7 @@ from components.common.documents import read_document
 from components.common.errors import InputError, KubealignError, single_line
 from components.common.files import digest, write_json
 from components.common.foreign import one_line
+from components.common.identity import ensure_identity
 from components.common.secrets import without_credentials
 from components.tracking import events
 from components.tracking.store import KFP_RUN_VARIABLE, home, in_pod, tracking_uri
@@ -30,6 +31,7 @@ def report_errors(stage: str) -> Iterator[None]:
     A KubealignError is shown as it is; any other error is preceded by its traceback. A refusal is remembered: when the
     cluster retries the step, it ends at once.
     """
+    ensure_identity()
     events.started(stage)
     if (refused := _refused(stage)) is not None:
         events.error(stage, f"{refused['message']} (refused before; a retry cannot help)", refused["exit_code"])
