@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from components.common.errors import InputError, KubeflowApiError, WaitTimeoutError, single_line
+from components.common.errors import InputError, KubeflowApiError, RunPendingError, WaitTimeoutError, single_line
 from components.common.files import sha256_file
 from components.common.provenance import git_commit
 from components.common.secrets import without_credentials, without_query
@@ -38,6 +38,8 @@ ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 POLL_S = 10.0
 RETRY_TIMEOUT_S = 600.0
 """Default time for which `wait` keeps retrying while the server does not answer."""
+REFUSALS = 3
+"""Refusals in a row of a request about a run before `wait` ends: a token may be renewed at that very moment."""
 ANSWER_S = 60.0
 """Connect and read timeout of a request; KFP's client would wait forever."""
 LOG_LINES = 20
@@ -178,19 +180,28 @@ class Server:
 
         Raises:
             WaitTimeoutError: the run is still running after `timeout_s`.
-            KubeflowApiError: the server has not answered for `retry_timeout_s`, or rejected the request.
+            RunPendingError: the server has not answered for `retry_timeout_s`, or does not tell us about the run.
+            KubeflowApiError: there is no such run.
         """
         retry_timeout_s = RETRY_TIMEOUT_S if retry_timeout_s is None else retry_timeout_s
         started = answered = time.monotonic()
         last: RunState | None = None
+        refused = 0
         while True:
             try:
                 now = self.state(run_id)
-                answered = time.monotonic()
+                answered, refused = time.monotonic(), 0
             except KubeflowApiError as error:
-                now_s = time.monotonic()
-                if not error.retryable or now_s - answered > retry_timeout_s or now_s - started > timeout_s:
+                if error.is_gone(run_id):
                     raise
+                now_s = time.monotonic()
+                refused = 0 if error.retryable else refused + 1
+                if refused >= REFUSALS or now_s - answered > retry_timeout_s or now_s - started > timeout_s:
+                    seen = f"{last.state} when last seen" if last and last.name else "not seen"
+                    raise RunPendingError(
+                        f"{error}; that says nothing about run {run_id} ({seen}, {self.link(run_id)}): follow it with"
+                        f" `kubealign wait {run_id}`"
+                    ) from error
                 now = last or RunState(run_id, "", "PENDING", "", [])
             if now != last:
                 on_change(now)
@@ -253,7 +264,10 @@ def _api_errors(endpoint: str, api: type[Exception], http: type[Exception]) -> I
             404: "; check the id and KFP_ENDPOINT",
         }.get(status, "")
         raise KubeflowApiError(
-            f"{endpoint} answered {status}: {message}{advice}", status >= 500 or status == 429
+            f"{endpoint} answered {status}: {message}{advice}",
+            retryable=status >= 500 or status in (408, 425, 429),
+            status=status,
+            answer=message if _is_json(getattr(error, "body", "")) else "",
         ) from error
     except (http, OSError) as error:
         text = without_credentials(single_line(str(error)))[:300]
@@ -277,6 +291,13 @@ def _message(body: Any) -> str:
     except (ValueError, AttributeError):
         pass
     return without_credentials(single_line(text))[:300]
+
+
+def _is_json(body: Any) -> bool:
+    try:
+        return isinstance(json.loads(body or ""), dict)
+    except ValueError:
+        return False
 
 
 @contextlib.contextmanager

@@ -29,6 +29,8 @@ class KubealignError(Exception):
     """Whether the same call or command may succeed later, with nothing changed by the user."""
     refusal = False
     """Whether the same inputs are bound to fail again, so that a cluster's retry of the step is of no use."""
+    link = ""
+    """URL of the run that it is about, if there is one."""
 
 
 class InputError(KubealignError):
@@ -102,7 +104,27 @@ class ApiError(KubealignError):
 
 
 class KubeflowApiError(ApiError):
-    """Kubeflow Pipelines refused, failed or did not answer."""
+    """Kubeflow Pipelines refused, failed or did not answer.
+
+    Args:
+        message: for a person.
+        retryable: whether a later try may succeed.
+        status: HTTP status code; 0 without an answer.
+        answer: the server's own sentence; empty if the answer was not the API's.
+    """
+
+    def __init__(self, message: str, retryable: bool, status: int = 0, answer: str = "") -> None:
+        super().__init__(message, retryable)
+        self.status, self.answer = status, answer
+
+    @property
+    def about_caller(self) -> bool:
+        """Whether it is about the caller, his rights or the way to the server, and so says nothing about a run."""
+        return self.retryable or self.status in (401, 403, 404, 407)
+
+    def is_gone(self, run_id: str) -> bool:
+        """Whether the API itself said that there is no such run; a wrong route is a 404, too."""
+        return self.status == 404 and run_id in self.answer
 
 
 class KubernetesApiError(ApiError):

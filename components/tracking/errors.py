@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 import time
 import traceback
@@ -22,6 +23,9 @@ from components.tracking.store import KFP_RUN_VARIABLE, home, in_pod, tracking_u
 
 REFUSED_FOR_S = 600.0
 """How long a refusal counts; `cluster.backoff_s` of 60 seconds makes the first two retries within three minutes."""
+
+REFUSALS = {401: r"(?i)unauthori[sz]ed|unauthenticated|invalid_token|\b401\b", 403: r"(?i)forbidden|\b403\b"}
+"""Words by which proxies say what the status is."""
 
 
 @contextmanager
@@ -115,14 +119,41 @@ def explain_mlflow_error(error: BaseException) -> str:
     """A sentence for the MLflow failures that people can fix."""
     server = without_credentials(tracking_uri())
     reason = without_credentials(single_line(str(error)))[:300]
-    status = getattr(error, "get_http_status_code", lambda: 0)()
-    if status in (401, 403):
-        user = os.environ.get("MLFLOW_TRACKING_USERNAME") or "nobody (MLFLOW_TRACKING_USERNAME is not set)"
+    status = _refusal_status(error)
+    if status == 401:
         return (
-            f"MLflow at {server} does not let {user} do this ({reason}); writing runs needs EDIT on the experiment,"
-            " registering and promoting needs EDIT on the registered model; the owner or an administrator can grant it"
+            f"MLflow at {server} does not accept {_caller()} ({reason}); the password (MLFLOW_TRACKING_PASSWORD) or"
+            " token is wrong, expired, or another server's"
+        )
+    if status == 403:
+        return (
+            f"MLflow at {server} does not let {_caller()} do this ({reason}); writing runs needs EDIT on the"
+            " experiment, registering and promoting needs EDIT on the registered model; the owner or an administrator"
+            " can grant it"
         )
     return f"MLflow at {server}: {reason}"
+
+
+def _refusal_status(error: BaseException) -> int:
+    """401 or 403 if the server, or a proxy before it, refused; else another status or 0."""
+    text = str(error)
+    if told := re.search(r"error code (\d{3})", text):
+        return int(told[1])
+    status = int(getattr(error, "get_http_status_code", lambda: 0)())
+    if status == 500:  # how MLflow reads a refusal in JSON that is not its own
+        return next((refused for refused, words in REFUSALS.items() if re.search(words, text)), status)
+    return status
+
+
+def _caller() -> str:
+    """Who asks MLflow, by the variables that its client reads."""
+    if (user := os.environ.get("MLFLOW_TRACKING_USERNAME")) and os.environ.get("MLFLOW_TRACKING_PASSWORD"):
+        return user
+    if os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        return "the token in MLFLOW_TRACKING_TOKEN"
+    if user:
+        return f"{user} (MLFLOW_TRACKING_PASSWORD is not set)"
+    return "nobody (neither MLFLOW_TRACKING_USERNAME nor MLFLOW_TRACKING_TOKEN is set)"
 
 
 def explain_os_error(error: OSError) -> str:

@@ -17,19 +17,21 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from components.common.errors import (
+    InputError,
     InterruptedRunError,
     KubealignError,
     KubeflowApiError,
     RunPendingError,
-    WaitTimeoutError,
 )
 from components.common.files import read_json, write_json
 from components.common.secrets import without_credentials
 from components.config.params import PARAMS, load_config
 from components.tracking import store
+from components.tracking.errors import explain_mlflow_error, is_mlflow_failure
 from pipelines.alignment import NAME
 from pipelines.ci.job import Job
-from pipelines.kubeflow import RunState, Server, submit
+from pipelines.kubeflow import ENDED, ENDPOINT, RunState, Server, submit
+from pipelines.local.results import FinishedRun, load_result
 from pipelines.terminal import terminal
 
 STATE = "retrain.json"
@@ -39,10 +41,25 @@ CANCEL_WITHIN_S = 6.0
 T = TypeVar("T")
 
 
-def run_on_kubeflow(job: Job) -> tuple[str, str]:
-    """Run on Kubeflow, or follow the run already in progress; returns the parent run's id in MLflow and a link."""
+def run_on_kubeflow(job: Job) -> tuple[FinishedRun, str]:
+    """Run on Kubeflow, or follow the run already in progress; returns its result and a link.
+
+    The state file stays until the run's end is known and its result was read, or it was canceled.
+
+    Raises:
+        RunPendingError: Kubeflow, or MLflow, does not tell us how the run ended.
+        KubealignError: the run failed, or could not be started.
+    """
     server = Server(job.config.cluster)
     state = _state(job, server)
+    try:
+        return _follow(job, server, state), server.link(state["run_id"])
+    except KubealignError as error:
+        error.link = server.link(state["run_id"]) if state["run_id"] else ""
+        raise
+
+
+def _follow(job: Job, server: Server, state: dict[str, str]) -> FinishedRun:
     file = job.out / STATE
     try:
         with _signals():
@@ -56,15 +73,32 @@ def run_on_kubeflow(job: Job) -> tuple[str, str]:
     except InterruptedRunError:
         _cancel(job, server, state)
         raise
-    except (KubeflowApiError, WaitTimeoutError) as error:
-        if not error.retryable:
+    except (KubeflowApiError, RunPendingError) as error:
+        gone = isinstance(error, KubeflowApiError) and state["run_id"] and error.is_gone(state["run_id"])
+        if gone or not (isinstance(error, RunPendingError) or error.about_caller):
             file.unlink(missing_ok=True)
             raise
-        raise RunPendingError(f"{error}\nnothing is lost; run the same command to resume: {_command()}") from error
-    file.unlink(missing_ok=True)
+        raise _pending(str(error)) from error
     if ended.state != "SUCCEEDED":
+        file.unlink(missing_ok=True)
         raise KubealignError(_failure(server, ended))
-    return _parent_of(state["run_id"]), server.link(state["run_id"])
+    try:
+        result = load_result(_parent_of(state["run_id"]))
+    except RunPendingError:
+        raise
+    except KubealignError:
+        file.unlink(missing_ok=True)
+        raise
+    except Exception as error:
+        if is_mlflow_failure(error):  # it says nothing about the run
+            raise _pending(explain_mlflow_error(error)) from error
+        raise
+    file.unlink(missing_ok=True)
+    return result
+
+
+def _pending(message: str) -> RunPendingError:
+    return RunPendingError(f"{message}\nnothing is lost; run the same command to resume: {_command()}")
 
 
 def _state(job: Job, server: Server) -> dict[str, str]:
@@ -146,18 +180,40 @@ def _restore(before: dict[signal.Signals, Any]) -> None:
 
 
 def cancel_left(root: Path, out: Path) -> list[str]:
-    """Cancel the run that the state file in `out` names, if any; returns log lines of what was done."""
+    """Cancel the run that the state file in `out` names, if any; returns log lines of what was done.
+
+    The file stays unless every run is canceled, has ended, or is gone.
+
+    Raises:
+        InputError: the run is on another server.
+        KubeflowApiError: the server refused, or did not answer.
+    """
     file = out / STATE
     if not file.is_file():
         return ["no run is in progress"]
     state = read_json(file)
     server = Server(load_config(root / PARAMS).cluster)
-    lines = []
-    for run_id in [state["run_id"]] if state["run_id"] else server.active_runs(state["name"]):
-        server.cancel(run_id)
-        lines.append(f"{run_id}: cancellation requested")
+    if state["endpoint"] != server.endpoint:
+        raise InputError(
+            f"{file}: the run is on {state['endpoint']}; found {ENDPOINT}={server.endpoint}: name that server"
+        )
+    runs = [state["run_id"]] if state["run_id"] else server.active_runs(state["name"])
+    lines = [f"{run_id}: {_end(server, run_id)}" for run_id in runs]
     file.unlink()
     return lines
+
+
+def _end(server: Server, run_id: str) -> str:
+    """Cancel a run; returns what became of it."""
+    try:
+        server.cancel(run_id)
+    except KubeflowApiError as error:
+        if error.is_gone(run_id):
+            return "no longer exists"
+        if error.about_caller or (state := server.state(run_id).state) not in ENDED:
+            raise
+        return f"had ended as {state}"
+    return "cancellation requested"
 
 
 def _cancel(job: Job, server: Server, state: dict[str, str]) -> None:
@@ -165,8 +221,7 @@ def _cancel(job: Job, server: Server, state: dict[str, str]) -> None:
 
     def cancel() -> None:
         for run_id in [state["run_id"]] if state["run_id"] else server.active_runs(state["name"]):
-            server.cancel(run_id)
-            job.log(f"{run_id}: cancellation requested")
+            job.log(f"{run_id}: {_end(server, run_id)}")
 
     try:
         _retry(job, CANCEL_WITHIN_S, cancel)
@@ -192,7 +247,7 @@ def _parent_of(kfp_run: str) -> str:
     runs = client.search_runs([store.experiment_id(client)], query, max_results=1)
     if not runs:
         where = without_credentials(store.tracking_uri())
-        raise KubealignError(
+        raise _pending(
             f"run {kfp_run} succeeded, but MLflow at {where} has no record of it; is MLFLOW_TRACKING_URI the server of"
             " cluster.mlflow_uri?"
         )

@@ -122,7 +122,8 @@ def write_failure(out: Path, request: RetrainRequest, state: str, message: str) 
     quoted = [f"> {markdown(line)}" for line in message.splitlines()]
     lines = [MARKER, f"## Retraining: {markdown(state)}", "", *quoted, "", *_facts_lines(request)]
     write_text(out / "summary.md", "\n".join(lines) + "\n")
-    _status(out, request, "error" if state == "canceled" else "failure", f"{state}: {message}")
+    shown = {"canceled": "error", "unfinished": "pending"}.get(state, "failure")
+    _status(out, request, shown, f"{state}: {message}")
     return facts
 
 

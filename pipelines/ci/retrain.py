@@ -38,8 +38,10 @@ def retrain(job: Job) -> int:
         explained = _explained(error)
         if explained is None:
             raise
-        failure = outcome.write_failure(job.out, job.request, _state_after(explained), str(explained))
-        _notify(hook, job, "failed", failure)
+        state = _state_after(explained)
+        request = outcome.RetrainRequest(**vars(job.request) | {"link": explained.link})
+        failure = outcome.write_failure(job.out, request, state, str(explained))
+        _notify(hook, job, "unfinished" if state == "unfinished" else "failed", failure)
         raise explained from error
 
 
@@ -60,8 +62,8 @@ def _run_or_reuse(job: Job, hook: notify.Webhook | None) -> int:
         job.log("This commit's data, settings and code were judged before; --rerun forces a new run.")
         show_result(job.console, previous)
         return 0
-    run_id, link = run_on_kubeflow(job) if job.runner == "kubeflow" else _run_here(job)
-    result = _checked(job, load_result(run_id))
+    result, link = run_on_kubeflow(job) if job.runner == "kubeflow" else _run_here(job)
+    _check(job, result)
     verdict = outcome.write_verdict(
         job.out, outcome.RetrainRequest(**vars(job.request) | {"link": link}), result, new=True
     )
@@ -117,8 +119,8 @@ def _signed_result(job: Job, run_id: str) -> FinishedRun | None:
     return result if about == (job.facts.lineage, job.facts.config, job.config.register_.name) else None
 
 
-def _checked(job: Job, result: FinishedRun) -> FinishedRun:
-    """The result, if it belongs to the requested key.
+def _check(job: Job, result: FinishedRun) -> None:
+    """Check that a result belongs to the requested key.
 
     Raises:
         KubealignError: the run used other data, settings or code.
@@ -129,12 +131,11 @@ def _checked(job: Job, result: FinishedRun) -> FinishedRun:
             f" {result['lineage'][:12]}, expected {job.facts.lineage[:12]}); most likely the images hold other code:"
             " run `make images`, push them, and run again with cluster.pull_policy=Always"
         )
-    return result
 
 
-def _run_here(job: Job) -> tuple[str, str]:
-    """Run on this machine; returns the parent run's id and an empty link."""
-    return run_pipeline(job.config, job.root, Display(job.console), job.runner, caching=not job.rerun), ""
+def _run_here(job: Job) -> tuple[FinishedRun, str]:
+    """Run on this machine; returns the result and an empty link."""
+    return load_result(run_pipeline(job.config, job.root, Display(job.console), job.runner, caching=not job.rerun)), ""
 
 
 def version_summary(root: Path, version: str) -> str:

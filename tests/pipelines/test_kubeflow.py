@@ -23,7 +23,16 @@ from pipelines.alignment import compile_pipeline
 from pipelines.kubeflow import RunState, Server
 from pipelines.quiet import QUIET
 from tests.conftest import ROOT
-from tests.stubs.kfp_server import WORKFLOW, KfpServer, closed, cut_off, failed_pod, silent, status
+from tests.stubs.kfp_server import (
+    ABOUT_US,
+    WORKFLOW,
+    KfpServer,
+    closed,
+    cut_off,
+    failed_pod,
+    silent,
+    status,
+)
 
 PARAMS = ROOT / "params.yaml"
 SECRET = "s3cr3t-t0k3n"  # noqa: S105 - of the stub
@@ -454,10 +463,23 @@ def test_wait_gives_up_on_a_server_that_has_failed_for_long(
     assert "answered 503" in kubealign("wait", kfp.add_run("RUNNING")).one_error()
 
 
-def test_wait_does_not_go_on_when_it_is_refused(kfp: KfpServer, kubealign: Cli) -> None:
-    kfp.fail("GET", RUN, status(403))
-    assert "answered 403" in kubealign("wait", kfp.add_run("RUNNING")).one_error()
-    assert len(kfp.asked("GET", RUN)) == 1
+@pytest.mark.parametrize("answer", ABOUT_US)
+@pytest.mark.parametrize("command", [("wait",), ("submit", "--wait")], ids=["wait", "submit"])
+def test_an_answer_about_us_leaves_the_run_and_its_link(
+    kfp: KfpServer, kubealign: Cli, monkeypatch: pytest.MonkeyPatch, answer: str, command: tuple[str, ...]
+) -> None:
+    """A token is read again, and the server asked again; then the command ends, and says that the run did not."""
+    monkeypatch.setattr(kubeflow, "RETRY_TIMEOUT_S", 1.5)
+    kfp.next_run.states = ["RUNNING"]
+    given = (kfp.add_run("RUNNING"),) if command == ("wait",) else ()
+    kfp.fail("GET", RUN, ABOUT_US[answer])
+    error = kubealign(*command, *given).one_error()
+    run_id = [*kfp.runs][-1]
+    assert f"says nothing about run {run_id}" in error and f"{kfp.url}/#/runs/details/{run_id}" in error
+    assert f"`kubealign wait {run_id}`" in error and len(kfp.asked("GET", RUN)) > 1
+    kfp.faults.clear()
+    kfp.runs[run_id].states = ["SUCCEEDED"]
+    assert kubealign("wait", *given).code == 0, "the handle of what was submitted is kept"
 
 
 def test_a_server_that_falls_silent_is_asked_again(

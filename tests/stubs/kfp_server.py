@@ -112,6 +112,25 @@ def silent(handler: "Handler") -> None:
     handler.close_connection = True
 
 
+def _refused_by_a_gateway(handler: "Handler") -> None:
+    handler.answer(404, f"Cannot {handler.command} {handler.path}".encode(), ("Content-Type", "text/plain"))
+
+
+ABOUT_US: dict[str, Callable[["Handler"], None]] = {
+    "an expired token": status(401),
+    "no rights": status(403),
+    "no rights at a proxy": status(403, "<html>RBAC: access denied"),
+    "a proxy that wants a login": status(407, "<html>"),
+    "a wrong route": status(404, "<html>404 page not found"),
+    "a wrong route of the gateway": status(404, '{"code": 5, "message": "Not Found", "details": []}'),
+    "a wrong route that echoes the path": _refused_by_a_gateway,
+    "a server that fails": status(503),
+    "a closed connection": closed,
+    "a login page": status(200, "<html>log in"),
+}
+"""Answers that say something about the caller or the way to the server, and nothing about a run."""
+
+
 def parse_strictly(data: Any, kind: str, where: str = "") -> Any:
     """A model of kfp_server_api from JSON values; unknown fields are refused."""
     rule = "common/utils.go, CustomMarshaler: DiscardUnknown is false, so an unknown field is an error"

@@ -7,7 +7,8 @@ import pytest
 
 from components.common.secrets import without_credentials
 from components.tracking import store
-from components.tracking.errors import report_errors
+from components.tracking.errors import explain_mlflow_error, report_errors
+from tests.support.services import QuietHandler, serving
 
 
 def test_credentials_are_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,3 +26,43 @@ def test_a_full_disk_and_a_locked_folder_are_explained(capsys: pytest.CaptureFix
             raise OSError(number, os.strerror(number), "/from/here", None, "/some/file")
         last = capsys.readouterr().out.strip().splitlines()[-1]
         assert last.startswith("[error:1] sft /some/file: ") and words in last
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "known"),
+    [
+        (b"<html>log in", 401, "does not accept"),
+        (b'{"error": "invalid_token"}', 401, "does not accept"),
+        (b'{"error_code": "UNAUTHENTICATED", "message": "no"}', 401, "does not accept"),
+        (b'{"detail": "Forbidden"}', 403, "EDIT on the experiment"),
+        (b"RBAC: access denied", 403, "EDIT on the experiment"),
+    ],
+)
+def test_a_refusal_by_mlflow_or_a_proxy_names_who_was_refused(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes, status: int, known: str
+) -> None:
+    class Refusing(QuietHandler):
+        def answer(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_GET = answer
+
+    callers: dict[str, dict[str, str]] = {
+        "nobody (neither": {},
+        "the token in MLFLOW_TRACKING_TOKEN": {"TOKEN": "s3cr3t"},
+        "anna": {"USERNAME": "anna", "PASSWORD": "s3cr3t", "TOKEN": "s3cr3t"},
+        "anna (MLFLOW_TRACKING_PASSWORD is not set)": {"USERNAME": "anna"},
+    }
+    with serving(Refusing) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        for caller, given in callers.items():
+            with monkeypatch.context() as patch:
+                for name in ("USERNAME", "PASSWORD", "TOKEN"):
+                    patch.setenv(f"MLFLOW_TRACKING_{name}", given.get(name, ""))
+                with pytest.raises(Exception, match=r".") as error:
+                    store.client().get_experiment("1")
+                said = explain_mlflow_error(error.value)
+                assert caller in said and known in said and "s3cr3t" not in said

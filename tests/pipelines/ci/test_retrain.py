@@ -2,10 +2,12 @@
 MLflow database in which a stand-in for the cluster's steps records what they would.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from components.tracking import store
 from pipelines import kubeflow
 from pipelines.ci import follow, notify, retrain
 from pipelines.ci import job as job_module
-from tests.stubs.kfp_server import KfpServer, RefusalError, Run, closed, status
+from tests.stubs.kfp_server import ABOUT_US, KfpServer, RefusalError, Run, closed, status
 from tests.stubs.receiver import Receiver
 from tests.support.clone import Clone, appended, setting
 from tests.support.repositories import git
@@ -295,11 +297,109 @@ def test_a_server_that_stays_down_leaves_a_state_with_which_the_same_command_goe
     state = json.loads((out / follow.STATE).read_text())
     (run_id,) = kfp.runs
     assert (state["run_id"], state["key"]) == (run_id, job.key)
-    assert written(out)[0]["state"] == "unfinished" and receiver.events[-1]["type"] == "retrain.failed"
+    assert written(out)[0]["state"] == "unfinished" and receiver.events[-1]["type"] == "retrain.unfinished"
     kfp.faults.clear()
     monkeypatch.setattr(retrain, "judged_before", lambda job: None)  # the stand-in records before the run has ended
     assert retrain.retrain(job) == 0
     assert len(kfp.runs) == 1 and not (out / follow.STATE).exists() and written(out)[0]["state"] == "verdict"
+
+
+@pytest.mark.parametrize("answer", ABOUT_US)
+@pytest.mark.parametrize("phase", ["start", "wait"])
+def test_an_answer_about_us_is_none_about_the_run(
+    clone: Clone, kfp: KfpServer, receiver: Receiver, tmp_path: Path, answer: str, phase: str
+) -> None:
+    """Whatever it is, the outcome is `unfinished`, with the link, and the same command goes on with the same run."""
+    out = tmp_path / "ci"
+    job = make_job(clone, out, retry_timeout_s=0.1)
+    kfp.next_run = Run(None, ["RUNNING"])
+    kfp.fail(*(("POST", RUNS) if phase == "start" else ("GET", f"{RUNS}/.*")), ABOUT_US[answer])
+    with pytest.raises(RunPendingError, match="run the same command to resume"):
+        retrain.retrain(job)
+    verdict, state, summary = written(out)
+    assert (verdict["state"], state["state"]) == ("unfinished", "pending") and "## Retraining: unfinished" in summary
+    assert receiver.events[-1]["type"] == "retrain.unfinished"
+    left = json.loads((out / follow.STATE).read_text())
+    if phase == "start":
+        assert left["run_id"] == "" and verdict["link"] == "" and not kfp.runs
+        return
+    (run_id,) = kfp.runs
+    assert left["run_id"] == run_id and verdict["link"] == state["target_url"] == f"{kfp.url}/#/runs/details/{run_id}"
+    with pytest.raises(KubealignError):  # whoever may not ask may not cancel: the handle stays
+        kfp.fail("POST", ".*:terminate", ABOUT_US[answer])
+        follow.cancel_left(clone.root, out)
+    assert (out / follow.STATE).exists()
+    kfp.faults.clear()
+    assert follow.cancel_left(clone.root, out) == [f"{run_id}: cancellation requested"]
+    assert not (out / follow.STATE).exists()
+
+
+def test_an_answer_about_the_run_ends_it(clone: Clone, kfp: KfpServer, tmp_path: Path) -> None:
+    """Deleted, refused or over: nothing is left to go on with, nor to cancel."""
+    out = tmp_path / "ci"
+    handle = {"key": make_job(clone, out).key, "endpoint": kfp.url, "name": "x", "run_id": "deleted"}
+    for act in (lambda: retrain.retrain(make_job(clone, out)), lambda: follow.cancel_left(clone.root, out)):
+        out.mkdir(exist_ok=True)
+        (out / follow.STATE).write_text(json.dumps(handle))
+        with contextlib.suppress(KubealignError):
+            assert act() == ["deleted: no longer exists"]
+        assert not (out / follow.STATE).exists()
+    assert written(out)[0]["state"] == "failed" and not kfp.runs
+    (out / follow.STATE).write_text(json.dumps(handle | {"run_id": (ended := kfp.add_run("SUCCEEDED"))}))
+    assert follow.cancel_left(clone.root, out) == [f"{ended}: had ended as SUCCEEDED"]
+    kfp.fail("POST", RUNS, status(400))
+    with pytest.raises(KubealignError, match="answered 400"):
+        retrain.retrain(make_job(clone, out))
+    assert written(out)[0]["state"] == "failed" and not (out / follow.STATE).exists()
+    (out / follow.STATE).write_text(json.dumps(handle | {"endpoint": "https://elsewhere"}))
+    with pytest.raises(InputError, match="the run is on https://elsewhere; found KFP_ENDPOINT=http"):
+        follow.cancel_left(clone.root, out)
+    assert (out / follow.STATE).exists()
+
+
+def test_an_mlflow_that_falls_silent_after_the_run_says_nothing_about_it(
+    clone: Clone, kfp: KfpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "ci"
+    job = make_job(clone, out)
+    recording(kfp, job, monkeypatch)
+    monkeypatch.setattr(retrain, "judged_before", lambda job: None)
+    for address in (f"http://127.0.0.1:{free_port()}", f"sqlite:///{tmp_path}/of-another-team.db"):
+        with monkeypatch.context() as patch:
+            patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+            wait = kubeflow.Server.wait
+
+            def ended(*given: Any, patch: Any = patch, wait: Any = wait, address: str = address) -> Any:
+                state = wait(*given)
+                patch.setenv("MLFLOW_TRACKING_URI", address)
+                return state
+
+            patch.setattr(kubeflow.Server, "wait", ended)
+            with pytest.raises(RunPendingError, match="run the same command to resume"):
+                retrain.retrain(job)
+        assert written(out)[0]["state"] == "unfinished" and written(out)[0]["link"]
+    assert retrain.retrain(job) == 0 and len(kfp.runs) == 1 and not (out / follow.STATE).exists()
+
+
+def test_a_token_that_is_renewed_in_mid_wait_is_read_again(
+    clone: Clone, kfp: KfpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("first")
+    kfp.token = "first"  # noqa: S105
+    monkeypatch.setenv("KFP_TOKEN_FILE", str(token))
+    job = make_job(clone, tmp_path / "ci")
+    recording(kfp, job, monkeypatch)
+    answer = kfp._get_run
+
+    def expires(request: Any, run_id: str) -> Any:
+        kfp.token = "second"  # noqa: S105
+        threading.Timer(0.015, token.write_text, ["second"]).start()  # a moment after the server has changed its mind
+        return answer(request, run_id)
+
+    monkeypatch.setattr(kubeflow, "POLL_S", 0.05)
+    monkeypatch.setattr(kfp, "_get_run", expires)
+    assert retrain.retrain(job) == 0 and {one.authorization for one in kfp.requests} > {"Bearer second"}
 
 
 def test_a_state_file_of_another_key_is_not_gone_on_with(
