@@ -349,7 +349,7 @@ def test_a_user_without_the_right_is_told_what_it_takes(
     assert "does not let reader" in explain_mlflow_error(stop.value)
     assert champion_alias(client, "theirs") == "1"
     log_in(monkeypatch, "reader", "wrong")
-    assert "does not let reader" in explain_mlflow_error(cli("history", "--name", "theirs").exception)
+    assert "does not accept reader" in explain_mlflow_error(cli("history", "--name", "theirs").exception)
 
 
 def log_in(monkeypatch: pytest.MonkeyPatch, user: str, password: str) -> None:
