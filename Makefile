@@ -43,7 +43,7 @@ bench: setup-dev data ## the training engine against TRL: time, memory, differen
 	TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1 python tests/bench/training.py $(ARGS)
 
 .PHONY: bench-gpu
-bench-gpu: setup-dev ## the training engine on one GPU against TRL: exactness, speed, memory; needs torch with CUDA, trl, datasets
+bench-gpu: ## the training engine on one GPU against TRL: exactness, speed, memory; needs torch with CUDA, trl, datasets
 	HF_HUB_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1 python tests/bench/gpu.py $(ARGS)
 
 .PHONY: gate-demo
@@ -126,7 +126,7 @@ $(VENV)/.ready: pyproject.toml requirements.lock
 	  || { echo "error: this Python has no venv module; on Debian and Ubuntu: apt-get install python3.11-venv" >&2; exit 2; }
 	@free=$$(df -Pm . | awk 'NR == 2 {print $$4}'); [ "$$free" -ge $(MIN_DISK_MB) ] \
 	  || { echo "error: $$free MB free here, $(MIN_DISK_MB) MB needed (packages 3 GB, model and runs the rest); free some or move the project" >&2; exit 2; }
-	@echo "setting up $(VENV): about 2.5 GB of packages, 2 to 4 minutes"
+	@echo "setting up $(VENV): about 1.7 GB of packages, 2 to 4 minutes"
 	@[ -x $(VENV)/bin/python ] && $(VENV)/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
 	@$(INSTALL) local
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
