@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from components.common.provenance import code_digest
 from components.stages import STAGE_NAMES
 
 EXECUTOR = "kfp.dsl.executor_main"
@@ -37,9 +38,11 @@ def run_step(full_command: list[str], env_vars: dict[str, str] | None = None) ->
     if stage:
         _import(f"components.{stage}.stage", "components.engine.hardware", EXECUTOR, "mlflow")
         if stage not in WITHOUT_TOKENIZER:
-            _import("transformers.models.auto.tokenization_auto")
+            _import("transformers.models.auto.tokenization_auto", "transformers.modeling_rope_utils")
         if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("sqlite:"):
             _import("mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store")
+        for each in STAGE_NAMES:
+            code_digest(each)  # several steps ask for it: here each module is parsed for all of them
     if not stage or threading.active_count() > 1:
         return subprocess.run(full_command, env=environment, check=False).returncode
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ ALL = set(STAGE_NAMES)
 
 
 SMALL = [
-    "model.max_length=400",
+    "model.max_length=256",
     "model.precision=fp32",
     "sft.max_steps=6",
     "sft.checkpoint_every_s=0.01",
