@@ -15,10 +15,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from components.common.errors import InputError, single_line
 from components.common.files import digest
 from components.common.provenance import LOCK, code_parts, module_digest, without_prose
 from components.config.model import ModelConfig
-from components.config.params import Config
+from components.config.params import PARAMS, Config
 from components.orders import Facts, Order, config_key, make_orders
 from components.sources.base_model import EMBEDDED
 from components.sources.data import data_folders, embedded_model
@@ -50,7 +51,10 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """The actions that a change needs: `retrain`, build `images`, review the `data`; `errors` must be fixed first."""
+    """The actions that a change needs: `retrain`, build `images`, review the `data`; `errors` must be fixed first.
+
+    `everything` says why everything counts as changed; it is empty where the commits could be compared.
+    """
 
     base: str
     head: str
@@ -59,12 +63,13 @@ class Plan:
     images: bool
     data: bool
     errors: tuple[str, ...]
+    everything: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
         steps = {row.step: {"state": row.state, "reasons": list(row.reasons)} for row in self.rows}
-        facts = {"base": self.base, "head": self.head, "steps": steps, "errors": list(self.errors)}
-        return facts | self.outputs()
+        facts: dict[str, Any] = {"base": self.base, "head": self.head, "everything": self.everything, "steps": steps}
+        return facts | {"errors": list(self.errors)} | self.outputs()
 
     def outputs(self) -> dict[str, bool]:
         """The outputs that decide which jobs of a CI system run."""
@@ -72,6 +77,8 @@ class Plan:
 
     def sentence(self) -> str:
         """The conclusion in one sentence."""
+        if self.everything:
+            return f"{self.everything}, so everything counts as changed: retrain."
         since = f"since {self.base[:12]}"
         if self.retrain:
             return f"What a model is made of changed {since}: retrain."
@@ -100,28 +107,53 @@ def make_plan(root: Path, base: str, head: str, runner: str) -> Plan:
         head: a commit.
         runner: where the steps run; the cache keys of `kubeflow` include images and volumes.
 
+    A base that cannot be read, such as one with conflict markers in dvc.lock, means that everything changed.
+
     Raises:
-        InputError: no such commit, or a file in it that cannot be read.
+        InputError: no such commit, or a file in the head that cannot be read.
     """
     repo, folder = find_repository(root)
     head_commit = find_commit(repo, head)
     base_commit = find_commit(repo, base) if base.strip("0") else default_base(repo, head_commit)
+    new = Revision(repo, folder, head_commit)
     with TemporaryDirectory(prefix="kubealign-") as temporary:
-        old, new = Revision(repo, folder, base_commit), Revision(repo, folder, head_commit)
         trees = Path(temporary) / "old", Path(temporary) / "new"
-        before, after = read_project(old, trees[0], runner), read_project(new, trees[1], runner)
+        after = read_project(new, trees[1], runner)
         errors = tuple(stale(new, trees[1]))
-        image_changes = sorted({path for path, _ in _built_from(old) ^ _built_from(new)})
-        data_row = _data_row(old, new, errors)
-        data = data_changed(old, new) or bool(errors)
+        try:
+            old = Revision(repo, folder, base_commit)
+            before = read_project(old, trees[0], runner)
+            data, data_row = data_changed(old, new), _data_row(old, new, errors)
+        except InputError as error:
+            return _everything(base_commit, head_commit, errors, f"{base_commit[:12]} cannot be read ({error})")
+    image_changes = sorted({path for path, _ in _built_from(old) ^ _built_from(new)})
     images_row = PlanRow("images", "build anew" if image_changes else "as they are", tuple(_short(image_changes)))
     rows = (data_row, images_row, *_rows(before, after))
     retrain = before.key != after.key or bool(after.mutable_names)
-    return Plan(base_commit, head_commit, rows, retrain, bool(image_changes), data, errors)
+    return Plan(base_commit, head_commit, rows, retrain, bool(image_changes), data or bool(errors), errors)
+
+
+def _everything(base: str, head: str, errors: tuple[str, ...], why: str) -> Plan:
+    """The plan where there is nothing to compare with."""
+    data = PlanRow("prepare", "stale", _stale_reasons(errors)) if errors else PlanRow("prepare", "done", (why,))
+    steps = [PlanRow(stage.name, "runs", (why if stage.cached else NEVER_CACHED,)) for stage in STAGES]
+    rows = (data, PlanRow("images", "build anew", (why,)), *steps)
+    return Plan(base, head, rows, retrain=True, images=True, data=True, errors=errors, everything=why)
 
 
 def read_project(revision: Revision, tree: Path, runner: str) -> Project:
-    """What a commit would run; its code is written to `tree` to be read, never run."""
+    """What a commit would run; its code is written to `tree` to be read, never run.
+
+    Raises:
+        InputError: a file of the commit cannot be read.
+    """
+    try:
+        return _read_project(revision, tree, runner)
+    except (SyntaxError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{revision.sha[:12]}: code that cannot be read: {single_line(str(error))}") from error
+
+
+def _read_project(revision: Revision, tree: Path, runner: str) -> Project:
     revision.write(["components", LOCK], tree)
     code = {step: code_parts(f"components.{step}.stage", tree) for step in ORDERED}
     sections = _sections(revision, runner)
@@ -154,6 +186,8 @@ def _sections(revision: Revision, runner: str) -> dict[str, dict[str, Any]]:
     sections = {}
     for name, default in Config().sections().items():
         given = revision.params.get(name) or {}
+        if not isinstance(given, dict):
+            raise InputError(f"{revision.sha[:12]}:{PARAMS}: {name}: expected a section, found {type(given).__name__}")
         try:
             sections[name] = Config.model_validate({name: given}).sections()[name]
         except ValidationError:
@@ -276,8 +310,12 @@ def data_changed(old: Revision, new: Revision) -> bool:
 def _data_row(old: Revision, new: Revision, errors: tuple[str, ...]) -> PlanRow:
     """The row of DVC's stages, which are run by hand before committing."""
     if errors:
-        return PlanRow("prepare", "stale", tuple(error.partition(": run ")[0] for error in errors))
+        return PlanRow("prepare", "stale", _stale_reasons(errors))
     names = sorted(old.outputs.keys() | new.outputs.keys())
     changed = [name for name in names if old.outputs.get(name) != new.outputs.get(name)]
     shown = tuple(f"{name} {old.outputs.get(name, '')[:8]} → {new.outputs.get(name, '')[:8]}" for name in changed)
     return PlanRow("prepare", "done" if changed else UNCHANGED, shown)
+
+
+def _stale_reasons(errors: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(error.partition(": run ")[0] for error in errors)
