@@ -292,6 +292,7 @@ def test_a_submodule_anywhere_breaks_no_plan(clone: Clone, tmp_path: Path) -> No
 
     plan = clone.plan(add)
     git(clone.root, "submodule", "deinit", "-q", "--all", "--force")
+    assert not changed_files(clone.root)
     assert not plan.retrain and plan.images and not plan.errors
     git(clone.root, "checkout", "-q", clone.base)
     shutil.rmtree(clone.root / ".git" / "modules")
