@@ -8,6 +8,7 @@ it runs.
 import ast
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,12 +22,14 @@ from components.common.provenance import LOCK, code_parts, module_digest, withou
 from components.config.model import ModelConfig
 from components.config.params import PARAMS, Config
 from components.orders import Facts, Order, config_key, make_orders
+from components.register.config import RegisterConfig
 from components.sources.base_model import EMBEDDED
 from components.sources.data import data_folders, embedded_model
 from components.stages import BY_NAME, CACHED, ORDERED, STAGES
-from pipelines.ci.revisions import Revision, default_base, find_repository, is_own
+from pipelines.ci.judged import last_judged
+from pipelines.ci.revisions import Revision, branch_point, find_repository, is_own
 from pipelines.ci.staleness import stale
-from pipelines.git import find_commit
+from pipelines.git import find_commit, shallow_hint
 
 GRAPH = "pipelines/alignment.py"
 IMAGES = "components/common/images.py"
@@ -97,29 +100,33 @@ class Project:
     mutable_names: tuple[str, ...]
 
 
-def make_plan(root: Path, base: str, head: str, runner: str) -> Plan:
+def make_plan(root: Path, base: str, head: str, runner: str, log: Callable[[str], None] = lambda _: None) -> Plan:
     """Compare two commits of a project.
 
     Args:
         root: the project's folder, in a git repository.
-        base: a commit; empty for the default, as are zeros (how Git hosts denote the state before a branch's first
-            push).
+        base: a commit; empty for where the head branched off the main branch, and on that for the last commit that
+            was judged, however many were merged since. Zeros are empty (how Git hosts denote the state before a
+            branch's first push).
         head: a commit.
         runner: where the steps run; the cache keys of `kubeflow` include images and volumes.
+        log: is told of runs in MLflow that prove nothing.
 
-    A base that cannot be read, such as one with conflict markers in dvc.lock, means that everything changed.
+    Without a base, or with one that cannot be read, such as one with conflict markers in dvc.lock, everything changed.
 
     Raises:
-        InputError: no such commit, or a file in the head that cannot be read.
+        InputError: no such commit, a file in the head that cannot be read, or MLflow does not say what was judged.
     """
     repo, folder = find_repository(root)
     head_commit = find_commit(repo, head)
-    base_commit = find_commit(repo, base) if base.strip("0") else default_base(repo, head_commit)
     new = Revision(repo, folder, head_commit)
+    base_commit, none = (find_commit(repo, base), "") if base.strip("0") else _base(new, log)
     with TemporaryDirectory(prefix="kubealign-") as temporary:
         trees = Path(temporary) / "old", Path(temporary) / "new"
         after = read_project(new, trees[1], runner)
         errors = tuple(stale(new, trees[1]))
+        if none:
+            return _everything("", head_commit, errors, none)
         try:
             old = Revision(repo, folder, base_commit)
             before = read_project(old, trees[0], runner)
@@ -131,6 +138,28 @@ def make_plan(root: Path, base: str, head: str, runner: str) -> Plan:
     rows = (data_row, images_row, *_rows(before, after))
     retrain = before.key != after.key or bool(after.mutable_names)
     return Plan(base_commit, head_commit, rows, retrain, bool(image_changes), data or bool(errors), errors)
+
+
+def _base(head: Revision, log: Callable[[str], None]) -> tuple[str, str]:
+    """The commit to compare a head with by default, or why there is none.
+
+    Raises:
+        InputError: MLflow does not say what was judged, or a shallow clone lacks it.
+    """
+    branched = branch_point(head.repo, head.sha)
+    if branched:
+        return branched, ""
+    given = head.params.get("register")
+    name = str((given if isinstance(given, dict) else {}).get("name", RegisterConfig().name))
+    judged = last_judged(name, log)
+    if not judged:
+        return "", f"No commit has been judged for {name} yet"
+    try:
+        return find_commit(head.repo, judged), ""
+    except InputError as error:
+        if shallow_hint(head.repo):
+            raise
+        return "", f"The last judged commit is gone ({error}: was the history rewritten?)"
 
 
 def _everything(base: str, head: str, errors: tuple[str, ...], why: str) -> Plan:

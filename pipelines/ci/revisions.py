@@ -116,22 +116,30 @@ def find_repository(root: Path) -> tuple[Path, str]:
     return repo, "" if folder == "." else folder
 
 
+def branch_point(repo: Path, head: str) -> str | None:
+    """The commit where a head branched off the main branch; empty on the main branch, None without a common one."""
+    for name in MAIN:
+        main = _commit(repo, name)
+        common = main and git.query(repo, "merge-base", main, head)
+        if common:
+            return common if common != head else ""
+    return None
+
+
 def default_base(repo: Path, head: str) -> str:
     """The commit to compare a head with: where it branched off the main branch; on the main branch, its parent.
 
     Raises:
         InputError: no main branch, no common ancestor with it, or no parent commit.
     """
-    for name in MAIN:
-        main = _commit(repo, name)
-        common = main and git.query(repo, "merge-base", main, head)
-        base = common if common != head else _commit(repo, f"{head}^")
-        if base:
-            return base
-    raise InputError(
-        f"--base: {head[:12]} has no common ancestor with {' or '.join(MAIN)}, or no parent; name a commit"
-        + git.shallow_hint(repo)
-    )
+    branched = branch_point(repo, head)
+    base = _commit(repo, f"{head}^") if branched == "" else branched
+    if not base:
+        raise InputError(
+            f"--base: {head[:12]} has no common ancestor with {' or '.join(MAIN)}, or no parent; name a commit"
+            + git.shallow_hint(repo)
+        )
+    return base
 
 
 def _commit(repo: Path, name: str) -> str:

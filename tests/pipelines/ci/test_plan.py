@@ -12,7 +12,7 @@ from components.common.errors import InputError
 from components.stages import CACHED
 from pipelines.ci.data_report import data_report
 from pipelines.ci.plan import make_plan
-from pipelines.ci.revisions import find_repository, is_own
+from pipelines.ci.revisions import branch_point, default_base, find_repository, is_own
 from pipelines.git import changed_files, find_commit
 from tests.support.clone import Clone, Edit, appended, output, replaced, setting
 from tests.support.repositories import dvc, git
@@ -241,7 +241,7 @@ def test_the_default_base_is_where_the_branch_left_main_and_on_main_the_commit_b
     assert make_plan(clone.root, "", "HEAD", "kubeflow").base == clone.base
     git(clone.root, "branch", "-f", "main", branch)
     try:
-        assert make_plan(clone.root, "0" * 40, "main", "kubeflow").base == clone.base
+        assert default_base(clone.root, branch) == clone.base and branch_point(clone.root, branch) == ""
     finally:
         git(clone.root, "branch", "-f", "main", clone.base)
     with pytest.raises(InputError, match="no such commit in this clone$"):
