@@ -29,7 +29,7 @@ class Facts:
     The first ones say what is used, those without a default; the others are known once these are: `lineage` is the key
     of everything that decides the weights, `config` that of the judgement and the stored format too; `incumbent` the
     champion to beat as models:/name/version, `decision` the key of what is asked of the test set, and `decision_index`
-    its number among all that were asked, from 1.
+    its number among all that were asked, from 1; `project_commit` the commit that `kubealign ci retrain` judges.
     """
 
     data_repo: str
@@ -54,6 +54,7 @@ class Facts:
     incumbent: str = ""
     decision: str = ""
     decision_index: int = 0
+    project_commit: str = ""
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ STAGES = (
             *("preferences_digest", "instructions_digest", "base_digest", "data_clean", "test_set"),
             *("incumbent", "decision_index"),
         ),
-        origin=("data_commit", "git_commit", "base_reference", "lineage", "config", "decision"),
+        origin=("data_commit", "git_commit", "project_commit", "base_reference", "lineage", "config", "decision"),
         cached=False,
         keys=("signing_key", "cache_key", "public_keys"),
     ),

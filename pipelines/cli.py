@@ -111,6 +111,9 @@ def images(
     build_args: Annotated[
         bool, typer.Option("--build-args", help="Print the build arguments for `make images` instead.")
     ] = False,
+    code: Annotated[
+        bool, typer.Option("--code", help="Print the identity of the code in them, their label `kubealign.code`.")
+    ] = False,
     digest: Annotated[
         bool, typer.Option("--digest", help="Print references by digest, as the registry got them in a push.")
     ] = False,
@@ -120,6 +123,9 @@ def images(
     from components.common.provenance import git_commit
     from pipelines.local.containers import code_in_images, engine, pushed_reference
 
+    if code:
+        print(terminal(code_in_images()))
+        return
     if build_args:
         facts = {"VERSION": VERSION, "REVISION": git_commit(), "CODE": code_in_images()}
         print(terminal(" ".join(f"--build-arg {name}={value}" for name, value in facts.items())))

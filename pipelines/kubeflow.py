@@ -413,7 +413,9 @@ def _children(task: Any) -> list[str]:
     return [child.pod_name for child in task.child_tasks or [] if child.pod_name]
 
 
-def submit(config: Config, server: Server, cron: str = "", name: str = "", caching: bool = True) -> tuple[str, str]:
+def submit(
+    config: Config, server: Server, cron: str = "", name: str = "", caching: bool = True, project_commit: str = ""
+) -> tuple[str, str]:
     """Upload this commit's pipeline and start it with the configuration's values, or schedule it.
 
     The version's name contains the git commit and a hash of the compiled pipeline, since cluster settings may change
@@ -426,6 +428,7 @@ def submit(config: Config, server: Server, cron: str = "", name: str = "", cachi
         name: the run's name; by default built from the data's revision and the version.
         caching: whether steps may be served from the cache. It is compiled in, since KFP's client drops it from the
             request for a run of an uploaded version (kfp 2.17, _create_job_config).
+        project_commit: as in `pipeline_arguments`.
 
     Returns:
         id of the run, or of the recurring run; and the version's name.
@@ -437,7 +440,7 @@ def submit(config: Config, server: Server, cron: str = "", name: str = "", cachi
         version = f"{commit[:12]}{'-dirty' if commit.endswith('-dirty') else ''}-{sha256_file(package)[:8]}"
         ids = server.upload(package, version)
     name = name or f"{NAME} {config.data.revision} {version}"
-    parameters = pipeline_arguments(for_its_hardware(config, "kubeflow"))
+    parameters = pipeline_arguments(for_its_hardware(config, "kubeflow"), project_commit)
     if cron:
         return server.schedule(name, ids, parameters, cron), version
     return server.start(name, ids, parameters), version

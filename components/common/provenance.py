@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from components.common.files import digest, sha256_file, write_text
 
@@ -168,17 +169,48 @@ def git_commit() -> str:
     commit = os.environ.get("KUBEALIGN_GIT_COMMIT")
     if commit:
         return commit
-    from dulwich import porcelain
-    from dulwich.errors import NotGitRepository
+    return checked_out(PACKAGES)
+
+
+def checked_out(folder: Path) -> str:
+    """The commit of the repository that a folder is in, with the suffix `-dirty` if tracked files differ; or `unknown`.
+
+    What git leaves out is no difference: a submodule that is not initialised, a file outside of a sparse checkout. An
+    index that dulwich cannot read, a split or a sparse one, cannot be shown to be clean.
+    """
+    from dulwich.errors import ChecksumMismatch, NotGitRepository
+    from dulwich.index import UnsupportedIndexFormat
     from dulwich.repo import Repo
 
     try:
-        with Repo.discover(str(PACKAGES)) as repo:
+        with Repo.discover(str(folder)) as repo:
             head: str = repo.head().decode()
-            state = porcelain.status(repo, untracked_files="no")
-            return head + ("-dirty" if state.unstaged or any(state.staged.values()) else "")
+            try:
+                return head + ("-dirty" if _differs(repo) else "")
+            except (ChecksumMismatch, UnsupportedIndexFormat):
+                return f"{head}-dirty"
     except (NotGitRepository, KeyError):
         return "unknown"
+
+
+def _differs(repo: Any) -> bool:
+    """Whether tracked files or the commits of submodules differ from the commit that is checked out."""
+    from dulwich import porcelain
+    from dulwich.objects import S_ISGITLINK
+
+    state = porcelain.status(repo, untracked_files="no")
+    index = repo.open_index()
+    submodules = {path: sha for path, sha, mode in index.iterobjects() if S_ISGITLINK(mode)}
+    changed = set(state.unstaged) - submodules.keys() or any(state.staged.values())
+    return bool(changed) or any(_has_moved(Path(repo.path), path, sha) for path, sha in submodules.items())
+
+
+def _has_moved(top: Path, path: bytes, recorded: bytes) -> bool:
+    """Whether a submodule has another commit checked out than the recorded one."""
+    from dulwich.index import read_submodule_head
+
+    folder = top / os.fsdecode(path)
+    return (folder / ".git").exists() and read_submodule_head(str(folder)) != recorded
 
 
 def _module_file(name: str, tree: Path) -> Path | None:

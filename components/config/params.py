@@ -95,12 +95,18 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"chat_template": template})})
 
 
-def pipeline_arguments(config: Config) -> dict[str, Any]:
-    """The arguments of a pipeline run: each form field, and each section as JSON text without its form fields."""
+def pipeline_arguments(config: Config, project_commit: str = "") -> dict[str, Any]:
+    """The arguments of a pipeline run: each form field, and each section as JSON text without its form fields.
+
+    Args:
+        config: the whole configuration.
+        project_commit: the commit that the run judges, if it is made of that and nothing else.
+    """
     sections = config.sections()
     form = {name: sections[name_of].pop(key) for name, (name_of, key) in FORM_FIELDS.items()}
     names = [name for name in sections if name not in ("prepare", "cluster")]
-    return form | {f"{name}{SECTION_SUFFIX}": json.dumps(sections[name], sort_keys=True) for name in names}
+    texts = {f"{name}{SECTION_SUFFIX}": json.dumps(sections[name], sort_keys=True) for name in names}
+    return form | texts | {"project_commit": project_commit}
 
 
 def config_from_arguments(arguments: Mapping[str, Any]) -> Config:

@@ -3,7 +3,7 @@
 It is logged to the parent run in MLflow, and every command that shows a finished run reads it.
 """
 
-from typing import Literal
+from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -47,6 +47,8 @@ class Result(TypedDict):
     data_clean: bool
     test_set: str
     git_commit: str
+    project_commit: NotRequired[str]
+    """The commit of the project that `kubealign ci retrain` judged; empty for other runs, missing in older results."""
     base_reference: str
     base_digest: str
     config: str

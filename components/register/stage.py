@@ -55,6 +55,7 @@ class Lineage:
     data_clean: bool
     test_set: str
     git_commit: str
+    project_commit: str
     base_reference: str
     base_digest: str
     config: str
@@ -136,6 +137,7 @@ def run_register(
             "data_clean": lineage.data_clean,
             "test_set": lineage.test_set,
             "git_commit": lineage.git_commit,
+            "project_commit": lineage.project_commit,
             "base_reference": lineage.base_reference,
             "base_digest": lineage.base_digest,
             "config": lineage.config,

@@ -26,6 +26,7 @@ def resolve(
     evaluate_section: str,
     gate_section: str,
     register_section: str,
+    project_commit: str,
 ) -> NamedTuple(
     "Resolved",
     [
@@ -58,6 +59,7 @@ def resolve(
         evaluate_section: Section `evaluate`.
         gate_section: Section `gate`.
         register_section: Section `register`, without promote.
+        project_commit: Commit of the project that `kubealign ci retrain` has judged by this run; otherwise empty.
 
     Returns:
         order_fetch: order of fetch: all that it depends on, as JSON.
@@ -75,5 +77,5 @@ def resolve(
     from components.tracking.errors import report_errors
 
     with report_errors("resolve"):
-        orders, run_id = run_resolve(config_from_arguments(given))
+        orders, run_id = run_resolve(config_from_arguments(given), project_commit)
         return (*orders.values(), run_id)

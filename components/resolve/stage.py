@@ -27,11 +27,12 @@ ORDERS = "orders.json"
 """Artifact of the run: the order of every step."""
 
 
-def run_resolve(config: Config) -> tuple[dict[str, str], str]:
+def run_resolve(config: Config, project_commit: str = "") -> tuple[dict[str, str], str]:
     """Resolve a run's names.
 
     Args:
         config: configuration of the run.
+        project_commit: the commit of the project that the run judges; empty for a run of something else.
 
     Returns:
         the order of every later step as JSON, and the id of the MLflow run.
@@ -48,7 +49,7 @@ def run_resolve(config: Config) -> tuple[dict[str, str], str]:
         run.log(f"precision {model.precision}, for {model.hardware} (model.precision, model.hardware)")
         config = config.model_copy(update={"model": model})
         sections = config.sections()
-        facts = with_keys(sections, resolve_facts(data, model))
+        facts = replace(with_keys(sections, resolve_facts(data, model)), project_commit=project_commit)
         audit = _history(run, config)
         facts = replace(facts, incumbent=_incumbent(run, register.name, audit, facts.lineage))
         decision = decision_key(make_orders(sections, facts), facts.incumbent)

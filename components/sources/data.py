@@ -2,8 +2,9 @@
 
 import errno
 import hashlib
+import heapq
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,7 +25,8 @@ WORKSPACE = "workspace"
 DATA_SETS = ("preferences", "instructions")
 LOCK = "dvc.lock"
 SHALLOW = "a shallow clone: `git fetch --unshallow` gets the rest (in GitHub Actions: fetch-depth: 0)"
-"""Of a history that ends too early."""
+PARTIAL = "a partial clone, which lacks old objects: clone all of it"
+"""Of a history that ends too early, as SHALLOW."""
 OPEN_LIMIT_S = 600.0
 """Longest time to clone a repository: its history and DVC's records, not the data."""
 Folders = tuple[str, ...]
@@ -143,10 +145,10 @@ def _is_committed(root: Path, digests: dict[str, str]) -> bool:
     try:
         with Repo.discover(str(root)) as repo:
             project = root.resolve().relative_to(Path(repo.path).resolve()).as_posix()
-            recorded = _recorded(repo, repo[repo.head()], tuple(digests), "" if project == "." else project)
-    except (NotGitRepository, KeyError):
+            records = _Records(repo, tuple(digests), "" if project == "." else project)
+            return _digests(records.of(repo[repo.head()]) or {}) == digests
+    except (NotGitRepository, KeyError, InputError):
         return False
-    return all(recorded.get(folder, {}).get("md5") == md5 for folder, md5 in digests.items())
 
 
 @contextmanager
@@ -344,65 +346,162 @@ def check_address(repo: str) -> None:
         raise InputError(f"data.repo={repo}: no such folder; expected a git repository with DVC data, or its URL")
 
 
-def history(root: Path, commit: str, folders: Folders, project: str = "") -> Iterator[tuple[Any, Outs]]:
-    """The commits that changed DVC's records, from `commit` back, each with its records of the folders.
+def history(
+    root: Path, commit: str, folders: Folders, project: str = "", warn: Callable[[str], None] = lambda _: None
+) -> Iterator[tuple[Any, Outs]]:
+    """The commits that gave the folders a content that no parent has, newest first, each with its records of them.
 
     Args:
         root: top folder of the git repository.
         commit: where to start.
         folders: relative to the project.
         project: the DVC project's folder in the repository.
+        warn: is told of every commit that is passed over, as its records cannot be read.
 
     Raises:
-        InputError: the clone is shallow and ends before the history does.
+        InputError: the clone ends before the history does.
     """
     from dulwich.repo import Repo
 
-    files = [_joined(project, file) for file in (LOCK, *(f"{folder}.dvc" for folder in folders))]
     with Repo(str(root)) as repo:
-        ends = repo.get_shallow()
-        walker = repo.get_walker(
-            include=[commit.encode()],
-            paths=[file.encode() for file in files],
-        )
-        for entry in walker:
-            if entry.commit.id in ends and entry.commit.parents:
-                raise InputError(f"{root}: the history ends before the data's does; this is {SHALLOW}")
-            yield entry.commit, _recorded(repo, entry.commit, folders, project)
+        records = _Records(repo, folders, project)
+        first = repo[commit.encode()]
+        waiting, seen = [(-first.commit_time, first.id)], {first.id}
+        while waiting:
+            current = repo[heapq.heappop(waiting)[1]]
+            for parent in current.parents:
+                if parent not in seen and parent in repo.object_store:
+                    seen.add(parent)
+                    heapq.heappush(waiting, (-repo[parent].commit_time, parent))
+            try:
+                outs = records.of(current)
+            except InputError as error:
+                warn(str(error))
+                continue
+            before, whole = records.before(current)
+            if not whole or outs is None:
+                raise InputError(_cut_short(root, repo))
+            if all(_digests(outs) != _digests(older) for _, older in before):
+                yield current, outs
 
 
 def commit_of(root: Path, commit: str, digests: dict[str, str], project: str = "") -> str:
     """The oldest commit of the unbroken line back from `commit` that records these digests of the folders.
 
+    A commit whose records cannot be read, such as one with conflict markers in dvc.lock, says nothing and is passed
+    over.
+
     Raises:
-        InputError: as `history`.
+        InputError: the clone ends before that line does.
     """
-    oldest = commit
-    for ancestor, outs in history(root, commit, tuple(digests), project):
-        if any(outs.get(folder, {}).get("md5") != md5 for folder, md5 in digests.items()):
-            break
-        oldest = ancestor.id.decode()
-    return oldest
+    from dulwich.repo import Repo
+
+    with Repo(str(root)) as repo:
+        records = _Records(repo, tuple(digests), project)
+        oldest = repo[commit.encode()]
+        while True:
+            before, whole = records.before(oldest)
+            same = [older for older, outs in before if _digests(outs) == digests]
+            if not same and not whole:
+                raise InputError(_cut_short(root, repo))
+            if not same:
+                return str(oldest.id.decode())
+            oldest = same[0]
+
+
+def recorded_outs(text: bytes, where: str) -> list[dict[str, Any]]:
+    """The outputs that a dvc.lock or a .dvc file records.
+
+    Raises:
+        InputError: it is none, such as one with conflict markers.
+    """
+    try:
+        content = yaml.safe_load(text) or {}
+        stages = (content.get("stages") or {}).values() if "stages" in content else [content]
+        return [{**out, "path": str(out["path"])} for stage in stages for out in stage.get("outs") or []]
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid YAML: {single_line(str(error))}") from error
+    except (AttributeError, TypeError, KeyError) as error:
+        raise InputError(f"{where}: expected stages and outputs as DVC writes them") from error
+
+
+class _Records:
+    """DVC's records of folders, commit by commit; each content of a file is read once.
+
+    Parents are those that a commit names, whatever this clone makes of them: a shallow clone and `info/grafts` take a
+    commit's parents away.
+    """
+
+    def __init__(self, repo: Any, folders: Folders, project: str = "") -> None:
+        self.repo, self.folders, self.project = repo, folders, project
+        self._read: dict[tuple[str, bytes], list[dict[str, Any]]] = {}
+
+    def of(self, commit: Any) -> Outs | None:
+        """A commit's records of the folders; None if the clone lacks a part of the commit.
+
+        Raises:
+            InputError: they cannot be read.
+        """
+        files = {name: self._file(commit.tree, name) for name in (LOCK, *(f"{folder}.dvc" for folder in self.folders))}
+        if None in files.values():
+            return None
+        found = {out["path"]: out for out in self._outs(commit, LOCK, files[LOCK])}
+        for folder in self.folders:
+            for out in self._outs(commit, f"{folder}.dvc", files[f"{folder}.dvc"]):
+                found[folder] = out
+        return {folder: found[folder] for folder in self.folders if "md5" in found.get(folder, {})}
+
+    def before(self, commit: Any) -> tuple[list[tuple[Any, Outs]], bool]:
+        """The nearest commits before a commit whose records can be read, with these; and whether none is missing."""
+        found: list[tuple[Any, Outs]] = []
+        waiting, seen, whole = list(commit.parents), set(commit.parents), True
+        while waiting:
+            sha = waiting.pop(0)
+            parent = self._object(sha)
+            try:
+                outs = parent and self.of(parent)
+            except InputError:
+                waiting += [older for older in parent.parents if older not in seen]
+                seen |= set(parent.parents)
+                continue
+            if outs is None:
+                whole = False
+            else:
+                found.append((parent, outs))
+        return found, whole
+
+    def _outs(self, commit: Any, name: str, blob: Any) -> list[dict[str, Any]]:
+        if (name, blob.id) not in self._read:
+            where = f"{commit.id.decode()[:12]}:{_joined(self.project, name)}"
+            self._read[name, blob.id] = recorded_outs(blob.data, where)
+        return self._read[name, blob.id]
+
+    def _file(self, tree: bytes, name: str) -> Any:
+        """A file of the project in a commit's tree: an empty one if it has none, None if the clone lacks it."""
+        from dulwich.objects import S_ISGITLINK, Blob, Tree
+
+        found = self._object(tree)
+        for part in _joined(self.project, name).encode().split(b"/"):
+            if found is None:
+                return None
+            if not isinstance(found, Tree) or part not in found or S_ISGITLINK(found[part][0]):
+                return Blob()
+            found = self._object(found[part][1])
+        return Blob() if isinstance(found, Tree) else found
+
+    def _object(self, sha: bytes) -> Any:
+        """An object of the repository; None if the clone lacks it."""
+        return self.repo[sha] if sha in self.repo.object_store else None
+
+
+def _digests(outs: Outs) -> dict[str, str]:
+    return {folder: str(out["md5"]) for folder, out in outs.items()}
+
+
+def _cut_short(root: Path, repo: Any) -> str:
+    kind = SHALLOW if repo.get_shallow() else PARTIAL
+    return f"{root}: the history ends before the data's does; this is {kind}"
 
 
 def _joined(project: str, path: str) -> str:
     return f"{project}/{path}" if project else path
-
-
-def _recorded(repo: Any, commit: Any, folders: Folders, project: str = "") -> Outs:
-    stages = (_yaml_at(repo, commit, _joined(project, LOCK)).get("stages") or {}).values()
-    outs = {out["path"]: out for stage in stages for out in stage.get("outs", [])}
-    for folder in folders:
-        for out in _yaml_at(repo, commit, _joined(project, f"{folder}.dvc")).get("outs", []):
-            outs[folder] = out
-    return {folder: outs[folder] for folder in folders if "md5" in outs.get(folder, {})}
-
-
-def _yaml_at(repo: Any, commit: Any, path: str) -> dict[str, Any]:
-    from dulwich.object_store import tree_lookup_path
-
-    try:
-        _, blob = tree_lookup_path(repo.__getitem__, commit.tree, path.encode())
-    except KeyError:
-        return {}
-    return yaml.safe_load(repo[blob].data) or {}

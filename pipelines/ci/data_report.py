@@ -63,12 +63,12 @@ def data_report(root: Path, base: str, head: str) -> Report:
     base_commit = find_commit(repo, base) if base.strip("0") else default_base(repo, head_commit)
     if not is_own(repo, folder, config.data.repo):
         raise InputError(f"data.repo={config.data.repo} is another repository; run the report in that one")
-    unchanged = not data_changed(Revision(repo, folder, base_commit), Revision(repo, folder, head_commit))
+    old, new = Revision(repo, folder, base_commit), Revision(repo, folder, head_commit)
     lines = [MARKER, f"## Data: {code(base_commit[:12])} → {code(head_commit[:12])}", ""]
-    if unchanged:
+    if not _unreadable(old) and not data_changed(old, new):
         return Report("\n".join([*lines, "Neither the data nor its settings changed.", ""]), accepted=True)
     try:
-        lines += _difference(config, root, base_commit, head_commit)
+        lines += _difference(config, root, old, head_commit)
         accepted, findings = _validation(root, config, head_commit)
     except InputError as error:
         accepted, findings = False, [f"**Rejected**: {markdown(error)}"]
@@ -76,10 +76,22 @@ def data_report(root: Path, base: str, head: str) -> Report:
     return Report("\n".join(lines) + "\n", accepted)
 
 
-def _difference(config: Config, root: Path, base: str, head: str) -> list[str]:
+def _unreadable(base: Revision) -> str:
+    """Why a commit, such as one with conflict markers in dvc.lock, cannot be compared with; empty if it can."""
+    try:
+        data_changed(base, base)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def _difference(config: Config, root: Path, base: Revision, head: str) -> list[str]:
     """Markdown lines: rows added, removed and changed, by data set, language and source."""
+    unreadable = _unreadable(base)
+    if unreadable:
+        return [f"The rows cannot be compared: {markdown(unreadable)}"]
     data = config.data.model_copy(update={"repo": str(root)})
-    difference = diff(data, base, head)
+    difference = diff(data, base.sha, head)
     if not difference:
         return ["No rows changed."]
     lines = ["| data set | language | source | added | removed | changed |", "|---|---|---|---:|---:|---:|"]

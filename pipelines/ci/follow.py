@@ -118,7 +118,7 @@ def _adopt_or_start(job: Job, server: Server, name: str) -> str:
     if active:
         job.log(f"a run with this key is already in progress: {active[0]}")
         return active[0]
-    run_id, version = submit(job.config, server, name=name, caching=not job.rerun)
+    run_id, version = submit(job.config, server, name=name, caching=not job.rerun, project_commit=job.judges)
     job.log(f"run {run_id} of version {version}")
     return run_id
 

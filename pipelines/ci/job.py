@@ -29,6 +29,8 @@ class Job:
     """Has the data repository and commit as passed to the runner."""
     runner: str
     commit: str
+    judges: str
+    """The commit again, if the run is made of that and nothing else; empty where settings were overridden."""
     facts: Facts
     """Without the registry's champion."""
     rerun: bool
@@ -78,7 +80,8 @@ def make_job(
     config = _with_data(config, own, commit) if own and runner == "kubeflow" else local
     if runner == "kubeflow":
         _check_reachable_from_cluster(config, own)
-    return Job(root, config, runner, commit, facts, rerun, out, retry_timeout_s, timeout_s, console)
+    judges = commit if all(override.strip().startswith("cluster.") for override in overrides) else ""
+    return Job(root, config, runner, commit, judges, facts, rerun, out, retry_timeout_s, timeout_s, console)
 
 
 def _facts(config: Config) -> Facts:

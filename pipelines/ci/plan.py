@@ -8,6 +8,7 @@ it runs.
 import ast
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,17 +16,20 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from components.common.errors import InputError, single_line
 from components.common.files import digest
 from components.common.provenance import LOCK, code_parts, module_digest, without_prose
 from components.config.model import ModelConfig
-from components.config.params import Config
+from components.config.params import PARAMS, Config
 from components.orders import Facts, Order, config_key, make_orders
+from components.register.config import RegisterConfig
 from components.sources.base_model import EMBEDDED
 from components.sources.data import data_folders, embedded_model
 from components.stages import BY_NAME, CACHED, ORDERED, STAGES
-from pipelines.ci.revisions import Revision, default_base, find_repository, is_own
+from pipelines.ci.judged import last_judged
+from pipelines.ci.revisions import Revision, branch_point, find_repository, is_own
 from pipelines.ci.staleness import stale
-from pipelines.git import find_commit
+from pipelines.git import find_commit, shallow_hint
 
 GRAPH = "pipelines/alignment.py"
 IMAGES = "components/common/images.py"
@@ -50,7 +54,10 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """The actions that a change needs: `retrain`, build `images`, review the `data`; `errors` must be fixed first."""
+    """The actions that a change needs: `retrain`, build `images`, review the `data`; `errors` must be fixed first.
+
+    `everything` says why everything counts as changed; it is empty where the commits could be compared.
+    """
 
     base: str
     head: str
@@ -59,12 +66,13 @@ class Plan:
     images: bool
     data: bool
     errors: tuple[str, ...]
+    everything: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
         steps = {row.step: {"state": row.state, "reasons": list(row.reasons)} for row in self.rows}
-        facts = {"base": self.base, "head": self.head, "steps": steps, "errors": list(self.errors)}
-        return facts | self.outputs()
+        facts: dict[str, Any] = {"base": self.base, "head": self.head, "everything": self.everything, "steps": steps}
+        return facts | {"errors": list(self.errors)} | self.outputs()
 
     def outputs(self) -> dict[str, bool]:
         """The outputs that decide which jobs of a CI system run."""
@@ -72,6 +80,8 @@ class Plan:
 
     def sentence(self) -> str:
         """The conclusion in one sentence."""
+        if self.everything:
+            return f"{self.everything}, so everything counts as changed: retrain."
         since = f"since {self.base[:12]}"
         if self.retrain:
             return f"What a model is made of changed {since}: retrain."
@@ -90,38 +100,89 @@ class Project:
     mutable_names: tuple[str, ...]
 
 
-def make_plan(root: Path, base: str, head: str, runner: str) -> Plan:
+def make_plan(root: Path, base: str, head: str, runner: str, log: Callable[[str], None] = lambda _: None) -> Plan:
     """Compare two commits of a project.
 
     Args:
         root: the project's folder, in a git repository.
-        base: a commit; empty for the default, as are zeros (how Git hosts denote the state before a branch's first
-            push).
+        base: a commit; empty for where the head branched off the main branch, and on that for the last commit that
+            was judged, however many were merged since. Zeros are empty (how Git hosts denote the state before a
+            branch's first push).
         head: a commit.
         runner: where the steps run; the cache keys of `kubeflow` include images and volumes.
+        log: is told of runs in MLflow that prove nothing.
+
+    Without a base, or with one that cannot be read, such as one with conflict markers in dvc.lock, everything changed.
 
     Raises:
-        InputError: no such commit, or a file in it that cannot be read.
+        InputError: no such commit, a file in the head that cannot be read, or MLflow does not say what was judged.
     """
     repo, folder = find_repository(root)
     head_commit = find_commit(repo, head)
-    base_commit = find_commit(repo, base) if base.strip("0") else default_base(repo, head_commit)
+    new = Revision(repo, folder, head_commit)
+    base_commit, none = (find_commit(repo, base), "") if base.strip("0") else _base(new, log)
     with TemporaryDirectory(prefix="kubealign-") as temporary:
-        old, new = Revision(repo, folder, base_commit), Revision(repo, folder, head_commit)
         trees = Path(temporary) / "old", Path(temporary) / "new"
-        before, after = read_project(old, trees[0], runner), read_project(new, trees[1], runner)
+        after = read_project(new, trees[1], runner)
         errors = tuple(stale(new, trees[1]))
-        image_changes = sorted({path for path, _ in _built_from(old) ^ _built_from(new)})
-        data_row = _data_row(old, new, errors)
-        data = data_changed(old, new) or bool(errors)
+        if none:
+            return _everything("", head_commit, errors, none)
+        try:
+            old = Revision(repo, folder, base_commit)
+            before = read_project(old, trees[0], runner)
+            data, data_row = data_changed(old, new), _data_row(old, new, errors)
+        except InputError as error:
+            return _everything(base_commit, head_commit, errors, f"{base_commit[:12]} cannot be read ({error})")
+    image_changes = sorted({path for path, _ in _built_from(old) ^ _built_from(new)})
     images_row = PlanRow("images", "build anew" if image_changes else "as they are", tuple(_short(image_changes)))
     rows = (data_row, images_row, *_rows(before, after))
     retrain = before.key != after.key or bool(after.mutable_names)
-    return Plan(base_commit, head_commit, rows, retrain, bool(image_changes), data, errors)
+    return Plan(base_commit, head_commit, rows, retrain, bool(image_changes), data or bool(errors), errors)
+
+
+def _base(head: Revision, log: Callable[[str], None]) -> tuple[str, str]:
+    """The commit to compare a head with by default, or why there is none.
+
+    Raises:
+        InputError: MLflow does not say what was judged, or a shallow clone lacks it.
+    """
+    branched = branch_point(head.repo, head.sha)
+    if branched:
+        return branched, ""
+    given = head.params.get("register")
+    name = str((given if isinstance(given, dict) else {}).get("name", RegisterConfig().name))
+    judged = last_judged(name, log)
+    if not judged:
+        return "", f"No commit has been judged for {name} yet"
+    try:
+        return find_commit(head.repo, judged), ""
+    except InputError as error:
+        if shallow_hint(head.repo):
+            raise
+        return "", f"The last judged commit is gone ({error}: was the history rewritten?)"
+
+
+def _everything(base: str, head: str, errors: tuple[str, ...], why: str) -> Plan:
+    """The plan where there is nothing to compare with."""
+    data = PlanRow("prepare", "stale", _stale_reasons(errors)) if errors else PlanRow("prepare", "done", (why,))
+    steps = [PlanRow(stage.name, "runs", (why if stage.cached else NEVER_CACHED,)) for stage in STAGES]
+    rows = (data, PlanRow("images", "build anew", (why,)), *steps)
+    return Plan(base, head, rows, retrain=True, images=True, data=True, errors=errors, everything=why)
 
 
 def read_project(revision: Revision, tree: Path, runner: str) -> Project:
-    """What a commit would run; its code is written to `tree` to be read, never run."""
+    """What a commit would run; its code is written to `tree` to be read, never run.
+
+    Raises:
+        InputError: a file of the commit cannot be read.
+    """
+    try:
+        return _read_project(revision, tree, runner)
+    except (SyntaxError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{revision.sha[:12]}: code that cannot be read: {single_line(str(error))}") from error
+
+
+def _read_project(revision: Revision, tree: Path, runner: str) -> Project:
     revision.write(["components", LOCK], tree)
     code = {step: code_parts(f"components.{step}.stage", tree) for step in ORDERED}
     sections = _sections(revision, runner)
@@ -154,6 +215,8 @@ def _sections(revision: Revision, runner: str) -> dict[str, dict[str, Any]]:
     sections = {}
     for name, default in Config().sections().items():
         given = revision.params.get(name) or {}
+        if not isinstance(given, dict):
+            raise InputError(f"{revision.sha[:12]}:{PARAMS}: {name}: expected a section, found {type(given).__name__}")
         try:
             sections[name] = Config.model_validate({name: given}).sections()[name]
         except ValidationError:
@@ -276,8 +339,12 @@ def data_changed(old: Revision, new: Revision) -> bool:
 def _data_row(old: Revision, new: Revision, errors: tuple[str, ...]) -> PlanRow:
     """The row of DVC's stages, which are run by hand before committing."""
     if errors:
-        return PlanRow("prepare", "stale", tuple(error.partition(": run ")[0] for error in errors))
+        return PlanRow("prepare", "stale", _stale_reasons(errors))
     names = sorted(old.outputs.keys() | new.outputs.keys())
     changed = [name for name in names if old.outputs.get(name) != new.outputs.get(name)]
     shown = tuple(f"{name} {old.outputs.get(name, '')[:8]} → {new.outputs.get(name, '')[:8]}" for name in changed)
     return PlanRow("prepare", "done" if changed else UNCHANGED, shown)
+
+
+def _stale_reasons(errors: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(error.partition(": run ")[0] for error in errors)

@@ -15,6 +15,7 @@ from components.tracking.errors import explain_mlflow_error, is_mlflow_failure
 from pipelines.ci import notify, outcome
 from pipelines.ci.follow import run_on_kubeflow
 from pipelines.ci.job import Job
+from pipelines.ci.judged import judged_before
 from pipelines.local.display import Display
 from pipelines.local.results import FinishedRun, load_result, show_result
 from pipelines.local.runner import run_pipeline
@@ -89,36 +90,6 @@ def _notify(hook: notify.Webhook | None, job: Job, kind: str, data: Mapping[str,
         print(terminal(f"warning: not notified: {error}"), file=sys.stderr)
 
 
-def judged_before(job: Job) -> FinishedRun | None:
-    """The result of the latest run with the same key whose version is still in the registry."""
-    client = store.client()
-    facts = {"lineage": job.facts.lineage, "config": job.facts.config}
-    query = " AND ".join(["tags.`kubealign.stage` = 'resolve'", *(f"params.{k} = '{v}'" for k, v in facts.items())])
-    order = ["attributes.start_time DESC"]
-    for resolve_run in client.search_runs([store.experiment_id(client)], query, order_by=order, max_results=50):
-        result = _signed_result(job, resolve_run.data.tags.get("mlflow.parentRunId", ""))
-        if result and result["decided"]["state"] != "superseded":
-            return result
-    return None
-
-
-def _signed_result(job: Job, run_id: str) -> FinishedRun | None:
-    """The result of a run, if it is signed and about this job: the run itself may be anyone's."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        result = load_result(run_id)
-    except KubealignError as error:  # unfinished or forged, or its version was deleted, or another kubealign wrote it
-        job.log(f"passed over: {error}")
-        return None
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        return None
-    about = (result["lineage"], result["config"], result["model"])
-    return result if about == (job.facts.lineage, job.facts.config, job.config.register_.name) else None
-
-
 def _check(job: Job, result: FinishedRun) -> None:
     """Check that a result belongs to the requested key.
 
@@ -135,7 +106,9 @@ def _check(job: Job, result: FinishedRun) -> None:
 
 def _run_here(job: Job) -> tuple[FinishedRun, str]:
     """Run on this machine; returns the result and an empty link."""
-    return load_result(run_pipeline(job.config, job.root, Display(job.console), job.runner, caching=not job.rerun)), ""
+    display = Display(job.console)
+    run_id = run_pipeline(job.config, job.root, display, job.runner, not job.rerun, project_commit=job.judges)
+    return load_result(run_id), ""
 
 
 def version_summary(root: Path, version: str) -> str:

@@ -11,7 +11,7 @@ import yaml
 from components.common.errors import InputError, single_line
 from components.common.urls import is_url
 from components.config.params import PARAMS
-from components.sources.data import LOCK, commit_of
+from components.sources.data import LOCK, commit_of, recorded_outs
 from pipelines import git
 
 MAIN = ("origin/main", "main")
@@ -33,13 +33,15 @@ class Revision:
         prefix = f"{folder}/" if folder else ""
         entries = git.query(repo, "ls-tree", "-r", "-z", "--end-of-options", sha).split("\0")
         # Each entry is `<mode> <type> <hash>\t<path>`.
-        split = (entry.split("\t", 1) for entry in entries if entry)
-        self.files = {path.removeprefix(prefix): info.split()[2] for info, path in split if path.startswith(prefix)}
-        """The git hash of every file, by its path in the project."""
+        split = [entry.split("\t", 1) for entry in entries if entry]
+        inside = {path.removeprefix(prefix): info.split() for info, path in split if path.startswith(prefix)}
+        self.files = {path: info[2] for path, info in inside.items()}
+        """The git hash of every file, by its path in the project; for a submodule, its commit."""
+        self.submodules = {path for path, info in inside.items() if info[1] == "commit"}
 
     def content(self, path: str) -> bytes:
         """A file's content; empty when there is no such file."""
-        blob = self.files.get(path)
+        blob = "" if path in self.submodules else self.files.get(path)
         return git.run(self.repo, "cat-file", "blob", blob) if blob else b""
 
     def text(self, path: str) -> str:
@@ -54,7 +56,7 @@ class Revision:
         """
         try:
             content = yaml.safe_load(self.text(path)) or {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(f"{self.sha[:12]}:{path}: not valid YAML: {single_line(str(error))}") from error
         if not isinstance(content, dict):
             raise InputError(f"{self.sha[:12]}:{path}: expected keys and values, found {type(content).__name__}")
@@ -70,13 +72,16 @@ class Revision:
     @cached_property
     def outputs(self) -> dict[str, str]:
         """DVC's digest of every output, by its path: from dvc.lock and from .dvc files."""
-        outs = [out for stage in self.yaml(LOCK).get("stages", {}).values() for out in stage.get("outs", [])]
-        digests = {str(out["path"]): str(out["md5"]) for out in outs if "md5" in out and out["path"] != CODE_FILE}
+        outs = self._outs(LOCK)
+        digests = {out["path"]: str(out["md5"]) for out in outs if "md5" in out and out["path"] != CODE_FILE}
         for path in self.files:
             if path.endswith(".dvc"):
-                for out in self.yaml(path).get("outs", []):
+                for out in self._outs(path):
                     digests[(Path(path).parent / out["path"]).as_posix()] = str(out.get("md5", ""))
         return digests
+
+    def _outs(self, path: str) -> list[dict[str, Any]]:
+        return recorded_outs(self.content(path), f"{self.sha[:12]}:{path}")
 
     def data_commit(self, digests: dict[str, str]) -> str:
         """The commit that `resolve` would record as the version of the data."""
@@ -88,7 +93,8 @@ class Revision:
 
     def write(self, names: list[str], out: Path) -> None:
         """Write files and folders of this commit below `out`."""
-        blobs = {path: blob for name in names for path, blob in self.below(name).items()}
+        below = {path: blob for name in names for path, blob in self.below(name).items()}
+        blobs = {path: blob for path, blob in below.items() if path not in self.submodules}
         requests = "".join(f"{blob}\n" for blob in blobs.values())
         batch = io.BytesIO(git.run(self.repo, "cat-file", "--batch", stdin=requests.encode()))
         for path in blobs:
@@ -110,22 +116,30 @@ def find_repository(root: Path) -> tuple[Path, str]:
     return repo, "" if folder == "." else folder
 
 
+def branch_point(repo: Path, head: str) -> str | None:
+    """The commit where a head branched off the main branch; empty on the main branch, None without a common one."""
+    for name in MAIN:
+        main = _commit(repo, name)
+        common = main and git.query(repo, "merge-base", main, head)
+        if common:
+            return common if common != head else ""
+    return None
+
+
 def default_base(repo: Path, head: str) -> str:
     """The commit to compare a head with: where it branched off the main branch; on the main branch, its parent.
 
     Raises:
         InputError: no main branch, no common ancestor with it, or no parent commit.
     """
-    for name in MAIN:
-        main = _commit(repo, name)
-        common = main and git.query(repo, "merge-base", main, head)
-        base = common if common != head else _commit(repo, f"{head}^")
-        if base:
-            return base
-    raise InputError(
-        f"--base: {head[:12]} has no common ancestor with {' or '.join(MAIN)}, or no parent; name a commit"
-        + git.shallow_hint(repo)
-    )
+    branched = branch_point(repo, head)
+    base = _commit(repo, f"{head}^") if branched == "" else branched
+    if not base:
+        raise InputError(
+            f"--base: {head[:12]} has no common ancestor with {' or '.join(MAIN)}, or no parent; name a commit"
+            + git.shallow_hint(repo)
+        )
+    return base
 
 
 def _commit(repo: Path, name: str) -> str:

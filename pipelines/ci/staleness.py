@@ -22,8 +22,8 @@ def stale(revision: Revision, tree: Path) -> Iterator[str]:
         revision: the commit.
         tree: a scratch folder for the files that stages depend on.
     """
-    recorded = revision.yaml(LOCK).get("stages", {})
-    for name, stage in revision.yaml("dvc.yaml").get("stages", {}).items():
+    recorded = revision.yaml(LOCK).get("stages") or {}
+    for name, stage in (revision.yaml("dvc.yaml").get("stages") or {}).items():
         reasons = list(_reasons(revision, tree, stage, recorded.get(name)))
         if reasons:
             yield f"{name} is stale ({', '.join(reasons)}): run `dvc repro` and commit {LOCK}"

@@ -28,6 +28,12 @@ Base = Annotated[
         help="Commit to compare with; by default where the head branched from main, or the previous commit on main."
     ),
 ]
+PlanBase = Annotated[
+    str,
+    typer.Option(
+        help="Commit to compare with; by default where the head branched from main, and on main the last judged commit."
+    ),
+]
 Head = Annotated[str, typer.Option(help="Commit to examine.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 
@@ -45,7 +51,7 @@ Where = Annotated[Runner, typer.Option(envvar="KUBEALIGN_RUNNER", help="Where th
 
 @app.command("plan")
 def plan_(
-    base: Base = "",
+    base: PlanBase = "",
     head: Head = "HEAD",
     runner: Where = Runner.KUBEFLOW,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
@@ -58,7 +64,10 @@ def plan_(
     """Show what changed since BASE, which steps must run, and why; exit code 1 if dvc.lock is stale."""
     from pipelines.ci.plan import make_plan
 
-    plan = make_plan(project_folder(project), base, head, runner.value)
+    def log(line: str) -> None:
+        print(terminal(line), file=sys.stderr)
+
+    plan = make_plan(project_folder(project), base, head, runner.value, log)
     if as_json:
         print(document(json.dumps(plan.as_dict(), indent=1, ensure_ascii=False)))
     elif markdown:

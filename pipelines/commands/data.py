@@ -190,6 +190,10 @@ def show(
         console.print(table)
 
 
+def _passed_over(why: str) -> None:
+    print(terminal(f"passed over: {why}"), file=sys.stderr)
+
+
 @app.command()
 def log(
     revision: Annotated[str, typer.Argument(help="Branch, tag or commit to start from.")] = "HEAD",
@@ -204,7 +208,7 @@ def log(
     data = _data(project)
     with opened(data.repo, revision) as fs:
         scm = fs.repo.scm
-        versions = data_versions.log(Path(scm.root_dir), scm.resolve_rev(revision), data.path)
+        versions = data_versions.log(Path(scm.root_dir), scm.resolve_rev(revision), data.path, _passed_over)
     if as_json:
         print(document(json.dumps(versions, ensure_ascii=False, indent=1)))
         return

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,15 +86,16 @@ def diff(data: DataConfig, old: str, new: str) -> dict[SliceKey, Counter[str]]:
         return compare(*folders)
 
 
-def log(root: Path, commit: str, path: str) -> list[dict[str, Any]]:
-    """The versions of the data up to a commit, newest first: the commits that changed a data set's content."""
+def log(root: Path, commit: str, path: str, warn: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The versions of the data up to a commit, newest first: the commits that changed a data set's content.
+
+    `warn` is told of every commit that is passed over, as its records cannot be read.
+    """
     folders = data_folders(path)
     tags = git.tags(root)
-    versions = [(entry, outs) for entry, outs in history(root, commit, folders) if len(outs) == len(folders)]
     entries = []
-    for (entry, outs), older in zip(versions, [*(outs for _, outs in versions[1:]), {}], strict=False):
-        digests = {name: outs[folder]["md5"] for name, folder in zip(DATA_SETS, folders, strict=True)}
-        if all(older.get(folder, {}).get("md5") == outs[folder]["md5"] for folder in folders):
+    for entry, outs in history(root, commit, folders, warn=warn):
+        if len(outs) < len(folders):
             continue
         sha = entry.id.decode()
         entries.append(
@@ -103,7 +104,7 @@ def log(root: Path, commit: str, path: str) -> list[dict[str, Any]]:
                 "tags": sorted(tags.get(sha, [])),
                 "time": entry.commit_time,
                 "message": entry.message.decode(errors="replace").partition("\n")[0],
-                **digests,
+                **{name: outs[folder]["md5"] for name, folder in zip(DATA_SETS, folders, strict=True)},
                 "bytes": sum(int(outs[folder].get("size", 0)) for folder in folders),
                 "added": _added_sources(root, sha, path),
             }
@@ -149,5 +150,8 @@ def _fetch_version(data: DataConfig, revision: str, out: Path) -> Path:
 
 def _added_sources(root: Path, commit: str, path: str) -> list[str]:
     """The sources in a version that `kubealign data add` added."""
-    lock = yaml.safe_load(git.content(root, commit, f"{path}/sources.lock")) or {}
-    return sorted(lock.get(ADDED) or {})
+    try:
+        lock = yaml.safe_load(git.content(root, commit, f"{path}/sources.lock")) or {}
+        return sorted(map(str, lock.get(ADDED) or {}))
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError):  # a broken list of names breaks no version
+        return []

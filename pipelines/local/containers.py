@@ -44,12 +44,15 @@ STEP_FOLDERS = ("steps", "workspace", "checkpoints", "cache", "mlartifacts")
 SERVER_STARTS_WITHIN_S = 120
 IN_IMAGES = (".py", ".html", ".jinja", ".css", ".js")
 """Suffixes of the files of the package `components` that the images contain."""
+BUILT_BY = ("Containerfile", "build_image.sh", "gitconfig", "empty.cfg")
+"""Files of it that decide how they are built."""
 
 
 def code_in_images() -> str:
     """Digest of this project's part of the images: the package `components` and the locked package versions."""
     folder = PACKAGES / "components"
-    files = [path for path in folder.rglob("*") if path.suffix in IN_IMAGES and "tests" not in path.parts]
+    kept = [path for path in folder.rglob("*") if path.suffix in IN_IMAGES or path.name in BUILT_BY]
+    files = [path for path in kept if "tests" not in path.parts]
     hashes = {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
     lock = PACKAGES / "requirements.lock"
     return digest([hashes, sha256_file(lock) if lock.is_file() else ""])[:16]

@@ -1,6 +1,7 @@
 """Results of finished runs, read from MLflow and shown as a table."""
 
 import hashlib
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -98,8 +99,22 @@ def _signature(run_id: str) -> bytes:
 
     try:
         return str(mlflow.artifacts.load_text(f"runs:/{run_id}/{RESULT_SIGNATURE}")).encode()
-    except (MlflowException, FileNotFoundError) as error:
+    except MlflowException as error:
+        if has_artifact(store.client(), run_id, RESULT_SIGNATURE):
+            raise
         raise EvidenceError(f"run {run_id}: no {RESULT_SIGNATURE}, so nothing proves how it ended") from error
+
+
+def has_artifact(client: Any, run_id: str, name: str) -> bool:
+    """Whether a run has an artifact, whether or not it can be read; there need be no such run."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return any(artifact.path == name for artifact in client.list_artifacts(run_id))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
 
 
 def show_result(console: Console, result: FinishedRun) -> None:

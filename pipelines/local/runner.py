@@ -46,7 +46,9 @@ class ChildState:
     errors: list[Event] = field(default_factory=list)
 
 
-def run_pipeline(config: Config, project: Path, display: Display, runner: str, caching: bool = True) -> str:
+def run_pipeline(
+    config: Config, project: Path, display: Display, runner: str, caching: bool = True, project_commit: str = ""
+) -> str:
     """Run the pipeline on this machine.
 
     Args:
@@ -55,6 +57,7 @@ def run_pipeline(config: Config, project: Path, display: Display, runner: str, c
         display: shows progress.
         runner: `subprocess` for steps in processes of this environment, `docker` for steps in our images.
         caching: whether a step that has run with the same inputs is served from the cache.
+        project_commit: as in `pipeline_arguments`.
 
     Returns:
         the id of the parent run in MLflow.
@@ -66,7 +69,7 @@ def run_pipeline(config: Config, project: Path, display: Display, runner: str, c
     check_own_key()
     if runner == "docker":
         config = for_its_hardware(config, runner)
-    arguments = run_arguments(config, project)
+    arguments = run_arguments(config, project, project_commit)
     uri = store.tracking_uri()
     with home_in_use(), containers_for_a_run() if runner == "docker" else nullcontext():
         return _run_pipeline(arguments, project, display, {"runner": runner, "store": uri, "caching": caching})
@@ -172,13 +175,13 @@ def _follow(
                 _handle_event(event, state, display)
 
 
-def run_arguments(config: Config, project: Path) -> dict[str, Any]:
+def run_arguments(config: Config, project: Path, project_commit: str = "") -> dict[str, Any]:
     """The pipeline's arguments, with local paths made absolute.
 
     Raises:
         InputError: a value that KFP's local runner would change.
     """
-    arguments = pipeline_arguments(with_absolute_paths(config, project))
+    arguments = pipeline_arguments(with_absolute_paths(config, project), project_commit)
     for value in arguments.values():
         if isinstance(value, str) and "python3" in value:
             raise InputError(

@@ -1,5 +1,6 @@
 """The workflows: valid by GitHub's schema, without the weaknesses that zizmor knows, and calling what there is."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -149,3 +150,42 @@ def kubealign(script: str) -> list[list[str]]:
 )
 def test_a_call_is_found_in_a_script(word: str) -> None:
     assert kubealign(f'echo x\ndocker push "$({word})"')[0][-1] in ("data", "--json", "plan")
+
+
+@pytest.mark.parametrize(
+    ("labels", "rebuild", "built"),
+    [
+        ({"data": "this", "train": "this"}, "false", False),
+        ({"data": "this", "train": "this"}, "true", True),
+        ({"data": "this", "train": "other"}, "false", True),
+        ({"data": "this"}, "false", True),
+    ],
+)
+def test_images_are_built_if_the_registry_lacks_those_of_this_code(
+    tmp_path: Path, labels: dict[str, str], rebuild: str, built: bool
+) -> None:
+    """Whatever was pushed by earlier jobs, or not; the programs are stand-ins that answer as the real ones."""
+    (step,) = (step for step in steps(ROOT / ".github" / "workflows" / "retrain.yml") if step.get("name") == "Images")
+    programs = {
+        "kubealign": 'case "$*" in "images --code") echo this ;; *) echo "r.example.com/$2" ;; esac',
+        "make": f'echo "make $1" >> {tmp_path}/log',
+        "docker": f"""case "$1" in
+            login) cat > /dev/null ;;
+            push) echo "push $2" >> {tmp_path}/log ;;
+            *) for image in "$@"; do :; done; cat {tmp_path}/label-${{image##*/}} ;;
+        esac""",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    for kind, code in labels.items():
+        image = {"config": {"Labels": {"kubealign.code": code}}}
+        (tmp_path / f"label-{kind}").write_text(json.dumps(image))
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "REBUILD": rebuild, "KUBEALIGN_REGISTRY": "r.example.com/team"}
+    environment |= {"REGISTRY_USER": "me", "REGISTRY_PASSWORD": "secret"}
+    command = ["bash", "-e", "-c", step["run"]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    log = tmp_path / "log"
+    expected = ["make images", "push r.example.com/data", "push r.example.com/train"] if built else []
+    assert (log.read_text().splitlines() if log.exists() else []) == expected

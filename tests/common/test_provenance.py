@@ -10,11 +10,12 @@ import pytest
 import yaml
 
 from components.common import provenance
-from components.common.provenance import code_digest, imported_modules, source_digest
+from components.common.provenance import checked_out, code_digest, imported_modules, source_digest
 from components.config.params import load_config
 from components.stages import ORDERED
 from components.training.run import checkpoint_folder
 from tests.conftest import ROOT
+from tests.support.repositories import git
 
 Edit = Callable[[Path], object]
 
@@ -200,3 +201,35 @@ def test_an_image_without_a_library_has_the_digest_of_one_with_the_locked_versio
     assert code_digest("sft") == everywhere
     (tmp_path / provenance.LOCK).write_text(lock.replace(f"torch=={installed['torch']}", "torch==9.9.9"))
     assert code_digest("sft") != everywhere
+
+
+@pytest.mark.integration
+def test_what_git_leaves_out_of_a_checkout_is_no_difference(tmp_path: Path) -> None:
+    other, top = tmp_path / "other", tmp_path / "top"
+    git(tmp_path, "init", "-q", "other")
+    git(other, "commit", "-q", "--allow-empty", "-m", "one")
+    git(tmp_path, "init", "-q", "top")
+    for name in ("a", "b"):
+        (top / name).mkdir()
+        (top / name / "file").write_text(name)
+    local = ("-c", "protocol.file.allow=always")
+    git(top, *local, "submodule", "add", "-q", str(other), "sub")
+    git(top, "add", "-A")
+    git(top, "commit", "-qm", "all")
+    head, clone = git(top, "rev-parse", "HEAD"), tmp_path / "clone"
+    assert checked_out(top) == head
+    git(tmp_path, "clone", "-q", str(top), "clone")
+    assert checked_out(clone) == head and not list((clone / "sub").iterdir()), "not initialised"
+    git(clone, "sparse-checkout", "set", "a")
+    assert checked_out(clone / "a") == head and not (clone / "b").exists()
+    (clone / "a" / "file").write_text("other")
+    assert checked_out(clone) == f"{head}-dirty"
+    git(clone, "checkout", "-q", "--", "a")
+    git(clone, *local, "submodule", "update", "-q", "--init")
+    assert checked_out(clone) == head
+    git(clone / "sub", "commit", "-q", "--allow-empty", "-m", "two")
+    assert checked_out(clone) == f"{head}-dirty" and "sub" in git(clone, "status", "--short")
+    git(clone / "sub", "checkout", "-q", "HEAD~1")
+    git(clone, "update-index", "--split-index")
+    assert checked_out(clone) == f"{head}-dirty", "dulwich cannot read it"
+    assert checked_out(tmp_path) == "unknown"

@@ -33,6 +33,7 @@ LINEAGE = Lineage(
     data_clean=True,
     test_set="cc",
     git_commit="dd",
+    project_commit="",
     base_reference="/models/tiny",
     base_digest="ee",
     config="ff",

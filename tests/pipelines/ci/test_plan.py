@@ -10,8 +10,9 @@ import pytest
 
 from components.common.errors import InputError
 from components.stages import CACHED
+from pipelines.ci.data_report import data_report
 from pipelines.ci.plan import make_plan
-from pipelines.ci.revisions import find_repository, is_own
+from pipelines.ci.revisions import branch_point, default_base, find_repository, is_own
 from pipelines.git import changed_files, find_commit
 from tests.support.clone import Clone, Edit, appended, output, replaced, setting
 from tests.support.repositories import dvc, git
@@ -240,13 +241,61 @@ def test_the_default_base_is_where_the_branch_left_main_and_on_main_the_commit_b
     assert make_plan(clone.root, "", "HEAD", "kubeflow").base == clone.base
     git(clone.root, "branch", "-f", "main", branch)
     try:
-        assert make_plan(clone.root, "0" * 40, "main", "kubeflow").base == clone.base
+        assert default_base(clone.root, branch) == clone.base and branch_point(clone.root, branch) == ""
     finally:
         git(clone.root, "branch", "-f", "main", clone.base)
     with pytest.raises(InputError, match="no such commit in this clone$"):
         make_plan(clone.root, "beef" * 10, "HEAD", "kubeflow")
     with pytest.raises(InputError, match="^--output=x: no such commit in this clone$"):
         make_plan(clone.root, "--output=x", "HEAD", "kubeflow")
+
+
+MARKERS = "<<<<<<< HEAD\na: 1\n=======\na: 2\n>>>>>>> other\n"
+BROKEN: dict[str, tuple[str, str]] = {
+    "dvc.lock": (MARKERS, "dvc.lock: not valid YAML"),
+    "params.yaml": (MARKERS, "params.yaml: not valid YAML"),
+    "a section of params.yaml": ("dpo: 3\n", "params.yaml: dpo: expected a section, found int"),
+    "data/more.dvc": ("outs: 3\n", "data/more.dvc: expected stages and outputs"),
+    "pyproject.toml": (MARKERS, "code that cannot be read"),
+    "components/dpo/stage.py": (MARKERS, "code that cannot be read"),
+    "components/dpo/component.py": (MARKERS, "code that cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_base_that_cannot_be_read_means_that_everything_changed(clone: Clone, name: str) -> None:
+    text, why = BROKEN[name]
+    file = name.rsplit(maxsplit=1)[-1]
+    broken = clone.commit(lambda root: (root / file).write_text(text))
+    plan = make_plan(clone.root, broken, clone.base, "kubeflow")
+    assert f"{broken[:12]} cannot be read ({broken[:12]}" in plan.sentence() and why in plan.sentence()
+    assert plan.retrain and plan.images and plan.data and not plan.errors
+    assert {row.state for row in plan.rows} == {"runs", "done", "build anew"}
+    with pytest.raises(InputError, match=re.escape(f"{broken[:12]}:")) as error:
+        make_plan(clone.root, clone.base, broken, "kubeflow")
+    assert why in str(error.value)
+
+
+def test_a_report_on_what_mends_the_data_says_that_it_cannot_compare(clone: Clone) -> None:
+    broken = clone.commit(appended("dvc.lock", MARKERS))
+    text = data_report(clone.root, broken, clone.base).text
+    assert f"The rows cannot be compared: {broken[:12]}:dvc.lock: not valid YAML" in text and "## Validation: " in text
+
+
+def test_a_submodule_anywhere_breaks_no_plan(clone: Clone, tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q", "other")
+    git(tmp_path / "other", "commit", "-q", "--allow-empty", "-m", "other")
+
+    def add(root: Path) -> None:
+        for folder in ("components/third_party", "third.dvc"):
+            git(root, "-c", "protocol.file.allow=always", "submodule", "add", "-q", str(tmp_path / "other"), folder)
+
+    plan = clone.plan(add)
+    git(clone.root, "submodule", "deinit", "-q", "--all", "--force")
+    assert not changed_files(clone.root)
+    assert not plan.retrain and plan.images and not plan.errors
+    git(clone.root, "checkout", "-q", clone.base)
+    shutil.rmtree(clone.root / ".git" / "modules")
 
 
 def test_a_shallow_clone_says_that_it_lacks_the_commit(clone: Clone, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from components.tracking import store
 from pipelines import kubeflow
 from pipelines.ci import follow, notify, retrain
 from pipelines.ci import job as job_module
+from pipelines.ci.judged import judged_before
+from pipelines.ci.plan import make_plan
 from tests.stubs.kfp_server import ABOUT_US, KfpServer, RefusalError, Run, closed, status
 from tests.stubs.receiver import Receiver
 from tests.support.clone import Clone, appended, setting
@@ -44,6 +46,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     clone = Clone(tmp_path_factory.mktemp("clone"))
     (clone.root / ".gitignore").write_text(".kubealign/\nbuild/\n")
     clone.base = clone.commit(setting("cluster.retries", 2))
+    git(clone.root, "branch", "-f", "main", clone.base)
     git(clone.root, "remote", "add", "origin", "https://robot:t0k3n@git.example.com/team/alignment.git")
     return clone
 
@@ -96,6 +99,10 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
         yield found
 
 
+def say(line: str) -> None:
+    print(line)
+
+
 def make_job(clone: Clone, out: Path, *sets: str, rerun: bool = False, retry_timeout_s: float = 5.0) -> job_module.Job:
     console = Console(width=200, force_terminal=False)
     return job_module.make_job(clone.root, list(sets), "kubeflow", rerun, out, retry_timeout_s, 60, console)
@@ -110,7 +117,7 @@ def record(job: job_module.Job, kfp_run: str, signs: bool = True, **changes: Any
     ).info.run_id
     tags = {"kubealign.stage": "resolve", "mlflow.parentRunId": parent}
     resolve = client.create_run(experiment, tags=tags).info.run_id
-    facts = {"lineage": job.facts.lineage, "config": job.facts.config}
+    facts = {"lineage": job.facts.lineage, "config": job.facts.config, "project_commit": job.judges}
     for key, value in (facts | {"code_evaluate": job.facts.code["evaluate"]}).items():
         client.log_param(resolve, key, value)
     if not client.search_registered_models():
@@ -205,11 +212,11 @@ def test_a_forged_run_does_not_say_that_a_commit_was_judged(
     job, client = make_job(clone, tmp_path), store.client()
     passed = {"state": "promoted", "sentence": "promoted: better"}
     record(job, "forged", signs=False, decided=passed)
-    assert retrain.judged_before(job) is None
+    assert judged_before(job) is None
     assert "so nothing proves how it ended" in " ".join(capsys.readouterr().out.split())
     other = make_job(clone, tmp_path, "dpo.beta=0.3")
     genuine = record(other, "another commit's", decided=passed)
-    assert retrain.judged_before(other)
+    assert judged_before(other)
     copy = record(job, "with the files of another run", signs=False)
     for name in ("result.json", "report.html", RESULT_SIGNATURE):
         client.log_text(copy, mlflow.artifacts.load_text(f"runs:/{genuine}/{name}"), name)
@@ -220,10 +227,79 @@ def test_a_forged_run_does_not_say_that_a_commit_was_judged(
     for run in (child, lost):
         for key, value in {"lineage": job.facts.lineage, "config": job.facts.config}.items():
             client.log_param(run, key, value)
-    assert retrain.judged_before(job) is None
+    assert judged_before(job) is None
     client.set_tag(genuine, "kubealign.version", "models:/kubealign/1")
     with pytest.raises(EvidenceError, match="tagged with models:/kubealign/1, but its signed result is"):
         retrain.version_summary(clone.root, "1")
+
+
+def test_of_three_merges_the_one_in_the_middle_is_not_lost(
+    clone: Clone, kfp: KfpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The queue of a CI system keeps one job that waits: here that of the second merge was dropped for the third's."""
+    plan = make_plan(clone.root, "", "HEAD", "kubeflow", say)
+    assert plan.sentence() == "No commit has been judged for kubealign yet, so everything counts as changed: retrain."
+    assert plan.retrain and plan.images and plan.base == ""
+    job = make_job(clone, tmp_path)
+    recording(kfp, job, monkeypatch)
+    retrain.retrain(job)
+    ((_, run),) = kfp.runs.items()
+    assert run.body.runtime_config.parameters["project_commit"] == clone.base
+    overridden = make_job(clone, tmp_path, "dpo.beta=0.3")
+    assert make_job(clone, tmp_path, "cluster.pull_policy=Always").judges == clone.base and overridden.judges == ""
+    record(overridden, "of something else")
+    record(make_job(clone, tmp_path, "dpo.beta=0.4"), "forged", signs=False, project_commit="f" * 40)
+    try:
+        setting("dpo.beta", 0.2)(clone.root)
+        git(clone.root, "commit", "-qam", "the second")
+        appended("params.yaml", "# more\n")(clone.root)
+        git(clone.root, "commit", "-qam", "the third")
+        head = git(clone.root, "rev-parse", "HEAD")
+        git(clone.root, "branch", "-f", "main", head)
+        for _ in range(2):  # whatever became of the first of these jobs
+            plan = make_plan(clone.root, "0" * 40, "HEAD", "kubeflow", say)
+            assert plan.retrain and (plan.base, plan.head) == (clone.base, head)
+        record(make_job(clone, tmp_path), "the third's")
+        plan = make_plan(clone.root, "", "HEAD", "kubeflow", say)
+        assert not plan.retrain and plan.base == head
+        record(make_job(clone, tmp_path), "of a history that is gone", project_commit="beef" * 10)
+        plan = make_plan(clone.root, "", "HEAD", "kubeflow", say)
+        gone = (
+            f"The last judged commit is gone ({'beef' * 10}: no such commit in this clone: was the history rewritten?)"
+        )
+        assert plan.retrain and plan.everything == gone
+        git(tmp_path, "clone", "-q", "--depth=1", f"file://{clone.root}", "shallow")
+        with pytest.raises(InputError, match="a shallow clone: .*fetch-depth: 0"):
+            make_plan(tmp_path / "shallow", "", "HEAD", "kubeflow", say)
+    finally:
+        git(clone.root, "branch", "-f", "main", clone.base)
+
+
+@pytest.mark.parametrize("name", ["result.json", RESULT_SIGNATURE])
+def test_a_record_that_cannot_be_read_is_no_reason_to_train_everything_again(
+    clone: Clone, tmp_path: Path, name: str
+) -> None:
+    job = make_job(clone, tmp_path)
+    run_id = record(job, "a-run")
+    (file,) = store.home().rglob(f"{run_id}/artifacts/{name}")
+    content = file.read_bytes()
+    file.write_bytes(b"\xff")  # it is listed, and nobody can read it
+    for ask in (lambda: judged_before(job), lambda: make_plan(clone.root, "", "HEAD", "kubeflow", say)):
+        with pytest.raises(InputError, match="so it is not known what has been judged: run it again") as error:
+            ask()
+        assert error.value.exit_code == 2
+    file.unlink()
+    assert judged_before(job) is None, "and one that is lost proves nothing"
+    file.write_bytes(content)
+    assert judged_before(job)
+
+
+def test_an_mlflow_that_is_down_is_told_in_a_sentence(clone: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:t0k3n@127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(InputError, match="so it is not known what has been judged") as error:
+        make_plan(clone.root, "", "HEAD", "kubeflow", say)
+    assert "t0k3n" not in str(error.value)
 
 
 def test_insisting_starts_a_run_in_which_nothing_is_cached(

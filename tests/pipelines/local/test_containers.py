@@ -99,5 +99,10 @@ def test_the_codes_digest_follows_the_code_and_not_the_tests(monkeypatch: pytest
     before = containers.code_in_images()
     (tmp_path / "components" / "x" / "tests" / "test_x.py").write_text("test")
     assert containers.code_in_images() == before
+    (tmp_path / "components" / "README.md").write_text("text")
+    assert containers.code_in_images() == before
     code.write_text("two")
+    assert containers.code_in_images() != before
+    code.write_text("one")
+    (tmp_path / "components" / "Containerfile").write_text("FROM other")
     assert containers.code_in_images() != before
