@@ -14,9 +14,8 @@ from components.common.files import write_json
 from components.config.params import PARAMS, Config, load_config
 from components.tracking import store
 from components.tracking.keys import PUBLIC_KEYS_VARIABLE
+from components.tracking.local import IN_USE
 
-IN_USE = ".in-use.lock"
-"""File in the home folder that is locked while a run lives."""
 MARK = "kubealign-home.json"
 """File with the home folder's own id."""
 SIGNS = ("mlflow.db", "signing.key", IN_USE, "kubeflow.json")

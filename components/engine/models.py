@@ -217,8 +217,12 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+JITTERS = {"jitter_noise", "input_jitter_noise", "moe_jitter_eps"}
+"""Attributes of layers with experts (Mixtral, MiniMax, PhiMoE, DBRX) that hold the size of a noise in training."""
+
+
 def disable_dropout(model: nn.Module) -> None:
-    """Switch off every dropout of a model, that of its frozen adapters included.
+    """Switch off every dropout of a model, that of its frozen adapters included, and what routers draw in training.
 
     DPO compares the policy with a reference that has none: noise on one side alone would be taken for a reward. Source:
     arXiv 2305.18290, whose code does the same.
@@ -231,6 +235,11 @@ def disable_dropout(model: nn.Module) -> None:
             for name, value in vars(owner).items():
                 if isinstance(value, float) and "drop" in name:
                     setattr(owner, name, 0.0)
+        for name in JITTERS & vars(module).keys():
+            setattr(module, name, 0.0)
+        if "router_jitter_noise" in vars(module):  # PhiMoE's routers draw experts; in evaluation they take the best
+            module.eval()
+            module.train = lambda mode=True, kept=module: kept  # type: ignore[method-assign,misc]
 
 
 def check_tensors(loaded: Mapping[str, Any], path: str) -> None:

@@ -118,7 +118,7 @@ def is_unreachable(error: BaseException) -> bool:
 def explain_mlflow_error(error: BaseException) -> str:
     """A sentence for the MLflow failures that people can fix."""
     server = without_credentials(tracking_uri())
-    reason = without_credentials(single_line(str(error)))[:300]
+    reason = _shortened(without_credentials(single_line(str(error))))
     status = _refusal_status(error)
     if status == 401:
         return (
@@ -131,7 +131,23 @@ def explain_mlflow_error(error: BaseException) -> str:
             " experiment, registering and promoting needs EDIT on the registered model; the owner or an administrator"
             " can grant it"
         )
+    if re.search(r"(?i)certificate.verify.failed", reason):
+        reason += (
+            "; if an authority of your own signed it, name the file of its certificate in"
+            " MLFLOW_TRACKING_SERVER_CERT_PATH or REQUESTS_CA_BUNDLE (SSL_CERT_FILE is not read)"
+        )
     return f"MLflow at {server}: {reason}"
+
+
+def _shortened(reason: str) -> str:
+    """A reason of bounded length, with the last of its causes, which says what is wrong."""
+    outer, found, cause = reason.rpartition("(Caused by ")
+    if not found:
+        return reason[:300]
+    # NewConnectionError("HTTPConnection(host='127.0.0.1', port=9): Failed to …: [Errno 111] Connection refused"))
+    cause = re.sub(r"^(?:\w+\()+(?:\d+, )?[\"']?(?:<[^>]*>: |HTTPS?Connection\([^)]*\): )?", "", cause)
+    cause = re.sub(r"[\"']\)+$", "", cause)
+    return f"{outer.partition(' failed with exception')[0][:200]} failed: {cause[:250]}"
 
 
 def _refusal_status(error: BaseException) -> int:

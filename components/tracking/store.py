@@ -3,12 +3,15 @@
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from components.common.errors import InputError
+from components.tracking.local import ARTIFACTS, check_path, prepare
 
 HOME_VARIABLE = "KUBEALIGN_HOME"
 DEFAULT_HOME = ".kubealign"
 EXPERIMENT = "kubealign"
+SQLITE = "sqlite:///"
 KFP_RUN_VARIABLE = "KUBEALIGN_KFP_RUN"
 """Environment variable with the id of the run on Kubeflow, which its parent run in MLflow carries as a tag."""
 
@@ -34,10 +37,18 @@ def in_pod() -> bool:
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or SQLite in the home folder; a relative SQLite path is made absolute."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home()}/mlflow.db"
-    scheme, relative, path = uri.partition("sqlite:///")
-    return f"{relative}{Path(path).resolve()}" if relative and not scheme else uri
+    """MLFLOW_TRACKING_URI, or SQLite in the home folder; a relative SQLite path is made absolute.
+
+    Raises:
+        InputError: MLflow cannot have a file at that path.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if given and not given.startswith(SQLITE):
+        return given
+    path, separator, options = given.removeprefix(SQLITE).partition("?")
+    database = Path(unquote(path)).resolve() if given else home() / "mlflow.db"
+    check_path(database)
+    return f"{SQLITE}{database}{separator}{options}"
 
 
 def client() -> Any:
@@ -49,8 +60,9 @@ def client() -> Any:
 
     for chatty in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    if tracking_uri().startswith("sqlite:"):
+    if (uri := tracking_uri()).startswith(SQLITE):
         home().mkdir(parents=True, exist_ok=True)
+        prepare(Path(uri.removeprefix(SQLITE).partition("?")[0]), home())
     mlflow.set_tracking_uri(tracking_uri())
     mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI") or tracking_uri())
     return mlflow.MlflowClient()
@@ -62,5 +74,13 @@ def experiment_id(mlflow_client: Any) -> str:
     experiment = mlflow_client.get_experiment_by_name(name)
     if experiment:
         return str(experiment.experiment_id)
-    local = tracking_uri().startswith("sqlite:")
-    return str(mlflow_client.create_experiment(name, (home() / "mlartifacts").as_uri() if local else None))
+    from mlflow.exceptions import MlflowException
+
+    location = (home() / ARTIFACTS).as_uri() if tracking_uri().startswith(SQLITE) else None
+    try:
+        return str(mlflow_client.create_experiment(name, location))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by another first run
+            raise
+        experiment = mlflow_client.get_experiment_by_name(name)
+        return str(experiment.experiment_id)

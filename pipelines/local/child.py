@@ -32,16 +32,39 @@ def end_containers_too(number: int = 0, frame: FrameType | None = None) -> None:
         end_group()
 
 
-def report_cached_steps(report: Callable[[str], None]) -> None:
-    """Make KFP's local runner report the name of each task that it serves from its cache.
+def report_cached_steps(report: Callable[[str], None], home: Path, project: Path) -> None:
+    """Make KFP's local runner report the name of each task that it serves from its cache, wherever the home folder is.
 
     KFP itself only logs a sentence for a cache hit. Its orchestrator calls `kfp.local.cache.LocalCache` for each task
-    in turn: first for the key, with the component's name, then for the outputs under that key.
+    in turn: first for the key, with the component's name, then for the outputs under that key. KFP's keys and entries
+    hold absolute paths; ours know those in the home and the project folder by their place in it.
     """
     from kfp.local import cache
+    from kfp.local.cache import LocalCache
+
+    root = f"{home}/"
+    in_orders = json.dumps(str(project), ensure_ascii=False)[1:-1]
 
     class ReportingCache(cache.LocalCache):  # type: ignore[misc]
-        """KFP's cache, reporting hits."""
+        """KFP's cache, reporting hits and holding no path of this machine."""
+
+        @staticmethod
+        def _serialize_value_for_key(value: Any) -> Any:
+            if isinstance(value, str):
+                return value.replace(in_orders, "<project>")
+            found = LocalCache._serialize_value_for_key(value)
+            if isinstance(found, dict) and "uri" in found:
+                found["uri"] = found["uri"].removeprefix(root)
+            return found
+
+        @staticmethod
+        def _serialize_artifact(artifact: Any) -> dict[str, Any]:
+            found: dict[str, Any] = LocalCache._serialize_artifact(artifact)
+            return found | {"uri": found["uri"].removeprefix(root)}
+
+        @staticmethod
+        def _deserialize_artifact(data: dict[str, Any]) -> Any:
+            return LocalCache._deserialize_artifact(data | {"uri": str(home / data["uri"])})
 
         def __init__(self, cache_root: str) -> None:
             super().__init__(cache_root)
@@ -91,14 +114,14 @@ def main() -> None:
     else:
         subprocess_task_handler.run_local_subprocess = run_step
         runner = local.SubprocessRunner(use_venv=False)
-    report_cached_steps(events.cached)
+    report_cached_steps(events.cached, home, project)
     local.init(
         runner=runner,
         pipeline_root=str(home / "steps"),
         workspace_root=str(home / "workspace"),
         enable_caching=request["caching"],
         # Cached outputs contain MLflow run ids, so each MLflow store has a cache of its own.
-        cache_root=str(home / "steps" / f"cache-{digest(request['store'])[:12]}"),
+        cache_root=str(home / "steps" / f"cache-{digest(request['store'].replace(str(home), ''))[:12]}"),
     )
     pipeline = build_pipeline(config)
     try:

@@ -66,11 +66,13 @@ def run_pipeline(
         StepFailedError: a step failed.
         InterruptedRunError: SIGINT or SIGTERM arrived; every child process is gone.
     """
-    check_own_key()
     if runner == "docker":
         config = for_its_hardware(config, runner)
     arguments = run_arguments(config, project, project_commit)
     uri = store.tracking_uri()
+    with home_in_use():
+        check_own_key()
+    store.client()  # re-bases a home folder that was moved, which it does to none that is in use
     with home_in_use(), containers_for_a_run() if runner == "docker" else nullcontext():
         return _run_pipeline(arguments, project, display, {"runner": runner, "store": uri, "caching": caching})
 

@@ -1,7 +1,9 @@
 """Packed = plain, in log-probs and in gradients, for tiny random models of the supported architectures."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from components.engine.models import (
     DPO_ADAPTER,
     PackedModel,
     add_lora,
+    disable_dropout,
     load_causal_lm,
     select_packing,
     trainable_state,
@@ -19,7 +22,16 @@ from components.engine.models import (
 from components.engine.objectives import LossOptions, dpo_sigmoid_loss, preference_loss, sequence_logps
 from components.engine.packing import Example, pack
 from tests.conftest import ROOT
-from tests.support.architectures import COMPLETIONS, EXAMPLES, PACKABLE, SOME_LINEAR, UNPACKABLE, WEIGHTS, build
+from tests.support.architectures import (
+    COMPLETIONS,
+    EXAMPLES,
+    PACKABLE,
+    SOME_LINEAR,
+    UNPACKABLE,
+    WEIGHTS,
+    build,
+    configuration,
+)
 from tests.tools.component_readmes import MODELS_START, models, renewed
 
 
@@ -286,3 +298,40 @@ def test_positions_that_depend_on_the_longest_sequence_are_packed_only_within_th
     model.packed = True
     model.causal_lm.set_attn_implementation("packed")
     assert (model(pack(EXAMPLES)) - expected).abs().max() > 1e-2, "packed they are wrong, which the check cannot see"
+
+
+DRAWN_IN_TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "router_jitter_noise": 0.3}),
+    "minimax": ("MiniMaxConfig", {"num_local_experts": 4, "router_jitter_noise": 0.3, "head_dim": 8}),
+    "phimoe": (
+        "PhimoeConfig",
+        {"num_local_experts": 4, "router_jitter_noise": 0.3, "input_jitter_noise": 0.3, "head_dim": 8},
+    ),
+    "dbrx": ("DbrxConfig", {"ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0.3}}),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWN_IN_TRAINING)
+def test_a_pair_and_its_reference_see_the_same_routing_in_dpo(kind: str) -> None:
+    """So the loss before the first step is ln 2; SFT keeps what the model's own code draws."""
+    name, own = DRAWN_IN_TRAINING[kind]
+    if kind == "dbrx":
+        sizes = {"ffn_hidden_size": 32, "hidden_size": 32}
+        attention = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}
+        own = {"ffn_config": own["ffn_config"] | sizes, "attn_config": attention, "max_seq_len": 64, "d_model": 32}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(configuration((name, own), vocab_size=100))
+    ids_BT = torch.arange(20)[None]
+
+    def logps() -> Tensor:
+        found: Tensor = model(ids_BT).logits.log_softmax(-1)[0, :-1].gather(1, ids_BT[0, 1:, None]).sum()
+        return found
+
+    model.train()
+    assert logps() != logps(), "as in SFT"
+    disable_dropout(model)
+    model.eval()
+    reference = logps()
+    model.train()
+    loss = -torch.nn.functional.logsigmoid(logps() - reference)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)

@@ -4,6 +4,7 @@ import http.client
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -12,8 +13,15 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from tests.support import programs
 from tests.support.waiting import wait_until
@@ -70,15 +78,32 @@ class QuietHandler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(handler: type[QuietHandler]) -> Iterator[str]:
+def serving(handler: type[QuietHandler], encrypted: ssl.SSLContext | None = None) -> Iterator[str]:
     """Serve in a thread of this process; gives the address."""
     listener = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    if encrypted:
+        listener.socket = encrypted.wrap_socket(listener.socket, server_side=True)
     threading.Thread(target=listener.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{listener.server_port}"
+        yield f"{'https' if encrypted else 'http'}://127.0.0.1:{listener.server_port}"
     finally:
         listener.shutdown()
         listener.server_close()
+
+
+def make_certificate(key: Path, certificate: Path) -> None:
+    """Write a key and a certificate for 127.0.0.1 that it signed itself, as PEM."""
+    private = ec.generate_private_key(ec.SECP256R1())
+    name, now = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")]), datetime.now(UTC)
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    made = (
+        x509.CertificateBuilder(name, name, private.public_key(), x509.random_serial_number(), now, now + timedelta(1))
+        .add_extension(address, critical=False)
+        .sign(private, hashes.SHA256())
+    )
+    pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    key.write_bytes(pem)
+    certificate.write_bytes(made.public_bytes(Encoding.PEM))
 
 
 def _await(health: str, process: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -1,6 +1,7 @@
 """Addresses of MLflow, and errors of a stage, in one line."""
 
 import os
+import ssl
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from components.common.secrets import without_credentials
 from components.tracking import store
 from components.tracking.errors import explain_mlflow_error, report_errors
-from tests.support.services import QuietHandler, serving
+from tests.support.services import QuietHandler, free_port, make_certificate, serving
 
 
 def test_credentials_are_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,3 +67,27 @@ def test_a_refusal_by_mlflow_or_a_proxy_names_who_was_refused(
                     store.client().get_experiment("1")
                 said = explain_mlflow_error(error.value)
                 assert caller in said and known in said and "s3cr3t" not in said
+
+
+def test_a_connection_that_fails_is_told_with_its_last_cause(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """However long the address is that stands before it."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make_certificate(key, certificate)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for name in ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(QuietHandler, context) as encrypted:
+        for address, cause in {
+            f"http://127.0.0.1:{free_port()}": "Connection refused",
+            "http://no-such-name.invalid": "Failed to resolve 'no-such-name.invalid'",
+            encrypted: "certificate verify failed: self-signed certificate",
+        }.items():
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+            with pytest.raises(Exception, match=r".") as error:
+                store.client().get_experiment_by_name("x" * 400)
+            said = explain_mlflow_error(error.value)
+            assert cause in said and address in said and "Caused by" not in said and len(said) < 700, said
+            advised = "MLFLOW_TRACKING_SERVER_CERT_PATH or REQUESTS_CA_BUNDLE (SSL_CERT_FILE is not read)" in said
+            assert advised == (address == encrypted), said

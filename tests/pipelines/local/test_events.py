@@ -1,7 +1,9 @@
 """How the parent of a local run reads its steps: by events, from whatever KFP's local runner and the steps print."""
 
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,7 +116,7 @@ def two_steps(value: int = 1) -> None:
 
 def test_kfp_reports_each_step_that_it_serves_from_its_cache(kfp_local: None, tmp_path: Path) -> None:
     cached: list[str] = []
-    child.report_cached_steps(cached.append)
+    child.report_cached_steps(cached.append, tmp_path, tmp_path)
     start_kfp(tmp_path)
     two_steps(value=1)
     assert cached == []
@@ -122,6 +124,50 @@ def test_kfp_reports_each_step_that_it_serves_from_its_cache(kfp_local: None, tm
     assert cached == ["increment", "double"]
     two_steps(value=2)
     assert cached == ["increment", "double"]
+
+
+@dsl.component(base_image="python", install_kfp_package=False)
+def copy(order: str, made: dsl.Output[dsl.Artifact]) -> None:
+    from pathlib import Path
+
+    Path(made.path).write_text(order)
+
+
+@dsl.component(base_image="python", install_kfp_package=False)
+def read(made: dsl.Input[dsl.Artifact]) -> str:
+    from pathlib import Path
+
+    return Path(made.path).read_text()
+
+
+@dsl.pipeline(name="with-files")
+def with_files(order: str) -> None:
+    read(made=copy(order=order).outputs["made"])
+
+
+@pytest.mark.parametrize("remains", [False, True])
+def test_a_moved_or_copied_project_is_served_from_its_own_cache(kfp_local: None, tmp_path: Path, remains: bool) -> None:
+    cached: list[str] = []
+
+    def run(name: str) -> None:
+        project = tmp_path / name
+        child.report_cached_steps(cached.append, project / "home", project)
+        start_kfp(project / "home")
+        with_files(order=json.dumps({"data_repo": str(project), "beta": 0.1}))
+
+    original_cache = cache.LocalCache
+    run('first "one"')
+    assert cached == []
+    shutil.copytree(tmp_path / 'first "one"', tmp_path / "second")
+    if not remains:
+        shutil.rmtree(tmp_path / 'first "one"')
+    cache.LocalCache = original_cache
+    run("second")
+    assert cached == ["copy", "read"]
+    shutil.rmtree(tmp_path / "second" / "home" / "steps")
+    cache.LocalCache = original_cache
+    run("second")
+    assert cached == ["copy", "read"]  # the other's files are not ours
 
 
 @dsl.component(base_image="python", install_kfp_package=False)
