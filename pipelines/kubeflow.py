@@ -17,6 +17,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -67,6 +68,20 @@ class RunState:
     steps: list[Step]
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """A recurring run of this pipeline, as the server reports it."""
+
+    recurring_id: str
+    name: str
+    cron: str
+    enabled: bool
+    created: str
+    """When it was made: UTC, ISO 8601."""
+    version: str
+    """Name of the pipeline version that it runs."""
+
+
 class Server:
     """A Kubeflow Pipelines server."""
 
@@ -99,14 +114,12 @@ class Server:
 
     def upload(self, package: Path, version: str) -> tuple[str, str]:
         """Upload the pipeline as a version, unless the server has it; returns the ids of pipeline and version."""
-        client, namespace = self.client, self.namespace
-        pipelines = self._ask(lambda: client.list_pipelines(filter=_name_filter(NAME), namespace=namespace)).pipelines
-        if not pipelines:  # created without a version: one uploaded here would be named `alignment`, too
+        client, pipeline = self.client, self._pipeline()
+        if not pipeline:  # created without a version: one uploaded here would be named `alignment`, too
             from kfp_server_api import V2beta1Pipeline
 
-            new = V2beta1Pipeline(name=NAME, display_name=NAME, description=DESCRIPTION, namespace=namespace)
-            pipelines = [self._ask(lambda: client.pipelines.pipeline_service_create_pipeline(new))]
-        pipeline = str(pipelines[0].pipeline_id)
+            new = V2beta1Pipeline(name=NAME, display_name=NAME, description=DESCRIPTION, namespace=self.namespace)
+            pipeline = str(self._ask(lambda: client.pipelines.pipeline_service_create_pipeline(new)).pipeline_id)
         versions = self._ask(
             lambda: client.list_pipeline_versions(pipeline, filter=_name_filter(version))
         ).pipeline_versions
@@ -157,6 +170,43 @@ class Server:
             )
         )
         return str(recurring.recurring_run_id)
+
+    def schedules(self) -> list[Schedule]:
+        """The recurring runs of this pipeline, by name, the newest of a name first; those of others are left out."""
+        pipeline = self._pipeline()
+        if not pipeline:
+            return []
+        client = self.client
+        versions = self._pages(
+            lambda token: client.list_pipeline_versions(pipeline, page_token=token, page_size=100), "pipeline_versions"
+        )
+        names = {version.pipeline_version_id: str(version.display_name) for version in versions}
+        found = self._pages(
+            lambda token: client.list_recurring_runs(page_token=token, page_size=100, namespace=self.namespace),
+            "recurring_runs",
+        )
+        made = [
+            Schedule(
+                str(one.recurring_run_id),
+                str(one.display_name),
+                str((one.trigger and one.trigger.cron_schedule and one.trigger.cron_schedule.cron) or ""),
+                str(one.status) == "ENABLED",
+                one.created_at.isoformat() if one.created_at else "",
+                names.get(one.pipeline_version_reference.pipeline_version_id, ""),
+            )
+            for one in found
+            if one.pipeline_version_reference and one.pipeline_version_reference.pipeline_id == pipeline
+        ]
+        made.sort(key=lambda one: (one.created, one.recurring_id), reverse=True)
+        return sorted(made, key=lambda one: one.name)
+
+    def unschedule(self, recurring_id: str) -> None:
+        """Delete a recurring run; one that is gone already is no error."""
+        try:
+            self._ask(lambda: self.client.delete_recurring_run(recurring_id))
+        except KubeflowApiError as error:
+            if not error.is_gone(recurring_id):
+                raise
 
     def state(self, run_id: str) -> RunState:
         """The current state of a run."""
@@ -240,6 +290,23 @@ class Server:
                 return text.splitlines()[-LOG_LINES:]
         labels = f"pipeline/runid={run_id},app.kubernetes.io/component={step.name}"
         return [f"(no log here; `kubectl logs -n {self.namespace or 'kubeflow'} -l {labels} -c main` may have it)"]
+
+    def _pipeline(self) -> str:
+        """Id of the pipeline; empty before its first upload."""
+        query = _name_filter(NAME)
+        found = self._ask(lambda: self.client.list_pipelines(filter=query, namespace=self.namespace)).pipelines
+        return str(found[0].pipeline_id) if found else ""
+
+    def _pages(self, ask: Callable[[str], Any], rows: str) -> list[Any]:
+        """All rows of a list that comes in pages; `ask` takes the token of a page."""
+        found: list[Any] = []
+        token = ""
+        while True:
+            page = self._ask(partial(ask, token))
+            found += getattr(page, rows) or []
+            token = page.next_page_token or ""
+            if not token:
+                return found
 
     def _ask(self, call: Callable[[], Any]) -> Any:
         """Call the client with its own output suppressed; a failure becomes a `KubeflowApiError` of one sentence."""

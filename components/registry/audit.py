@@ -61,6 +61,10 @@ class ChampionRecord:
     """sha256 of the statement.json that the version was accepted with; empty for no champion."""
     removed: str = ""
     """After a rollback, the statement of the version that it removed."""
+    created: int = 0
+    """When the version was made, in milliseconds since 1970: a registered model that is deleted and made anew counts
+    from 1 again. 0 in histories that were written before this was recorded, and for no champion.
+    """
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class Audit:
         """
         audit = cls._named(client, name)
         if not audit and has_versions(client, name):
-            raise EvidenceError(_no_history(name, f"there is no experiment {_pointer(name)}"))
+            raise EvidenceError(_no_history(name, f"there is no experiment {pointer_name(name)}"))
         return audit
 
     @classmethod
@@ -134,7 +138,7 @@ class Audit:
         Raises:
             EvidenceError: it has a history.
         """
-        known = client.get_experiment_by_name(_pointer(name)) is not None
+        known = client.get_experiment_by_name(pointer_name(name)) is not None
         try:
             named = cls._named(client, name)
             entries = named.entries() if named else []
@@ -183,8 +187,9 @@ class Audit:
         self, number: int, version: str, how: str, reason: str, run: str = "", statement: str = "", removed: str = ""
     ) -> ChampionRecord | None:
         """Record `version` as the `number`-th champion; return None if another version already is."""
-        facts = {"version": version, "how": how, "reason": shortened(reason), "run": run}
-        facts |= {"statement": statement, "removed": removed}
+        created = int(self.client.get_model_version(self.name, version).creation_timestamp) if version else 0
+        facts: dict[str, Any] = {"version": version, "how": how, "reason": shortened(reason), "run": run}
+        facts |= {"statement": statement, "removed": removed, "created": created}
         while True:
             chain = self.entries()
             if len(_champions(chain)) + 1 != number:
@@ -282,11 +287,11 @@ class Audit:
 
     @classmethod
     def _named(cls, client: Any, name: str) -> "Audit | None":
-        experiment = client.get_experiment_by_name(_pointer(name))
+        experiment = client.get_experiment_by_name(pointer_name(name))
         if not experiment:
             return None
         if AUDIT_RUN not in experiment.tags:
-            raise EvidenceError(_no_history(name, f"the experiment {_pointer(name)} names no audit run"))
+            raise EvidenceError(_no_history(name, f"the experiment {pointer_name(name)} names no audit run"))
         return cls(client, name, experiment.tags[AUDIT_RUN])
 
     @classmethod
@@ -298,11 +303,11 @@ class Audit:
         run = client.create_run(store.experiment_id(client), tags=tags, run_name=f"audit of {name}")
         client.set_terminated(run.info.run_id)
         if again:
-            pointer = client.get_experiment_by_name(_pointer(name))
-            client.set_experiment_tag(pointer.experiment_id, AUDIT_RUN, run.info.run_id)
+            known = client.get_experiment_by_name(pointer_name(name))
+            client.set_experiment_tag(known.experiment_id, AUDIT_RUN, run.info.run_id)
             return cls(client, name, run.info.run_id)
         try:
-            client.create_experiment(_pointer(name), tags={AUDIT_RUN: run.info.run_id})
+            client.create_experiment(pointer_name(name), tags={AUDIT_RUN: run.info.run_id})
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -312,11 +317,16 @@ class Audit:
             client.delete_run(run.info.run_id)
         return audit
 
-    def _params(self) -> dict[str, str]:
+    def run(self) -> Any:
+        """The audit run, also one that is marked as deleted.
+
+        Raises:
+            EvidenceError: it no longer exists.
+        """
         from mlflow.exceptions import MlflowException
 
         try:
-            run = self.client.get_run(self.run_id)
+            return self.client.get_run(self.run_id)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
@@ -324,16 +334,22 @@ class Audit:
                 f"the audit run {self.run_id} of {self.name} no longer exists, and with it the history of"
                 " champions and test-set uses (was it deleted and `mlflow gc` run?); restore it from a backup of MLflow"
             ) from error
+
+    def _params(self) -> dict[str, str]:
+        run = self.run()
         if run.info.lifecycle_stage != "active":
             raise EvidenceError(
-                f"the audit run {self.run_id} of {self.name} is marked as deleted; restore it with `mlflow runs restore"
-                f" --run-id {self.run_id}`"
+                f"the audit run {self.run_id} of {self.name} is marked as deleted; `kubealign history --repair`"
+                " restores it"
             )
         params: dict[str, str] = run.data.params
         return dict(params)
 
 
-RESTORE = "restore MLflow from a backup, or begin a new history with `kubealign history --begin --reason …`"
+RESTORE = (
+    "`kubealign history --repair` looks for what is left of it; else restore MLflow from a backup, or begin a new"
+    " history with `kubealign history --begin --reason …`"
+)
 
 
 def has_versions(client: Any, name: str) -> bool:
@@ -383,7 +399,8 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _pointer(name: str) -> str:
+def pointer_name(name: str) -> str:
+    """Name of the experiment whose tag names the audit run of a registered model."""
     return f"{store.EXPERIMENT}-audit/{name}"
 
 

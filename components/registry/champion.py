@@ -85,10 +85,11 @@ def rollback(client: Any, name: str, reason: str, accepted: Callable[[str], str]
     path = rollback_path(audit.champions())
     if len(path) < 2:
         raise InputError(f"{name} version {last.version} is the first champion; there is nothing to roll back to")
-    current, previous = path[-1], path[-2]
-    if not _exists(client, name, previous):
+    current, previous = path[-1].version, path[-2].version
+    if why := gone(audit, path[-2]):
         raise InputError(
-            f"the previous champion, {name} version {previous}, is no longer in the registry; promote another version"
+            f"the previous champion, {name} version {previous}, is no longer in the registry ({why}); promote another"
+            " version"
         )
     statement = accepted(previous)
     record = audit.claim_champion(last.number + 1, previous, "rollback", reason, "", statement, last.statement)
@@ -99,14 +100,14 @@ def rollback(client: Any, name: str, reason: str, accepted: Callable[[str], str]
     return record, current
 
 
-def rollback_path(records: list[ChampionRecord]) -> list[str]:
-    """Versions a rollback walks back along, the current champion last; each rollback drops the last one."""
-    path: list[str] = []
+def rollback_path(records: list[ChampionRecord]) -> list[ChampionRecord]:
+    """Champions that a rollback walks back along, the current one last; each rollback drops the last one."""
+    path: list[ChampionRecord] = []
     for record in records:
         if record.how == "rollback" and len(path) > 1:
             path.pop()
         elif record.version:
-            path.append(record.version)
+            path.append(record)
     return path
 
 
@@ -119,9 +120,9 @@ def reconcile_alias(audit: Audit) -> ChampionRecord | None:
     while True:
         records = audit.champions()
         last = records[-1] if records else None
-        if not last or not last.version or _exists(audit.client, audit.name, last.version):
+        if not last or not (why := gone(audit, last)):
             return follow(audit)
-        audit.claim_champion(last.number + 1, "", "outside", f"version {last.version} was deleted")
+        audit.claim_champion(last.number + 1, "", "outside", why)
 
 
 def follow(audit: Audit) -> ChampionRecord | None:
@@ -148,7 +149,7 @@ def current_champion(audit: Audit) -> ChampionRecord | None:
 def champion_version(audit: Audit | None) -> str:
     """The version that is champion by the history, or an empty string; without one in the registry there is none."""
     last = current_champion(audit) if audit else None
-    return last.version if audit and last and last.version and _exists(audit.client, audit.name, last.version) else ""
+    return last.version if audit and last and not gone(audit, last) else ""
 
 
 def champion_alias(client: Any, name: str) -> str:
@@ -159,16 +160,21 @@ def champion_alias(client: Any, name: str) -> str:
     return str(client.get_registered_model(name).aliases.get(CHAMPION, ""))
 
 
-def _exists(client: Any, name: str, version: str) -> bool:
+def gone(audit: Audit, record: ChampionRecord) -> str:
+    """Why the version of a record is no longer in the registry; empty if it is there, or if there is no champion."""
     from mlflow.exceptions import MlflowException
 
+    if not record.version:
+        return ""
     try:
-        client.get_model_version(name, version)
+        found = audit.client.get_model_version(audit.name, record.version)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        return False
-    return True
+        return f"version {record.version} was deleted"
+    if record.created and int(found.creation_timestamp) != record.created:
+        return f"version {record.version} was deleted, and another one made with its number"
+    return ""
 
 
 def _named(version: str) -> str:

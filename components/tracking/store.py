@@ -72,6 +72,11 @@ def experiment_id(mlflow_client: Any) -> str:
     """The id of the experiment of all runs (MLFLOW_EXPERIMENT_NAME or `kubealign`), created if missing."""
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
     experiment = mlflow_client.get_experiment_by_name(name)
+    if experiment and experiment.lifecycle_stage != "active":
+        raise InputError(
+            f"the experiment {name} was deleted from MLflow, and its runs with it; `kubealign history --repair` (or"
+            f" `mlflow experiments restore -x {experiment.experiment_id}`) brings them back"
+        )
     if experiment:
         return str(experiment.experiment_id)
     from mlflow.exceptions import MlflowException

@@ -1,4 +1,4 @@
-"""Commands for runs on Kubeflow: submit, status, wait, cancel, schedule."""
+"""Commands for runs on Kubeflow: submit, status, wait, cancel, schedule, schedules, unschedule."""
 
 import sys
 from pathlib import Path
@@ -65,20 +65,57 @@ def submit_(
 @app.command(rich_help_panel="Kubeflow")
 def schedule(
     cron: Annotated[str, typer.Option(help="Six fields, seconds first, in UTC: `0 0 3 * * 1` is Mondays at 3.")],
+    name: Annotated[str, typer.Option(help="The schedule's name; by default that of the registered model.")] = "",
     overrides: Overrides = [],  # noqa: B006
     project: Project = None,
 ) -> None:
-    """Schedule recurring runs on Kubeflow (one at a time, no catch-up)."""
+    """Schedule recurring runs on Kubeflow (one at a time, no catch-up); replaces the schedule of that name."""
     from pipelines.kubeflow import Server, submit
 
     if len(cron.split()) != 6:
         raise InputError(f"--cron {cron!r}: expected six fields, seconds first, such as `0 0 3 * * 1`")
     config = run_config(project_folder(project), overrides)
     server = Server(config.cluster)
-    recurring, version = submit(config, server, cron)
+    name = name or config.register_.name
+    recurring, version = submit(config, server, cron, name)
     link = f"{server.endpoint}/#/recurringrun/details/{recurring}"
-    console.print(terminal(f"recurring run {recurring} of version {version}"), soft_wrap=True)
+    console.print(terminal(f"schedule {name}: recurring run {recurring} of version {version}"), soft_wrap=True)
+    # The new one first: a schedule is never lost. All but the newest go, so that of two who schedule at once one stays.
+    for older in [one for one in server.schedules() if one.name == name][1:]:
+        server.unschedule(older.recurring_id)
+        words = f"replaces {older.recurring_id} of version {older.version} ({older.cron})"
+        console.print(terminal(words), soft_wrap=True)
     console.print(terminal(link), soft_wrap=True)
+
+
+@app.command(rich_help_panel="Kubeflow")
+def schedules(project: Project = None) -> None:
+    """List the schedules of this pipeline on Kubeflow."""
+    found = _server(project).schedules()
+    if not found:
+        console.print("no schedule; `kubealign schedule --cron …` makes one")
+        return
+    for one in found:
+        when = f"{one.cron} UTC{'' if one.enabled else ', disabled'}"
+        sentence = f"{one.name}: {when}, version {one.version}, recurring run {one.recurring_id}"
+        console.print(terminal(sentence), soft_wrap=True)
+
+
+@app.command(rich_help_panel="Kubeflow")
+def unschedule(
+    name: Annotated[str, typer.Argument(help="The schedule's name, as `kubealign schedules` lists it.")],
+    project: Project = None,
+) -> None:
+    """Remove a schedule from Kubeflow; runs that it has started go on."""
+    server = _server(project)
+    found = server.schedules()
+    of_that_name = [one for one in found if one.name == name]
+    if not of_that_name:
+        known = ", ".join(sorted({one.name for one in found})) or "none"
+        raise InputError(f"no schedule is called {name!r}; there are: {known}")
+    for one in of_that_name:
+        server.unschedule(one.recurring_id)
+        console.print(terminal(f"removed {one.name}: {one.recurring_id} ({one.cron})"), soft_wrap=True)
 
 
 @app.command(rich_help_panel="Kubeflow")

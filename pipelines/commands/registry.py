@@ -99,6 +99,10 @@ def history(
     begin: Annotated[
         bool, typer.Option("--begin", help="Begin the history of a model that has versions but none; needs --reason.")
     ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Show what is wrong around the history, one after the other, and mend it.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --repair: do not ask.")] = False,
     reason: Reason = "",
     project: Project = None,
 ) -> None:
@@ -113,6 +117,8 @@ def history(
         if not reason:
             raise InputError("--begin forgets every earlier champion and use of a test set; say why with --reason")
         Audit.begin(client, name, _rules(_config(project)), reason)
+    if repair:
+        _repair(client, name, yes)
     audit = Audit.find(client, name)
     if not audit:
         console.print(terminal(f"{name}: no decision yet"))
@@ -135,6 +141,21 @@ def history(
             " interrupted; the next run or promotion sets it to the champion of this history"
         )
         console.print(terminal(sentence), soft_wrap=True)
+
+
+def _repair(client: Any, name: str, yes: bool) -> None:
+    from components.registry.repair import next_repair
+
+    done: list[str] = []
+    while found := next_repair(client, name):
+        if found.sentence in done:
+            raise KubealignError(f"{found.sentence}: done, and still so; is somebody else at work?")
+        console.print(terminal(found.sentence), soft_wrap=True)
+        if not yes and not typer.confirm("do it?"):
+            raise typer.Exit(1)
+        found.do()
+        done.append(found.sentence)
+    console.print(f"{len(done)} repaired" if done else "nothing to repair")
 
 
 @app.command("verify", rich_help_panel="Registry")

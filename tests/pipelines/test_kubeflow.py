@@ -1,5 +1,6 @@
 """Runs on Kubeflow, with KFP's real client against a strict stub of its server (tests/stubs/kfp_server.py)."""
 
+import copy
 import datetime
 import ipaddress
 import json
@@ -229,9 +230,46 @@ def test_schedule_makes_a_recurring_run_with_a_cron_of_six_fields(kfp: KfpServer
     done = kubealign("schedule", "--cron", "0 0 3 * * 1")
     (recurring_id,) = kfp.recurring
     body = kfp.recurring[recurring_id]
-    assert done.code == 0 and f"recurring run {recurring_id} of version c0ffee" in done.out
+    assert done.code == 0 and f"schedule kubealign: recurring run {recurring_id} of version c0ffee" in done.out
     assert body.trigger.cron_schedule.cron == "0 0 3 * * 1" and body.mode == "ENABLE"
     assert body.no_catchup is True and body.max_concurrency == "1" and not kfp.runs
+
+
+def test_a_schedule_is_replaced_by_name_listed_and_removed(kfp: KfpServer, kubealign: Cli) -> None:
+    assert "no schedule" in kubealign("schedules").out
+    for cron in ("0 0 3 * * 1", "0 0 4 * * 1"):
+        assert kubealign("schedule", "--cron", cron, "--name", "每周").code == 0
+    for name in ("nightly", "monthly"):
+        assert kubealign("schedule", "--cron", "0 0 5 * * *", "--name", name).code == 0
+    assert [body.display_name for body in kfp.recurring.values()] == ["每周", "nightly", "monthly"]
+    listed = kubealign("schedules").out
+    assert "0 0 4 * * 1" in listed and "0 0 3 * * 1" not in listed and all(key in listed for key in kfp.recurring)
+    unknown = kubealign("unschedule", "weekly").one_error(2)
+    assert "'weekly'" in unknown and "monthly, nightly, 每周" in unknown and len(kfp.recurring) == 3
+    assert "removed nightly" in kubealign("unschedule", "nightly").out
+    assert [body.display_name for body in kfp.recurring.values()] == ["每周", "monthly"]
+
+
+def test_recurring_runs_of_other_pipelines_are_neither_listed_nor_touched(kfp: KfpServer, kubealign: Cli) -> None:
+    kubealign("schedule", "--cron", "0 0 3 * * 1", "--name", "weekly")
+    (ours,) = kfp.recurring
+    theirs = copy.deepcopy(kfp.recurring[ours])
+    theirs.pipeline_version_reference.pipeline_id = "another"
+    kfp.recurring["theirs"] = theirs
+    kubealign("schedule", "--cron", "0 0 4 * * 1", "--name", "weekly")
+    assert "theirs" in kfp.recurring and ours not in kfp.recurring and "theirs" not in kubealign("schedules").out
+    kubealign("unschedule", "weekly")
+    assert [*kfp.recurring] == ["theirs"]
+
+
+def test_a_replacement_that_was_cut_off_leaves_a_schedule_and_is_completed(kfp: KfpServer, kubealign: Cli) -> None:
+    kubealign("schedule", "--cron", "0 0 3 * * 1")
+    kfp.fail("DELETE", ".*/recurringruns/.*", status(503), times=1)
+    assert "503" in kubealign("schedule", "--cron", "0 0 4 * * 1").one_error()
+    assert len(kfp.recurring) == 2
+    assert kubealign("schedule", "--cron", "0 0 4 * * 1").out.count("replaces") == 2
+    (left,) = kfp.recurring.values()
+    assert left.trigger.cron_schedule.cron == "0 0 4 * * 1"
 
 
 def test_five_fields_of_cron_are_refused_before_anything_is_sent(kfp: KfpServer, kubealign: Cli) -> None:

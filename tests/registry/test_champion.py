@@ -2,16 +2,19 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from components.common.errors import ChampionChangedError, InputError, KubealignError
-from components.registry.audit import Audit, next_use
+from components.registry.audit import Audit, next_use, pointer_name
 from components.registry.champion import (
     ROLLED_BACK,
     champion_alias,
@@ -20,7 +23,9 @@ from components.registry.champion import (
     reconcile_alias,
     rollback,
 )
+from components.registry.repair import next_repair
 from components.tracking import store
+from pipelines.cli import app
 from tests.conftest import ROOT
 from tests.support.component_kit import empty_mlflow, own_home
 from tests.support.services import mlflow_server
@@ -206,10 +211,116 @@ def test_a_deleted_audit_run_is_an_error_that_says_how_to_get_it_back(client: An
     audit = Audit.find(client, NAME)
     assert audit
     client.delete_run(audit.run_id)
-    with pytest.raises(KubealignError, match="is marked as deleted; .*`mlflow runs restore"):
+    with pytest.raises(KubealignError, match="is marked as deleted; `kubealign history --repair`"):
         promote(client, NAME, "2", "gate", "", expected="1")
-    client.restore_run(audit.run_id)
+    assert repaired(client) == [f"the audit run {audit.run_id} was deleted: restore it"]
     assert promote(client, NAME, "2", "gate", "", expected="1").number == 2
+
+
+def repaired(client: Any) -> list[str]:
+    """What was wrong, all of it mended."""
+    sentences = []
+    while found := next_repair(client, NAME):
+        sentences.append(found.sentence)
+        found.do()
+    return sentences
+
+
+def made_anew(client: Any, n: int) -> None:
+    """The registered model is deleted, and made again by somebody with versions of their own."""
+    run_id = client.get_model_version(NAME, "1").run_id
+    client.delete_registered_model(NAME)
+    client.create_registered_model(NAME)
+    for _ in range(n):
+        client.create_model_version(NAME, f"runs:/{run_id}/model", run_id=run_id)
+
+
+def test_a_version_of_the_same_number_is_not_the_champion_of_before(client: Any) -> None:
+    promote(client, NAME, "1", "gate", "", expected="")
+    promote(client, NAME, "2", "gate", "", expected="1")
+    made_anew(client, 3)
+    assert champion_version(Audit.find(client, NAME)) == "" == champion_alias(client, NAME)
+    with pytest.raises(InputError, match=r"no champion now \(version 2 was deleted, and another one made with its num"):
+        rollback(client, NAME, "x", accepted)
+    promote(client, NAME, "3", "promote", "", expected="")
+    with pytest.raises(InputError, match="version 2, is no longer in the registry"):
+        rollback(client, NAME, "x", accepted)
+    assert champion_alias(client, NAME) == "3"
+
+
+def test_a_champion_of_a_history_that_knows_no_times_is_known_by_its_number(client: Any) -> None:
+    """As in histories that were written before times were recorded."""
+    audit = Audit.open(client, NAME, RULES)
+    facts = {"version": "2", "how": "gate", "reason": "", "run": "", "statement": "", "removed": ""}
+    assert audit._append(audit.entries(), "champion", facts)
+    assert champion_version(audit) == "2" and reconcile_alias(audit) and champion_alias(client, NAME) == "2"
+
+
+def alias_of_a_deleted_version(client: Any, version: str) -> None:
+    """As MLflow before 3.10 leaves it, which keeps the aliases of a version that is deleted."""
+    client.delete_model_version(NAME, version)
+    with closing(sqlite3.connect(store.home() / "mlflow.db")) as database, database:
+        insert = "INSERT INTO registered_model_aliases (name, alias, version) VALUES (?, 'champion', ?)"
+        database.execute(insert, (NAME, int(version)))
+
+
+def test_an_alias_of_a_deleted_version_stops_nothing(client: Any) -> None:
+    promote(client, NAME, "2", "gate", "", expected="")
+    alias_of_a_deleted_version(client, "2")
+    assert champion_alias(client, NAME) == "2" and champion_version(Audit.find(client, NAME)) == ""
+    assert repaired(client) == ["version 2 was deleted: record that there is no champion, and remove its alias"]
+    assert champion_alias(client, NAME) == "" and repaired(client) == []
+    promote(client, NAME, "3", "gate", "", expected="")
+    alias_of_a_deleted_version(client, "3")
+    assert promote(client, NAME, "4", "gate", "", expected="").number == 5
+    assert champion_alias(client, NAME) == "4"
+
+
+def test_deleted_experiments_are_an_error_that_names_the_repair(client: Any) -> None:
+    promote(client, NAME, "1", "gate", "", expected="")
+    experiments = {one.name: one.experiment_id for one in client.search_experiments()}
+    for name in (store.EXPERIMENT, pointer_name(NAME)):
+        client.delete_experiment(experiments[name])
+    with pytest.raises(
+        InputError, match=f"{store.EXPERIMENT} was deleted .*`kubealign history --repair`.* restore -x "
+    ):
+        store.experiment_id(client)
+    with pytest.raises(KubealignError, match="`kubealign history --repair`"):
+        Audit.find(client, NAME) and versions(client)
+    assert [sentence.split(" was")[0] for sentence in repaired(client)] == [
+        f"the experiment {store.EXPERIMENT}",
+        f"the experiment {pointer_name(NAME)}",
+    ]
+    assert versions(client) == ["1"] and store.experiment_id(client) == experiments[store.EXPERIMENT]
+
+
+def test_a_history_that_nothing_points_to_is_found_again(client: Any) -> None:
+    """The empty experiment that names it was deleted for good, as `mlflow gc` does."""
+    promote(client, NAME, "1", "gate", "", expected="")
+    promote(client, NAME, "2", "gate", "", expected="1")
+    experiment = client.get_experiment_by_name(pointer_name(NAME)).experiment_id
+    with closing(sqlite3.connect(store.home() / "mlflow.db")) as database, database:
+        for table in ("experiment_tags", "experiments"):
+            database.execute(f"DELETE FROM {table} WHERE experiment_id = ?", (int(experiment),))  # noqa: S608 - ours
+    with pytest.raises(KubealignError, match="versions but no signed history .*`kubealign history --repair`"):
+        versions(client)
+    client.set_registered_model_alias(NAME, "champion", "1")
+    found, alias = repaired(client)
+    assert "with 3 signed entries" in found and alias == (
+        "the alias champion points to version 1: set it to version 2, the champion of the history"
+    )
+    assert versions(client) == ["1", "2"] and champion_alias(client, NAME) == "2"
+
+
+def test_the_command_shows_each_repair_and_asks(client: Any) -> None:
+    promote(client, NAME, "2", "gate", "", expected="")
+    client.set_registered_model_alias(NAME, "champion", "1")
+    words = ["history", "--name", NAME, "--repair"]
+    refused = CliRunner().invoke(app, words, input="n\n")
+    assert refused.exit_code == 1 and "set it to version 2" in refused.output and champion_alias(client, NAME) == "1"
+    done = CliRunner().invoke(app, [*words, "--yes"])
+    assert "1 repaired" in done.output and champion_alias(client, NAME) == "2", done.output
+    assert "nothing to repair" in CliRunner().invoke(app, words).output
 
 
 RACER = """

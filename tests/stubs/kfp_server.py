@@ -6,6 +6,7 @@ backend/src/apiserver unless stated otherwise. Runs go through the states that a
 their workflow as the real server does.
 """
 
+import datetime
 import json
 import re
 import ssl
@@ -299,7 +300,9 @@ class KfpServer:
             ("POST", f"{api}/runs", self._create_run),
             ("GET", f"{api}/runs/([^/:]+)", self._get_run),
             ("POST", f"{api}/runs/([^/:]+):terminate", self._terminate),
+            ("GET", f"{api}/recurringruns", self._list_recurring),
             ("POST", f"{api}/recurringruns", self._create_recurring),
+            ("DELETE", f"{api}/recurringruns/([^/:]+)", self._delete_recurring),
             ("GET", "/k8s/pod/logs", self._log),
         ]
         for method, pattern, action in routes:
@@ -483,7 +486,33 @@ class KfpServer:
         self._check_start(body)
         recurring_id = str(uuid.uuid4())
         self.recurring[recurring_id] = body
+        body.created_at = f"{datetime.datetime(2026, 1, 1) + datetime.timedelta(seconds=len(self.requests))}Z"
         return {"recurring_run_id": recurring_id, "display_name": body.display_name}
+
+    def _list_recurring(self, request: Request) -> dict[str, Any]:
+        """Pages of two, whatever is asked for: page_size is only the most that a page may have."""
+        self._namespace(request.query.get("namespace", ""))
+        first = int(request.query.get("page_token", "") or 0)
+        rows = [
+            {
+                "recurring_run_id": recurring_id,
+                "display_name": body.display_name,
+                "status": "ENABLED" if body.mode == "ENABLE" else "DISABLED",
+                "trigger": {"cron_schedule": {"cron": body.trigger.cron_schedule.cron}},
+                "pipeline_version_reference": body.pipeline_version_reference.to_dict(),
+                "created_at": body.created_at,
+            }
+            for recurring_id, body in self.recurring.items()
+        ]
+        more = {"next_page_token": str(first + 2)} if len(rows) > first + 2 else {}
+        return {"recurringRuns": rows[first : first + 2], "total_size": len(rows)} | more
+
+    def _delete_recurring(self, request: Request, recurring_id: str) -> dict[str, Any]:
+        if recurring_id not in self.recurring:
+            rule = "storage/job_store.go, GetJob: NewResourceNotFoundError"
+            raise RefusalError(404, f"Job {recurring_id} not found", rule)
+        del self.recurring[recurring_id]
+        return {}
 
     def _log(self, request: Request) -> str:
         rule = "frontend/server/handlers/pod-logs.ts, getPodLogsHandler"
@@ -587,6 +616,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Serve a read."""
+        self._serve()
+
+    def do_DELETE(self) -> None:
+        """Serve a removal."""
         self._serve()
 
     def do_POST(self) -> None:
