@@ -20,6 +20,7 @@ from components.orders import Order, decision_key, make_orders, with_keys
 from components.registry.audit import Audit, next_use
 from components.registry.champion import champion_version
 from components.registry.evidence import check_history, fetch_statement
+from components.registry.preconditions import check_server
 from components.sources.facts import resolve_facts
 from components.tracking.run import SETTINGS, StageRun, stage_run
 
@@ -38,7 +39,7 @@ def run_resolve(config: Config, project_commit: str = "") -> tuple[dict[str, str
         the order of every later step as JSON, and the id of the MLflow run.
 
     Raises:
-        InputError: a name does not resolve, or the model cannot be stored in the configured format.
+        InputError: a name does not resolve, the model cannot be stored in the configured format, or not by this MLflow.
     """
     data, register = config.data, config.register_
     if register.format == "adapter" and config.model.finetuning == "full":
@@ -57,6 +58,7 @@ def run_resolve(config: Config, project_commit: str = "") -> tuple[dict[str, str
         facts = replace(facts, decision=decision, decision_index=decision_index)
         orders = make_orders(sections, facts)
         _record(run, config, asdict(facts), orders)
+        check_server(run.client, run.run_id, ORDERS, register.name)
         run.log(f"data {facts.data_commit[:12]}, base model {facts.base_reference}")
         run.log(f"incumbent {facts.incumbent or 'none'}")
         if decision_index > 1:

@@ -13,18 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import yaml
 from mlflow.exceptions import MlflowException
 from typer.testing import CliRunner
 
-from components.common.errors import EvidenceError, KubealignError
+from components.common.errors import EvidenceError, InputError, KubealignError
 from components.common.files import read_json, write_json, write_manifest
 from components.evaluate.candidates import download_incumbent
 from components.register.stage import run_register
 from components.registry.audit import Audit
 from components.registry.champion import champion_alias, promote
 from components.registry.evidence import fetch_statement
+from components.registry.preconditions import LAST_RUN, check_server
 from components.tracking import store
 from components.tracking.errors import explain_mlflow_error
 from components.tracking.run import stage_run
@@ -322,6 +324,36 @@ def test_mlflow_on_a_bad_day_is_asked_again_and_then_the_model_is_kept_and_the_n
         assert found["decided"]["state"] == "promoted" and found["version"] == "1" and len(failed) > 10
 
 
+@pytest.mark.integration
+def test_what_register_needs_of_mlflow_is_asked_before_anything_is_trained(
+    server: str, quick_retries: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_in(monkeypatch, *ADMIN)
+    with faulty_proxy(server) as proxy:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.address)
+        client = store.client()
+        run_id = client.create_run(store.experiment_id(client)).info.run_id
+        client.log_dict(run_id, {}, "orders.json")
+        check_server(client, run_id, "orders.json", "unheard-of")
+        client.create_registered_model("asked")
+        check_server(client, run_id, "orders.json", "asked")
+        assert client.get_registered_model("asked").tags == {LAST_RUN: run_id}
+
+        def old(method: str, path: str) -> str:
+            return "404" if "logged-models" in path else ""
+
+        proxy.fails = old
+        with pytest.raises(InputError, match=rf"is version {mlflow.__version__}, which cannot log models; .*3\.0"):
+            check_server(client, run_id, "orders.json", "asked")
+
+        def forgetful(method: str, path: str) -> str:
+            return "404" if method == "GET" and "mlflow-artifacts" in path else ""
+
+        proxy.fails = forgetful
+        with pytest.raises(InputError, match=r"took the artifact orders\.json of run .* and does not give it back"):
+            check_server(client, run_id, "orders.json", "asked")
+
+
 def post(address: str, path: str, **body: Any) -> Any:
     request = urllib.request.Request(f"{address}/api/2.0/mlflow/{path}", json.dumps(body).encode())  # noqa: S310
     request.add_header("Content-Type", "application/json")
@@ -338,6 +370,8 @@ def test_a_user_without_the_right_is_told_what_it_takes(
     log_in(monkeypatch, *ADMIN)
     client = with_versions(store.client(), 2, "theirs")
     promote(client, "theirs", "1", "gate", "", expected="")
+    run_id = client.create_run(store.experiment_id(client)).info.run_id
+    client.log_dict(run_id, {}, "orders.json")
     post(server, "users/create", username="reader", password="reads-only-things")  # noqa: S106
     log_in(monkeypatch, "reader", "reads-only-things")
     assert "gate" in cli("history", "--name", "theirs").output, "reading is allowed"
@@ -347,6 +381,9 @@ def test_a_user_without_the_right_is_told_what_it_takes(
     with pytest.raises(MlflowException) as stop, stage_run("register", {}):
         pass
     assert "does not let reader" in explain_mlflow_error(stop.value)
+    with pytest.raises(MlflowException) as stop:
+        check_server(client, run_id, "orders.json", "theirs")
+    assert "EDIT on the registered model" in explain_mlflow_error(stop.value)
     assert champion_alias(client, "theirs") == "1"
     log_in(monkeypatch, "reader", "wrong")
     assert "does not accept reader" in explain_mlflow_error(cli("history", "--name", "theirs").exception)

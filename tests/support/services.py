@@ -178,6 +178,8 @@ def faulty_proxy(target: str) -> Iterator[Faulty]:
                 return
             if fault:
                 status, content, kind = int(fault), b'{"error_code": "INTERNAL_ERROR"}', "application/json"
+                if fault == "404":  # as a server says it that has no such route
+                    content, kind = b"<!doctype html><title>404 Not Found</title>", "text/html"
             else:
                 upstream = http.client.HTTPConnection(host)
                 headers = {name: value for name, value in self.headers.items() if name != "Host"}
