@@ -21,6 +21,7 @@ from components.registry.evidence import JUDGEMENT, MLFLOWS_OWN, MODEL_SIGNATURE
 from components.registry.signing import model_signature, signed, statement
 from components.tracking.keys import signing_key
 from components.tracking.run import StageRun
+from components.tracking.store import is_registered
 from components.training.documents import read_dpo_training
 
 CODE = Path(__file__).with_name("chat_model.py")
@@ -168,8 +169,7 @@ def ensure_registered_model(client: Any, name: str) -> None:
 
 def find_versions(client: Any, name: str, tag: str, value: str) -> list[str]:
     """The versions whose tag has this value, the newest first. A tag is a hint: anyone may have written it."""
-    # With authentication on, MLflow answers 403 for a model that does not exist; a search is allowed.
-    if not client.search_registered_models(f"name = '{name}'"):
+    if not is_registered(client, name):
         return []
     matches = client.search_model_versions(f"name = '{name}' AND tags.`{tag}` = '{value}'")
     return [str(number) for number in sorted((int(version.version) for version in matches), reverse=True)]

@@ -10,6 +10,7 @@ from typing import Any
 
 from components.common.errors import ChampionChangedError, InputError
 from components.registry.audit import CHAMPION, Audit, ChampionRecord
+from components.tracking import store
 
 ROLLED_BACK = "kubealign.rolled_back"
 """Tag of a version that was rolled back, with the reason, for people; the history is what counts."""
@@ -154,8 +155,7 @@ def champion_version(audit: Audit | None) -> str:
 
 def champion_alias(client: Any, name: str) -> str:
     """The version that the alias points to, or an empty string."""
-    # With authentication on, MLflow answers 403 for a model that does not exist; a search is allowed.
-    if not client.search_registered_models(f"name = '{name}'"):
+    if not store.is_registered(client, name):
         return ""
     return str(client.get_registered_model(name).aliases.get(CHAMPION, ""))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from components.common.errors import InputError
 from components.common.secrets import without_credentials
-from components.tracking.store import experiment_id, tracking_uri
+from components.tracking.store import experiment_id, is_registered, tracking_uri
 
 LEAST_MLFLOW = "3.0"
 """The first MLflow server that knows logged models."""
@@ -50,8 +50,7 @@ def check_server(client: Any, run_id: str, artifact: str, name: str) -> None:
             ) from error
         if not (Path(scratch) / artifact).is_file():
             raise InputError(f"MLflow at {server} has no artifact {artifact} of run {run_id}, which was just logged")
-    # With authentication on, MLflow answers 403 for a model that does not exist; a search is allowed.
-    if client.search_registered_models(f"name = '{name}'"):
+    if is_registered(client, name):
         client.set_registered_model_tag(name, LAST_RUN, run_id)
 
 

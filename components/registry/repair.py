@@ -3,7 +3,6 @@
 Nothing is made up: the entries of a history are signed, and one that does not verify is an error here as anywhere else.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,15 +29,14 @@ def next_repair(client: Any, name: str) -> Repair | None:
     Raises:
         EvidenceError: the history is damaged, which only a backup mends.
     """
-    for title in (os.environ.get("MLFLOW_EXPERIMENT_NAME", store.EXPERIMENT), pointer_name(name)):
-        experiment = client.get_experiment_by_name(title)
+    of_runs, pointer = (client.get_experiment_by_name(title) for title in (store.experiment_name(), pointer_name(name)))
+    for experiment in (of_runs, pointer):
         if experiment and experiment.lifecycle_stage != "active":
-            sentence = f"the experiment {title} was deleted, and its runs with it: restore them"
+            sentence = f"the experiment {experiment.name} was deleted, and its runs with it: restore them"
             return Repair(sentence, partial(client.restore_experiment, experiment.experiment_id))
-    experiment = client.get_experiment_by_name(pointer_name(name))
-    run_id = experiment.tags.get(AUDIT_RUN) if experiment else None
+    run_id = pointer.tags.get(AUDIT_RUN) if pointer else None
     if not run_id:
-        return _lost_audit(client, name, experiment)
+        return _lost_audit(client, name, pointer)
     audit = Audit(client, name, run_id)
     if audit.run().info.lifecycle_stage != "active":
         return Repair(f"the audit run {run_id} was deleted: restore it", partial(client.restore_run, run_id))
@@ -55,24 +53,24 @@ def next_repair(client: Any, name: str) -> Repair | None:
     return None
 
 
-def _lost_audit(client: Any, name: str, experiment: Any) -> Repair | None:
+def _lost_audit(client: Any, name: str, pointer: Any) -> Repair | None:
     """The newest audit run of this model with a signed history, which nothing points to any more."""
     query = f"tags.`kubealign.kind` = 'audit' and tags.`kubealign.registered_model` = '{name}'"
     order = ["attributes.start_time DESC"]
     for run in client.search_runs([store.experiment_id(client)], query, order_by=order):
-        audit = Audit(client, name, run.info.run_id)
         if "entry.1" in run.data.params:
-            n_entries = len(audit.entries())
+            run_id = run.info.run_id
+            entries = Audit(client, name, run_id).entries()
             return Repair(
-                f"no experiment {pointer_name(name)} names the history: point to the audit run {audit.run_id}, begun"
-                f" {audit.entries()[0].at}, with {n_entries} signed entries",
-                partial(_point, client, name, experiment, audit.run_id),
+                f"no experiment {pointer_name(name)} names the history: point to the audit run {run_id}, begun"
+                f" {entries[0].at}, with {len(entries)} signed entries",
+                partial(_point, client, name, pointer, run_id),
             )
     return None
 
 
-def _point(client: Any, name: str, experiment: Any, run_id: str) -> None:
-    if experiment:
-        client.set_experiment_tag(experiment.experiment_id, AUDIT_RUN, run_id)
+def _point(client: Any, name: str, pointer: Any, run_id: str) -> None:
+    if pointer:
+        client.set_experiment_tag(pointer.experiment_id, AUDIT_RUN, run_id)
     else:
         client.create_experiment(pointer_name(name), tags={AUDIT_RUN: run_id})

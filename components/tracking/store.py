@@ -68,9 +68,24 @@ def client() -> Any:
     return mlflow.MlflowClient()
 
 
+def is_registered(mlflow_client: Any, name: str) -> bool:
+    """Whether there is a registered model of that name."""
+    # With authentication on, MLflow answers 403 for a model that does not exist; a search is allowed.
+    return bool(mlflow_client.search_registered_models(f"name = '{name}'"))
+
+
+def experiment_name() -> str:
+    """The name of the experiment of all runs: MLFLOW_EXPERIMENT_NAME or `kubealign`."""
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+
+
 def experiment_id(mlflow_client: Any) -> str:
-    """The id of the experiment of all runs (MLFLOW_EXPERIMENT_NAME or `kubealign`), created if missing."""
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    """The id of the experiment of all runs, created if missing.
+
+    Raises:
+        InputError: it was deleted.
+    """
+    name = experiment_name()
     experiment = mlflow_client.get_experiment_by_name(name)
     if experiment and experiment.lifecycle_stage != "active":
         raise InputError(

@@ -65,10 +65,14 @@ def data_report(root: Path, base: str, head: str) -> Report:
         raise InputError(f"data.repo={config.data.repo} is another repository; run the report in that one")
     old, new = Revision(repo, folder, base_commit), Revision(repo, folder, head_commit)
     lines = [MARKER, f"## Data: {code(base_commit[:12])} → {code(head_commit[:12])}", ""]
-    if not _unreadable(old) and not data_changed(old, new):
+    unreadable = _unreadable(old)
+    if not unreadable and not data_changed(old, new):
         return Report("\n".join([*lines, "Neither the data nor its settings changed.", ""]), accepted=True)
     try:
-        lines += _difference(config, root, old, head_commit)
+        if unreadable:
+            lines.append(f"The rows cannot be compared: {markdown(unreadable)}")
+        else:
+            lines += _difference(config, root, base_commit, head_commit)
         accepted, findings = _validation(root, config, head_commit)
     except InputError as error:
         accepted, findings = False, [f"**Rejected**: {markdown(error)}"]
@@ -85,13 +89,10 @@ def _unreadable(base: Revision) -> str:
     return ""
 
 
-def _difference(config: Config, root: Path, base: Revision, head: str) -> list[str]:
+def _difference(config: Config, root: Path, base: str, head: str) -> list[str]:
     """Markdown lines: rows added, removed and changed, by data set, language and source."""
-    unreadable = _unreadable(base)
-    if unreadable:
-        return [f"The rows cannot be compared: {markdown(unreadable)}"]
     data = config.data.model_copy(update={"repo": str(root)})
-    difference = diff(data, base.sha, head)
+    difference = diff(data, base, head)
     if not difference:
         return ["No rows changed."]
     lines = ["| data set | language | source | added | removed | changed |", "|---|---|---|---:|---:|---:|"]

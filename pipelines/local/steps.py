@@ -14,6 +14,7 @@ import tempfile
 import threading
 import traceback
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,10 +42,9 @@ def run_step(full_command: list[str], env_vars: dict[str, str] | None = None) ->
             _import("transformers.models.auto.tokenization_auto", "transformers.modeling_rope_utils")
         if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("sqlite:"):
             _import("mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store")
-        for each in STAGE_NAMES:
-            code_digest(each)  # several steps ask for it: here each module is parsed for all of them
     if not stage or threading.active_count() > 1:
         return subprocess.run(full_command, env=environment, check=False).returncode
+    _parse_the_code()
     with tempfile.TemporaryDirectory() as folder:
         module = Path(folder) / "component.py"
         module.write_text(full_command[3], encoding="utf-8")
@@ -77,6 +77,13 @@ def _import(*modules: str) -> None:
     for module in modules:
         with suppress(ImportError):  # the step says what is missing
             importlib.import_module(module)
+
+
+@cache
+def _parse_the_code() -> None:
+    """Digest each module's code here, once, for all steps that are forked later and ask for it."""
+    for stage in STAGE_NAMES:
+        code_digest(stage)
 
 
 def _execute(environment: dict[str, str], arguments: list[str]) -> NoReturn:
